@@ -1,0 +1,52 @@
+"""Train retrieval models against a large cache of negatives, for the price of one more encoding per query."""
+
+from negative_cache import filter_fns, handlers, losses, negative_cache, retrieval_fns, util
+from negative_cache.features import FixedLenFeature, RaggedFeature
+from negative_cache.filter_fns import CacheFilterFn, IsInCacheFilterFn
+from negative_cache.handlers import CacheLossHandler, MultiCacheLossHandler
+from negative_cache.losses import (
+    AbstractCacheClassificationLoss,
+    CacheClassificationLoss,
+    CacheLoss,
+    CacheLossReturn,
+)
+from negative_cache.modules import NegativeCacheLoss
+from negative_cache.negative_cache import CacheManager, NegativeCache
+from negative_cache.retrieval_fns import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+from negative_cache.util import (
+    approximate_top_k_with_indices,
+    cross_replica_concat,
+    gather_nd,
+    tensor_update,
+)
+from negative_cache.version import __version__
+
+__all__ = [
+    "AbstractCacheClassificationLoss",
+    "AbstractRetrievalFn",
+    "CacheClassificationLoss",
+    "CacheFilterFn",
+    "CacheLoss",
+    "CacheLossHandler",
+    "CacheLossReturn",
+    "CacheManager",
+    "FixedLenFeature",
+    "GumbelMaxRetrievalFn",
+    "IsInCacheFilterFn",
+    "MaxScoreRetrievalFn",
+    "MultiCacheLossHandler",
+    "NegativeCache",
+    "NegativeCacheLoss",
+    "RaggedFeature",
+    "__version__",
+    "approximate_top_k_with_indices",
+    "cross_replica_concat",
+    "filter_fns",
+    "gather_nd",
+    "handlers",
+    "losses",
+    "negative_cache",
+    "retrieval_fns",
+    "tensor_update",
+    "util",
+]

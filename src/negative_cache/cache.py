@@ -1,0 +1,271 @@
+"""The cache of past documents: per row its features, embedding, age and id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negative_cache.columns import Column, FixedColumn, RaggedColumn, make_column, spec_of
+from negative_cache.features import FeatureSpec, RaggedRows, Specs, check_keys, select, spec_to_json
+
+NO_ID = -1
+
+
+class NegativeCache(nn.Module):
+    """Rows of past documents: per row its features, its possibly stale embedding and its age.
+
+    Everything is a buffer: `state_dict` holds it, `.to()` moves it. A cache made by hand from tensors
+    counts all of its rows as filled; the one of `CacheManager.init_cache` starts with none.
+
+    Args:
+        data: Feature name -> tensor `[num_rows, *shape]`; kept, not copied.
+        age: Update steps since each row was written, `[num_rows]`, a tensor or a list of integers.
+    """
+
+    filled: Tensor
+    document_ids: Tensor
+    written: Tensor
+    step: Tensor
+    num_rejected: Tensor
+
+    def __init__(self, data: Mapping[str, Tensor], age: Tensor | Sequence[int]) -> None:
+        super().__init__()
+        if not data:
+            raise ValueError("`data` is empty: a cache needs at least the embedding's tensor.")
+        sizes = {key: len(value) for key, value in data.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"The tensors of `data` have different numbers of rows: {sizes}.")
+        self._fill_in({key: FixedColumn(value) for key, value in data.items()}, next(iter(sizes.values())), True)
+        ages = torch.as_tensor(age, device=self.device)
+        self.written = -ages.to(torch.int64)
+
+    @classmethod
+    def empty(
+        cls,
+        specs: Specs,
+        num_rows: int,
+        device: torch.device | str = "cpu",
+        feature_device: torch.device | str | None = None,
+        embedding_key: str | None = None,
+    ) -> NegativeCache:
+        """A cache of `num_rows` unfilled rows.
+
+        Args:
+            specs: Spec per feature.
+            num_rows: Number of rows.
+            device: Where the rows live.
+            feature_device: Where all features but `embedding_key` live, whatever `.to()` says; None for `device`.
+            embedding_key: The feature that stays on `device`.
+        """
+        pinned = None if feature_device is None else torch.device(feature_device)
+        cache = cls.__new__(cls)
+        nn.Module.__init__(cache)
+        columns = {
+            key: make_column(spec, num_rows, torch.device(device), None if key == embedding_key else pinned)
+            for key, spec in specs.items()
+        }
+        cache._fill_in(columns, num_rows, False, torch.device(device))
+        return cache
+
+    def _fill_in(
+        self,
+        columns: Mapping[str, Column],
+        num_rows: int,
+        is_filled: bool,
+        device: torch.device | None = None,
+    ) -> None:
+        device = next(iter(columns.values())).device if device is None else device
+        self._columns = dict(columns)
+        for key, column in columns.items():
+            self.add_module(_module_name(key), column)
+        self._is_known_to_have_rows = False
+        self.register_buffer("filled", torch.full((num_rows,), is_filled, device=device))
+        self.register_buffer("document_ids", torch.full((num_rows,), NO_ID, dtype=torch.int64, device=device))
+        self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("num_rejected", torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def data(self) -> dict[str, Tensor]:
+        """Feature name -> `[num_rows, *shape]`; ragged features padded to their longest row (a copy)."""
+        return {key: column.dense() for key, column in self._columns.items()}
+
+    @property
+    def age(self) -> Tensor:
+        """Update steps since each row was written, int32 `[num_rows]`; 0 for the rows written last."""
+        return (self.step - self.written).to(torch.int32)
+
+    @property
+    def num_rows(self) -> int:
+        return self.filled.shape[0]
+
+    @property
+    def num_filled(self) -> Tensor:
+        """Number of filled rows, an int64 scalar on the cache's device."""
+        return self.filled.sum()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bookkeeping (and the embeddings) live."""
+        return self.filled.device
+
+    @property
+    def specs(self) -> dict[str, FeatureSpec]:
+        """Spec per feature, as stored."""
+        return {key: spec_of(column) for key, column in self._columns.items()}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.data, self.age))
+
+    def has_rows(self) -> bool:
+        """Whether any row is filled. Waits for the device, but only until the answer is yes for the first time."""
+        self._is_known_to_have_rows = self._is_known_to_have_rows or bool(self.filled.any())
+        return self._is_known_to_have_rows
+
+    def embeddings(self, key: str) -> Tensor:
+        """The rows of a fixed feature, `[num_rows, *shape]`: the storage itself."""
+        return self._columns[key].dense()
+
+    def read(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Features of `rows [n]`: `[n, *shape]` each, ragged ones padded to the longest of these rows."""
+        return {key: self._columns[key].read(rows) for key in keys}
+
+    def find(self, document_ids: Tensor) -> Tensor:
+        """Row of each document.
+
+        Args:
+            document_ids: `[n]`, int64; negative entries are never found.
+
+        Returns:
+            int64 `[n]`: the row that holds the document, -1 where none does.
+        """
+        if document_ids.numel() == 0:
+            return document_ids
+        wanted = document_ids.sort().values
+        at = torch.searchsorted(wanted, self.document_ids).clamp_(max=len(wanted) - 1)
+        is_match = (wanted[at] == self.document_ids) & self.filled & (self.document_ids >= 0)
+        rows = torch.where(is_match, torch.arange(self.num_rows, device=self.device), -1)
+        found = torch.full_like(wanted, -1).scatter_reduce_(0, at, rows, "amax")
+        return found[torch.searchsorted(wanted, document_ids)]
+
+    def write(
+        self,
+        rows: Tensor,
+        items: Mapping[str, Tensor | RaggedRows],
+        mask: Tensor | None = None,
+        resets_age: bool = True,
+        document_ids: Tensor | None = None,
+    ) -> None:
+        """Overwrite rows in place; of several entries for one row the last one counts.
+
+        Args:
+            rows: int64 `[n]`.
+            items: Checked values, `n` each. With every feature given, the rows become filled.
+            mask: bool `[n]`; entries that are False change nothing.
+            resets_age: Whether the written rows become the youngest.
+            document_ids: int64 `[n]`, stored when every feature is given.
+        """
+        rows, source, is_any = _last_entries(rows, mask)
+        if rows.numel() == 0:
+            return
+        items = select(items, source)
+
+        def keep(new: Tensor, old: Tensor) -> Tensor:
+            return new if is_any is None else torch.where(is_any.to(new.device), new, old)
+
+        for key, value in items.items():
+            column = self._columns[key]
+            if isinstance(column, RaggedColumn):
+                assert isinstance(value, RaggedRows)
+                column.write(rows, value if is_any is None else _keep_ragged(is_any, value, column, rows))
+            else:
+                assert isinstance(value, Tensor)
+                column.write(rows, value if is_any is None else keep(value.to(column.device), column.read(rows)))
+        if resets_age:
+            self.written[rows] = keep(self.step.expand(len(rows)), self.written[rows])
+        if set(items) == set(self._columns):
+            ids = torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source]
+            self.document_ids[rows] = keep(ids, self.document_ids[rows])
+            self.filled[rows] = keep(torch.ones_like(self.filled[rows]), self.filled[rows])
+
+    def get_extra_state(self) -> Tensor:
+        """The specs as JSON in a uint8 tensor, so that a state dict holds tensors alone."""
+        return _to_bytes({"num_rows": self.num_rows, "specs": {k: spec_to_json(s) for k, s in self.specs.items()}})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Checked in `check_loadable`, before anything is copied."""
+
+    def check_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise ValueError if the state is of a cache with other rows, keys, shapes or dtypes."""
+        saved = state_of(state_dict, prefix)
+        if saved["num_rows"] != self.num_rows:
+            raise ValueError(f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}.")
+        mine = {key: spec_to_json(spec) for key, spec in self.specs.items()}
+        check_keys("state_dict", saved["specs"], list(mine))
+        for key, spec in saved["specs"].items():
+            if {**spec, "default_value": None} != {**mine[key], "default_value": None}:
+                raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
+        for name, buffer in self.state_dict(prefix=prefix).items():
+            value = state_dict.get(name)
+            if value is None:
+                raise ValueError(f"The state dict has no entry {name!r}.")
+            is_arena = name.endswith(".arena")
+            if value.dtype != buffer.dtype or (value.shape != buffer.shape and not is_arena and "extra" not in name):
+                raise ValueError(
+                    f"{name!r} is {value.dtype} {list(value.shape)} in the state dict, "
+                    f"but {buffer.dtype} {list(buffer.shape)} here."
+                )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_loadable(state_dict, prefix)
+        self._is_known_to_have_rows = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def state_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The size and specs (as JSON) of the cache saved under `prefix`."""
+    state = state_dict.get(prefix + "_extra_state")
+    if not isinstance(state, Tensor):
+        raise ValueError(f"The state dict has no cache under {prefix!r}.")
+    parsed: dict[str, Any] = json.loads(bytes(state.cpu().tolist()).decode())
+    return parsed
+
+
+def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The entries to write, so that no row gets two different values.
+
+    Returns:
+        Rows, the entry whose value each of them gets, and, where the number of entries cannot be known
+        without waiting for the device, whether there is any: then all slots are used, superfluous ones
+        repeat another entry.
+    """
+    count = len(rows)
+    index = torch.arange(count, device=rows.device)
+    valid = torch.ones(count, dtype=torch.bool, device=rows.device) if mask is None else mask
+    later = ((rows[:, None] == rows) & valid & (index > index[:, None])).any(dim=1)
+    wins = valid & ~later
+    if rows.device.type == "cpu":
+        source = wins.nonzero().squeeze(1)
+        return rows[source], source, None
+    source = torch.where(wins, index, wins.to(torch.uint8).argmax())
+    is_any = valid.any()
+    return torch.where(is_any, rows[source], 0), source, is_any
+
+
+def _keep_ragged(is_any: Tensor, new: RaggedRows, column: RaggedColumn, rows: Tensor) -> RaggedRows:
+    """`new`, or what the rows hold already if there is nothing to write."""
+    if bool(is_any):
+        return new
+    return column.read_rows(rows)
+
+
+def _module_name(key: str) -> str:
+    return "feature_" + key.replace(".", "/")
+
+
+def _to_bytes(value: Any) -> Tensor:
+    return torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8)

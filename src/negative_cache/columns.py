@@ -1,0 +1,183 @@
+"""How one feature of all rows is stored: fixed size, or ragged without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from negative_cache.features import FeatureSpec, FixedLenFeature, RaggedFeature, RaggedRows, padding_value
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# An arena that is full is rewritten with this much room over what is alive, so that a rewrite, which
+# costs one copy of the arena, comes only after a fixed share of it has been written.
+_ROOM = 1.5
+
+
+class _Column(nn.Module):
+    """Buffers that stay on `pinned_device`, where one is given, when the owner is moved."""
+
+    def __init__(self, pinned_device: torch.device | None) -> None:
+        super().__init__()
+        self.pinned_device = pinned_device
+
+    def _apply(self: _Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Module:
+        return self if self.pinned_device is not None else super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+class FixedColumn(_Column):
+    """A tensor `[num_rows, *shape]`."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, pinned_device: torch.device | None = None) -> None:
+        super().__init__(pinned_device)
+        self.register_buffer("values", values.detach())
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The values of `rows [n]`: `[n, *shape]`."""
+        return self.values[rows.to(self.device)]
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
+        self.values[rows.to(self.device)] = values.to(self.device, self.values.dtype)
+
+    def dense(self) -> Tensor:
+        """All rows, `[num_rows, *shape]`; the storage itself, not a copy."""
+        return self.values
+
+
+class RaggedColumn(_Column):
+    """Sequences of varying length in one arena.
+
+    Row r is `arena[offsets[r] : offsets[r] + lengths[r]]`. New items go to the end of the arena. When
+    it is full, what is alive is copied to a new one; the room it then gets is either a share of what is
+    alive or, where that is less, a slot of max_length per row, after which nothing moves any more.
+    """
+
+    arena: Tensor
+    offsets: Tensor
+    lengths: Tensor
+
+    def __init__(
+        self,
+        spec: RaggedFeature,
+        num_rows: int,
+        device: torch.device,
+        pinned_device: torch.device | None = None,
+    ) -> None:
+        super().__init__(pinned_device)
+        self.spec = spec
+        self.tail = 0
+        self.register_buffer("arena", torch.empty(0, dtype=spec.dtype, device=device))
+        self.register_buffer("offsets", torch.zeros(num_rows, dtype=torch.int64, device=device))
+        self.register_buffer("lengths", torch.zeros(num_rows, dtype=torch.int64, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.arena.device
+
+    @property
+    def _slot(self) -> int:
+        return 0 if self.spec.max_length is None else self.spec.max_length
+
+    @property
+    def _is_slotted(self) -> bool:
+        return self._slot > 0 and self.arena.numel() == len(self.offsets) * self._slot
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The sequences of `rows [n]`, padded to the longest of them: `[n, longest]`."""
+        return self._gather(rows.to(self.device))
+
+    def read_rows(self, rows: Tensor) -> RaggedRows:
+        """The sequences of `rows [n]` as `write` takes them."""
+        rows = rows.to(self.device)
+        return RaggedRows(self._gather(rows), self.lengths[rows])
+
+    def write(self, rows: Tensor, values: RaggedRows) -> None:
+        """Store `values` in `rows [n]`. A row that occurs twice must have equal values."""
+        rows = rows.to(self.device)
+        padded, lengths = values.values.to(self.device), values.lengths.to(self.device)
+        count, width = padded.shape
+        if not self._is_slotted and self.tail + padded.numel() > self.arena.numel():
+            self._rewrite(padded.numel())
+        if self._is_slotted:
+            positions = torch.arange(width, device=self.device)
+            self.offsets[rows] = rows * self._slot
+            self.arena[self.offsets[rows][:, None] + positions] = padded
+        else:
+            self.offsets[rows] = self.tail + width * torch.arange(count, device=self.device)
+            self.arena[self.tail : self.tail + padded.numel()] = padded.flatten()
+            self.tail += padded.numel()
+        self.lengths[rows] = lengths
+
+    def dense(self) -> Tensor:
+        """All rows, padded to the longest of them; a copy `[num_rows, longest]`."""
+        return self._gather(torch.arange(len(self.offsets), device=self.device))
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        lengths = self.lengths[rows]
+        positions = torch.arange(int(lengths.amax()) if len(rows) else 0, device=self.device)
+        inside = positions < lengths[:, None]
+        if positions.numel() == 0:
+            return self.arena.new_empty(len(rows), 0)
+        at = torch.where(inside, self.offsets[rows][:, None] + positions, 0)
+        return torch.where(inside, self.arena[at], self.arena.new_tensor(padding_value(self.spec)))
+
+    def _rewrite(self, incoming: int) -> None:
+        """Copy what is alive to a new arena with room for `incoming` more values."""
+        alive = int(self.lengths.sum())
+        size = int(_ROOM * (alive + incoming)) + incoming
+        slots = len(self.offsets) * self._slot
+        slotted = 0 < slots <= size
+        size = slots if slotted else size
+        starts = self.lengths.cumsum(0) - self.lengths
+        old = torch.repeat_interleave(self.offsets - starts, self.lengths) + torch.arange(alive, device=self.device)
+        if slotted:
+            starts = torch.arange(len(self.offsets), device=self.device) * self._slot
+            new = torch.repeat_interleave(starts - (self.lengths.cumsum(0) - self.lengths), self.lengths)
+            new += torch.arange(alive, device=self.device)
+        else:
+            new = torch.arange(alive, device=self.device)
+        arena = self.arena.new_zeros(size)
+        arena[new] = self.arena[old]
+        self.arena, self.offsets, self.tail = arena, starts, alive
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._is_slotted:  # the unused end of the arena is not worth a file's space
+            destination[prefix + "arena"] = self.arena[: self.tail].clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        arena = state_dict.get(prefix + "arena")
+        if isinstance(arena, Tensor):
+            self.arena = torch.empty_like(arena, device=self.device)
+            self.tail = arena.numel()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+Column = FixedColumn | RaggedColumn
+
+
+def make_column(
+    spec: FeatureSpec, num_rows: int, device: torch.device, pinned_device: torch.device | None = None
+) -> Column:
+    """An empty column for `num_rows` values of `spec`; fixed features start as zeros."""
+    device = device if pinned_device is None else pinned_device
+    if isinstance(spec, RaggedFeature):
+        return RaggedColumn(spec, num_rows, device, pinned_device)
+    return FixedColumn(torch.zeros([num_rows, *spec.shape], dtype=spec.dtype, device=device), pinned_device)
+
+
+def spec_of(column: Column) -> FeatureSpec:
+    """The spec that a column holds."""
+    if isinstance(column, RaggedColumn):
+        return column.spec
+    return FixedLenFeature(list(column.values.shape[1:]), column.values.dtype)

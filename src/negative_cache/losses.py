@@ -1,0 +1,256 @@
+"""The cache losses as users of the earlier implementations know them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negative_cache import estimators
+from negative_cache.cache import NegativeCache
+from negative_cache.negatives import (
+    DocumentEncoder,
+    RetrievalFn,
+    check_finite,
+    draw_negatives,
+    encode,
+    new_generator,
+    pool_of,
+    read_pool,
+)
+from negative_cache.retrieval import ScoreTransform
+from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
+
+Caches = Mapping[str, NegativeCache]
+Reducer = Callable[[Tensor], Tensor]
+
+
+class CacheLossReturn(NamedTuple):
+    """What a cache loss returns.
+
+    Attributes:
+        training_loss: Differentiate this; its value means nothing.
+        interpretable_loss: `-log` of the positive's probability, without gradient.
+        updated_item_data: Per cache, the embedding feature of the drawn rows, encoded anew `[n, dim]`.
+        updated_item_indices: Per cache, their rows `[n]` (those of other caches are out of its range).
+        updated_item_mask: Per cache, which of them are its own `[n]`.
+        staleness: Squared distance of cached and new embedding, relative to the new one's squared norm.
+        topk_features: Per query, the features `[k, ...]` of its best rows, best first; None if not asked for.
+    """
+
+    training_loss: Any
+    interpretable_loss: Any
+    updated_item_data: Any
+    updated_item_indices: Any
+    updated_item_mask: Any
+    staleness: Any
+    topk_features: Any = None
+
+
+class RetrievalReturn(NamedTuple):
+    """What `_retrieve_from_cache` returns for `batch` queries.
+
+    Attributes:
+        retrieved_data: Features of the drawn rows, `[batch, ...]` each.
+        scores: `[batch, n]`: any scores whose logsumexp is that of the query's negatives.
+        retrieved_indices: int64 `[batch, 1]`, numbered through the caches in the order of their sorted
+            names; `[0, 1]` if there is nothing to draw, then the loss is 0.
+        retrieved_cache_embeddings: The drawn rows as cached, `[batch, dim]`.
+        retrieved_cache_topk_features: See `CacheLossReturn.topk_features`.
+    """
+
+    retrieved_data: dict[str, Tensor]
+    scores: Tensor
+    retrieved_indices: Tensor
+    retrieved_cache_embeddings: Tensor
+    retrieved_cache_topk_features: list[dict[str, Tensor]] | None = None
+
+
+class CacheLoss(abc.ABC):
+    """A loss of queries against their positives and cached documents."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        doc_network: DocumentEncoder,
+        query_embeddings: Tensor,
+        pos_doc_embeddings: Tensor,
+        cache: Caches,
+        return_topk: int = 0,
+    ) -> CacheLossReturn:
+        """Calculate the loss and what to update in the caches."""
+
+
+class AbstractCacheClassificationLoss(CacheLoss):
+    """The sampled softmax loss; subclasses say how to score and how to retrieve.
+
+    A subclass defines `_retrieve_from_cache` and `_score_documents`; `embedding_key` and `reducer` are read
+    where the subclass has them.
+    """
+
+    embedding_key: str = "embedding"
+    reducer: Reducer | None = staticmethod(torch.mean)
+
+    @abc.abstractmethod
+    def _retrieve_from_cache(self, query_embeddings: Tensor, cache: Caches, return_topk: int = 0) -> RetrievalReturn:
+        """Draw one row per query."""
+
+    @abc.abstractmethod
+    def _score_documents(self, query_embeddings: Tensor, doc_embeddings: Tensor) -> Tensor:
+        """Scores of pairs: `[batch, dim]` and `[batch, dim]` -> `[batch]`, with gradient."""
+
+    def __call__(
+        self,
+        doc_network: DocumentEncoder,
+        query_embeddings: Tensor,
+        pos_doc_embeddings: Tensor,
+        cache: Caches,
+        return_topk: int = 0,
+    ) -> CacheLossReturn:
+        """Draw one negative per query, encode it anew, and compute the loss.
+
+        Args:
+            doc_network: Features `{key: [n, ...]}` -> embeddings `[n, dim]`, with gradient.
+            query_embeddings: `[batch, dim]`, with gradient.
+            pos_doc_embeddings: `[batch, dim]`, with gradient.
+            cache: Name -> `NegativeCache`; all of them are one pool. Nothing is written.
+            return_topk: Return the features of so many best rows per query.
+
+        Returns:
+            `CacheLossReturn`. With no filled row the loss is 0, and backward works.
+
+        Raises:
+            ValueError: Wrong shapes or devices, `top_k` above the number of rows, values that are not finite.
+        """
+        _check_pairs(query_embeddings, pos_doc_embeddings)
+        positive_scores = self._score_documents(query_embeddings, pos_doc_embeddings)
+        retrieved = self._retrieve_from_cache(query_embeddings, cache, return_topk)
+        lse = retrieved.scores.logsumexp(dim=1)
+        count, dim = len(retrieved.retrieved_indices), query_embeddings.shape[1]
+        if count:
+            fresh = encode(doc_network, retrieved.retrieved_data, count, dim)
+            negative_scores = self._score_documents(query_embeddings, fresh)
+            training_loss = estimators.sampled_softmax_loss(positive_scores, negative_scores[:, None], lse)
+            staleness = estimators.staleness(retrieved.retrieved_cache_embeddings, fresh)
+        else:
+            fresh = query_embeddings.new_empty(0, dim)
+            training_loss = positive_scores * 0.0
+            staleness = torch.zeros_like(lse)
+        interpretable_loss = estimators.interpretable_loss(positive_scores, lse)
+        reduce = (lambda values: values) if self.reducer is None else self.reducer
+        data, indices, mask = _updates(cache, self.embedding_key, retrieved.retrieved_indices[:, 0], fresh.detach())
+        if count:
+            mask = {name: own & (lse > -torch.inf) for name, own in mask.items()}
+        return CacheLossReturn(
+            training_loss=reduce(training_loss),
+            interpretable_loss=reduce(interpretable_loss),
+            updated_item_data=data,
+            updated_item_indices=indices,
+            updated_item_mask=mask,
+            staleness=reduce(staleness),
+            topk_features=retrieved.retrieved_cache_topk_features,
+        )
+
+
+class CacheClassificationLoss(AbstractCacheClassificationLoss):
+    """Softmax cross-entropy against all cached documents, by one sample per query (Lindgren et al., 2021).
+
+    Args:
+        embedding_key: The feature that holds the embedding.
+        data_keys: The features that the document encoder takes.
+        score_transform: Elementwise function of the dot products, such as `lambda s: 20.0 * s`.
+        top_k: Restrict the softmax to the best row of each of top_k contiguous groups of rows.
+        reducer: Reduces the losses and the staleness `[batch]`; None returns them as they are.
+
+    Attributes:
+        generator: The CPU generator of all draws, seeded from torch's global one.
+    """
+
+    def __init__(
+        self,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        score_transform: ScoreTransform | None = None,
+        top_k: int | None = None,
+        reducer: Reducer | None = torch.mean,
+    ) -> None:
+        if isinstance(data_keys, str):
+            raise TypeError(f"`data_keys` is the string {data_keys!r}; expected a tuple such as ({data_keys!r},).")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` is {top_k}; it must be at least 1, or None for all rows.")
+        self.embedding_key = embedding_key
+        self.data_keys = tuple(data_keys)
+        self.score_transform = score_transform
+        self.top_k = top_k
+        self.reducer = reducer
+        self.generator = new_generator()
+        self._retrieval_fn: RetrievalFn = GumbelMaxRetrievalFn()
+
+    def _retrieve_from_cache(self, query_embeddings: Tensor, cache: Caches, return_topk: int = 0) -> RetrievalReturn:
+        caches = _sorted(cache, (self.embedding_key, *self.data_keys))
+        pool = pool_of(caches, self.embedding_key)
+        drawn = draw_negatives(
+            query_embeddings,
+            pool,
+            any(part.has_rows() for part in caches),
+            generator=self.generator,
+            retrieval_fn=self._retrieval_fn,
+            score_transform=self.score_transform,
+            top_k=self.top_k,
+            num_top=return_topk,
+        )
+        rows = drawn.rows[:, 0]
+        return RetrievalReturn(
+            retrieved_data=read_pool(caches, rows, self.data_keys),
+            scores=drawn.lse[:, None],
+            retrieved_indices=drawn.rows,
+            retrieved_cache_embeddings=pool.gather(rows),
+            retrieved_cache_topk_features=self._features_per_query(caches, drawn.top_rows) if return_topk else None,
+        )
+
+    def _features_per_query(self, caches: Sequence[NegativeCache], top_rows: Tensor) -> list[dict[str, Tensor]]:
+        return [read_pool(caches, rows[rows >= 0], self.data_keys) for rows in top_rows]
+
+    def _score_documents(self, query_embeddings: Tensor, doc_embeddings: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.float32, torch.promote_types(query_embeddings.dtype, doc_embeddings.dtype))
+        scores = (query_embeddings.to(dtype) * doc_embeddings.to(dtype)).sum(dim=1)
+        return scores if self.score_transform is None else self.score_transform(scores)
+
+
+def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
+    if query_embeddings.dim() != 2 or query_embeddings.shape != pos_doc_embeddings.shape:
+        raise ValueError(
+            f"Query embeddings have shape {list(query_embeddings.shape)}, those of the positive documents "
+            f"{list(pos_doc_embeddings.shape)}; expected the same [batch, dim]."
+        )
+    if len(query_embeddings) == 0:
+        raise ValueError("The batch is empty: no query embeddings.")
+    check_finite("query_embeddings", query_embeddings)
+    check_finite("pos_doc_embeddings", pos_doc_embeddings)
+
+
+def _sorted(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
+    if not cache:
+        raise ValueError("`cache` has no caches; expected a dict of name -> NegativeCache.")
+    for name, part in cache.items():
+        missing = set(keys) - set(part.specs)
+        if missing:
+            raise ValueError(f"The cache {name!r} has no features {sorted(missing)}; it has {sorted(part.specs)}.")
+    return [cache[name] for name in sorted(cache)]
+
+
+def _updates(
+    cache: Caches, embedding_key: str, rows: Tensor, fresh: Tensor
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Split updates of pool rows by cache."""
+    data, indices, mask = {}, {}, {}
+    start = 0
+    for name in sorted(cache):
+        data[name] = {embedding_key: fresh}
+        indices[name] = rows - start
+        mask[name] = (rows >= start) & (rows < start + cache[name].num_rows)
+        start += cache[name].num_rows
+    return data, indices, mask

@@ -1,0 +1,228 @@
+"""The manager of a cache: which rows new documents replace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.features import (
+    Features,
+    FixedLenFeature,
+    RaggedFeature,
+    RaggedRows,
+    Specs,
+    batch_size,
+    check_features,
+    check_keys,
+    check_specs,
+)
+
+__all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "RaggedFeature"]
+
+
+class CacheManager:
+    """Says which rows of a cache to replace: the oldest (FIFO), or the least recently used (LRU).
+
+    Args:
+        specs: Feature name -> `FixedLenFeature` or `RaggedFeature`.
+        cache_size: Number of rows of `init_cache()`.
+        use_lru: Whether updating a row makes it young again; if not, only insertion counts.
+    """
+
+    def __init__(self, specs: Specs, cache_size: int, use_lru: bool = True) -> None:
+        check_specs(specs)
+        if cache_size < 1:
+            raise ValueError(f"`cache_size` is {cache_size}; it must be at least 1.")
+        self.specs = dict(specs)
+        self.cache_size = cache_size
+        self.use_lru = use_lru
+
+    def init_cache(self) -> NegativeCache:
+        """A new cache on the CPU: all values zero, no row filled, every age 0."""
+        return NegativeCache.empty(self.specs, self.cache_size)
+
+    def update_cache(
+        self,
+        cache: NegativeCache,
+        *,
+        new_items: Features | None = None,
+        new_items_mask: Tensor | None = None,
+        updated_item_data: Features | None = None,
+        updated_item_indices: Tensor | None = None,
+        updated_item_mask: Tensor | None = None,
+    ) -> NegativeCache:
+        """A new cache in which rows were updated first, and then the oldest ones replaced.
+
+        Rows written now have age 0, all others one step more. Rows updated in the same call count as
+        younger than all others (LRU) when the oldest are chosen; ties go to the lowest row.
+
+        Args:
+            cache: The cache; it stays as it is.
+            new_items: Feature name -> `[n, *shape]`, with every key of the cache; n at most its rows.
+            new_items_mask: bool `[n]`; False entries are not inserted.
+            updated_item_data: Feature name -> `[m, *shape]`, some of the cache's keys.
+            updated_item_indices: int `[m]`: the rows to update; of equal ones the last counts.
+            updated_item_mask: bool `[m]`; False entries change nothing.
+
+        Returns:
+            The updated copy. (The handler and `NegativeCacheLoss` update in place.)
+
+        Raises:
+            ValueError: Wrong keys, shapes, sizes or row numbers, more items than rows, a value that is
+                not finite.
+        """
+        cache = copy.deepcopy(cache)
+        self.update_cache_(
+            cache,
+            new_items=new_items,
+            new_items_mask=new_items_mask,
+            updated_item_data=updated_item_data,
+            updated_item_indices=updated_item_indices,
+            updated_item_mask=updated_item_mask,
+        )
+        return cache
+
+    def update_cache_(
+        self,
+        cache: NegativeCache,
+        *,
+        new_items: Features | None = None,
+        new_items_mask: Tensor | None = None,
+        updated_item_data: Features | None = None,
+        updated_item_indices: Tensor | None = None,
+        updated_item_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> None:
+        """`update_cache` in place. Nothing is written unless every argument is right.
+
+        Args:
+            document_ids: int64 `[n]` of the new items, -1 for unknown. A document that has a row is
+                written there; of a document that occurs twice in the batch the last known or first
+                unknown entry counts.
+        """
+        if cache.written.shape[0] != cache.num_rows:
+            raise ValueError(f"The cache has {cache.num_rows} rows but {cache.written.shape[0]} ages.")
+        updated, updated_mask = self._check_updates(cache, updated_item_data, updated_item_indices, updated_item_mask)
+        inserted = self.check_new_items(cache, new_items, document_ids) if new_items else {}
+        inserted_mask = _check_mask("new_items_mask", new_items_mask, batch_size(inserted), cache.device)
+        inserted_mask = _mask_not_finite("new_items", cache, inserted, inserted_mask)
+        cache.step += 1
+        if updated and updated_item_indices is not None:
+            rows = updated_item_indices.to(cache.device, torch.int64)
+            cache.write(rows, updated, updated_mask, resets_age=self.use_lru)
+        if inserted:
+            _insert(cache, inserted, inserted_mask, document_ids)
+
+    def _check_updates(
+        self, cache: NegativeCache, data: Features | None, indices: Tensor | None, mask: Tensor | None
+    ) -> tuple[dict[str, Tensor | RaggedRows], Tensor | None]:
+        if data is None and indices is None:
+            return {}, None
+        if data is None or indices is None:
+            raise ValueError("`updated_item_data` and `updated_item_indices` must be given together.")
+        updated = check_features("updated_item_data", data, cache.specs)
+        if not updated:
+            return {}, None
+        count = batch_size(updated)
+        if indices.shape != (count,) or indices.is_floating_point():
+            raise ValueError(
+                f"`updated_item_indices` is {indices.dtype} {list(indices.shape)}; expected integers [{count}]."
+            )
+        if indices.device.type == "cpu":
+            is_outside = (indices < 0) | (indices >= cache.num_rows)
+            if mask is not None and mask.shape == indices.shape:
+                is_outside &= mask.cpu().to(torch.bool)
+            if bool(is_outside.any()):
+                raise ValueError(
+                    f"`updated_item_indices` has values outside the cache's rows 0 to {cache.num_rows - 1}."
+                )
+        mask = _check_mask("updated_item_mask", mask, count, cache.device)
+        return updated, _mask_not_finite("updated_item_data", cache, updated, mask)
+
+    def check_new_items(
+        self, cache: NegativeCache, new_items: Features, document_ids: Tensor | None = None
+    ) -> dict[str, Tensor | RaggedRows]:
+        """Raise what `update_cache` would raise for these items and ids; nothing is written.
+
+        Returns:
+            The items, padded and cast.
+        """
+        check_keys("new_items", new_items, list(cache.specs))
+        items = check_features("new_items", new_items, cache.specs)
+        count = batch_size(items)
+        if count > cache.num_rows:
+            raise ValueError(
+                f"`new_items` has {count} items, the cache only {cache.num_rows} rows. "
+                "Use a cache that is larger than the batch."
+            )
+        if document_ids is not None:
+            check_ids("document_ids", document_ids, (count,))
+        return items
+
+
+def _insert(
+    cache: NegativeCache,
+    items: Mapping[str, Tensor | RaggedRows],
+    mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> None:
+    """Write items over the oldest rows; a known document over its own row."""
+    count = batch_size(items)
+    mask = torch.ones(count, dtype=torch.bool, device=cache.device) if mask is None else mask
+    if document_ids is not None:
+        document_ids = document_ids.to(cache.device, torch.int64)
+        known = cache.find(document_ids)
+        cache.write(known.clamp(min=0), items, mask & (known >= 0), document_ids=document_ids)
+        same = (document_ids[:, None] == document_ids) & (document_ids >= 0) & mask
+        mask = mask & (known < 0) & ~same.tril(-1).any(dim=1)
+    order = cache.written * cache.num_rows + torch.arange(cache.num_rows, device=cache.device)
+    oldest = order.topk(count, largest=False).indices
+    position = (mask.cumsum(0) - 1).clamp(min=0)
+    cache.write(oldest[position], items, mask, document_ids=document_ids)
+
+
+def _check_mask(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    if mask is None or count == 0:
+        return None
+    if mask.shape != (count,):
+        raise ValueError(f"`{name}` has shape {list(mask.shape)}; expected [{count}].")
+    return mask.to(device, torch.bool)
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `ids` are integers of this shape, -1 (unknown) or larger."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"`{name}` is {got}; expected a tensor of integers.")
+    if ids.shape != shape:
+        raise ValueError(f"`{name}` has shape {list(ids.shape)}; expected {list(shape)}.")
+    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < NO_ID:
+        raise ValueError(f"`{name}` has the value {int(ids.min())}; ids are 0 or larger, -1 means unknown.")
+
+
+def _mask_not_finite(
+    name: str, cache: NegativeCache, items: Mapping[str, Tensor | RaggedRows], mask: Tensor | None
+) -> Tensor | None:
+    """Refuse values that are not finite: at once on the CPU, masked and counted elsewhere."""
+    for key, value in items.items():
+        if isinstance(value, RaggedRows) or not value.is_floating_point():
+            continue
+        finite = value.isfinite().flatten(1).all(dim=1)
+        if mask is not None:
+            finite = finite | ~mask.to(finite.device)
+        if finite.device.type == "cpu":
+            if not bool(finite.all()):
+                bad = int((~finite).sum())
+                raise ValueError(
+                    f"`{name}[{key!r}]` has NaN or infinity in {bad} of {len(finite)} rows. Nothing was written; "
+                    "look for a learning rate that is too high or an overflow in half precision."
+                )
+        else:
+            finite = finite.to(cache.device)
+            cache.num_rejected += (~finite).sum()
+            mask = finite if mask is None else mask & finite
+    return mask

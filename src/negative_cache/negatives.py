@@ -1,0 +1,198 @@
+"""Drawing negatives from caches and encoding them anew: the part of a step that all losses share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from negative_cache.cache import NegativeCache
+from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
+from negative_cache.retrieval.reference import dense_scores, exact_top_k
+from negative_cache.retrieval.streaming import mine_groups
+from negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+
+logger = logging.getLogger("negative_cache")
+
+DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
+RetrievalFn = Callable[[Tensor], Tensor]
+
+
+class Drawn(NamedTuple):
+    """Rows drawn for `batch` queries.
+
+    Attributes:
+        lse: `[batch]`: logsumexp of the scores of each query's negatives, -inf where it has none.
+        rows: int64 `[batch, num_samples]`, numbered through all caches; `[0, num_samples]` if no query
+            has any negative.
+        is_valid: bool `[batch]` (or `[0]`): False for a query without negatives; its rows are another query's.
+        top_rows: int64 `[batch, num_top]`: the best rows, -1 where there are not so many.
+    """
+
+    lse: Tensor
+    rows: Tensor
+    is_valid: Tensor
+    top_rows: Tensor
+
+
+def pool_of(caches: Sequence[NegativeCache], embedding_key: str, withheld: Tensor | None = None) -> RowPool:
+    """The rows of several caches as one pool.
+
+    Args:
+        caches: In the order of the row numbers.
+        embedding_key: The feature that is scored.
+        withheld: int64 `[n]`: rows of the first cache that no query may see; -1 for none.
+    """
+    candidates = [cache.filled for cache in caches]
+    if withheld is not None:
+        visible = torch.cat([candidates[0], candidates[0].new_zeros(1)])
+        visible[withheld] = False  # -1 is the element added at the end
+        candidates[0] = visible[:-1]
+    return RowPool([cache.embeddings(embedding_key) for cache in caches], candidates)
+
+
+@torch.no_grad()
+def draw_negatives(
+    queries: Tensor,
+    pool: RowPool,
+    has_rows: bool,
+    *,
+    generator: torch.Generator,
+    retrieval_fn: RetrievalFn | None = None,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    num_top: int = 0,
+) -> Drawn:
+    """Draw rows for each query from the softmax over its candidates, or as `retrieval_fn` says.
+
+    Args:
+        queries: `[batch, dim]`.
+        pool: The rows.
+        has_rows: Whether any row is filled.
+        generator: Source of randomness.
+        retrieval_fn: Picks `[batch, 1]` from scores `[batch, n]`; None for draws from the softmax.
+        score_transform: Elementwise function of the dot products.
+        excluded: int64 `[batch, n]`: rows that are no negatives of one query; -1 for none.
+        top_k: Restrict the softmax to the best row of each of top_k groups.
+        num_samples: Draws per query.
+        num_top: How many of the best rows to return beside.
+    """
+    is_max = isinstance(retrieval_fn, MaxScoreRetrievalFn)
+    is_softmax = retrieval_fn is None or (
+        isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0
+    )
+    if is_max or is_softmax:
+        lse, rows, top_rows = retrieve(
+            queries,
+            pool,
+            generator=generator,
+            score_transform=score_transform,
+            excluded=excluded,
+            top_k=top_k,
+            num_samples=num_samples,
+            num_top=max(num_top, int(is_max)),
+        )
+        rows = top_rows[:, :1].clamp(min=0) if is_max else rows
+        top_rows = top_rows[:, :num_top]
+    else:
+        assert retrieval_fn is not None
+        lse, rows, top_rows = _retrieve_custom(queries, pool, retrieval_fn, score_transform, excluded, top_k, num_top)
+    is_valid = lse > -torch.inf
+    if not has_rows or (lse.device.type == "cpu" and not bool(is_valid.any())):
+        return Drawn(lse, rows[:0], is_valid[:0], top_rows)
+    # A query without negatives gets a row that is safe to encode; its weight is 0 and nothing is written.
+    safe = rows[is_valid.to(torch.uint8).argmax(), 0]
+    return Drawn(lse, torch.where(is_valid[:, None], rows, safe), is_valid, top_rows)
+
+
+def _retrieve_custom(
+    queries: Tensor,
+    pool: RowPool,
+    retrieval_fn: RetrievalFn,
+    score_transform: ScoreTransform | None,
+    excluded: Tensor | None,
+    top_k: int | None,
+    num_top: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(queries.device.type, enabled=False):
+        if top_k is not None:
+            scores, rows = mine_groups(queries, pool, top_k, score_transform, excluded)
+        else:
+            _say_once(
+                f"{type(retrieval_fn).__name__} needs the scores of all rows at once: using the dense pass, "
+                f"which allocates [batch, {pool.num_rows}]. Give top_k to avoid it."
+            )
+            scores = dense_scores(queries, pool, score_transform, excluded)
+            rows = torch.arange(pool.num_rows, device=scores.device).expand_as(scores)
+    picked = retrieval_fn(scores).to(rows.device, torch.int64)
+    if picked.shape != (len(queries), 1):
+        raise ValueError(f"The retrieval function returned shape {list(picked.shape)}; expected [{len(queries)}, 1].")
+    top_scores, top = exact_top_k(scores, min(num_top, scores.shape[1]))
+    top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
+    return scores.logsumexp(dim=1), rows.gather(1, picked), top_rows
+
+
+def read_pool(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Features of `rows [n]`, numbered through all caches, on the rows' device: `[n, ...]` each."""
+    if len(caches) == 1:
+        return {key: value.to(rows.device) for key, value in caches[0].read(rows, keys).items()}
+    result: dict[str, Tensor] = {}
+    start = 0
+    for cache in caches:
+        inside = (rows >= start) & (rows < start + cache.num_rows)
+        for key, value in cache.read(torch.where(inside, rows - start, 0), keys).items():
+            value = value.to(rows.device)
+            result[key] = _where(inside, value, result[key]) if key in result else value
+        start += cache.num_rows
+    return result
+
+
+def encode(document_encoder: DocumentEncoder, features: dict[str, Tensor], count: int, dim: int) -> Tensor:
+    """Run the document encoder on drawn rows and check what it returns: `[count, dim]`, with gradient."""
+    embeddings = document_encoder(features)
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(
+            f"The document encoder returned {type(embeddings).__name__}; expected a tensor [{count}, {dim}]."
+        )
+    if embeddings.shape != (count, dim):
+        raise ValueError(f"The document encoder returned shape {list(embeddings.shape)}; expected [{count}, {dim}].")
+    check_finite("The document encoder's output", embeddings)
+    return embeddings
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for NaN or infinity in a CPU tensor; elsewhere the cache masks and counts such rows."""
+    if values.device.type == "cpu" and not bool(values.detach().isfinite().all()):
+        raise ValueError(
+            f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
+            "too high or an overflow in half precision."
+        )
+
+
+def new_generator(seed: int | None = None) -> torch.Generator:
+    """A CPU generator with the given seed, or one taken from torch's global generator."""
+    generator = torch.Generator()
+    generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
+    return generator
+
+
+def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`where` over the first dimension; ragged features of different widths are padded with 0."""
+    if new.dim() == 2 and new.shape[1] != old.shape[1]:
+        width = max(new.shape[1], old.shape[1])
+        new, old = (torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in (new, old))
+    return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)

@@ -1,0 +1,58 @@
+"""One pass over the cached rows: the softmax's normaliser, samples from it, and the best rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform
+from negative_cache.retrieval.streaming import retrieve_streaming
+
+__all__ = ["Retrieved", "RowPool", "ScoreTransform", "retrieve"]
+
+
+@torch.no_grad()
+def retrieve(
+    queries: Tensor,
+    pool: RowPool,
+    *,
+    generator: torch.Generator,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    num_top: int = 0,
+) -> Retrieved:
+    """Score all rows against all queries, without gradient, and sample from each query's softmax.
+
+    With `s = score_transform(queries @ rows.T)`, restricted to each query's candidates (and, with top_k,
+    to the best row of each of k contiguous groups of rows): `lse = s.logsumexp(1)`, and `rows` are draws
+    from `s.softmax(1)`, independent between queries and samples.
+
+    Args:
+        queries: `[batch, dim]`, on the pool's device.
+        pool: The rows. Scores are computed in float32, or float64 for float64 rows.
+        generator: CPU generator of all randomness; it advances.
+        score_transform: Elementwise function of the dot products.
+        excluded: int64 `[batch, n]`: rows that one query must not see; -1 for none.
+        top_k: Number of groups; None for all rows.
+        num_samples: Independent draws per query.
+        num_top: How many of the best rows to return; with top_k they are chosen among its rows.
+
+    Returns:
+        `Retrieved`.
+
+    Raises:
+        ValueError: Wrong shape or device of the queries, top_k above the number of rows.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        return retrieve_streaming(
+            queries.detach(),
+            pool,
+            generator=generator,
+            score_transform=score_transform,
+            excluded=excluded,
+            top_k=top_k,
+            num_samples=num_samples,
+            num_top=num_top,
+        )

@@ -1,0 +1,99 @@
+"""The rows of one or several caches, seen as one numbered pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ScoreTransform = Callable[[Tensor], Tensor]
+
+
+class RowPool(NamedTuple):
+    """Embeddings of all rows, and which of them may be retrieved.
+
+    Attributes:
+        embeddings: Tensors `[num_rows, dim]`, concatenated in thought: row numbers run through all of them.
+        candidates: bool `[num_rows]` each; False rows are invisible.
+    """
+
+    embeddings: Sequence[Tensor]
+    candidates: Sequence[Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(part) for part in self.embeddings)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """float64 for float64 rows, float32 for all narrower ones."""
+        return torch.float64 if self.embeddings[0].dtype == torch.float64 else torch.float32
+
+    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Embeddings `[stop - start, dim]` and candidates `[stop - start]` of a range of rows."""
+        return _slice(self.embeddings, start, stop), _slice(self.candidates, start, stop)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Embeddings of `rows [n]`: `[n, dim]`."""
+        if len(self.embeddings) == 1:
+            return self.embeddings[0][rows]
+        gathered = self.embeddings[0].new_empty(len(rows), self.embeddings[0].shape[1])
+        start = 0
+        for part in self.embeddings:
+            inside = (rows >= start) & (rows < start + len(part))
+            values = part[torch.where(inside, rows - start, 0)]
+            gathered = torch.where(inside[:, None], values, gathered)
+            start += len(part)
+        return gathered
+
+
+class Retrieved(NamedTuple):
+    """What one pass over the pool gives for `batch` queries.
+
+    Attributes:
+        lse: `[batch]`: logsumexp of the scores of each query's candidates (of the top_k rows where that
+            is given); -inf for a query without candidates.
+        rows: int64 `[batch, num_samples]`: rows drawn from the softmax over the same scores; arbitrary but
+            valid numbers where lse is -inf.
+        top_rows: int64 `[batch, num_top]`: the highest scoring rows in falling order, -1 where there are
+            not so many candidates.
+    """
+
+    lse: Tensor
+    rows: Tensor
+    top_rows: Tensor
+
+
+def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:
+    """Split rows into contiguous groups, the longer ones first.
+
+    Returns:
+        The length of the shorter groups, and how many groups are longer by one.
+    """
+    return num_rows // num_groups, num_rows % num_groups
+
+
+def check_queries(queries: Tensor, pool: RowPool, top_k: int | None) -> None:
+    """Raise ValueError for queries that do not match the pool, or a pool smaller than top_k."""
+    dim = pool.embeddings[0].shape[1]
+    if queries.dim() != 2 or queries.shape[1] != dim:
+        raise ValueError(f"Query embeddings have shape {list(queries.shape)}; expected [batch, {dim}].")
+    if queries.device != pool.embeddings[0].device:
+        raise ValueError(
+            f"Query embeddings are on {queries.device}, the cache is on {pool.embeddings[0].device}. "
+            "Move the handler or loss with .to(device)."
+        )
+    if top_k is not None and not 1 <= top_k <= pool.num_rows:
+        raise ValueError(f"top_k is {top_k}; it must be from 1 to the {pool.num_rows} rows of the cache.")
+
+
+def _slice(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
+    pieces, offset = [], 0
+    for part in parts:
+        low, high = max(start - offset, 0), min(stop - offset, len(part))
+        if low < high:
+            pieces.append(part[low:high])
+        offset += len(part)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

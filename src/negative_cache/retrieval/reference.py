@@ -1,0 +1,119 @@
+"""The dense pass: the plain formulas with a `[batch, num_rows]` matrix. The oracle of the fast ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
+
+
+def dense_scores(
+    queries: Tensor,
+    pool: RowPool,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+) -> Tensor:
+    """`score_transform(queries @ rows.T)`, with -inf where a row may not be retrieved.
+
+    Args:
+        queries: `[batch, dim]`.
+        pool: The rows.
+        score_transform: Elementwise function of the dot products.
+        excluded: int64 `[batch, n]`: rows that are invisible to one query; -1 for none.
+
+    Returns:
+        `[batch, num_rows]` in the pool's score dtype.
+    """
+    embeddings, candidates = pool.slice(0, pool.num_rows)
+    scores = queries.to(pool.score_dtype) @ embeddings.to(pool.score_dtype).T
+    if score_transform is not None:
+        scores = score_transform(scores)
+    scores = scores.masked_fill(~candidates, -torch.inf)
+    if excluded is not None:
+        scores = exclude(scores, excluded, 0)
+    return scores
+
+
+def exclude(scores: Tensor, excluded: Tensor, start: int) -> Tensor:
+    """Put -inf at the `excluded [batch, n]` rows of `scores [batch, rows from start on]`, in a copy."""
+    width = scores.shape[1]
+    at = excluded - start
+    at = torch.where((at >= 0) & (at < width), at, width)
+    wide = torch.nn.functional.pad(scores, (0, 1))
+    return wide.scatter_(1, at, -torch.inf)[:, :width]
+
+
+def grouped_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best element of each of k contiguous groups, the first one of equals.
+
+    Args:
+        scores: `[batch, n]`, n at least k. Where k does not divide n the last groups are shorter.
+        k: Number of groups.
+
+    Returns:
+        Scores and int64 positions, `[batch, k]`.
+    """
+    size, num_longer = group_bounds(scores.shape[1], k)
+    long, short = scores[:, : num_longer * (size + 1)], scores[:, num_longer * (size + 1) :]
+    best = [
+        part.reshape(len(part), groups, length).max(dim=2)
+        for part, groups, length in ((long, num_longer, size + 1), (short, k - num_longer, size))
+        if groups
+    ]
+    lengths = torch.full((k,), size, device=scores.device)
+    lengths[:num_longer] += 1
+    starts = lengths.cumsum(0) - lengths
+    return torch.cat([b.values for b in best], 1), torch.cat([b.indices for b in best], 1) + starts
+
+
+def exact_top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest elements of `scores [batch, n]`, the first ones of equals, in falling order."""
+    values, positions = torch.sort(scores, dim=1, descending=True, stable=True)
+    return values[:, :k], positions[:, :k]
+
+
+def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+    """Draw positions from the softmax of `scores [batch, n]` by inverse CDF: int64 `[batch, num_samples]`.
+
+    The cumulative sums and the uniforms are float64, so that rare rows are neither lost nor tied. Rows
+    without a finite score give arbitrary positions.
+    """
+    top = scores.amax(dim=1, keepdim=True)
+    weights = (scores - torch.where(top.isfinite(), top, 0)).to(torch.float64).exp()
+    cumulative = weights.cumsum(dim=1)
+    uniform = uniforms((scores.shape[0], num_samples), generator, scores.device)
+    # `right=True` never ends on an element of weight 0: its cumulative sum equals that of the one before.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = cumulative.argmax(dim=1, keepdim=True)  # the first position that has the full sum
+    return torch.minimum(drawn, last)
+
+
+def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """float64 uniforms in [0, 1) from a CPU generator, the same on every device."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def retrieve_dense(
+    queries: Tensor,
+    pool: RowPool,
+    *,
+    generator: torch.Generator,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    num_top: int = 0,
+) -> Retrieved:
+    """See `negative_cache.retrieval.retrieve`, which this equals in distribution."""
+    check_queries(queries, pool, top_k)
+    scores = dense_scores(queries, pool, score_transform, excluded)
+    rows = torch.arange(pool.num_rows, device=scores.device).expand_as(scores)
+    if top_k is not None:
+        scores, rows = grouped_top_k(scores, top_k)
+    top_scores, top = exact_top_k(scores, min(num_top, scores.shape[1]))
+    return Retrieved(
+        lse=scores.logsumexp(dim=1),
+        rows=rows.gather(1, sample(scores, num_samples, generator)),
+        top_rows=torch.where(top_scores > -torch.inf, rows.gather(1, top), -1),
+    )
