@@ -98,7 +98,7 @@ class NegativeCacheLoss(nn.Module):
         self.feature_device = feature_device
         self.generator = new_generator(seed)
         self.cache: NegativeCache | None = None
-        self._given_specs = None if specs is None else dict(specs)
+        self.specs = None if specs is None else dict(specs)
         self._fixed_scale = scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
         self._last: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ class NegativeCacheLoss(nn.Module):
         negatives = (negative_embeddings, negative_features, negative_ids)
         self._check_embeddings(query_embeddings, document_embeddings, negative_embeddings)
         embeddings, features, ids = document_embeddings, document_features, document_ids
-        specs = self._given_specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
+        specs = self.specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
         if negative_embeddings is not None:
             embeddings, features, ids = _join(embeddings, features, ids, negatives, specs)
         elif negative_features is not None or negative_ids is not None:
@@ -172,7 +172,7 @@ class NegativeCacheLoss(nn.Module):
         withheld = None if negative_ids is None else cache.find(negative_ids.to(cache.device, torch.int64))
         if not (self.training and torch.is_grad_enabled()):
             lse = self._normaliser(query_embeddings, cache, excluded, withheld)
-            return estimators.readable_loss(positive_scores, lse[:, None] * 0, lse, fresh_scores).mean()
+            return estimators.readable_loss(positive_scores, torch.zeros_like(lse)[:, None], lse, fresh_scores).mean()
         loss, rows, fresh, is_valid = self._sampled_loss(
             query_embeddings, positive_scores, cache, excluded, withheld, fresh_scores
         )

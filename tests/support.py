@@ -1,0 +1,93 @@
+"""What several test modules share: snapshots, an encoder, a recorder of operations, processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything that `state_dict` holds."""
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same_state(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert value.dtype == second[key].dtype, key
+        assert torch.equal(value, second[key]), key
+
+
+class Encoder(nn.Module):
+    """Embeddings of two integer features, summed and normalised; records the inputs of each call."""
+
+    def __init__(self, num_values: int = 50, dim: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Embedding(num_values, dim)
+        self.second = nn.Embedding(num_values, dim)
+        self.calls: list[dict[str, Tensor]] = []
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        self.calls.append(features)
+        return nn.functional.normalize(self.first(features["a"]) + self.second(features["b"]), dim=1)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operations and keeps the sizes of the tensors that they allocate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_ops = 0
+        self.allocated: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.num_ops += 1
+        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if tensor.untyped_storage().data_ptr() not in known:
+                self.allocated.append((str(func), tensor.numel()))
+        return result
+
+    @property
+    def largest(self) -> int:
+        return max((numel for _, numel in self.allocated), default=0)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def run_ranks(fn: Callable[..., None], world_size: int, folder: Path, seconds: float = 120) -> None:
+    """Run `fn(rank, world_size, folder)` in processes joined by gloo; any failure or hang raises."""
+    context = mp.spawn(_rank, (fn, world_size, str(folder)), nprocs=world_size, join=False)
+    deadline = time.monotonic() + seconds
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"The ranks did not finish within {seconds} seconds.")
+
+
+def _rank(rank: int, fn: Callable[..., None], world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        fn(rank, world_size, Path(folder))
+    finally:
+        dist.destroy_process_group()
