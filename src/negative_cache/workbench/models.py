@@ -1,0 +1,99 @@
+"""Models by name: `static` and `tiny` made for a corpus, everything else by sentence-transformers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, StaticEmbedding, Transformer
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordPieceTrainer
+
+VOCABULARY = 16_000
+STATIC_DIM = 256
+TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
+TINY_MAX_LENGTH = 128
+
+# Learning rates at which each kind of model trains well with AdamW; a pretrained model wants little steps.
+LEARNING_RATES = {"static": 5e-3, "tiny": 5e-4}
+PRETRAINED_LEARNING_RATE = 2e-5
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded."""
+
+
+def learning_rate_of(name: str) -> float:
+    """The learning rate to use if none is given."""
+    return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
+
+
+def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
+    """A model to train.
+
+    Args:
+        name: `static`: mean of token embeddings, from scratch; `tiny`: a transformer of two layers, from
+            scratch; both with a tokenizer trained on `texts`. Any other name or path is loaded.
+        texts: The training texts.
+        seed: Seed of random weights.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    if name == "static":
+        return SentenceTransformer(modules=[StaticEmbedding(train_tokenizer(texts), embedding_dim=STATIC_DIM)])
+    if name == "tiny":
+        return _tiny(train_tokenizer(texts))
+    try:
+        return SentenceTransformer(name)
+    except Exception as error:
+        raise ModelError(f"Cannot load the model {name!r}: {error}") from error
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A WordPiece tokenizer for prose and code: words in camelCase and snake_case fall apart, case is dropped."""
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]", max_input_chars_per_word=64))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r"(?<=[a-z0-9])(?=[A-Z])"), " "), normalizers.NFKC(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.Split("_", behavior="removed"),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=specials, show_progress=False)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _tiny(tokenizer: Tokenizer) -> SentenceTransformer:
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=TINY_MAX_LENGTH,
+        **{f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")},
+    )
+    config = BertConfig(vocab_size=len(fast), max_position_embeddings=TINY_MAX_LENGTH, **TINY)
+    with tempfile.TemporaryDirectory() as folder:  # Transformer only takes models from a folder
+        BertModel(config).save_pretrained(folder)
+        fast.save_pretrained(folder)
+        body = Transformer(str(Path(folder)))
+    return SentenceTransformer(modules=[body, Pooling(body.get_word_embedding_dimension())])

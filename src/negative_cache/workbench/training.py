@@ -1,0 +1,261 @@
+"""One training run: sentence-transformers' trainer with one of three losses, and a record of what happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+from sentence_transformers.models import StaticEmbedding
+from torch import nn
+from transformers import TrainerCallback
+
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.evaluation import evaluate, make_evaluator
+from negative_cache.workbench.models import learning_rate_of, load_model
+
+LOSSES = ("negative-cache", "in-batch", "gradcache")
+GRADCACHE_MINI_BATCH = 32
+LOG_STEPS = 10
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+class RunError(ValueError):
+    """A configuration that cannot be run."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run; checked when it is made.
+
+    Attributes:
+        data: See `load_data`.
+        model: See `load_model`.
+        loss: negative-cache, in-batch or gradcache.
+        output: Folder that the trained model is written to; must not exist.
+        cache_size: Rows of the cache.
+        batch_size: Queries per step.
+        epochs: Passes over the training pairs.
+        max_steps: Stop after so many steps; None for all epochs.
+        learning_rate: Peak of the schedule (warm-up over a tenth, then linear to 0); None for the model's usual one.
+        scale: Factor of the similarities, the same for all losses.
+        top_k: See `NegativeCacheRankingLoss`.
+        num_samples: See `NegativeCacheRankingLoss`.
+        seed: Seed of weights, data order and draws.
+        eval_steps: Evaluate on the dev split every so many steps; None for never.
+    """
+
+    data: str
+    model: str
+    loss: str
+    output: str
+    cache_size: int = 16_384
+    batch_size: int = 64
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    scale: float = 20.0
+    top_k: int | None = None
+    num_samples: int = 1
+    seed: int = 0
+    eval_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise RunError(f"--loss is {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+        if self.loss == "gradcache" and self.model == "static":
+            raise RunError(
+                "--loss gradcache does not work with --model static: sentence-transformers' cached losses refuse "
+                "StaticEmbedding. Use in-batch with a larger --batch-size, which costs the same."
+            )
+        for name in ("cache_size", "batch_size", "num_samples", "epochs"):
+            if getattr(self, name) <= 0:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
+        for name in ("max_steps", "learning_rate", "top_k", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RunError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
+        if self.loss == "negative-cache" and self.batch_size > self.cache_size:
+            raise RunError(f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}.")
+        if self.top_k is not None and self.top_k > self.cache_size:
+            raise RunError(f"--top-k {self.top_k} is larger than --cache-size {self.cache_size}.")
+        if Path(self.output).exists():
+            raise RunError(f"The output folder {self.output!r} exists. Choose another, or remove it.")
+
+
+def run(config: RunConfig, data: RetrievalData, progress: Progress | None = None) -> dict[str, Any]:
+    """Train, evaluate before and after on the test split, and write model and `run.json`.
+
+    Args:
+        config: What to do.
+        data: The data that `config.data` names.
+        progress: Called with (step, steps, latest metrics) while training.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        DataError: The data has no training or test split.
+        RunError, ModelError: The configuration or model does not work.
+    """
+    data.judged("test")
+    columns = data.training_columns()
+    if config.eval_steps is not None and not data.qrels.get("dev"):
+        raise DataError(f"{data.name} has no dev split to evaluate on; leave --eval-steps out.")
+    model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
+    if config.loss == "gradcache" and isinstance(model[0], StaticEmbedding):
+        raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
+    output = Path(config.output)
+    folder = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        record = _run_in(folder, config, data, columns, model, progress)
+        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return record
+
+
+def _run_in(
+    folder: Path,
+    config: RunConfig,
+    data: RetrievalData,
+    columns: dict[str, list[Any]],
+    model: SentenceTransformer,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    before = evaluate(model, data, "test")
+    loss = make_loss(config, model)
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(folder, config),
+        train_dataset=_dataset(columns),
+        loss=loss,
+        evaluator=make_evaluator(data, "dev") if config.eval_steps is not None else None,
+        callbacks=[_ProgressCallback(progress)] if progress else None,
+    )
+    _silence(trainer)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    after = evaluate(model, data, "test")
+    model.save_pretrained(str(folder))
+    return {
+        "configuration": {**asdict(config), "learning_rate": trainer.args.learning_rate},
+        "versions": _versions(),
+        "device": str(model.device),
+        "steps": trainer.state.global_step,
+        "training_pairs": len(columns["anchor"]),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "before": before,
+        "after": after,
+        "history": trainer.state.log_history,
+    }
+
+
+def make_loss(config: RunConfig, model: SentenceTransformer) -> nn.Module:
+    """The loss that a configuration names."""
+    if config.loss == "in-batch":
+        return MultipleNegativesRankingLoss(model, scale=config.scale)
+    if config.loss == "gradcache":
+        return CachedMultipleNegativesRankingLoss(model, scale=config.scale, mini_batch_size=GRADCACHE_MINI_BATCH)
+    return NegativeCacheRankingLoss(
+        model,
+        cache_size=config.cache_size,
+        scale=config.scale,
+        top_k=config.top_k,
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that was in use: of the GPU's allocator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """Adds the cache's metrics to what is logged."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.loss, NegativeCacheRankingLoss) and "loss" in logs:
+            metrics = self.loss.metrics()
+            logs["cache/interpretable_prediction_loss"] = metrics["interpretable_loss"]
+            logs["cache/staleness"] = metrics["staleness"]
+            logs["cache/fill"] = metrics["fill"]
+        super().log(logs, *args, **kwargs)
+
+
+class _ProgressCallback(TrainerCallback):
+    """Reports steps and the latest logs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.latest: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.latest.update(logs or {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(state.global_step, state.max_steps, self.latest)
+
+
+def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingArguments:
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
+        num_train_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        learning_rate=learning_rate_of(config.model) if config.learning_rate is None else config.learning_rate,
+        warmup_steps=0.1,
+        seed=config.seed,
+        data_seed=config.seed,
+        batch_sampler="no_duplicates",
+        save_strategy="no",
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
+        logging_steps=LOG_STEPS,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+    )
+
+
+def _dataset(columns: dict[str, list[Any]]) -> Dataset:
+    disable_progress_bars()
+    return Dataset.from_dict(columns)
+
+
+def _silence(trainer: SentenceTransformerTrainer) -> None:
+    """Logs go to our progress bar, not to the terminal."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
