@@ -17,7 +17,7 @@ NUM_ROWS = 13
 def ragged_rows(rows: list[list[int]]) -> RaggedRows:
     width = max((len(row) for row in rows), default=0)
     values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
-    return RaggedRows(values, torch.tensor([len(row) for row in rows]))
+    return RaggedRows(values, torch.tensor([len(row) for row in rows], dtype=torch.int64))
 
 
 def unpadded(column: RaggedColumn, row: int) -> list[int]:
@@ -131,7 +131,8 @@ def test_fixed_column_keeps_its_dtype_and_storage() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [FixedLenFeature([2, 3], torch.int32), FixedLenFeature([2], torch.int64, 7), RaggedFeature(torch.int64, 9, 1)]
+    "spec",
+    [FixedLenFeature([2, 3], torch.int32), FixedLenFeature([2], torch.int64, 7), RaggedFeature(torch.int64, 9, 1)],
 )
 def test_spec_of_a_column(spec: FixedLenFeature | RaggedFeature) -> None:
     assert spec_of(make_column(spec, 4, torch.device("cpu"))) == spec

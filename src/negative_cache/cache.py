@@ -81,7 +81,7 @@ class NegativeCache(nn.Module):
         device = next(iter(columns.values())).device if device is None else device
         self._columns = dict(columns)
         for key, column in columns.items():
-            self.add_module(_module_name(key), column)
+            self.add_module(module_name("feature", key), column)
         self._is_known_to_have_rows = False
         self.register_buffer("filled", torch.full((num_rows,), is_filled, device=device))
         self.register_buffer("document_ids", torch.full((num_rows,), NO_ID, dtype=torch.int64, device=device))
@@ -150,7 +150,7 @@ class NegativeCache(nn.Module):
         is_match = (wanted[at] == self.document_ids) & self.filled & (self.document_ids >= 0)
         rows = torch.where(is_match, torch.arange(self.num_rows, device=self.device), -1)
         found = torch.full_like(wanted, -1).scatter_reduce_(0, at, rows, "amax")
-        return found[torch.searchsorted(wanted, document_ids)]
+        return found[torch.searchsorted(wanted, document_ids.contiguous())]
 
     def write(
         self,
@@ -213,8 +213,8 @@ class NegativeCache(nn.Module):
             value = state_dict.get(name)
             if value is None:
                 raise ValueError(f"The state dict has no entry {name!r}.")
-            is_arena = name.endswith(".arena")
-            if value.dtype != buffer.dtype or (value.shape != buffer.shape and not is_arena and "extra" not in name):
+            has_own_size = name.endswith((".arena", "_extra_state"))
+            if value.dtype != buffer.dtype or (value.shape != buffer.shape and not has_own_size):
                 raise ValueError(
                     f"{name!r} is {value.dtype} {list(value.shape)} in the state dict, "
                     f"but {buffer.dtype} {list(buffer.shape)} here."
@@ -263,8 +263,9 @@ def _keep_ragged(is_any: Tensor, new: RaggedRows, column: RaggedColumn, rows: Te
     return column.read_rows(rows)
 
 
-def _module_name(key: str) -> str:
-    return "feature_" + key.replace(".", "/")
+def module_name(prefix: str, key: str) -> str:
+    """A module name for any key; different keys give different names, though a name may have no dot."""
+    return f"{prefix}_" + key.replace("~", "~0").replace(".", "~1")
 
 
 def _to_bytes(value: Any) -> Tensor:

@@ -33,8 +33,14 @@ class FixedColumn(_Column):
 
     values: Tensor
 
-    def __init__(self, values: Tensor, pinned_device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        pinned_device: torch.device | None = None,
+        default_value: float | None = None,
+    ) -> None:
         super().__init__(pinned_device)
+        self.default_value = default_value
         self.register_buffer("values", values.detach())
 
     @property
@@ -173,11 +179,12 @@ def make_column(
     device = device if pinned_device is None else pinned_device
     if isinstance(spec, RaggedFeature):
         return RaggedColumn(spec, num_rows, device, pinned_device)
-    return FixedColumn(torch.zeros([num_rows, *spec.shape], dtype=spec.dtype, device=device), pinned_device)
+    values = torch.zeros([num_rows, *spec.shape], dtype=spec.dtype, device=device)
+    return FixedColumn(values, pinned_device, spec.default_value)
 
 
 def spec_of(column: Column) -> FeatureSpec:
     """The spec that a column holds."""
     if isinstance(column, RaggedColumn):
         return column.spec
-    return FixedLenFeature(list(column.values.shape[1:]), column.values.dtype)
+    return FixedLenFeature(list(column.values.shape[1:]), column.values.dtype, column.default_value)

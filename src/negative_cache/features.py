@@ -71,6 +71,8 @@ def check_specs(specs: Specs) -> None:
                 raise ValueError(f"specs[{key!r}] has a negative size in its shape {list(spec.shape)}.")
         else:
             raise TypeError(f"specs[{key!r}] is {type(spec).__name__}; expected FixedLenFeature or RaggedFeature.")
+        if not _holds(spec.dtype, padding_value(spec)):
+            raise ValueError(f"specs[{key!r}] has default_value {spec.default_value}, which {spec.dtype} cannot hold.")
 
 
 def spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
@@ -245,6 +247,14 @@ def _share_lengths(checked: dict[str, Tensor | RaggedRows]) -> dict[str, Tensor 
     }
 
 
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether an integer dtype can hold the value; floating point dtypes hold all, rounded."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return value == int(value) and low <= value <= high
+
+
 def _as_tensor(where: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{where}` is {type(value).__name__}; expected a torch.Tensor.")
@@ -261,8 +271,8 @@ def _cast(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         raise TypeError(f"`{where}` is {value.dtype}; the spec says {dtype}. Convert it or change the spec.")
     # Looking at the values of a GPU tensor would stall the device, so only CPU values are looked at.
     if not dtype.is_floating_point and value.device.type == "cpu" and value.numel():
-        low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-        if int(value.min()) < low or int(value.max()) > high:
+        is_held = _holds(dtype, int(value.min())) and _holds(dtype, int(value.max()))
+        if not is_held:
             raise ValueError(
                 f"`{where}` has values from {int(value.min())} to {int(value.max())}, which do not fit "
                 f"the spec's {dtype}. Use a wider dtype in the spec."

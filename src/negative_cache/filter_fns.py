@@ -63,7 +63,7 @@ class IsInCacheFilterFn(CacheFilterFn):
 
 def _equal_rows(items: Tensor, rows: Tensor) -> Tensor:
     """`(items[:, None] == rows[None]).all(other dimensions)`, one column at a time: `[batch, num_rows]`."""
-    items, rows = items.reshape(len(items), -1), rows.reshape(len(rows), -1)
+    items, rows = items.unsqueeze(-1).flatten(1), rows.unsqueeze(-1).flatten(1)
     is_equal = torch.ones(len(items), len(rows), dtype=torch.bool, device=rows.device)
     for column in range(rows.shape[1]):
         is_equal &= items[:, column, None] == rows[:, column]

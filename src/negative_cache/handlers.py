@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache import NegativeCache
+from negative_cache.cache import NegativeCache, module_name
 from negative_cache.features import Features, check_keys
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn
 from negative_cache.negative_cache import CacheManager
-from negative_cache.negatives import DocumentEncoder
+from negative_cache.negatives import DocumentEncoder, check_finite
 from negative_cache.util import cross_replica_concat
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class MultiCacheLossHandler(nn.Module):
         self._caches: dict[str, NegativeCache] = {}
         for name, manager in self.cache_managers.items():
             self._caches[name] = manager.init_cache()
-            self.add_module("cache_" + name.replace(".", "/"), self._caches[name])
+            self.add_module(module_name("cache", name), self._caches[name])
 
     @property
     def cache(self) -> dict[str, NegativeCache]:
@@ -125,7 +125,11 @@ class MultiCacheLossHandler(nn.Module):
             missing = [key for key in self.data_keys if key not in features[name]]
             if missing:
                 raise ValueError(f"The features {missing} are missing; got {sorted(features[name])}.")
-            self.cache_managers[name].check_new_items(cache, self._items(embeddings[name], features[name]))
+            items = self._items(embeddings[name], features[name])
+            self.cache_managers[name].check_new_items(cache, items)
+            for key, value in items.items():  # before any of the caches is written
+                if isinstance(value, Tensor):
+                    check_finite(f"The new items' {key!r} for the cache {name!r}", value)
 
     def _update(
         self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features], result: CacheLossReturn
@@ -167,6 +171,11 @@ class MultiCacheLossHandler(nn.Module):
         generator = getattr(self.cache_loss, "generator", None)
         if generator is not None and state.numel():
             generator.set_state(state.cpu())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, cache in self._caches.items():  # all of them before anything is changed
+            cache.check_loadable(state_dict, f"{prefix}{module_name('cache', name)}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # The name under which the earlier PyTorch implementation has it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from negative_cache import estimators
 from negative_cache.cache import NO_ID, NegativeCache, state_of
 from negative_cache.features import (
     Features,
+    FeatureSpec,
     FixedLenFeature,
     Specs,
     concatenate,
@@ -98,7 +98,7 @@ class NegativeCacheLoss(nn.Module):
         self.feature_device = feature_device
         self.generator = new_generator(seed)
         self.cache: NegativeCache | None = None
-        self.specs = None if specs is None else dict(specs)
+        self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self._fixed_scale = scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
         self._last: dict[str, Tensor] = {}
@@ -111,6 +111,12 @@ class NegativeCacheLoss(nn.Module):
     @document_encoder.setter
     def document_encoder(self, encoder: DocumentEncoder) -> None:
         self._document_encoder = (encoder,)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "document_encoder":  # nn.Module would register a module, and never reach the property
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def scale(self) -> Tensor | float:
@@ -176,8 +182,6 @@ class NegativeCacheLoss(nn.Module):
         loss, rows, fresh, is_valid = self._sampled_loss(
             query_embeddings, positive_scores, cache, excluded, withheld, fresh_scores
         )
-        if self.cache is None:
-            self.cache = cache
         manager.update_cache_(
             cache,
             new_items=new_items,
@@ -186,6 +190,8 @@ class NegativeCacheLoss(nn.Module):
             updated_item_indices=rows if len(rows) else None,
             updated_item_mask=is_valid if len(rows) else None,
         )
+        if self.cache is None:
+            self.cache = cache
         return loss.mean()
 
     def metrics(self) -> dict[str, float]:
@@ -271,9 +277,10 @@ class NegativeCacheLoss(nn.Module):
         assert self.cache is not None
         return {key: spec for key, spec in self.cache.specs.items() if key != EMBEDDING}
 
-    def _prepare(self, queries: Tensor, specs: Mapping[str, Any]) -> tuple[CacheManager, NegativeCache]:
+    def _prepare(self, queries: Tensor, specs: Specs) -> tuple[CacheManager, NegativeCache]:
         """The manager and the cache; a new cache is kept only once it has been written."""
-        all_specs = {EMBEDDING: FixedLenFeature([queries.shape[1]], self.embedding_dtype), **specs}
+        all_specs: dict[str, FeatureSpec] = {EMBEDDING: FixedLenFeature([queries.shape[1]], self.embedding_dtype)}
+        all_specs.update(specs)
         manager = CacheManager(all_specs, self.cache_size, self.use_lru)
         cache = self.cache
         if cache is None:
@@ -323,6 +330,8 @@ class NegativeCacheLoss(nn.Module):
         if self.cache is None and prefix + "cache.filled" in state_dict:
             saved = state_of(state_dict, prefix + "cache.")
             specs = {key: spec_from_json(spec) for key, spec in saved["specs"].items()}
+            embedding = specs.pop(EMBEDDING)._replace(dtype=self.embedding_dtype)
+            specs = {EMBEDDING: embedding, **(specs if self.specs is None else self.specs)}
             device = state_dict[prefix + "cache.filled"].device
             cache = NegativeCache.empty(specs, self.cache_size, device, self.feature_device, EMBEDDING)
             cache.check_loadable(state_dict, prefix + "cache.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from negative_cache.cache import NO_ID, NegativeCache
 from negative_cache.features import (
     Features,
+    FeatureSpec,
     FixedLenFeature,
     RaggedFeature,
     RaggedRows,
@@ -117,6 +118,13 @@ class CacheManager:
         if inserted:
             _insert(cache, inserted, inserted_mask, document_ids)
 
+    def _specs_of(self, cache: NegativeCache) -> dict[str, FeatureSpec]:
+        """The cache's specs, with this manager's default values: a cache made by hand has none."""
+        return {
+            key: spec._replace(default_value=self.specs[key].default_value) if key in self.specs else spec
+            for key, spec in cache.specs.items()
+        }
+
     def _check_updates(
         self, cache: NegativeCache, data: Features | None, indices: Tensor | None, mask: Tensor | None
     ) -> tuple[dict[str, Tensor | RaggedRows], Tensor | None]:
@@ -124,7 +132,7 @@ class CacheManager:
             return {}, None
         if data is None or indices is None:
             raise ValueError("`updated_item_data` and `updated_item_indices` must be given together.")
-        updated = check_features("updated_item_data", data, cache.specs)
+        updated = check_features("updated_item_data", data, self._specs_of(cache))
         if not updated:
             return {}, None
         count = batch_size(updated)
@@ -152,7 +160,7 @@ class CacheManager:
             The items, padded and cast.
         """
         check_keys("new_items", new_items, list(cache.specs))
-        items = check_features("new_items", new_items, cache.specs)
+        items = check_features("new_items", new_items, self._specs_of(cache))
         count = batch_size(items)
         if count > cache.num_rows:
             raise ValueError(
@@ -211,7 +219,7 @@ def _mask_not_finite(
     for key, value in items.items():
         if isinstance(value, RaggedRows) or not value.is_floating_point():
             continue
-        finite = value.isfinite().flatten(1).all(dim=1)
+        finite = value.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
         if mask is not None:
             finite = finite | ~mask.to(finite.device)
         if finite.device.type == "cpu":

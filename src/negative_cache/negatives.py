@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NegativeCache
+from negative_cache.features import padding_value
 from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
 from negative_cache.retrieval.reference import dense_scores, exact_top_k
 from negative_cache.retrieval.streaming import mine_groups
@@ -86,7 +87,7 @@ def draw_negatives(
     is_softmax = retrieval_fn is None or (
         isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0
     )
-    if is_max or is_softmax:
+    if is_max or is_softmax or not has_rows:
         lse, rows, top_rows = retrieve(
             queries,
             pool,
@@ -147,7 +148,9 @@ def read_pool(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]
         inside = (rows >= start) & (rows < start + cache.num_rows)
         for key, value in cache.read(torch.where(inside, rows - start, 0), keys).items():
             value = value.to(rows.device)
-            result[key] = _where(inside, value, result[key]) if key in result else value
+            result[key] = (
+                _where(inside, value, result[key], padding_value(cache.specs[key])) if key in result else value
+            )
         start += cache.num_rows
     return result
 
@@ -181,11 +184,11 @@ def new_generator(seed: int | None = None) -> torch.Generator:
     return generator
 
 
-def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`where` over the first dimension; ragged features of different widths are padded with 0."""
+def _where(condition: Tensor, new: Tensor, old: Tensor, padding: float) -> Tensor:
+    """`where` over the first dimension; ragged features of different widths are padded."""
     if new.dim() == 2 and new.shape[1] != old.shape[1]:
         width = max(new.shape[1], old.shape[1])
-        new, old = (torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in (new, old))
+        new, old = (torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding) for value in (new, old))
     return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from negative_cache.features import RaggedFeature
+from negative_cache.features import FeatureSpec, RaggedFeature
 from negative_cache.modules import NegativeCacheLoss
 
 try:
@@ -20,7 +20,7 @@ except ImportError as error:
 
 # In the cache a token is its id + 1, so that 0 is padding whatever the tokenizer pads with.
 _TOKENS, _TYPES = "tokens", "token_type_ids"
-_SPECS = {_TOKENS: RaggedFeature(torch.int32), _TYPES: RaggedFeature(torch.uint8)}
+_SPECS: dict[str, FeatureSpec] = {_TOKENS: RaggedFeature(torch.int32), _TYPES: RaggedFeature(torch.uint8)}
 _PADDED_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 _FLAT_KEYS = {"input_ids", "offsets"}
 
@@ -108,22 +108,21 @@ class NegativeCacheRankingLoss(nn.Module):
         columns = list(sentence_features)
         if len(columns) < 2:
             raise ValueError(
-                f"The dataset has {len(columns)} text column(s); expected (anchor, positive) or (anchor, positive, ...)."
+                f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives."
             )
         # Modules may change the dicts in place, so the tokens are taken first.
         documents = [_tokens(column) for column in columns[1:]]
         self._constants = {k: v for k, v in columns[1].items() if not isinstance(v, Tensor)}
         embeddings = [self._embed(column) for column in columns]
         hashes = [_hash(document[_TOKENS]) for document in documents]
-        specs = {key: _SPECS[key] for key in documents[0]}
-        self.cache_loss.specs = specs
+        self.cache_loss.specs = {key: _SPECS[key] for key in documents[0]}
         self._is_flat = "offsets" in columns[1]
         ids, positives = _ids(labels, hashes[0])
         negatives: dict[str, Any] = {}
         if len(columns) > 2:
             negatives = {
                 "negative_embeddings": torch.cat(embeddings[2:]),
-                "negative_features": {key: _stack([d[key] for d in documents[1:]]) for key in specs},
+                "negative_features": {key: _stack([d[key] for d in documents[1:]]) for key in documents[0]},
                 "negative_ids": torch.cat(hashes[1:]),
             }
         loss: Tensor = self.cache_loss(

@@ -46,7 +46,7 @@ def retrieve_streaming(
     for start, scores in tiles:
         reservoir.add(start, scores)
         best.add(start, scores)
-    return Retrieved(reservoir.lse, reservoir.rows, best.rows())
+    return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows())
 
 
 def mine_groups(
@@ -114,13 +114,14 @@ class _Reservoir:
     def __init__(self, tiles: _Tiles, num_samples: int, generator: torch.Generator) -> None:
         batch = len(tiles.queries)
         self.generator = generator
-        self.lse = tiles.queries.new_full((batch,), -torch.inf)
+        # float64: over thousands of tiles a float32 sum would drift
+        self.lse = tiles.queries.new_full((batch,), -torch.inf, dtype=torch.float64)
         self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=tiles.queries.device)
 
     def add(self, start: int, scores: Tensor) -> None:
-        tile_lse = scores.logsumexp(dim=1)
+        tile_lse = scores.logsumexp(dim=1).double()
         lse = torch.logaddexp(self.lse, tile_lse)
-        chance = (tile_lse.double() - torch.where(lse.isfinite(), lse, 0).double()).exp()
+        chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
         moves = uniforms(tuple(self.rows.shape), self.generator, scores.device) < chance[:, None]
         self.lse = lse
         if scores.device.type != "cpu":  # choosing the queries that move would stall the device

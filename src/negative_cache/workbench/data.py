@@ -87,8 +87,8 @@ def load_data(source: str, query_column: str | None = None, positive_column: str
     if path.is_file():
         return _from_rows(path.name.split(".")[0], _file_rows(path), query_column, positive_column)
     raise DataError(
-        f"{source!r} is no file, no folder and not 'python-code'. Give a folder in BEIR layout, a .jsonl, .csv, .tsv or "
-        ".parquet file of pairs, hf:NAME, or python-code."
+        f"{source!r} is no file, no folder and not 'python-code'. Give a folder in BEIR layout, a .jsonl, .csv, "
+        ".tsv or .parquet file of pairs, hf:NAME, or python-code."
     )
 
 
@@ -96,9 +96,7 @@ def _load_python_code() -> RetrievalData:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "negative-cache"
     path = folder / f"python-code-{python_code.fingerprint()}.json"
     if not path.exists():
-        splits = {
-            split: [list(pair) for pair in pairs] for split, pairs in python_code.build().items()
-        }
+        splits = {split: [list(pair) for pair in pairs] for split, pairs in python_code.build().items()}
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}.tmp")
         beside.write_text(json.dumps(splits), encoding="utf-8")
@@ -152,7 +150,9 @@ def _load_qrels(path: Path, corpus: dict[str, str], queries: dict[str, str]) -> 
         if line == 1 and fields[0] in ("query-id", "query_id", "qid"):
             continue
         if len(fields) < 2 or (len(fields) > 2 and not fields[2].lstrip("-").isdigit()):
-            raise DataError(f"{path}, line {line}: expected query id, document id and score between tabs, got {text!r}.")
+            raise DataError(
+                f"{path}, line {line}: expected query id, document id and score between tabs, got {text!r}."
+            )
         query, document = fields[0], fields[1]
         for key, known, name in ((query, queries, "queries"), (document, corpus, "the corpus")):
             if key not in known:
@@ -199,7 +199,9 @@ def _field(row: dict[str, Any], where: str, given: str | None, usual: tuple[str,
             return value
         if column in row:
             raise DataError(f"{where}: the column {column!r} is empty or no text.")
-    raise DataError(f"{where}: no column {given or ' or '.join(usual)}, only {sorted(map(str, row))}. Name it with {flag}.")
+    raise DataError(
+        f"{where}: no column {given or ' or '.join(usual)}, only {sorted(map(str, row))}. Name it with {flag}."
+    )
 
 
 class _Groups:
@@ -288,7 +290,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with _open(path) as file:
         number = 0
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007 - named in the error
+            for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line.rstrip("\n")
         except (OSError, EOFError, UnicodeDecodeError) as error:

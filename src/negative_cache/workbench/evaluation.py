@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from negative_cache.workbench.data import RetrievalData
 

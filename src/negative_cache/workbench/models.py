@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
@@ -52,6 +52,11 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
         return SentenceTransformer(modules=[StaticEmbedding(train_tokenizer(texts), embedding_dim=STATIC_DIM)])
     if name == "tiny":
         return _tiny(train_tokenizer(texts))
+    return load_trained(name)
+
+
+def load_trained(name: str) -> SentenceTransformer:
+    """A model by name or path; `ModelError` if it cannot be loaded."""
     try:
         return SentenceTransformer(name)
     except Exception as error:

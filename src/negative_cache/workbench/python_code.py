@@ -156,7 +156,8 @@ def _signature(document: str) -> np.ndarray:
     hashes = np.array([zlib.crc32(run) for run in runs], dtype=np.uint64)
     rng = np.random.default_rng(0)
     factors = rng.integers(1, 2**32, size=(_NUM_HASHES, 1), dtype=np.uint64) | np.uint64(1)
-    return ((hashes * factors) >> np.uint64(32)).min(axis=1)
+    signature: np.ndarray = ((hashes * factors) >> np.uint64(32)).min(axis=1)
+    return signature
 
 
 def _bands(signature: np.ndarray) -> list[tuple[int, int, int]]:

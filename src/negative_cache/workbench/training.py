@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,9 +20,11 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
-from sentence_transformers.models import StaticEmbedding
-from torch import nn
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import TrainerCallback
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
@@ -126,6 +129,8 @@ def run(config: RunConfig, data: RetrievalData, progress: Progress | None = None
     folder.mkdir(parents=True)
     try:
         record = _run_in(folder, config, data, columns, model, progress)
+        with contextlib.suppress(OSError):
+            (folder / "eval").rmdir()  # the trainer makes it and leaves it empty
         (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         folder.rename(output)
     except BaseException:
@@ -143,6 +148,7 @@ def _run_in(
     progress: Progress | None,
 ) -> dict[str, Any]:
     before = evaluate(model, data, "test")
+    model.model_card_data.generate_widget_examples = False
     loss = make_loss(config, model)
     trainer = _Trainer(
         model=model,
@@ -172,7 +178,7 @@ def _run_in(
     }
 
 
-def make_loss(config: RunConfig, model: SentenceTransformer) -> nn.Module:
+def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
     """The loss that a configuration names."""
     if config.loss == "in-batch":
         return MultipleNegativesRankingLoss(model, scale=config.scale)
@@ -240,6 +246,7 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
         logging_steps=LOG_STEPS,
         report_to=["tensorboard"],
         disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -1,0 +1,18 @@
+"""The command `negative-cache`, also as `python -m negative_cache`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install for it."""
+    try:
+        from negative_cache.workbench.cli import app
+    except ImportError as error:
+        sys.exit(f"The command line needs more packages ({error.name}): pip install 'negative-cache[train]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()

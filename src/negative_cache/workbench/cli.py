@@ -1,0 +1,218 @@
+"""The command line: train, evaluate, search."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+# Importing torch and sentence-transformers takes seconds, so `--help` and mistakes do without them.
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and search with retrieval models against a cache of negatives.",
+)
+console = Console()
+
+DATA_HELP = (
+    "python-code (functions of the installed packages), a folder in BEIR layout, a .jsonl, .csv, .tsv or .parquet file "
+    "of pairs, or hf:NAME."
+)
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
+Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer takes.")]
+QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in a file of pairs.")]
+PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
+
+METRIC_NAMES = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100")
+
+
+@app.command()
+def train(
+    data: Data,
+    output: Annotated[str, typer.Option(help="Folder for the trained model and run.json; must not exist.")],
+    model: Model = "static",
+    loss: Annotated[str, typer.Option(help="negative-cache, in-batch or gradcache.")] = "negative-cache",
+    cache_size: Annotated[int, typer.Option(help="Documents in the cache.")] = 16_384,
+    batch_size: Annotated[int, typer.Option(help="Queries per step.")] = 64,
+    epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: one that suits the model.")] = None,
+    scale: Annotated[float, typer.Option(help="Factor of the similarities (1 / temperature).")] = 20.0,
+    top_k: Annotated[int | None, typer.Option(help="Only the best row of each of k groups of the cache.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
+    eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the dev split every so many steps.")] = None,
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+) -> None:
+    """Train a model and show its retrieval quality before and after."""
+    with _errors():
+        _quiet()
+        with console.status("Loading libraries ..."):
+            from negative_cache.workbench.data import load_data
+            from negative_cache.workbench.training import RunConfig, run
+        config = RunConfig(
+            data=data,
+            model=model,
+            loss=loss,
+            output=output,
+            cache_size=cache_size,
+            batch_size=batch_size,
+            epochs=epochs,
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            scale=scale,
+            top_k=top_k,
+            num_samples=num_samples,
+            seed=seed,
+            eval_steps=eval_steps,
+        )
+        with console.status(f"Reading {data} ..."):
+            loaded = load_data(data, query_column, positive_column)
+        with _training_bar(config.loss) as progress:
+            record = run(config, loaded, progress)
+    _print_before_after(record)
+    console.print(
+        f"{record['steps']} steps in {record['seconds']:.1f} s. Model and run.json are in {output}", soft_wrap=True
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics to this file.")] = None,
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+) -> None:
+    """Measure a model's retrieval quality on a split: its queries against the whole corpus."""
+    with _errors():
+        _quiet()
+        with console.status("Loading libraries ..."):
+            from negative_cache.workbench.data import load_data
+            from negative_cache.workbench.evaluation import evaluate as evaluate_model
+            from negative_cache.workbench.models import load_trained
+        with console.status(f"Reading {data} ..."):
+            loaded = load_data(data, query_column, positive_column)
+            loaded.judged(split)
+        trained = load_trained(model)
+        with console.status(f"Encoding {len(loaded.corpus):,} documents ..."):
+            metrics = evaluate_model(trained, loaded, split)
+        if json_file is not None:
+            beside = json_file.with_name(json_file.name + ".tmp")
+            beside.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            beside.replace(json_file)
+    table = Table(
+        title=f"{loaded.name}, {split}: {metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
+    )
+    for name in METRIC_NAMES:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{metrics[name]:.4f}" for name in METRIC_NAMES))
+    console.print(table)
+
+
+@app.command()
+def search(
+    query: Annotated[list[str], typer.Argument(help="One or more queries.")],
+    model: Model,
+    data: Data,
+    num_results: Annotated[int, typer.Option("--num-results", "-n", min=1, help="Documents per query.")] = 5,
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+) -> None:
+    """Show the best documents of a corpus for a query."""
+    with _errors():
+        _quiet()
+        with console.status("Loading libraries ..."):
+            from negative_cache.workbench.data import load_data
+            from negative_cache.workbench.models import load_trained
+            from negative_cache.workbench.searching import search as search_corpus
+        with console.status(f"Reading {data} ..."):
+            loaded = load_data(data, query_column, positive_column)
+        trained = load_trained(model)
+        with console.status(f"Encoding {len(loaded.corpus):,} documents ..."):
+            hits = search_corpus(trained, loaded, query, num_results)
+    for text, found in zip(query, hits, strict=True):
+        console.rule(f"[bold]{_escape(text)}", align="left")
+        for rank, hit in enumerate(found, start=1):
+            console.print(f"[bold]{rank}[/]  {hit.score:.3f}  [cyan]{_escape(hit.document_id)}", soft_wrap=True)
+            console.print(_preview(hit.text), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Mistakes of the user end with one message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _training_bar(title: str) -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"{title}: preparing, evaluating", total=None, metrics="")
+
+        def progress(step: int, steps: int, logs: dict[str, float]) -> None:
+            shown = {"loss": "loss", "cache/staleness": "staleness", "cache/fill": "fill"}
+            metrics = "  ".join(f"{name} {logs[key]:.3g}" for key, name in shown.items() if key in logs)
+            done = step >= steps
+            bar.update(
+                task,
+                completed=step,
+                total=steps,
+                metrics=metrics,
+                description=f"{title}{': evaluating' if done else ''}",
+            )
+
+        yield progress
+        bar.update(task, description=title)
+
+
+def _print_before_after(record: dict[str, Any]) -> None:
+    before, after = record["before"], record["after"]
+    table = Table(title=f"Test split: {after['num_queries']:,} queries, {after['num_documents']:,} documents")
+    for name in ("", *METRIC_NAMES):
+        table.add_column(name, justify="right" if name else "left")
+    for title, metrics in (("before", before), ("after", after)):
+        table.add_row(title, *(f"{metrics[name]:.4f}" for name in METRIC_NAMES))
+    console.print(table)
+
+
+def _preview(text: str, num_lines: int = 6, width: int = 110) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    shown = [line if len(line) <= width else line[: width - 3] + "..." for line in lines[:num_lines]]
+    return "\n".join(["    " + line for line in shown] + (["    ..."] if len(lines) > num_lines else []))
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _quiet() -> None:
+    """Keep other libraries' bars and warnings out of the way of our own output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)

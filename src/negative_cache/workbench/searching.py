@@ -1,0 +1,31 @@
+"""Searching a corpus with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import semantic_search
+
+from negative_cache.workbench.data import RetrievalData
+
+
+class Hit(NamedTuple):
+    """A document that was found."""
+
+    document_id: str
+    score: float
+    text: str
+
+
+def search(model: SentenceTransformer, data: RetrievalData, queries: Sequence[str], count: int) -> list[list[Hit]]:
+    """The `count` best documents of the corpus for each query, by the model's similarity, best first."""
+    names = list(data.corpus)
+    documents = model.encode_document(list(data.corpus.values()), batch_size=256, convert_to_tensor=True)
+    embedded = model.encode_query(list(queries), convert_to_tensor=True)
+    found = semantic_search(embedded, documents, top_k=count, score_function=model.similarity)
+    return [
+        [Hit(names[hit["corpus_id"]], float(hit["score"]), data.corpus[names[hit["corpus_id"]]]) for hit in hits]
+        for hits in found
+    ]
