@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import Encoder, assert_same_state, run_ranks, snapshot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +24,7 @@ from negative_cache import (
     losses,
     negative_cache,
 )
+from support import Encoder, assert_same_state, run_ranks, snapshot
 
 DIM = 8
 SPECS = {
@@ -287,7 +287,6 @@ def test_filter_keeps_known_items_out(dtype: torch.dtype, shape: tuple[int, ...]
         handler.update_cache_and_compute_loss(
             lambda f: torch.ones(len(f["x"]), DIM), torch.randn(2, DIM), torch.randn(2, DIM), items
         )
-    assert handler.cache.data["x"][handler.cache.filled].flatten(1)[:, 0].tolist() if shape else True
     first = handler.cache.data["x"].reshape(8, -1)[:, 0]
     assert first[handler.cache.filled].tolist() == [1, 2, 3, 0]
 
@@ -493,3 +492,23 @@ def test_ranks_share_one_cache(tmp_path: Path) -> None:
     scale = torch.tensor([2.0, 1, 1, 2, 2, 2, 2, 2])  # rows 0 and 3 were drawn and encoded anew
     assert torch.equal(cache.data["embedding"], scale[:, None] * torch.eye(DIM))
     assert cache.age.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+
+
+def _ranks_share_sequences(rank: int, world_size: int, folder: Path) -> None:
+    specs = {"a": RaggedFeature(torch.int64), "b": RaggedFeature(torch.int64), "embedding": SPECS["embedding"]}
+    loss = CacheClassificationLoss("embedding", ("a", "b"))
+    handler = handlers.CacheLossHandler(CacheManager(specs, 8), loss, "embedding", ("a", "b"), use_cross_replica=True)
+    for _ in range(2):
+        items = {
+            "a": torch.full((2, 2 + rank), rank + 1),
+            "b": [torch.tensor([5] * (2 - rank)), torch.tensor([6])],
+        }
+        handler.update_cache_and_compute_loss(
+            lambda f: torch.ones(len(f["a"]), DIM), torch.ones(2, DIM), torch.ones(2, DIM), items
+        )
+    assert handler.cache.data["a"].tolist() == [[1, 1, 0], [1, 1, 0], [2, 2, 2], [2, 2, 2]] * 2
+    assert handler.cache.data["b"].tolist() == [[5, 5], [6, 0], [5, 0], [6, 0]] * 2
+
+
+def test_ranks_share_sequences_of_different_lengths(tmp_path: Path) -> None:
+    run_ranks(_ranks_share_sequences, 2, tmp_path)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from support import Encoder, assert_same_state, snapshot
 from torch import Tensor, nn
 
 from negative_cache import (
@@ -24,6 +23,7 @@ from negative_cache import (
     RaggedFeature,
 )
 from negative_cache.losses import RetrievalReturn
+from support import Encoder, assert_same_state, snapshot
 
 DIM, LEVEL = 4, 1e-4
 
@@ -379,7 +379,9 @@ def test_the_loss_writes_nothing() -> None:
 def test_half_precision_embeddings_are_scored_in_float32() -> None:
     queries, positives, cached = (value.to(torch.bfloat16) for value in tensors(5, 5, 9))
     result = new_loss(score_transform=lambda s: 20 * s)(encoder_of(cached), queries, positives, {"x": cache_of(cached)})
-    scores = 20 * torch.cat([(queries.double() * positives).sum(dim=1)[:, None], queries.double() @ cached.double().T], 1)
+    scores = 20 * torch.cat(
+        [(queries.double() * positives).sum(dim=1)[:, None], queries.double() @ cached.double().T], 1
+    )
     assert result.interpretable_loss.dtype == torch.float32
     assert torch.allclose(result.interpretable_loss.double(), -scores.log_softmax(dim=1)[:, 0].mean(), rtol=1e-5)
 

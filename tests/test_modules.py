@@ -238,11 +238,13 @@ def test_a_query_never_draws_its_known_positives():
 
 
 def test_a_query_whose_positives_are_all_there_is_has_loss_zero():
-    """Its drawn row belongs to another query, must not be written and gives no gradient."""
+    """In the place of its draw the other query's one is encoded, without gradient; no further row is touched."""
     loss_fn = filled_loss([1, 2])
     queries = queries_of(2).requires_grad_()
-    loss = train(loss_fn, [1, 3], queries, positive_ids=torch.tensor([[2], [-1]]))
+    loss = train(loss_fn, [4, 3], queries, positive_ids=torch.tensor([[1, 2], [1, -1]]))
     loss.backward()
+    assert drawn_ids(loss_fn)[1].tolist() == [2, 2]
+    assert cache_of(loss_fn).age[:4].tolist() == [1, 0, 0, 0]
     assert loss.isfinite()
     assert loss > 0
     assert queries.grad is not None

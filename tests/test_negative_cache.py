@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same_state, snapshot
 from torch import Tensor
 
 from negative_cache import CacheManager, FixedLenFeature, NegativeCache, RaggedFeature
+from support import assert_same_state, snapshot
 
 SPECS = {"item": FixedLenFeature([], torch.int64), "embedding": FixedLenFeature([2], torch.float32)}
 
@@ -233,11 +233,19 @@ WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([3])}, ValueError, "outside"),
     ({"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([-1])}, ValueError, "outside"),
     ({"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([0, 1])}, ValueError, "expected integ"),
-    ({"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([0.0])}, ValueError, "expected integers"),
+    (
+        {"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([0.0])},
+        ValueError,
+        "expected integers",
+    ),
     ({"updated_item_data": {"other": torch.ones(1)}, "updated_item_indices": torch.tensor([0])}, ValueError, "other"),
     ({"updated_item_data": embeddings(torch.nan), "updated_item_indices": torch.tensor([0])}, ValueError, "NaN"),
     (
-        {"updated_item_data": embeddings(1), "updated_item_indices": torch.tensor([0]), "updated_item_mask": mask(1, 1)},
+        {
+            "updated_item_data": embeddings(1),
+            "updated_item_indices": torch.tensor([0]),
+            "updated_item_mask": mask(1, 1),
+        },
         ValueError,
         "`updated_item_mask`",
     ),
@@ -438,10 +446,10 @@ def test_any_feature_name_works(name: str) -> None:
 def test_names_that_look_alike_are_kept_apart() -> None:
     specs = {name: FixedLenFeature([], torch.int64) for name in ("a.b", "a/b", "a~1b", "a~b")}
     manager = CacheManager(specs, 1)
-    new = {name: torch.tensor([number]) for number, name in enumerate(specs)}
+    new = {name: torch.tensor([number]) for number, name in enumerate(specs, 1)}
     other = manager.init_cache()
     other.load_state_dict(manager.update_cache(manager.init_cache(), new_items=new).state_dict())
-    assert [int(other.data[name]) for name in specs] == [0, 1, 2, 3]
+    assert [int(other.data[name]) for name in specs] == [1, 2, 3, 4]
 
 
 def test_copies_are_independent_and_moves_take_everything_along() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache.retrieval import RowPool, retrieve
+from negative_cache.retrieval import RowPool, reference, retrieve
 from negative_cache.retrieval.pool import group_bounds
 from negative_cache.retrieval.reference import dense_scores, grouped_top_k, retrieve_dense
 from negative_cache.retrieval.streaming import mine_groups, retrieve_streaming
@@ -395,6 +395,16 @@ def test_rare_rows_are_not_lost():
     sizes[70_000 // 5001] -= 1
     sizes[20] = 100_000
     assert chi_square(bins, sizes / sizes.sum()) > ALPHA
+
+
+def test_a_row_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch):
+    """Not even by the uniforms at both ends, which chance does not show in a test's time."""
+    scores = torch.tensor([[-torch.inf, -torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    for uniform, expected in ((0.0, 2), (1 - 2**-53, 4)):
+        monkeypatch.setattr(
+            reference, "uniforms", lambda shape, *_, u=uniform: torch.full(shape, u, dtype=torch.float64)
+        )
+        assert reference.sample(scores, 2, generator()).tolist() == [[expected] * 2]
 
 
 # A constant query has a joint law over few cells, so that dependence shows.

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import run_ranks
 from torch.multiprocessing import ProcessRaisedException
 
 import negative_cache
 from negative_cache import util
 from negative_cache.util import approximate_top_k_with_indices, cross_replica_concat, gather_nd, tensor_update
+from support import run_ranks
 
 CONTRACT = {
     "negative_cache": ["CacheManager", "NegativeCache", "FixedLenFeature"],
@@ -117,6 +117,7 @@ def test_concat_is_in_the_order_of_ranks(tmp_path: Path) -> None:
 
 
 def _fail_on_last_rank(rank: int, world_size: int, folder: Path) -> None:
+    torch.distributed.barrier()  # or the other one fails first, for want of this one
     assert rank != world_size - 1, "meant to fail"
 
 

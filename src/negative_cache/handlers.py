@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache.cache import NegativeCache, module_name
-from negative_cache.features import Features, check_keys
+from negative_cache.features import Features, FeatureSpec, RaggedFeature, check_keys, padding_value
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn
 from negative_cache.negative_cache import CacheManager
@@ -136,7 +137,9 @@ class MultiCacheLossHandler(nn.Module):
     ) -> None:
         share = _concat_over_ranks if self.use_cross_replica else (lambda value: value)
         for name, cache in self._caches.items():
-            new_items = share(self._items(embeddings[name], features[name]))
+            new_items = self._items(embeddings[name], features[name])
+            if self.use_cross_replica:
+                new_items = share({key: _same_width(value, cache.specs[key]) for key, value in new_items.items()})
             has_updates = result.updated_item_data is not None
             self.cache_managers[name].update_cache_(
                 cache,
@@ -253,6 +256,17 @@ class CacheLossHandler(nn.Module):
             writer=writer,
             return_topk=return_topk,
         )
+
+
+def _same_width(value: Tensor | Sequence[Tensor], spec: FeatureSpec) -> Tensor | Sequence[Tensor]:
+    """A ragged feature padded to the longest one of all ranks."""
+    if not isinstance(spec, RaggedFeature):
+        return value
+    padding = padding_value(spec)
+    if not isinstance(value, Tensor):
+        value = pad_sequence(list(value), batch_first=True, padding_value=padding)
+    width = int(cross_replica_concat(torch.tensor([value.shape[1]], device=value.device)).max())
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding)
 
 
 def _concat_over_ranks(values: Any) -> Any:

@@ -158,7 +158,8 @@ class NegativeCacheRankingLoss(nn.Module):
     @property
     def scale(self) -> float:
         """The factor of the similarities."""
-        return float(self.cache_loss.scale)
+        scale = self.cache_loss.scale
+        return scale.item() if isinstance(scale, Tensor) else scale
 
     @property
     def temperature(self) -> float:

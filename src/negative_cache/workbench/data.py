@@ -248,7 +248,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any
                 if None in row or None in row.values():
                     raise DataError(f"{where}: expected {len(reader.fieldnames or [])} columns as in the first line.")
                 yield where, row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
 
 

@@ -101,4 +101,4 @@ def _tiny(tokenizer: Tokenizer) -> SentenceTransformer:
         BertModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)
         body = Transformer(str(Path(folder)))
-    return SentenceTransformer(modules=[body, Pooling(body.get_word_embedding_dimension())])
+    return SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())])

@@ -15,7 +15,7 @@ import sysconfig
 import textwrap
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_PAIRS = 30_000
+MAX_PAIRS = 25_000
+MODULES_AT_ONCE = 1_000
 MAX_CHARS = 2_000
 MIN_WORDS = 4
 SPLITS = ("train", "dev", "test")
@@ -78,11 +79,17 @@ def extract(module: str, path: Path) -> list[Pair]:
 
 def build() -> dict[str, list[Pair]]:
     """All pairs by split, at most `MAX_PAIRS` of them; the same for the same environment."""
-    modules = module_paths()
+    modules = sorted(module_paths(), key=lambda module: _number(module[0]))
+    pairs: list[Pair] = []
     with ProcessPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
-        chunks = list(pool.map(extract, *zip(*modules, strict=True), chunksize=64))
-    pairs = _without_copies(pair for chunk in chunks for pair in chunk)
-    pairs = sorted(sorted(pairs, key=lambda pair: _number(pair.name))[:MAX_PAIRS])
+        for start in range(0, len(modules), MODULES_AT_ONCE):
+            names, paths = zip(*modules[start : start + MODULES_AT_ONCE], strict=True)
+            for found in pool.map(extract, names, paths, chunksize=32):
+                pairs.extend(found)
+            pairs = _without_copies(pairs)
+            if len(pairs) >= MAX_PAIRS:
+                break
+    pairs = sorted(pairs[:MAX_PAIRS])
     splits: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for pair in pairs:
         splits[_split_of(pair.name.split(":")[0])].append(pair)
@@ -111,7 +118,7 @@ def _pair(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[s
     return Pair(name, query, document) if len(document) <= MAX_CHARS else None
 
 
-def _without_copies(pairs: Iterator[Pair]) -> list[Pair]:
+def _without_copies(pairs: Iterable[Pair]) -> list[Pair]:
     """Drop pairs whose query or document, up to case and spelling of white space, came before."""
     seen: set[str] = set()
     kept = []
