@@ -28,6 +28,7 @@ def train(loss: str, options: argparse.Namespace) -> dict[str, Any]:
     output = Path(options.output) / loss
     given = ["--data", options.data, "--model", options.model, "--batch-size", str(options.batch_size)]
     given += ["--epochs", str(options.epochs), "--cache-size", str(options.cache_size), "--seed", str(options.seed)]
+    given += ["--num-samples", str(options.num_samples)]
     given += ["--learning-rate", str(options.learning_rate)] if options.learning_rate else []
     command = [sys.executable, "-m", "negative_cache", "train", "--loss", loss, "--output", str(output), *given]
     subprocess.run(command, check=True)
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--cache-size", type=int, default=16_384)
+    parser.add_argument("--num-samples", type=int, default=4, help="cached documents encoded per query")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-search", action="store_true")

@@ -246,14 +246,21 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     count = len(rows)
     index = torch.arange(count, device=rows.device)
     valid = torch.ones(count, dtype=torch.bool, device=rows.device) if mask is None else mask
-    later = ((rows[:, None] == rows) & valid & (index > index[:, None])).any(dim=1)
-    wins = valid & ~later
+    wins = is_last_of_equal(rows, valid)
     if rows.device.type == "cpu":
         source = wins.nonzero().squeeze(1)
         return rows[source], source, None
     source = torch.where(wins, index, wins.to(torch.uint8).argmax())
     is_any = valid.any()
     return torch.where(is_any, rows[source], 0), source, is_any
+
+
+def is_last_of_equal(values: Tensor, valid: Tensor) -> Tensor:
+    """bool `[n]`: the valid entries of `values [n]`, at least -1 each, after which no valid entry has the same value."""
+    ordered, order = torch.where(valid, values, -2).sort(stable=True)
+    is_last = torch.ones_like(valid)
+    is_last[:-1] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(valid).scatter_(0, order, is_last) & valid
 
 
 def _keep_ragged(is_any: Tensor, new: RaggedRows, column: RaggedColumn, rows: Tensor) -> RaggedRows:

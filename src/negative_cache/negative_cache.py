@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.cache import NO_ID, NegativeCache, is_last_of_equal
 from negative_cache.features import (
     Features,
     FeatureSpec,
@@ -181,13 +181,18 @@ def _insert(
     """Write items over the oldest rows; a known document over its own row."""
     count = batch_size(items)
     mask = torch.ones(count, dtype=torch.bool, device=cache.device) if mask is None else mask
+    known = None
     if document_ids is not None:
         document_ids = document_ids.to(cache.device, torch.int64)
         known = cache.find(document_ids)
         cache.write(known.clamp(min=0), items, mask & (known >= 0), document_ids=document_ids)
-        same = (document_ids[:, None] == document_ids) & (document_ids >= 0) & mask
-        mask = mask & (known < 0) & ~same.tril(-1).any(dim=1)
+        is_new = mask & (known < 0)
+        is_first = is_last_of_equal(document_ids.flip(0), (is_new & (document_ids >= 0)).flip(0)).flip(0)
+        mask = is_new & (is_first | (document_ids < 0))
     order = cache.written * cache.num_rows + torch.arange(cache.num_rows, device=cache.device)
+    if known is not None:  # rows written a moment ago are no place for the others
+        youngest = torch.where(known >= 0, torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min)
+        order.scatter_reduce_(0, known.clamp(min=0), youngest, "amax")
     oldest = order.topk(count, largest=False).indices
     position = (mask.cumsum(0) - 1).clamp(min=0)
     cache.write(oldest[position], items, mask, document_ids=document_ids)

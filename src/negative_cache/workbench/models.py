@@ -20,7 +20,7 @@ TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 TINY_MAX_LENGTH = 128
 
 # Learning rates at which each kind of model trains well with AdamW; a pretrained model wants little steps.
-LEARNING_RATES = {"static": 5e-3, "tiny": 5e-4}
+LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
 PRETRAINED_LEARNING_RATE = 2e-5
 
 
