@@ -256,7 +256,7 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 def is_last_of_equal(values: Tensor, valid: Tensor) -> Tensor:
-    """bool `[n]`: the valid entries of `values [n]`, at least -1 each, after which no valid entry has the same value."""
+    """bool `[n]`: the valid entries of `values [n]` (-1 or larger) that no valid entry of the same value follows."""
     ordered, order = torch.where(valid, values, -2).sort(stable=True)
     is_last = torch.ones_like(valid)
     is_last[:-1] = ordered[1:] != ordered[:-1]

@@ -181,7 +181,6 @@ def _insert(
     """Write items over the oldest rows; a known document over its own row."""
     count = batch_size(items)
     mask = torch.ones(count, dtype=torch.bool, device=cache.device) if mask is None else mask
-    known = None
     if document_ids is not None:
         document_ids = document_ids.to(cache.device, torch.int64)
         known = cache.find(document_ids)
@@ -190,9 +189,6 @@ def _insert(
         is_first = is_last_of_equal(document_ids.flip(0), (is_new & (document_ids >= 0)).flip(0)).flip(0)
         mask = is_new & (is_first | (document_ids < 0))
     order = cache.written * cache.num_rows + torch.arange(cache.num_rows, device=cache.device)
-    if known is not None:  # rows written a moment ago are no place for the others
-        youngest = torch.where(known >= 0, torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min)
-        order.scatter_reduce_(0, known.clamp(min=0), youngest, "amax")
     oldest = order.topk(count, largest=False).indices
     position = (mask.cumsum(0) - 1).clamp(min=0)
     cache.write(oldest[position], items, mask, document_ids=document_ids)
