@@ -148,7 +148,9 @@ def _run_in(
     progress: Progress | None,
 ) -> dict[str, Any]:
     before = evaluate(model, data, "test")
-    model.model_card_data.generate_widget_examples = False
+    model.model_card_data.widget = [
+        {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
+    ]
     loss = make_loss(config, model)
     trainer = _Trainer(
         model=model,
