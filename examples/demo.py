@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--cache-size", type=int, default=16_384)
-    parser.add_argument("--num-samples", type=int, default=4, help="cached documents encoded per query")
+    parser.add_argument("--num-samples", type=int, default=8, help="cached documents encoded per query")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-search", action="store_true")
