@@ -739,3 +739,13 @@ def test_a_learnable_scale_is_a_parameter():
     assert loss_fn.log_scale.grad.abs() > 0
     assert "log_scale" in loss_fn.state_dict()
     assert make_loss().log_scale is None
+
+
+def test_evaluation_takes_batches_larger_than_the_cache():
+    loss_fn = NegativeCacheLoss(lambda features: features["x"], cache_size=4)
+    values = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
+    loss_fn(values, values, {"x": values})
+    many = torch.nn.functional.normalize(torch.randn(9, 3), dim=1)
+    expected = torch.cat([(20 * many * many).sum(1, keepdim=True), 20 * many @ values.T], dim=1)
+    loss = loss_fn.eval()(many, many, {"x": many})
+    torch.testing.assert_close(loss, (expected.logsumexp(1) - expected[:, 0]).mean())

@@ -116,7 +116,7 @@ def test_malformed_files_are_named_with_the_line(tmp_path, name, content, messag
     [
         ("qrels/test.tsv", "qd0\tnowhere\t1", "line 12: the id 'nowhere' is not in the corpus"),
         ("qrels/test.tsv", "nobody\td0\t1", "line 12: the id 'nobody' is not in queries"),
-        ("qrels/test.tsv", "qd0 d0 1", "line 12: expected query id, document id and score"),
+        ("qrels/test.tsv", "qd0 d0 1", "line 12: expected query id, document id and integer score"),
         ("corpus.jsonl", '{"_id": "d0", "text": "again"}', "line 81: the id 'd0' occurs twice"),
         ("queries.jsonl", '{"_id": "new"}', "line 81: expected the keys"),
     ],
@@ -125,6 +125,27 @@ def test_malformed_beir_folders_are_named_with_the_line(beir, file, line, messag
     with (beir / file).open("a") as opened:
         opened.write(line + "\n")
     with pytest.raises(DataError, match=message):
+        load_data(str(beir))
+
+
+def test_windows_files_and_byte_order_marks_are_read(beir, tmp_path):
+    expected = load_data(str(beir))
+    for path in [*beir.glob("*.jsonl"), *beir.glob("qrels/*.tsv")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_data(str(beir)) == expected
+    path = tmp_path / "PAIRS.CSV"
+    path.write_bytes(b"\xef\xbb\xbfquery,positive\r\nwho,me\r\n")
+    assert list(load_data(str(path)).queries.values()) == ["who"]
+
+
+def test_ids_that_are_no_text_or_number_or_differ_only_in_kind_are_refused(beir):
+    path = beir / "corpus.jsonl"
+    good = path.read_text()
+    path.write_text(good + '{"_id": ["x"], "text": "a"}\n')
+    with pytest.raises(DataError, match="line 81: expected the keys"):
+        load_data(str(beir))
+    path.write_text(good + '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n')
+    with pytest.raises(DataError, match="line 82: the id '1' occurs twice"):
         load_data(str(beir))
 
 
@@ -173,6 +194,9 @@ def test_the_tiny_transformer_trains_with_the_other_losses(beir, tmp_path, loss)
         (["--loss", "triplet"], "expected one of"),
         (["--loss", "gradcache"], "does not work with"),
         (["--batch-size", "0"], "must be positive"),
+        (["--epochs", "nan"], "must be positive"),
+        (["--scale", "-5"], "must be positive"),
+        (["--seed", "-1"], "must be from 0"),
         (["--batch-size", "64", "--cache-size", "32"], "larger than --cache-size"),
         (["--top-k", "999999"], "larger than --cache-size"),
         (["--data", "nowhere"], "is no file"),

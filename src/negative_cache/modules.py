@@ -167,7 +167,9 @@ class NegativeCacheLoss(nn.Module):
             raise ValueError("`negative_features` and `negative_ids` need `negative_embeddings`.")
         manager, cache = self._prepare(query_embeddings, specs)
         new_items = {EMBEDDING: embeddings.detach(), **features}
-        manager.check_new_items(cache, new_items, ids)
+        is_writing = self.training and torch.is_grad_enabled()
+        if is_writing:
+            manager.check_new_items(cache, new_items, ids)
         positives = _positive_ids(document_ids, positive_ids, len(query_embeddings), cache.device)
         fresh_scores = None
         if negative_embeddings is not None:
@@ -176,7 +178,7 @@ class NegativeCacheLoss(nn.Module):
         positive_scores = self._pair_scores(query_embeddings, document_embeddings)
         excluded = None if positives is None else cache.find(positives.flatten()).view(positives.shape)
         withheld = None if negative_ids is None else cache.find(negative_ids.to(cache.device, torch.int64))
-        if not (self.training and torch.is_grad_enabled()):
+        if not is_writing:
             lse = self._normaliser(query_embeddings, cache, excluded, withheld)
             return estimators.readable_loss(positive_scores, torch.zeros_like(lse)[:, None], lse, fresh_scores).mean()
         loss, rows, fresh, is_valid = self._sampled_loss(

@@ -31,6 +31,7 @@ DATA_HELP = (
 )
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer takes.")]
+TrainedModel = Annotated[str, typer.Option(help="A name or path that SentenceTransformer takes.")]
 QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in a file of pairs.")]
 PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
 
@@ -90,7 +91,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: TrainedModel,
     data: Data,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the metrics to this file.")] = None,
@@ -99,6 +100,8 @@ def evaluate(
 ) -> None:
     """Measure a model's retrieval quality on a split: its queries against the whole corpus."""
     with _errors():
+        if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+            raise ValueError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist.")
         _quiet()
         with console.status("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
@@ -126,7 +129,7 @@ def evaluate(
 @app.command()
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
-    model: Model,
+    model: TrainedModel,
     data: Data,
     num_results: Annotated[int, typer.Option("--num-results", "-n", min=1, help="Documents per query.")] = 5,
     query_column: QueryColumn = None,

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ class RetrievalData:
         """Judgements of a split; `DataError` if it has none."""
         if not self.qrels.get(split):
             have = [name for name, qrels in self.qrels.items() if qrels]
-            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {have}.")
+            raise DataError(
+                f"{self.name} has no queries in the split {split!r}; it has {have}. A file of pairs is split by document: "
+                "some 50 different ones are needed. A BEIR folder needs the file of the split in qrels."
+            )
         return self.qrels[split]
 
     def training_columns(self) -> dict[str, list[Any]]:
@@ -134,13 +138,14 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
     seen = set()
     for line, row in _json_rows(path):
         key, text = row.get("_id", row.get("id")), row.get("text")
-        if key is None or not isinstance(text, str):
+        if not isinstance(key, str | int) or not isinstance(text, str):
             raise DataError(f"{path}, line {line}: expected the keys 'id' (or '_id') and 'text', got {sorted(row)}.")
+        key = str(key)
         if key in seen:
             raise DataError(f"{path}, line {line}: the id {key!r} occurs twice.")
         seen.add(key)
         title = row.get("title") or ""
-        yield str(key), f"{title}\n{text}" if title else text
+        yield key, f"{title}\n{text}" if title else text
 
 
 def _load_qrels(path: Path, corpus: dict[str, str], queries: dict[str, str]) -> dict[str, list[str]]:
@@ -149,9 +154,9 @@ def _load_qrels(path: Path, corpus: dict[str, str], queries: dict[str, str]) -> 
         fields = text.split("\t")
         if line == 1 and fields[0] in ("query-id", "query_id", "qid"):
             continue
-        if len(fields) < 2 or (len(fields) > 2 and not fields[2].lstrip("-").isdigit()):
+        if len(fields) < 2 or (len(fields) > 2 and not re.fullmatch(r"-?\d+", fields[2].strip())):
             raise DataError(
-                f"{path}, line {line}: expected query id, document id and score between tabs, got {text!r}."
+                f"{path}, line {line}: expected query id, document id and integer score between tabs, got {text!r}."
             )
         query, document = fields[0], fields[1]
         for key, known, name in ((query, queries, "queries"), (document, corpus, "the corpus")):
@@ -227,7 +232,7 @@ def _split_of(text: str) -> str:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if kind in ("jsonl", "json"):
         for line, row in _json_rows(path):
             yield f"{path}, line {line}", row
@@ -240,6 +245,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**30)
     with _open(path) as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
@@ -292,12 +298,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, line.rstrip("\n")
+                    yield number, line.rstrip("\r\n")
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path}, after line {number}: not readable: {error}.") from error
 
 
 def _open(path: Path) -> Any:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")

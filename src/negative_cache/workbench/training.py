@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -87,17 +88,19 @@ class RunConfig:
                 "--loss gradcache does not work with --model static: sentence-transformers' cached losses refuse "
                 "StaticEmbedding. Use in-batch with a larger --batch-size, which costs the same."
             )
-        for name in ("cache_size", "batch_size", "num_samples", "epochs"):
-            if getattr(self, name) <= 0:
+        for name in ("cache_size", "batch_size", "num_samples", "epochs", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
         for name in ("max_steps", "learning_rate", "top_k", "eval_steps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise RunError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
         if self.loss == "negative-cache" and self.batch_size > self.cache_size:
             raise RunError(f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}.")
         if self.top_k is not None and self.top_k > self.cache_size:
             raise RunError(f"--top-k {self.top_k} is larger than --cache-size {self.cache_size}.")
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
         if Path(self.output).exists():
             raise RunError(f"The output folder {self.output!r} exists. Choose another, or remove it.")
 
