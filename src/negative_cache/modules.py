@@ -149,8 +149,7 @@ class NegativeCacheLoss(nn.Module):
             negative_ids: int `[m]`: their ids.
 
         Returns:
-            Scalar, with gradient to all embeddings, to the encoder of the drawn rows and to a learnable scale.
-            0 while the cache is empty.
+            Scalar, with gradient to all embeddings, the encoder and the scale; 0 while the cache is empty.
 
         Raises:
             ValueError: Wrong keys, shapes, sizes, devices or ids, or values that are not finite; the cache

@@ -45,8 +45,8 @@ class RetrievalData:
         if not self.qrels.get(split):
             have = [name for name, qrels in self.qrels.items() if qrels]
             raise DataError(
-                f"{self.name} has no queries in the split {split!r}; it has {have}. A file of pairs is split by document: "
-                "some 50 different ones are needed. A BEIR folder needs the file of the split in qrels."
+                f"{self.name} has no queries in the split {split!r}; it has {have}. A file of pairs is split "
+                "by document and needs some 50 of them. A BEIR folder needs the file of the split in qrels."
             )
         return self.qrels[split]
 
