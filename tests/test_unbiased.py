@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache import CacheClassificationLoss, FixedLenFeature, GumbelMaxRetrievalFn, NegativeCache, modules
+from negative_cache import CacheClassificationLoss, FixedLenFeature, GumbelMaxRetrievalFn, NegativeCache, drawing
 from negative_cache import NegativeCacheLoss as Loss
 from stats import ALPHA, mean_gradient
 
@@ -253,14 +253,14 @@ def test_the_learnable_scale_is_unbiased():
 
 def with_sampler(monkeypatch: pytest.MonkeyPatch, sampler) -> None:
     """Take the rows from `sampler(pool, settings)`, everything else from the true draws."""
-    draw = modules.draw_negatives
+    draw = drawing.draw_negatives
 
     def wrong(queries: Tensor, pool, has_rows: bool, **settings):
         drawn = draw(queries, pool, has_rows, **settings)
         pool, settings = sampler(pool, settings)
         return drawn._replace(rows=draw(queries, pool, has_rows, **settings).rows)
 
-    monkeypatch.setattr(modules, "draw_negatives", wrong)
+    monkeypatch.setattr(drawing, "draw_negatives", wrong)
 
 
 def test_a_wrong_temperature_in_the_module_is_rejected(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from negative_cache.losses import (
     CacheClassificationLoss,
     CacheLoss,
     CacheLossReturn,
+    DistributedCacheClassificationLoss,
 )
 from negative_cache.modules import NegativeCacheLoss
 from negative_cache.negative_cache import CacheManager, NegativeCache
@@ -30,6 +31,7 @@ __all__ = [
     "CacheLossHandler",
     "CacheLossReturn",
     "CacheManager",
+    "DistributedCacheClassificationLoss",
     "FixedLenFeature",
     "GumbelMaxRetrievalFn",
     "IsInCacheFilterFn",

@@ -134,6 +134,16 @@ class NegativeCache(nn.Module):
         """Features of `rows [n]`: `[n, *shape]` each, ragged ones padded to the longest of these rows."""
         return {key: self._columns[key].read(rows) for key in keys}
 
+    def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
+        """Features of `rows [n]` as `write` takes them."""
+        return {key: self._columns[key].read_rows(rows) for key in keys}
+
+    def lengths(self, rows: Tensor, key: str) -> Tensor:
+        """Lengths of a ragged feature of `rows [n]`: int64 `[n]`."""
+        column = self._columns[key]
+        assert isinstance(column, RaggedColumn)
+        return column.lengths[rows.to(column.device)]
+
     def find(self, document_ids: Tensor) -> Tensor:
         """Row of each document.
 

@@ -51,6 +51,10 @@ class FixedColumn(_Column):
         """The values of `rows [n]`: `[n, *shape]`."""
         return self.values[rows.to(self.device)]
 
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """The values of `rows [n]` as `write` takes them."""
+        return self.read(rows)
+
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
         self.values[rows.to(self.device)] = values.to(self.device, self.values.dtype)

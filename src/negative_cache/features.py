@@ -135,6 +135,18 @@ def check_features(name: str, features: Features, specs: Specs) -> dict[str, Ten
     return _share_lengths(checked)
 
 
+def to_device(value: Tensor | RaggedRows, device: torch.device) -> Tensor | RaggedRows:
+    """Checked values on a device."""
+    if isinstance(value, RaggedRows):
+        return RaggedRows(value.values.to(device), value.lengths.to(device))
+    return value.to(device)
+
+
+def padded(checked: Mapping[str, Tensor | RaggedRows]) -> dict[str, Tensor]:
+    """The values alone, `[batch, ...]`; what lies behind a ragged item's length is padding already."""
+    return {key: value.values if isinstance(value, RaggedRows) else value for key, value in checked.items()}
+
+
 def batch_size(checked: Mapping[str, Tensor | RaggedRows]) -> int:
     """Number of items in checked features; 0 without any feature."""
     if not checked:

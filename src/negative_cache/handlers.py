@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache.cache import NegativeCache, module_name
+from negative_cache.distributed import Ranks
 from negative_cache.features import Features, FeatureSpec, RaggedFeature, check_keys, padding_value
 from negative_cache.filter_fns import CacheFilterFn
-from negative_cache.losses import CacheLoss, CacheLossReturn
+from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite
 from negative_cache.util import cross_replica_concat
@@ -59,6 +61,8 @@ class MultiCacheLossHandler(nn.Module):
         self.data_keys = tuple(data_keys)
         self.use_cross_replica = use_cross_replica
         self.filter_fn = filter_fn
+        if isinstance(cache_loss, DistributedCacheClassificationLoss):
+            cache_loss.is_replicated = use_cross_replica
         self._caches: dict[str, NegativeCache] = {}
         for name, manager in self.cache_managers.items():
             self._caches[name] = manager.init_cache()
@@ -98,7 +102,7 @@ class MultiCacheLossHandler(nn.Module):
         """
         is_writing = self.training and torch.is_grad_enabled()
         if is_writing:
-            self._check_new_items(new_item_embeddings, new_item_features)
+            self._check_together(new_item_embeddings, new_item_features, query_embeddings.device)
         generator = getattr(self.cache_loss, "generator", None)
         state = None if is_writing or generator is None else generator.get_state()
         result = self.cache_loss(
@@ -115,6 +119,22 @@ class MultiCacheLossHandler(nn.Module):
         elif state is not None and generator is not None:
             generator.set_state(state)  # an evaluation in between does not change a training run
         return (result.training_loss, result.topk_features) if return_topk > 0 else result.training_loss
+
+    def _check_together(
+        self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features], device: torch.device
+    ) -> None:
+        """Check the new items; where ranks depend on each other, what is wrong on one raises on all of them."""
+        ranks = Ranks()
+        if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            ranks = self.cache_loss.ranks
+        elif self.use_cross_replica and dist.is_available() and dist.is_initialized():
+            ranks = Ranks(dist.group.WORLD)
+
+        def check() -> tuple[None, list[int]]:
+            self._check_new_items(embeddings, features)
+            return None, []
+
+        ranks.meet(lambda: max(int(cache.step) for cache in self._caches.values()), device, check, 0)
 
     def _items(self, embeddings: Tensor, features: Features) -> dict[str, Any]:
         return {self.embedding_key: embeddings.detach(), **{key: features[key] for key in self.data_keys}}

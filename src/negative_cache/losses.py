@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache import NegativeCache
-from negative_cache.negatives import (
-    DocumentEncoder,
-    RetrievalFn,
-    check_finite,
-    draw_negatives,
-    encode,
-    new_generator,
-    pool_of,
-    read_pool,
-)
+from negative_cache.distributed import Ranks, rank_seed
+from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
+from negative_cache.negatives import DocumentEncoder, RetrievalFn, check_finite, encode, new_generator
 from negative_cache.retrieval import ScoreTransform
 from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
+from negative_cache.sharded import NUM_SHARED, Meeting, draw_from_ranks, shared_numbers
 
 Caches = Mapping[str, NegativeCache]
 Reducer = Callable[[Tensor], Tensor]
@@ -60,6 +56,7 @@ class RetrievalReturn(NamedTuple):
             names; `[0, 1]` if there is nothing to draw, then the loss is 0.
         retrieved_cache_embeddings: The drawn rows as cached, `[batch, dim]`.
         retrieved_cache_topk_features: See `CacheLossReturn.topk_features`.
+        negatives: How the new embeddings get to the ranks that own the rows; None if they are all here.
     """
 
     retrieved_data: dict[str, Tensor]
@@ -67,6 +64,7 @@ class RetrievalReturn(NamedTuple):
     retrieved_indices: Tensor
     retrieved_cache_embeddings: Tensor
     retrieved_cache_topk_features: list[dict[str, Tensor]] | None = None
+    negatives: Negatives | None = None
 
 
 class CacheLoss(abc.ABC):
@@ -126,24 +124,43 @@ class AbstractCacheClassificationLoss(CacheLoss):
             ValueError: Wrong shapes or devices, `top_k` above the number of rows, values that are not finite.
         """
         _check_pairs(query_embeddings, pos_doc_embeddings)
-        positive_scores = self._score_documents(query_embeddings, pos_doc_embeddings)
         retrieved = self._retrieve_from_cache(query_embeddings, cache, return_topk)
+        return self._loss_return(doc_network, query_embeddings, pos_doc_embeddings, cache, retrieved)
+
+    def _loss_return(
+        self,
+        doc_network: DocumentEncoder,
+        query_embeddings: Tensor,
+        pos_doc_embeddings: Tensor,
+        cache: Caches,
+        retrieved: RetrievalReturn,
+        weight: float = 1.0,
+    ) -> CacheLossReturn:
+        """The loss from what was retrieved; `weight` multiplies a mean training loss."""
+        positive_scores = self._score_documents(query_embeddings, pos_doc_embeddings)
         lse = retrieved.scores.logsumexp(dim=1)
         count, dim = len(retrieved.retrieved_indices), query_embeddings.shape[1]
+        fresh, error = query_embeddings.new_empty(0, dim), None
         if count:
-            fresh = encode(doc_network, retrieved.retrieved_data, count, dim)
+            try:
+                fresh = encode(doc_network, retrieved.retrieved_data, count, dim)
+                _check_storable(cache, self.embedding_key, fresh)
+            except Exception as caught:
+                if retrieved.negatives is None:
+                    raise
+                error = caught
+        data, indices, mask = self._updates(cache, retrieved, lse, fresh.detach(), error)
+        if count:
             negative_scores = self._score_documents(query_embeddings, fresh)
             training_loss = estimators.sampled_softmax_loss(positive_scores, negative_scores[:, None], lse)
             staleness = estimators.staleness(retrieved.retrieved_cache_embeddings, fresh)
         else:
-            fresh = query_embeddings.new_empty(0, dim)
             training_loss = positive_scores * 0.0
             staleness = torch.zeros_like(lse)
         interpretable_loss = estimators.interpretable_loss(positive_scores, lse)
         reduce = (lambda values: values) if self.reducer is None else self.reducer
-        data, indices, mask = _updates(cache, self.embedding_key, retrieved.retrieved_indices[:, 0], fresh.detach())
-        if count:
-            mask = {name: own & (lse > -torch.inf) for name, own in mask.items()}
+        if self.reducer is torch.mean:
+            training_loss = training_loss * weight
         return CacheLossReturn(
             training_loss=reduce(training_loss),
             interpretable_loss=reduce(interpretable_loss),
@@ -153,6 +170,14 @@ class AbstractCacheClassificationLoss(CacheLoss):
             staleness=reduce(staleness),
             topk_features=retrieved.retrieved_cache_topk_features,
         )
+
+    def _updates(
+        self, cache: Caches, retrieved: RetrievalReturn, lse: Tensor, fresh: Tensor, error: Exception | None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        """Per cache what to write: the drawn rows' new embeddings, the rows, and which of them count."""
+        assert error is None
+        mask = lse > -torch.inf if len(fresh) else None
+        return split_updates(cache, self.embedding_key, retrieved.retrieved_indices[:, 0], fresh, mask)
 
 
 class CacheClassificationLoss(AbstractCacheClassificationLoss):
@@ -190,34 +215,124 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         self._retrieval_fn: RetrievalFn = GumbelMaxRetrievalFn()
 
     def _retrieve_from_cache(self, query_embeddings: Tensor, cache: Caches, return_topk: int = 0) -> RetrievalReturn:
-        caches = _sorted(cache, (self.embedding_key, *self.data_keys))
-        pool = pool_of(caches, self.embedding_key)
-        drawn = draw_negatives(
-            query_embeddings,
-            pool,
-            any(part.has_rows() for part in caches),
-            generator=self.generator,
+        caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
+        drawn = draw_here(self._rules(return_topk), caches, Asked(query_embeddings.detach()))
+        return _retrieval_return(drawn, drawn.rows[:, None], None)
+
+    def _rules(self, return_topk: int) -> Rules:
+        return Rules(
+            self.embedding_key,
+            self.data_keys,
+            self.generator,
             retrieval_fn=self._retrieval_fn,
             score_transform=self.score_transform,
             top_k=self.top_k,
             num_top=return_topk,
         )
-        rows = drawn.rows[:, 0]
-        return RetrievalReturn(
-            retrieved_data=read_pool(caches, rows, self.data_keys),
-            scores=drawn.lse[:, None],
-            retrieved_indices=drawn.rows,
-            retrieved_cache_embeddings=pool.gather(rows),
-            retrieved_cache_topk_features=self._features_per_query(caches, drawn.top_rows) if return_topk else None,
-        )
-
-    def _features_per_query(self, caches: Sequence[NegativeCache], top_rows: Tensor) -> list[dict[str, Tensor]]:
-        return [read_pool(caches, rows[rows >= 0], self.data_keys) for rows in top_rows]
 
     def _score_documents(self, query_embeddings: Tensor, doc_embeddings: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.float32, torch.promote_types(query_embeddings.dtype, doc_embeddings.dtype))
         scores = (query_embeddings.to(dtype) * doc_embeddings.to(dtype)).sum(dim=1)
         return scores if self.score_transform is None else self.score_transform(scores)
+
+
+class DistributedCacheClassificationLoss(CacheClassificationLoss):
+    """`CacheClassificationLoss` against the caches of all ranks of a process group as one pool.
+
+    Every query sees all rows of all ranks; the drawn rows' features travel to the rank of the query, their new
+    embeddings travel back, and `updated_item_data` has those of this rank's rows. All ranks must call it
+    together. With the reducer torch.mean, the average of the ranks' losses (and, under DDP, of their gradients) is
+    the mean over all queries, also where batches differ in size. Without an initialised process group it is
+    `CacheClassificationLoss`.
+
+    In a handler with `use_cross_replica=True`, all ranks hold the same rows, and each scores its part of them.
+
+    Args:
+        embedding_key: See `CacheClassificationLoss`.
+        data_keys: See there.
+        score_transform: See there.
+        top_k: See there; each rank has a part of the groups, in proportion to its rows.
+        reducer: See there.
+        process_group: The ranks that share the pool; None for the default group.
+    """
+
+    def __init__(
+        self,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        score_transform: ScoreTransform | None = None,
+        top_k: int | None = None,
+        reducer: Reducer | None = torch.mean,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(embedding_key, data_keys, score_transform, top_k, reducer)
+        self.process_group = process_group
+        self.is_replicated = False
+        self._first_state = self.generator.get_state()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the pool."""
+        if self.process_group is not None:
+            return Ranks(self.process_group)
+        return Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+
+    def __call__(
+        self,
+        doc_network: DocumentEncoder,
+        query_embeddings: Tensor,
+        pos_doc_embeddings: Tensor,
+        cache: Caches,
+        return_topk: int = 0,
+    ) -> CacheLossReturn:
+        """See `AbstractCacheClassificationLoss`; collective. What is wrong on one rank raises on all of them."""
+        ranks = self.ranks
+        if ranks.size == 1:
+            return super().__call__(doc_network, query_embeddings, pos_doc_embeddings, cache, return_topk)
+        if torch.equal(self.generator.get_state(), self._first_state):  # ranks often have the same seed
+            self.generator.manual_seed(rank_seed(self.generator.initial_seed(), ranks.rank))
+
+        def step() -> int:
+            return max(int(part.step) for part in cache.values())
+
+        def prepare() -> tuple[tuple[list[NegativeCache], Rules, Asked], list[int]]:
+            _check_pairs(query_embeddings, pos_doc_embeddings)
+            caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
+            rules = replace(self._rules(return_topk), is_replicated=self.is_replicated)
+            asked = Asked(query_embeddings.detach())
+            return (caches, rules, asked), shared_numbers(rules, caches, asked, torch.is_grad_enabled())
+
+        (caches, rules, asked), table = ranks.meet(step, query_embeddings.device, prepare, NUM_SHARED)
+        meeting = Meeting(table)
+        negatives = draw_from_ranks(ranks, meeting, rules, caches, asked, step)
+        elsewhere = torch.full((negatives.count, 1), -1, device=query_embeddings.device)
+        retrieved = _retrieval_return(negatives, elsewhere, negatives)
+        weight = meeting.weight(ranks.rank)
+        return self._loss_return(doc_network, query_embeddings, pos_doc_embeddings, cache, retrieved, weight)
+
+    def _updates(
+        self, cache: Caches, retrieved: RetrievalReturn, lse: Tensor, fresh: Tensor, error: Exception | None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+        if retrieved.negatives is None:
+            return super()._updates(cache, retrieved, lse, fresh, error)
+        dtype = next(iter(cache.values())).specs[self.embedding_key].dtype
+        updated, _ = retrieved.negatives.give_back(fresh.to(dtype), error=error)
+        if updated is None:
+            rows = torch.empty(0, dtype=torch.int64, device=fresh.device)
+            updated = Returned(fresh.to(dtype)[:0], rows)
+        return split_updates(cache, self.embedding_key, updated.rows, updated.embeddings, None)
+
+
+def _retrieval_return(drawn: Negatives, rows: Tensor, negatives: Negatives | None) -> RetrievalReturn:
+    return RetrievalReturn(
+        retrieved_data=drawn.features,
+        scores=drawn.lse[:, None],
+        retrieved_indices=rows,
+        retrieved_cache_embeddings=drawn.cached,
+        retrieved_cache_topk_features=drawn.top_features or None,
+        negatives=negatives,
+    )
 
 
 def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
@@ -232,7 +347,14 @@ def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
     check_finite("pos_doc_embeddings", pos_doc_embeddings)
 
 
-def _sorted(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
+def _check_storable(cache: Caches, embedding_key: str, fresh: Tensor) -> None:
+    """Raise if new embeddings overflow in the dtype in which a cache keeps them."""
+    for part in cache.values():
+        dtype = part.specs[embedding_key].dtype
+        check_finite(f"The new embeddings, as {dtype},", fresh.detach().to(dtype))
+
+
+def sorted_caches(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
     if not cache:
         raise ValueError("`cache` has no caches; expected a dict of name -> NegativeCache.")
     for name, part in cache.items():
@@ -242,15 +364,17 @@ def _sorted(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
     return [cache[name] for name in sorted(cache)]
 
 
-def _updates(
-    cache: Caches, embedding_key: str, rows: Tensor, fresh: Tensor
+def split_updates(
+    cache: Caches, embedding_key: str, rows: Tensor, fresh: Tensor, counts: Tensor | None
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Split updates of pool rows by cache."""
+    """Split updates of pool rows by cache; `counts` says which of them count, None for all."""
     data, indices, mask = {}, {}, {}
     start = 0
     for name in sorted(cache):
         data[name] = {embedding_key: fresh}
         indices[name] = rows - start
         mask[name] = (rows >= start) & (rows < start + cache[name].num_rows)
+        if counts is not None:
+            mask[name] = mask[name] & counts
         start += cache[name].num_rows
     return data, indices, mask

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from negative_cache import estimators
-from negative_cache.cache import NO_ID, NegativeCache, state_of
-from negative_cache.features import (
-    Features,
-    FeatureSpec,
-    FixedLenFeature,
-    Specs,
-    concatenate,
-    infer_specs,
-    spec_from_json,
-)
-from negative_cache.negative_cache import CacheManager, check_ids
-from negative_cache.negatives import (
-    DocumentEncoder,
-    check_finite,
-    draw_negatives,
-    encode,
-    new_generator,
-    pool_of,
-    read_pool,
-)
-from negative_cache.retrieval import retrieve
+from negative_cache.batch import Batch, check_embeddings, make_batch, mask_positives
+from negative_cache.cache import NegativeCache, state_of
+from negative_cache.distributed import Ranks, rank_seed, shard_sizes
+from negative_cache.drawing import Asked, Negatives, Rules, draw_here
+from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, infer_specs, spec_from_json
+from negative_cache.negative_cache import CacheManager
+from negative_cache.negatives import DocumentEncoder, check_finite, encode, new_generator
+from negative_cache.sharded import NUM_SHARED, Meeting, draw_from_ranks, shared_numbers
 
 EMBEDDING = "embedding"
 
@@ -58,6 +46,9 @@ class NegativeCacheLoss(nn.Module):
         embedding_dtype: Stored dtype of embeddings: float32, bfloat16, float16 or float64.
         feature_device: Where document features are kept, such as "cpu"; None for where the embeddings are.
         seed: Seed of the draws; None takes one from torch's global generator.
+        process_group: Share the cache among the ranks of this group, or of the default one ("world", looked up
+            at the first step; one process if there is none): each rank holds `cache_size / ranks` rows, queries see
+            all of them. Then every call is collective, with the rank's own part of the batch.
     """
 
     def __init__(
@@ -74,6 +65,7 @@ class NegativeCacheLoss(nn.Module):
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
         seed: int | None = None,
+        process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         if cache_size < 1:
@@ -97,6 +89,9 @@ class NegativeCacheLoss(nn.Module):
         self.embedding_dtype = embedding_dtype
         self.feature_device = feature_device
         self.generator = new_generator(seed)
+        self._seed = self.generator.initial_seed()
+        self._process_group = process_group
+        self._ranks: Ranks | None = None
         self.cache: NegativeCache | None = None
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self._fixed_scale = scale
@@ -117,6 +112,20 @@ class NegativeCacheLoss(nn.Module):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes that share the cache; None for this one alone."""
+        if self._process_group != "world":
+            return self._process_group
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the cache."""
+        if self._ranks is None or self._ranks.group is not self.process_group:
+            self._ranks = Ranks(self.process_group)
+        return self._ranks
 
     @property
     def scale(self) -> Tensor | float:
@@ -156,44 +165,64 @@ class NegativeCacheLoss(nn.Module):
                 is as it was then.
             TypeError: Wrong dtypes.
         """
-        negatives = (negative_embeddings, negative_features, negative_ids)
-        self._check_embeddings(query_embeddings, document_embeddings, negative_embeddings)
-        embeddings, features, ids = document_embeddings, document_features, document_ids
-        specs = self.specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
-        if negative_embeddings is not None:
-            embeddings, features, ids = _join(embeddings, features, ids, negatives, specs)
-        elif negative_features is not None or negative_ids is not None:
-            raise ValueError("`negative_features` and `negative_ids` need `negative_embeddings`.")
-        manager, cache = self._prepare(query_embeddings, specs)
-        new_items = {EMBEDDING: embeddings.detach(), **features}
-        is_writing = self.training and torch.is_grad_enabled()
-        if is_writing:
-            manager.check_new_items(cache, new_items, ids)
-        positives = _positive_ids(document_ids, positive_ids, len(query_embeddings), cache.device)
-        fresh_scores = None
-        if negative_embeddings is not None:
-            fresh_scores = self._pair_scores(query_embeddings[:, None], negative_embeddings)
-            fresh_scores = _mask_positives(fresh_scores, positives, negative_ids)
-        positive_scores = self._pair_scores(query_embeddings, document_embeddings)
-        excluded = None if positives is None else cache.find(positives.flatten()).view(positives.shape)
-        withheld = None if negative_ids is None else cache.find(negative_ids.to(cache.device, torch.int64))
-        if not is_writing:
-            lse = self._normaliser(query_embeddings, cache, excluded, withheld)
-            return estimators.readable_loss(positive_scores, torch.zeros_like(lse)[:, None], lse, fresh_scores).mean()
-        loss, rows, fresh, is_valid = self._sampled_loss(
-            query_embeddings, positive_scores, cache, excluded, withheld, fresh_scores
-        )
-        manager.update_cache_(
-            cache,
-            new_items=new_items,
-            document_ids=ids,
-            updated_item_data={EMBEDDING: fresh.detach()} if len(rows) else None,
-            updated_item_indices=rows if len(rows) else None,
-            updated_item_mask=is_valid if len(rows) else None,
-        )
-        if self.cache is None:
-            self.cache = cache
-        return loss.mean()
+        device = query_embeddings.device
+
+        def prepare() -> tuple[_Step, list[int]]:
+            check_embeddings(query_embeddings, document_embeddings, negative_embeddings)
+            specs = self.specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
+            batch = make_batch(
+                query_embeddings,
+                document_embeddings,
+                document_features,
+                specs,
+                document_ids,
+                positive_ids,
+                negative_embeddings,
+                negative_features,
+                negative_ids,
+            )
+            step = self._prepare(batch, specs)
+            numbers = shared_numbers(step.rules, [step.cache], step.asked, step.is_writing) if ranks.size > 1 else []
+            return step, numbers
+
+        ranks = self.ranks
+        step, table = ranks.meet(self._step_number, device, prepare, NUM_SHARED)
+        batch, cache = step.batch, step.cache
+        meeting = Meeting(table) if ranks.size > 1 else None
+        negatives: Negatives
+        if meeting is None:
+            negatives = draw_here(step.rules, [cache], step.asked)
+        else:
+            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], step.asked, self._step_number)
+        fresh, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
+        if negatives.count:
+            try:
+                fresh = encode(self.document_encoder, negatives.features, negatives.count, fresh.shape[1])
+                check_finite(f"The new embeddings, as {self.embedding_dtype},", fresh.to(self.embedding_dtype))
+            except Exception as caught:
+                error = caught
+        if error is None:
+            loss = self._loss(batch, negatives, fresh, ranks, meeting)
+        elif not step.is_writing:
+            raise error
+        if step.is_writing:
+            stored = fresh.detach().to(self.embedding_dtype)
+            updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
+            step.manager.update_cache_(
+                cache,
+                new_items={EMBEDDING: batch.new_embeddings, **batch.new_features},
+                new_items_mask=negatives.new_items_mask(),
+                document_ids=batch.new_ids,
+                updated_item_data=None if updated is None else {EMBEDDING: updated.embeddings},
+                updated_item_indices=None if updated is None else updated.rows,
+                updated_item_mask=None if updated is None else updated.mask,
+                refreshed_item_data=None if refreshed is None else {EMBEDDING: refreshed.embeddings},
+                refreshed_item_indices=None if refreshed is None else refreshed.rows,
+            )
+            if self.cache is None:
+                self.cache = cache
+        mean = loss.mean()
+        return mean if meeting is None else mean * meeting.weight(ranks.rank)
 
     def metrics(self) -> dict[str, float]:
         """Health of the last training step; waits for the device.
@@ -217,107 +246,86 @@ class NegativeCacheLoss(nn.Module):
         last = {key: float(value) for key, value in self._last.items()}
         return {**last, "fill": int(self.cache.num_filled) / self.cache_size}
 
-    def _sampled_loss(
-        self,
-        queries: Tensor,
-        positive_scores: Tensor,
-        cache: NegativeCache,
-        excluded: Tensor | None,
-        withheld: Tensor | None,
-        fresh_scores: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss `[batch]`; rows `[n]` that were drawn, their new embeddings `[n, dim]` and which to write."""
-        pool = pool_of([cache], EMBEDDING, withheld)
-        drawn = draw_negatives(
-            queries,
-            pool,
-            cache.has_rows(),
-            generator=self.generator,
-            score_transform=self._transform(),
-            excluded=excluded,
-            top_k=self.top_k,
-            num_samples=self.num_samples,
-        )
-        rows, dim = drawn.rows.flatten(), queries.shape[1]
-        if len(rows):
-            data_keys = [key for key in cache.specs if key != EMBEDDING]
-            fresh = encode(self.document_encoder, read_pool([cache], rows, data_keys), len(rows), dim)
-            negative_scores = self._pair_scores(queries[:, None], fresh.view(len(queries), -1, dim))
-            staleness = estimators.staleness(pool.gather(rows), fresh).mean()
+    def _loss(self, batch: Batch, negatives: Negatives, fresh: Tensor, ranks: Ranks, meeting: Meeting | None) -> Tensor:
+        """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
+        scale = self.scale if self.log_scale is None else ranks.average_gradient(self.log_scale).exp()
+        queries = batch.queries
+        positive_scores = scale * _dot(queries, batch.documents)
+        fresh_scores, given = None, batch.negatives
+        if meeting is not None and any(meeting.num_withheld):
+            given = queries[:0] if given is None else given
+            given = ranks.gather_with_gradient(given, meeting.num_withheld)
+        if given is not None:
+            dtype = positive_scores.dtype
+            fresh_scores = scale * (queries.to(dtype) @ given.to(dtype).T)
+            fresh_scores = mask_positives(fresh_scores, batch.positives, negatives.withheld_ids)
+        staleness = positive_scores.new_zeros(())
+        if negatives.count:
+            negative_scores = scale * _dot(queries[:, None], fresh.view(len(queries), -1, queries.shape[1]))
+            staleness = estimators.staleness(negatives.cached, fresh).mean()
         else:
-            fresh = queries.new_empty(0, dim)
             negative_scores = positive_scores[:, None] * 0
-            staleness = positive_scores.new_zeros(())
-        loss = estimators.readable_loss(positive_scores, negative_scores, drawn.lse, fresh_scores)
-        self._last = {"interpretable_loss": loss.detach().mean(), "staleness": staleness.detach()}
-        return loss, rows, fresh, drawn.is_valid.repeat_interleave(self.num_samples)
-
-    def _normaliser(
-        self, queries: Tensor, cache: NegativeCache, excluded: Tensor | None, withheld: Tensor | None
-    ) -> Tensor:
-        """logsumexp over the cache `[batch]`, without drawing anything from the generator."""
-        return retrieve(
-            queries,
-            pool_of([cache], EMBEDDING, withheld),
-            generator=torch.Generator(),
-            score_transform=self._transform(),
-            excluded=excluded,
-            top_k=self.top_k,
-        ).lse
+        loss = estimators.readable_loss(positive_scores, negative_scores, negatives.lse, fresh_scores)
+        if self.training and torch.is_grad_enabled():
+            self._last = {"interpretable_loss": loss.detach().mean(), "staleness": staleness.detach()}
+        return loss
 
     def _transform(self) -> Any:
         scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
         return lambda scores: scores * scale
 
-    def _pair_scores(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """Scaled dot products over the last dimension, in at least float32."""
-        dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
-        return self.scale * (queries.to(dtype) * documents.to(dtype)).sum(dim=-1)
-
     def _feature_specs(self) -> dict[str, Any]:
         assert self.cache is not None
         return {key: spec for key, spec in self.cache.specs.items() if key != EMBEDDING}
 
-    def _prepare(self, queries: Tensor, specs: Specs) -> tuple[CacheManager, NegativeCache]:
-        """The manager and the cache; a new cache is kept only once it has been written."""
-        all_specs: dict[str, FeatureSpec] = {EMBEDDING: FixedLenFeature([queries.shape[1]], self.embedding_dtype)}
+    def _step_number(self) -> int:
+        return 0 if self.cache is None else int(self.cache.step)
+
+    def _prepare(self, batch: Batch, specs: Specs) -> _Step:
+        """Checks of the batch against the cache; a new cache is kept only once it has been written."""
+        all_specs: dict[str, FeatureSpec] = {EMBEDDING: FixedLenFeature([batch.queries.shape[1]], self.embedding_dtype)}
         all_specs.update(specs)
-        manager = CacheManager(all_specs, self.cache_size, self.use_lru)
         cache = self.cache
         if cache is None:
-            cache = NegativeCache.empty(all_specs, self.cache_size, queries.device, self.feature_device, EMBEDDING)
-        if cache.device != queries.device:
+            cache = self._new_cache(all_specs, batch.queries.device)
+            self.generator.manual_seed(rank_seed(self._seed, self.ranks.rank))
+        if cache.device != batch.queries.device:
             raise ValueError(
-                f"`query_embeddings` is on {queries.device}, the cache on {cache.device}. Move the loss with "
-                f".to({str(queries.device)!r})."
+                f"`query_embeddings` is on {batch.queries.device}, the cache on {cache.device}. Move the loss with "
+                f".to({str(batch.queries.device)!r})."
             )
-        if self.cache is not None and list(cache.specs[EMBEDDING].shape) != [queries.shape[1]]:  # type: ignore[union-attr]
+        if cache.embeddings(EMBEDDING).shape[1] != batch.queries.shape[1]:
             raise ValueError(
-                f"`query_embeddings` has {queries.shape[1]} dimensions, the cached embeddings have "
+                f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have "
                 f"{cache.embeddings(EMBEDDING).shape[1]}."
             )
-        return manager, cache
+        manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
+        is_writing = self.training and torch.is_grad_enabled()
+        if is_writing:
+            items = {EMBEDDING: batch.new_embeddings, **batch.new_features}
+            manager.check_new_items(cache, items, batch.new_ids)
+        rules = Rules(
+            EMBEDDING,
+            list(specs),
+            self.generator,
+            score_transform=self._transform(),
+            top_k=self.top_k,
+            num_samples=self.num_samples if is_writing else 0,
+        )
+        asked = Asked(
+            batch.queries.detach(),
+            batch.positives,
+            batch.new_ids,
+            0 if batch.negatives is None else len(batch.negatives),
+        )
+        return _Step(batch, manager, cache, rules, asked, is_writing)
 
-    def _check_embeddings(self, queries: Tensor, documents: Tensor, negatives: Tensor | None) -> None:
-        if queries.dim() != 2 or queries.shape != documents.shape:
-            raise ValueError(
-                f"`query_embeddings` has shape {list(queries.shape)}, `document_embeddings` {list(documents.shape)}; "
-                "expected the same [batch, dim]."
-            )
-        if len(queries) == 0:
-            raise ValueError("The batch is empty: `query_embeddings` has no rows.")
-        if negatives is not None and (negatives.dim() != 2 or negatives.shape[1] != queries.shape[1]):
-            raise ValueError(
-                f"`negative_embeddings` has shape {list(negatives.shape)}; expected [m, {queries.shape[1]}]."
-            )
-        for name, value in (("query", queries), ("document", documents), ("negative", negatives)):
-            if value is None:
-                continue
-            if not value.is_floating_point():
-                raise TypeError(f"`{name}_embeddings` is {value.dtype}; expected a floating point dtype.")
-            if value.device != queries.device:
-                raise ValueError(f"`{name}_embeddings` is on {value.device}, `query_embeddings` on {queries.device}.")
-            check_finite(f"`{name}_embeddings`", value)
+    def _new_cache(self, specs: Specs, device: torch.device) -> NegativeCache:
+        """An empty cache of this rank's share of the rows."""
+        num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
+        if num_rows == 0:
+            raise ValueError(f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it.")
+        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""
@@ -334,7 +342,7 @@ class NegativeCacheLoss(nn.Module):
             embedding = specs.pop(EMBEDDING)._replace(dtype=self.embedding_dtype)
             specs = {EMBEDDING: embedding, **(specs if self.specs is None else self.specs)}
             device = state_dict[prefix + "cache.filled"].device
-            cache = NegativeCache.empty(specs, self.cache_size, device, self.feature_device, EMBEDDING)
+            cache = self._new_cache(specs, device)
             cache.check_loadable(state_dict, prefix + "cache.")
             self.cache = cache
         elif self.cache is not None:
@@ -342,59 +350,18 @@ class NegativeCacheLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _join(
-    embeddings: Tensor,
-    features: Features,
-    ids: Tensor | None,
-    negatives: tuple[Tensor | None, Features | None, Tensor | None],
-    specs: Specs,
-) -> tuple[Tensor, Features, Tensor | None]:
-    """The batch's documents and its negatives as one list of new items."""
-    negative_embeddings, negative_features, negative_ids = negatives
-    assert negative_embeddings is not None
-    if negative_features is None:
-        raise ValueError("`negative_embeddings` needs `negative_features`, to encode the documents again later.")
-    for name, given in (("document_features", features), ("negative_features", negative_features)):
-        missing = set(specs) - set(given)
-        if missing:
-            raise ValueError(f"`{name}` must have the keys {sorted(specs)}, got {sorted(given)}.")
-    if ids is not None or negative_ids is not None:
-        first = _ids_or_unknown("document_ids", ids, embeddings)
-        ids = torch.cat([first, _ids_or_unknown("negative_ids", negative_ids, negative_embeddings)])
-    return (
-        torch.cat([embeddings, negative_embeddings]),
-        concatenate(features, negative_features, specs),
-        ids,
-    )
+class _Step(NamedTuple):
+    """A batch that was checked, and what it will be used with."""
+
+    batch: Batch
+    manager: CacheManager
+    cache: NegativeCache
+    rules: Rules
+    asked: Asked
+    is_writing: bool
 
 
-def _ids_or_unknown(name: str, ids: Tensor | None, embeddings: Tensor) -> Tensor:
-    if ids is None:
-        return torch.full((len(embeddings),), NO_ID, dtype=torch.int64, device=embeddings.device)
-    check_ids(name, ids, (len(embeddings),))
-    return ids.to(embeddings.device, torch.int64)
-
-
-def _positive_ids(
-    document_ids: Tensor | None, positive_ids: Tensor | None, batch: int, device: torch.device
-) -> Tensor | None:
-    """All known positives of each query, `[batch, n]`."""
-    parts = []
-    if document_ids is not None:
-        check_ids("document_ids", document_ids, (batch,))
-        parts.append(document_ids[:, None].to(device, torch.int64))
-    if positive_ids is not None:
-        if positive_ids.dim() != 2:
-            raise ValueError(f"`positive_ids` has shape {list(positive_ids.shape)}; expected [{batch}, n].")
-        check_ids("positive_ids", positive_ids, (batch, positive_ids.shape[1]))
-        parts.append(positive_ids.to(device, torch.int64))
-    return torch.cat(parts, dim=1) if parts else None
-
-
-def _mask_positives(scores: Tensor, positives: Tensor | None, negative_ids: Tensor | None) -> Tensor:
-    """-inf where a negative `[m]` is a known positive of the query, in scores `[batch, m]`."""
-    if positives is None or negative_ids is None:
-        return scores
-    ids = negative_ids.to(scores.device)
-    is_positive = ((positives[:, :, None] == ids) & (ids >= 0)).any(dim=1)
-    return scores.masked_fill(is_positive, -torch.inf)
+def _dot(queries: Tensor, documents: Tensor) -> Tensor:
+    """Dot products over the last dimension, in at least float32."""
+    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
+    return (queries.to(dtype) * documents.to(dtype)).sum(dim=-1)

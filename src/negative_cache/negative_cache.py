@@ -96,11 +96,16 @@ class CacheManager:
         updated_item_data: Features | None = None,
         updated_item_indices: Tensor | None = None,
         updated_item_mask: Tensor | None = None,
+        refreshed_item_data: Features | None = None,
+        refreshed_item_indices: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> None:
         """`update_cache` in place. Nothing is written unless every argument is right.
 
         Args:
+            refreshed_item_data: Like `updated_item_data`, for documents that came again as new ones: written after
+                the updated ones, and age 0 without LRU too.
+            refreshed_item_indices: Their rows.
             document_ids: int64 `[n]` of the new items, -1 for unknown. A document that has a row is
                 written there; of a document that occurs twice in the batch the last known or first
                 unknown entry counts.
@@ -108,6 +113,7 @@ class CacheManager:
         if cache.written.shape[0] != cache.num_rows:
             raise ValueError(f"The cache has {cache.num_rows} rows but {cache.written.shape[0]} ages.")
         updated, updated_mask = self._check_updates(cache, updated_item_data, updated_item_indices, updated_item_mask)
+        refreshed, refreshed_mask = self._check_updates(cache, refreshed_item_data, refreshed_item_indices, None)
         inserted = self.check_new_items(cache, new_items, document_ids) if new_items else {}
         inserted_mask = _check_mask("new_items_mask", new_items_mask, batch_size(inserted), cache.device)
         inserted_mask = _mask_not_finite("new_items", cache, inserted, inserted_mask)
@@ -115,6 +121,8 @@ class CacheManager:
         if updated and updated_item_indices is not None:
             rows = updated_item_indices.to(cache.device, torch.int64)
             cache.write(rows, updated, updated_mask, resets_age=self.use_lru)
+        if refreshed and refreshed_item_indices is not None:
+            cache.write(refreshed_item_indices.to(cache.device, torch.int64), refreshed, refreshed_mask)
         if inserted:
             _insert(cache, inserted, inserted_mask, document_ids)
 

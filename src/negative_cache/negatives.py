@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NegativeCache
-from negative_cache.features import padding_value
+from negative_cache.features import FeatureSpec, RaggedRows, padded, padding_value, to_device
 from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
 from negative_cache.retrieval.reference import dense_scores, exact_top_k
 from negative_cache.retrieval.streaming import mine_groups
@@ -37,6 +37,16 @@ class Drawn(NamedTuple):
     rows: Tensor
     is_valid: Tensor
     top_rows: Tensor
+
+
+def is_max_score(retrieval_fn: RetrievalFn | None) -> bool:
+    """Whether the retrieval function takes the best row."""
+    return isinstance(retrieval_fn, MaxScoreRetrievalFn)
+
+
+def is_softmax(retrieval_fn: RetrievalFn | None) -> bool:
+    """Whether the retrieval function draws from the softmax of the scores themselves."""
+    return retrieval_fn is None or (isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0)
 
 
 def pool_of(caches: Sequence[NegativeCache], embedding_key: str, withheld: Tensor | None = None) -> RowPool:
@@ -83,12 +93,9 @@ def draw_negatives(
         num_samples: Draws per query.
         num_top: How many of the best rows to return beside.
     """
-    is_max = isinstance(retrieval_fn, MaxScoreRetrievalFn)
-    is_softmax = retrieval_fn is None or (
-        isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0
-    )
-    if is_max or is_softmax or not has_rows:
-        lse, rows, top_rows = retrieve(
+    is_max = is_max_score(retrieval_fn)
+    if is_max or is_softmax(retrieval_fn) or not has_rows:
+        lse, rows, top_rows, _ = retrieve(
             queries,
             pool,
             generator=generator,
@@ -104,7 +111,7 @@ def draw_negatives(
         assert retrieval_fn is not None
         lse, rows, top_rows = _retrieve_custom(queries, pool, retrieval_fn, score_transform, excluded, top_k, num_top)
     is_valid = lse > -torch.inf
-    if not has_rows or (lse.device.type == "cpu" and not bool(is_valid.any())):
+    if not has_rows or num_samples == 0 or (lse.device.type == "cpu" and not bool(is_valid.any())):
         return Drawn(lse, rows[:0], is_valid[:0], top_rows)
     # A query without negatives gets a row that is safe to encode; its weight is 0 and nothing is written.
     safe = rows[is_valid.to(torch.uint8).argmax(), 0]
@@ -138,19 +145,32 @@ def _retrieve_custom(
     return scores.logsumexp(dim=1), rows.gather(1, picked), top_rows
 
 
-def read_pool(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
-    """Features of `rows [n]`, numbered through all caches, on the rows' device: `[n, ...]` each."""
-    if len(caches) == 1:
-        return {key: value.to(rows.device) for key, value in caches[0].read(rows, keys).items()}
-    result: dict[str, Tensor] = {}
+def read_items(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
+    """Features of `rows [n]`, numbered through all caches, on the rows' device: `[n, ...]` each, or ragged."""
+    result: dict[str, Tensor | RaggedRows] = {}
     start = 0
     for cache in caches:
         inside = (rows >= start) & (rows < start + cache.num_rows)
-        for key, value in cache.read(torch.where(inside, rows - start, 0), keys).items():
-            value = value.to(rows.device)
-            result[key] = (
-                _where(inside, value, result[key], padding_value(cache.specs[key])) if key in result else value
-            )
+        local = rows if len(caches) == 1 else torch.where(inside, rows - start, 0)
+        for key, value in cache.read_rows(local, keys).items():
+            value = to_device(value, rows.device)
+            result[key] = _choose(inside, value, result[key], cache.specs[key]) if key in result else value
+        start += cache.num_rows
+    return result
+
+
+def read_pool(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+    """`read_items`, the ragged ones padded to the longest of these rows."""
+    return padded(read_items(caches, rows, keys))
+
+
+def lengths_of(caches: Sequence[NegativeCache], rows: Tensor, key: str) -> Tensor:
+    """Lengths of a ragged feature of `rows [n]`, numbered through all caches: int64 `[n]`."""
+    result, start = torch.zeros_like(rows), 0
+    for cache in caches:
+        inside = (rows >= start) & (rows < start + cache.num_rows)
+        lengths = cache.lengths(torch.where(inside, rows - start, 0), key).to(rows.device)
+        result = torch.where(inside, lengths, result)
         start += cache.num_rows
     return result
 
@@ -184,11 +204,22 @@ def new_generator(seed: int | None = None) -> torch.Generator:
     return generator
 
 
-def _where(condition: Tensor, new: Tensor, old: Tensor, padding: float) -> Tensor:
-    """`where` over the first dimension; ragged features of different widths are padded."""
+def _choose(
+    condition: Tensor, new: Tensor | RaggedRows, old: Tensor | RaggedRows, spec: FeatureSpec
+) -> Tensor | RaggedRows:
+    """`where` over the first dimension; features of different widths are padded."""
+    if isinstance(new, RaggedRows) and isinstance(old, RaggedRows):
+        values = _choose(condition, new.values, old.values, spec)
+        assert isinstance(values, Tensor)
+        return RaggedRows(values, torch.where(condition, new.lengths, old.lengths))
+    assert isinstance(new, Tensor)
+    assert isinstance(old, Tensor)
     if new.dim() == 2 and new.shape[1] != old.shape[1]:
         width = max(new.shape[1], old.shape[1])
-        new, old = (torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding) for value in (new, old))
+        new, old = (
+            torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding_value(spec))
+            for value in (new, old)
+        )
     return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from negative_cache.distributed import Ranks
 from negative_cache.retrieval.reference import grouped_top_k
 
 __all__ = ["approximate_top_k_with_indices", "cross_replica_concat", "gather_nd", "tensor_update"]
@@ -32,15 +33,15 @@ def cross_replica_concat(tensor: Tensor, group: dist.ProcessGroup | None = None)
     """The tensors of all ranks, one after the other in the order of ranks, without gradient.
 
     Args:
-        tensor: `[n, ...]`, of the same shape on all ranks, on a device that the group's backend takes.
+        tensor: `[n, ...]` on a device that the group's backend takes; n may differ between ranks, the other
+            dimensions may not.
         group: Process group; None for the default one. Without any, the tensor comes back alone.
     """
     tensor = tensor.detach().contiguous()
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor, group=group)
-    return torch.cat(parts)
+    ranks = Ranks(dist.group.WORLD if group is None else group)
+    return ranks.gather([tensor], ranks.sizes(len(tensor), tensor.device))[0]
 
 
 def gather_nd(params: Tensor, indices: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class NegativeCacheRankingLoss(nn.Module):
         embedding_dtype: Stored dtype of embeddings.
         feature_device: Where the tokens of cached documents are kept; None for the model's device.
         seed: Seed of the draws; None takes one from torch's global generator.
+        gather_across_devices: Share the cache among all ranks: each holds `cache_size / ranks` documents, every
+            anchor sees all of them, and given negatives serve the anchors of all ranks.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class NegativeCacheRankingLoss(nn.Module):
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
         seed: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         if similarity_fct not in (util.cos_sim, util.dot_score):
@@ -89,7 +92,9 @@ class NegativeCacheRankingLoss(nn.Module):
             embedding_dtype=embedding_dtype,
             feature_device=feature_device,
             seed=seed,
+            process_group="world" if gather_across_devices else None,
         )
+        self.gather_across_devices = gather_across_devices
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The mean loss of a batch; in training it also updates the cache.
@@ -177,6 +182,7 @@ class NegativeCacheRankingLoss(nn.Module):
             "num_samples": self.cache_loss.num_samples,
             "use_lru": self.cache_loss.use_lru,
             "embedding_dtype": str(self.cache_loss.embedding_dtype),
+            "gather_across_devices": self.gather_across_devices,
         }
 
     @property

@@ -59,11 +59,13 @@ class Retrieved(NamedTuple):
             valid numbers where lse is -inf.
         top_rows: int64 `[batch, num_top]`: the highest scoring rows in falling order, -1 where there are
             not so many candidates.
+        top_scores: `[batch, num_top]`: their scores, -inf where there are not so many candidates.
     """
 
     lse: Tensor
     rows: Tensor
     top_rows: Tensor
+    top_scores: Tensor
 
 
 def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:

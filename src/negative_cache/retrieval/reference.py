@@ -116,4 +116,5 @@ def retrieve_dense(
         lse=scores.logsumexp(dim=1),
         rows=rows.gather(1, sample(scores, num_samples, generator)),
         top_rows=torch.where(top_scores > -torch.inf, rows.gather(1, top), -1),
+        top_scores=top_scores,
     )

@@ -40,13 +40,14 @@ def retrieve_streaming(
         drawn = rows.gather(1, sample(scores, num_samples, generator))
         lse = scores.logsumexp(dim=1)
         top_scores, top = exact_top_k(scores, min(num_top, top_k))
-        return Retrieved(lse, drawn, torch.where(top_scores > -torch.inf, rows.gather(1, top), -1))
+        top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
+        return Retrieved(lse, drawn, top_rows, top_scores)
     reservoir = _Reservoir(tiles, num_samples, generator)
     best = _Best(tiles, min(num_top, pool.num_rows))
     for start, scores in tiles:
         reservoir.add(start, scores)
         best.add(start, scores)
-    return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows())
+    return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows(), best.top_scores)
 
 
 def mine_groups(

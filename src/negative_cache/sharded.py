@@ -1,0 +1,417 @@
+"""Negatives from the caches of all ranks as one pool.
+
+A step sends, beside a few integers: the queries to all ranks, each shard's logsumexp to all, the drawn documents to
+the ranks of their queries, and their new embeddings to the ranks that own the rows. Nothing as long as the cache
+ever travels. Who sends what to whom follows from numbers that all ranks have, so nobody is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from negative_cache.cache import NO_ID, NegativeCache, is_last_of_equal
+from negative_cache.distributed import Ranks, bytes_of, choose_shard, pack_rows, shard_sizes, unpack_rows
+from negative_cache.drawing import Asked, Negatives, Returned, Rules
+from negative_cache.features import RaggedFeature, RaggedRows, Specs, padded, padding_value, select, spec_to_json
+from negative_cache.negatives import is_max_score, is_softmax, lengths_of, pool_of, read_items
+from negative_cache.retrieval import Retrieved, RowPool, retrieve
+from negative_cache.retrieval.reference import exact_top_k, uniforms
+
+NUM_SHARED = 11  # integers that a rank tells all others before each step
+
+
+def shared_numbers(rules: Rules, caches: Sequence[NegativeCache], asked: Asked, is_writing: bool) -> list[int]:
+    """What a rank tells all others before a step: `NUM_SHARED` integers."""
+    if not (is_softmax(rules.retrieval_fn) or is_max_score(rules.retrieval_fn)):
+        raise ValueError(
+            f"{type(rules.retrieval_fn).__name__} needs the scores of all rows of all ranks at once, which do not "
+            "travel. Over several ranks use GumbelMaxRetrievalFn() or MaxScoreRetrievalFn()."
+        )
+    num_rows = sum(cache.num_rows for cache in caches)
+    if rules.is_replicated and rules.top_k is not None and rules.top_k > num_rows:
+        raise ValueError(f"top_k is {rules.top_k}; it must be from 1 to the {num_rows} rows of the cache.")
+    specs = [{key: spec_to_json(spec) for key, spec in cache.specs.items()} for cache in caches]
+    return [
+        len(asked.queries),
+        0 if asked.positives is None else asked.positives.shape[1],
+        _num_new(asked),
+        asked.num_withheld,
+        any(cache.has_rows() for cache in caches),
+        num_rows,
+        zlib.crc32(json.dumps(specs, sort_keys=True).encode()),
+        zlib.crc32(str(asked.queries.dtype).encode()),
+        is_writing,
+        -1 if rules.top_k is None else rules.top_k,
+        rules.num_samples * 1000 + rules.num_top,
+    ]
+
+
+_MUST_AGREE = {
+    6: "the cached features (names, shapes, dtypes)",
+    7: "the dtype of the query embeddings",
+    8: "training or evaluating",
+    9: "`top_k`",
+    10: "`num_samples` and `return_topk`",
+}
+
+
+@dataclass
+class Meeting:
+    """What the ranks told each other before a step: one entry per rank."""
+
+    table: list[list[int]]
+    batches: list[int] = field(init=False)
+    num_positives: list[int] = field(init=False)
+    num_new: list[int] = field(init=False)
+    num_withheld: list[int] = field(init=False)
+    num_rows: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for column, what in _MUST_AGREE.items():
+            if len({row[column] for row in self.table}) > 1:
+                raise ValueError(
+                    f"The ranks differ in {what}. Every rank must make the same call with the same settings."
+                )
+        columns = [list(column) for column in zip(*self.table, strict=True)]
+        self.batches, self.num_positives, self.num_new, self.num_withheld = columns[:4]
+        self.num_rows = columns[5]
+
+    def weight(self, rank: int) -> float:
+        """The factor that makes the average of the ranks' mean losses the mean over all queries."""
+        return self.batches[rank] * len(self.batches) / sum(self.batches)
+
+
+def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
+    """How many of top_k groups lie in one shard: in proportion to its rows, at least one where it has any."""
+    ends = [round(top_k * sum(num_rows[: r + 1]) / max(sum(num_rows), 1)) for r in range(len(num_rows))]
+    share = ends[rank] - (ends[rank - 1] if rank else 0)
+    return min(max(share, 1), num_rows[rank])
+
+
+@dataclass
+class _Entries:
+    """The rows that travel from owners to the ranks of their queries: first the draws, then the best rows.
+
+    Both are in the order of the queries of all ranks. Every rank has the same list.
+
+    Attributes:
+        query: int64 `[n]`: the query, numbered through all ranks.
+        asker: int64 `[n]`: the rank of the query.
+        owner: int64 `[n]`: the rank that has the row.
+        candidate: int64 `[n]`: which of the owner's candidate rows it is.
+        is_update: bool `[n]`: whether its new embedding goes back.
+        num_draws: How many entries are draws.
+    """
+
+    query: Tensor
+    asker: Tensor
+    owner: Tensor
+    candidate: Tensor
+    is_update: Tensor
+    num_draws: int
+
+    def of_owner(self, rank: int) -> Tensor:
+        """Positions of the entries that a rank has, by asker."""
+        at = (self.owner == rank).nonzero().squeeze(1)
+        return at[self.asker[at].argsort(stable=True)]
+
+    def of_asker(self, rank: int) -> Tensor:
+        """Positions of the entries that a rank wants, by owner."""
+        at = (self.asker == rank).nonzero().squeeze(1)
+        return at[self.owner[at].argsort(stable=True)]
+
+
+@torch.no_grad()
+def draw_from_ranks(
+    ranks: Ranks,
+    meeting: Meeting,
+    rules: Rules,
+    caches: Sequence[NegativeCache],
+    asked: Asked,
+    step: Callable[[], int],
+) -> Negatives:
+    """Draw from the caches of all ranks as one pool: that of rank 0, then that of rank 1, and so on.
+
+    In distribution this equals `draw_here` on one process that has all rows and all queries. All ranks call
+    it with the same rules. Ids are those of the first cache of each rank.
+    """
+    queries, num_samples, batch = asked.queries, rules.num_samples, len(asked.queries)
+    uniform = uniforms((batch, num_samples), rules.generator, queries.device)
+    all_uniform, positives, new_ids, all_queries = _share_queries(ranks, meeting, asked, uniform)
+    withheld_ids = _withheld(meeting, new_ids)
+    found = caches[0].find(new_ids) if len(new_ids) else new_ids
+    shard = _search_shard(ranks, meeting, rules, caches, all_queries, positives, withheld_ids)
+    candidates = torch.cat([shard.rows.flatten(), shard.top_rows.flatten()])
+    ragged = [key for key in sorted(rules.data_keys) if isinstance(caches[0].specs[key], RaggedFeature)]
+    longest = [lengths_of(caches, candidates.clamp(min=0), key).amax() for key in ragged if len(candidates)]
+    widths = torch.stack(longest) if longest else torch.zeros(len(ragged), dtype=torch.int64, device=queries.device)
+    told = [shard.lse.double(), shard.top_scores.double(), found, widths]
+    results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
+    # Who sends what is found out on the CPU, on every rank alike.
+    lse, top_scores, found, widths = (
+        value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
+    )
+    entries = _plan(rules, meeting, lse, top_scores, all_uniform.cpu())
+    start = sum(meeting.batches[: ranks.rank])
+    merged = lse.logsumexp(dim=0)[start : start + batch].to(queries.device, shard.lse.dtype)
+    negatives = _FromRanks(
+        lse=merged,
+        is_valid=merged > -torch.inf,
+        count=0,
+        features={},
+        cached=queries.new_empty(0, queries.shape[1]),
+        top_features=[{} for _ in range(batch)] if rules.num_top else [],
+        withheld_ids=withheld_ids,
+        ranks=ranks,
+        meeting=meeting,
+        entries=entries,
+        candidates=candidates,
+        new_ids=new_ids.cpu(),
+        found=found,
+        has_ids=asked.new_ids is not None,
+        step=step,
+    )
+    if len(entries.query):  # the same on all ranks
+        negatives.bring(rules, caches, dict(zip(ragged, widths.amax(dim=0).tolist(), strict=True)))
+    return negatives
+
+
+def _num_new(asked: Asked) -> int:
+    """How many ids of new documents travel; without ids only those of withheld ones, as unknown."""
+    return asked.num_withheld if asked.new_ids is None else len(asked.new_ids)
+
+
+def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor) -> list[Tensor]:
+    """Uniforms, known positives, ids of new documents, and queries of all ranks."""
+    device, width = asked.queries.device, max(meeting.num_positives)
+    positives = asked.positives
+    if positives is None:
+        positives = torch.full((len(asked.queries), 0), -1, dtype=torch.int64, device=device)
+    positives = torch.nn.functional.pad(positives, (0, width - positives.shape[1]), value=-1)
+    new_ids = asked.new_ids
+    if new_ids is None:
+        new_ids = torch.full((_num_new(asked),), NO_ID, dtype=torch.int64, device=device)
+    sizes = [[batch, batch, new, batch] for batch, new in zip(meeting.batches, meeting.num_new, strict=True)]
+    return ranks.gather([uniform, positives, new_ids, asked.queries], sizes)
+
+
+def _withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
+    """The ids that no query may see, of all ranks."""
+    if not any(meeting.num_withheld):
+        return None
+    parts = torch.split(new_ids, meeting.num_new)
+    return torch.cat([part[len(part) - n :] for part, n in zip(parts, meeting.num_withheld, strict=True)])
+
+
+def _search_shard(
+    ranks: Ranks,
+    meeting: Meeting,
+    rules: Rules,
+    caches: Sequence[NegativeCache],
+    queries: Tensor,
+    positives: Tensor,
+    withheld_ids: Tensor | None,
+) -> Retrieved:
+    """This rank's part of the answer to all queries; rows are numbered through its caches."""
+    pool = pool_of(caches, rules.embedding_key, None if withheld_ids is None else caches[0].find(withheld_ids))
+    first, num_rows = 0, meeting.num_rows
+    if rules.is_replicated:
+        num_rows = shard_sizes(pool.num_rows, ranks.size)
+        first = sum(num_rows[: ranks.rank])
+        pool = RowPool(*([part] for part in pool.slice(first, first + num_rows[ranks.rank])))
+    is_max = is_max_score(rules.retrieval_fn)
+    num_top = max(rules.num_top, int(is_max))
+    batch, device = len(queries), queries.device
+    rows = torch.zeros(batch, rules.num_samples, dtype=torch.int64, device=device)
+    top_rows = torch.full((batch, num_top), -1, device=device)
+    top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
+    lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
+    if meeting.table[ranks.rank][4] and pool.num_rows:
+        result = retrieve(
+            queries,
+            pool,
+            generator=rules.generator,
+            score_transform=rules.score_transform,
+            excluded=caches[0].find(positives.flatten()).view(positives.shape) if positives.numel() else None,
+            top_k=None if rules.top_k is None else top_k_of_shard(rules.top_k, num_rows, ranks.rank),
+            num_samples=rules.num_samples,
+            num_top=num_top,
+        )
+        lse, rows, found = result.lse, result.rows + first, result.top_rows.shape[1]
+        top_scores[:, :found] = result.top_scores
+        top_rows[:, :found] = torch.where(result.top_rows >= 0, result.top_rows + first, -1)
+    if is_max and rules.num_samples:
+        rows = top_rows[:, :1].clamp(min=0)
+    return Retrieved(lse, rows, top_rows, top_scores)
+
+
+def _plan(rules: Rules, meeting: Meeting, lse: Tensor, top_scores: Tensor, uniform: Tensor) -> _Entries:
+    """Choose the owner of each draw, and of each of the best rows.
+
+    Args:
+        lse: `[ranks, batch of all]`.
+        top_scores: `[ranks, batch of all, num_top or 1]`.
+        uniform: `[batch of all, num_samples]`.
+    """
+    num_ranks, batch = lse.shape
+    num_samples, num_top = rules.num_samples, top_scores.shape[2]
+    owner = choose_shard(lse, uniform)
+    if is_max_score(rules.retrieval_fn) and num_samples:
+        best = top_scores[:, :, 0].max(dim=0)
+        owner = torch.where(best.values > -torch.inf, best.indices, -1)[:, None]
+    owner = owner.flatten()
+    query, candidate = torch.arange(batch).repeat_interleave(num_samples), torch.arange(batch * num_samples)
+    is_update = owner >= 0
+    if bool(is_update.any()):  # a query without negatives gets another's document, so that every rank encodes
+        first = int(is_update.to(torch.uint8).argmax())
+        candidate = torch.where(is_update, candidate, first)
+        owner = torch.where(is_update, owner, owner[first])
+    else:
+        query, candidate, owner, is_update = query[:0], candidate[:0], owner[:0], is_update[:0]
+    num_draws = len(query)
+    if rules.num_top:
+        # the best of all ranks' best: equal scores in the order of ranks, which is that of rows
+        scores, at = exact_top_k(top_scores.transpose(0, 1).flatten(1), rules.num_top)
+        top_query, slot = (scores > -torch.inf).nonzero().unbind(dim=1)
+        at = at[top_query, slot]
+        query = torch.cat([query, top_query])
+        owner = torch.cat([owner, at // num_top])
+        candidate = torch.cat([candidate, batch * num_samples + top_query * num_top + at % num_top])
+        is_update = torch.cat([is_update, torch.zeros(len(top_query), dtype=torch.bool)])
+    asker = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(meeting.batches))
+    return _Entries(query, asker[query], owner, candidate, is_update, num_draws)
+
+
+@dataclass
+class _FromRanks(Negatives):
+    """Drawn from the caches of all ranks.
+
+    Attributes:
+        candidates: int64 `[n]`: this rank's candidate rows, numbered through its caches.
+        new_ids: int64 `[n]`: ids of the new documents of all ranks.
+        found: int64 `[ranks, n]`: their rows on each rank, -1 where they have none.
+        has_ids: Whether this rank gave ids.
+        step: Says the current step, for an error's message.
+    """
+
+    ranks: Ranks
+    meeting: Meeting
+    entries: _Entries
+    candidates: Tensor
+    new_ids: Tensor
+    found: Tensor
+    has_ids: bool
+    step: Callable[[], int]
+
+    def bring(self, rules: Rules, caches: Sequence[NegativeCache], widths: dict[str, int]) -> None:
+        """Send the chosen rows to the ranks of their queries, and take in what arrives."""
+        entries, ranks, device = self.entries, self.ranks, self.candidates.device
+        keys = [*rules.data_keys, rules.embedding_key]
+        sent, wanted = entries.of_owner(ranks.rank), entries.of_asker(ranks.rank)
+        rows = self.candidates[entries.candidate[sent].to(device)]
+        raw = ranks.exchange(
+            pack_rows(read_items(caches, rows, keys), widths),
+            _counts(entries.asker[sent], ranks.size),
+            _counts(entries.owner[wanted], ranks.size),
+        )
+        specs = {key: caches[0].specs[key] for key in keys}
+        came = unpack_rows(raw, specs, widths)
+        arrival = wanted.argsort().to(device)  # where each entry arrived, in the order of entries
+        entry = wanted.sort().values
+        is_draw = entry < entries.num_draws
+        drawn = _pick(came, arrival[is_draw.to(device)], specs)
+        self.count = int(is_draw.sum())
+        self.cached = drawn.pop(rules.embedding_key)
+        self.features = drawn
+        if rules.num_top:
+            first, batch = sum(self.meeting.batches[: ranks.rank]), len(self.lse)
+            counts = _counts(entries.query[entry[~is_draw]] - first, batch)
+            data = {key: came[key] for key in rules.data_keys}
+            tops = torch.split(arrival[~is_draw.to(device)], counts)
+            self.top_features = [_pick(data, top, specs) for top in tops]
+
+    def give_back(
+        self, fresh: Tensor, new_embeddings: Tensor | None = None, error: Exception | None = None
+    ) -> tuple[Returned | None, Returned | None]:
+        entries, ranks = self.entries, self.ranks
+        new_owner, new_asker, _ = self._fate_of_new
+        travelling = self._travelling
+        if not entries.num_draws and not len(travelling):
+            return None, None  # the same on all ranks
+        # What this rank sends and what it gets: each message begins with a row that says whether its sender
+        # failed, then come drawn rows, then new documents; each in the order of entries.
+        everyone = torch.arange(ranks.size)
+        first_draw = int((entries.asker[: entries.num_draws] < ranks.rank).sum())
+        first_new = sum(self.meeting.num_new[: ranks.rank])
+        drawn = (entries.is_update & (entries.asker == ranks.rank)).nonzero().squeeze(1)
+        brought = travelling[new_asker[travelling] == ranks.rank]
+        to = torch.cat([everyone, entries.owner[drawn], new_owner[brought]])
+        owned = (entries.is_update & (entries.owner == ranks.rank)).nonzero().squeeze(1)
+        known = travelling[new_owner[travelling] == ranks.rank]
+        origin = torch.cat([everyone, entries.asker[owned], new_asker[known]])
+
+        device, dim = fresh.device, fresh.shape[1]
+        if error is not None:
+            fresh = fresh.new_zeros(self.count, dim)
+        rows = [fresh.new_full((ranks.size, dim), float(error is not None)), fresh[(drawn - first_draw).to(device)]]
+        if new_embeddings is not None:
+            rows.append(new_embeddings[(brought - first_new).to(device)].to(fresh.dtype))
+        message = torch.cat(rows)[to.argsort(stable=True).to(device)]
+        came = ranks.exchange(bytes_of(message), _counts(to, ranks.size), _counts(origin, ranks.size))
+        came = came.view(fresh.dtype)[origin.argsort(stable=True).argsort().to(device)]
+        failed, updates, refreshes = torch.split(came, [ranks.size, len(owned), len(known)])
+        ranks.raise_together([flag != 0 for flag in failed[:, 0].tolist()], error, self.step, device)
+        rows_here = self.candidates[entries.candidate[owned].to(device)]
+        return Returned(updates, rows_here), Returned(refreshes, self.found[ranks.rank][known].to(device))
+
+    def new_items_mask(self) -> Tensor | None:
+        if not self.has_ids:
+            return None
+        owner, asker, counts = self._fate_of_new
+        is_mine = asker == self.ranks.rank
+        return (counts & ((owner < 0) | (owner == self.ranks.rank)))[is_mine].to(self.candidates.device)
+
+    @functools.cached_property
+    def _fate_of_new(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the new documents of all ranks: who has a row of it (or -1), who brought it, and whether it counts.
+
+        Of a document that several bring, the last counts if it has a row, and the first if not.
+        """
+        is_known = (self.found >= 0).any(dim=0)
+        owner = torch.where(is_known, (self.found >= 0).to(torch.uint8).argmax(dim=0), -1)
+        asker = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.meeting.num_new))
+        is_new = ~is_known & (self.new_ids >= 0)
+        is_first = is_last_of_equal(self.new_ids.flip(0), is_new.flip(0)).flip(0)
+        return owner, asker, is_last_of_equal(self.new_ids, is_known) | is_first | (self.new_ids < 0)
+
+    @property
+    def _travelling(self) -> Tensor:
+        """Positions of the new documents that have their row on another rank than the one that brings them."""
+        owner, asker, counts = self._fate_of_new
+        return (counts & (owner >= 0) & (owner != asker)).nonzero().squeeze(1)
+
+
+def _counts(values: Tensor, length: int) -> list[int]:
+    counts: list[int] = torch.bincount(values, minlength=length).tolist()
+    return counts
+
+
+def _pick(items: Mapping[str, Tensor | RaggedRows], index: Tensor, specs: Specs) -> dict[str, Tensor]:
+    """Items `[n]` of those that arrived, ragged ones padded to the longest of them."""
+    picked = select(items, index)
+    for key, value in picked.items():
+        if isinstance(value, RaggedRows):
+            width = int(value.lengths.amax()) if len(index) else 0
+            inside = torch.arange(width, device=index.device) < value.lengths[:, None]
+            picked[key] = RaggedRows(
+                torch.where(inside, value.values[:, :width], padding_value(specs[key])).to(value.values.dtype),
+                value.lengths,
+            )
+    return padded(picked)
