@@ -87,6 +87,6 @@ def _rank(rank: int, fn: Callable[..., None], world_size: int, folder: str) -> N
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    # On an error the group is left alone: to destroy it would make gloo abort the others before this one's error is seen.
+    # On an error the group is left alone: to destroy it would make gloo abort the others before the error is seen.
     fn(rank, world_size, Path(folder))
     dist.destroy_process_group()

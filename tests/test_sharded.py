@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from stats import ALPHA, chi_square, mean_gradient
-from support import assert_same_state, run_ranks, snapshot
 from torch import Tensor, nn
 
 from negative_cache import (
@@ -25,6 +23,8 @@ from negative_cache import (
 from negative_cache.distributed import Ranks, choose_shard, pack_rows, shard_sizes, unpack_rows
 from negative_cache.features import RaggedRows
 from negative_cache.sharded import top_k_of_shard
+from stats import ALPHA, chi_square, mean_gradient
+from support import assert_same_state, run_ranks, snapshot
 
 DIM, SCALE = 6, 3.0
 # Rows and batch of each rank: uneven shards, an empty one, unequal batches.
@@ -330,8 +330,8 @@ def check_errors_are_named_and_write_nothing(rank: int, world_size: int, folder:
     before = snapshot(loss_fn)
     with pytest.raises(ValueError, match=r"Rank 1, step 3: `query_embeddings` has NaN"):
         step(factor=torch.nan if rank == 1 else 1.0)
+    embedded = model({"number": good})
     with pytest.raises(ValueError, match=r"Rank 1, step 3: .*`document_ids` has shape"):
-        embedded = model({"number": good})
         loss_fn(embedded, embedded, {"number": good}, document_ids=good[: 2 if rank == 1 else BATCH])
     assert_same_state(before, snapshot(loss_fn))
 

@@ -77,7 +77,7 @@ class Ranks:
             prepared.append(value)
         except Exception as caught:
             error = caught
-        table = self._gather_ints([error is not None, *numbers], device)
+        table = self.share_integers([error is not None, *numbers], device)
         self.raise_together([bool(row[0]) for row in table], error, step, device)
         return prepared[0], [row[1:] for row in table]
 
@@ -97,7 +97,7 @@ class Ranks:
         if self.size == 1 and error is not None:
             raise error
         text = b"" if error is None else f"{type(error).__name__}\n{error}".encode()
-        sizes = [[size] for (size,) in self._gather_ints([len(text)], device)]
+        sizes = [[size] for (size,) in self.share_integers([len(text)], device)]
         message = torch.tensor(list(text), dtype=torch.uint8, device=device)
         (texts,) = self.gather([message], sizes)
         first, start = failed.index(True), sum(size for (size,) in sizes[: failed.index(True)])
@@ -108,7 +108,8 @@ class Ranks:
         said = said if kind is not RuntimeError else f"{name}: {said}"
         raise kind(f"Rank {rank}, step {step()}: {said} Every rank stops here; nothing was written on any.") from error
 
-    def _gather_ints(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+    def share_integers(self, values: Sequence[int], device: torch.device) -> list[list[int]]:
+        """The integers of each rank, as many on all; messages live on `device`."""
         mine = torch.tensor([int(value) for value in values], dtype=torch.int64, device=device)
         return [part.tolist() for part in self._all_gather(mine)]
 
@@ -119,7 +120,7 @@ class Ranks:
 
     def sizes(self, size: int, device: torch.device) -> list[list[int]]:
         """The sizes of all ranks, as `gather` takes them for one tensor."""
-        return self._gather_ints([size], device)
+        return self.share_integers([size], device)
 
     def gather(self, tensors: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Several tensors of every rank, in one message.

@@ -54,6 +54,8 @@ def train(
     num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the dev split every so many steps.")] = None,
+    save_steps: Annotated[int, typer.Option(min=0, help="Checkpoint every so many steps; 0 for never.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
     query_column: QueryColumn = None,
     positive_column: PositiveColumn = None,
 ) -> None:
@@ -78,11 +80,14 @@ def train(
             num_samples=num_samples,
             seed=seed,
             eval_steps=eval_steps,
+            save_steps=save_steps or None,
         )
         with console.status(f"Reading {data} ..."):
             loaded = load_data(data, query_column, positive_column)
         with _training_bar(config.loss) as progress:
-            record = run(config, loaded, progress)
+            record = run(config, loaded, progress, resume)
+    if not record:
+        return  # rank 0 says it
     _print_before_after(record)
     console.print(
         f"{record['steps']} steps in {record['seconds']:.1f} s. Model and run.json are in {output}", soft_wrap=True
@@ -213,7 +218,8 @@ def _escape(text: str) -> str:
 
 
 def _quiet() -> None:
-    """Keep other libraries' bars and warnings out of the way of our own output."""
+    """Keep other libraries' bars and warnings, and all but one rank, out of the way of our own output."""
+    console.quiet = os.environ.get("RANK", "0") != "0"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

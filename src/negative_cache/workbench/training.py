@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
@@ -29,13 +28,19 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import TrainerCallback
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.integrations.trainer import NegativeCacheTrainer, last_complete_checkpoint
+from negative_cache.workbench import processes
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation import evaluate, make_evaluator
-from negative_cache.workbench.models import learning_rate_of, load_model
+from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
 
 LOSSES = ("negative-cache", "in-batch", "gradcache")
 GRADCACHE_MINI_BATCH = 32
 LOG_STEPS = 10
+
+_INITIAL, _BEFORE = "initial", "before.json"
+
+logger = logging.getLogger("negative_cache")
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -63,6 +68,7 @@ class RunConfig:
         num_samples: See `NegativeCacheRankingLoss`.
         seed: Seed of weights, data order and draws.
         eval_steps: Evaluate on the dev split every so many steps; None for never.
+        save_steps: Write a checkpoint every so many steps; None for never.
     """
 
     data: str
@@ -79,6 +85,7 @@ class RunConfig:
     num_samples: int = 1
     seed: int = 0
     eval_steps: int | None = None
+    save_steps: int | None = 500
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -91,7 +98,7 @@ class RunConfig:
         for name in ("cache_size", "batch_size", "num_samples", "epochs", "scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
-        for name in ("max_steps", "learning_rate", "top_k", "eval_steps"):
+        for name in ("max_steps", "learning_rate", "top_k", "eval_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RunError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
@@ -105,16 +112,22 @@ class RunConfig:
             raise RunError(f"The output folder {self.output!r} exists. Choose another, or remove it.")
 
 
-def run(config: RunConfig, data: RetrievalData, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig, data: RetrievalData, progress: Progress | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Train, evaluate before and after on the test split, and write model and `run.json`.
+
+    Until it is done the run lives in `OUTPUT.partial`, with its checkpoints; then that is renamed. Under `torchrun`
+    or `accelerate launch` all ranks call this; rank 0 evaluates and writes.
 
     Args:
         config: What to do.
         data: The data that `config.data` names.
         progress: Called with (step, steps, latest metrics) while training.
+        resume: Continue an unfinished run of the same configuration, if there is one.
 
     Returns:
-        The content of `run.json`.
+        The content of `run.json`; on other ranks than 0 an empty dict.
 
     Raises:
         DataError: The data has no training or test split.
@@ -124,69 +137,125 @@ def run(config: RunConfig, data: RetrievalData, progress: Progress | None = None
     columns = data.training_columns()
     if config.eval_steps is not None and not data.qrels.get("dev"):
         raise DataError(f"{data.name} has no dev split to evaluate on; leave --eval-steps out.")
-    model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
-    if config.loss == "gradcache" and isinstance(model[0], StaticEmbedding):
-        raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
+    is_first = processes.start() == 0
     output = Path(config.output)
-    folder = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
+    folder = output.with_name(f"{output.name}.partial")
+    record: dict[str, Any] = {}
+    if is_first and folder.exists():
+        _check_same_run(folder, config, resume)
     try:
-        record = _run_in(folder, config, data, columns, model, progress)
-        with contextlib.suppress(OSError):
-            (folder / "eval").rmdir()  # the trainer makes it and leaves it empty
-        (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        folder.rename(output)
+        if is_first and not (folder / _BEFORE).exists():
+            _begin(folder, config, data, columns)
+        processes.wait()
+        trainer = _train(folder, config, data, columns, progress if is_first else None)
+        if is_first:
+            record = _finish(folder, config, data, columns, trainer)
+            folder.rename(output)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_first and last_complete_checkpoint(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif is_first:
+            logger.warning("The run stopped; --resume continues it from its last checkpoint in %s.", folder)
         raise
+    processes.wait()
     return record
 
 
-def _run_in(
+def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]]) -> None:
+    """Make the folder of the run, with the untrained model and its quality."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
+    folder.mkdir(parents=True)
+    model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
+    if config.loss == "gradcache" and isinstance(model[0], StaticEmbedding):
+        raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
+    model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
+    before = evaluate(model, data, "test")
+    beside = folder / (_BEFORE + ".tmp")
+    beside.write_text(json.dumps({"configuration": asdict(config), "before": before}), encoding="utf-8")
+    beside.rename(folder / _BEFORE)
+
+
+def _check_same_run(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Raise unless the unfinished run in the folder may be continued with this configuration."""
+    if not resume:
+        raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
+    if not (folder / _BEFORE).exists():
+        return
+    saved = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["configuration"]
+    mine = asdict(config)
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {mine[key]!r}"
+        for key in mine
+        if key not in ("output", "save_steps") and saved.get(key) != mine[key]
+    ]
+    if differing:
+        raise RunError(
+            f"{str(folder)!r} has an unfinished run of another configuration: {'; '.join(differing)}. "
+            "Give the same options, or remove the folder."
+        )
+
+
+def _train(
     folder: Path,
     config: RunConfig,
     data: RetrievalData,
     columns: dict[str, list[Any]],
-    model: SentenceTransformer,
     progress: Progress | None,
-) -> dict[str, Any]:
-    before = evaluate(model, data, "test")
+) -> _Trainer:
+    model = load_trained(str(folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
     model.model_card_data.widget = [
         {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
     ]
-    loss = make_loss(config, model)
     trainer = _Trainer(
         model=model,
         args=_arguments(folder, config),
         train_dataset=_dataset(columns),
-        loss=loss,
+        loss=make_loss(config, model),
         evaluator=make_evaluator(data, "dev") if config.eval_steps is not None else None,
         callbacks=[_ProgressCallback(progress)] if progress else None,
     )
     _silence(trainer)
+    checkpoint = last_complete_checkpoint(folder)
+    trainer.resumed_from = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
     started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.seconds = time.perf_counter() - started
+    return trainer
+
+
+def _finish(
+    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: _Trainer
+) -> dict[str, Any]:
+    """Evaluate, write model and `run.json`, and remove what only an unfinished run needs."""
+    model = trainer.model
+    before = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["before"]
     after = evaluate(model, data, "test")
     model.save_pretrained(str(folder))
-    return {
+    record = {
         "configuration": {**asdict(config), "learning_rate": trainer.args.learning_rate},
         "versions": _versions(),
         "device": str(model.device),
+        "ranks": processes.count(),
         "steps": trainer.state.global_step,
+        "resumed_from_step": trainer.resumed_from,
         "training_pairs": len(columns["anchor"]),
-        "seconds": round(seconds, 3),
+        "seconds": round(trainer.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "before": before,
         "after": after,
         "history": trainer.state.log_history,
     }
+    for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / "eval"):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / _BEFORE).unlink()
+    return record
 
 
 def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
     """The loss that a configuration names."""
     if config.loss == "in-batch":
-        return MultipleNegativesRankingLoss(model, scale=config.scale)
+        return MultipleNegativesRankingLoss(model, scale=config.scale, gather_across_devices=processes.count() > 1)
     if config.loss == "gradcache":
         return CachedMultipleNegativesRankingLoss(model, scale=config.scale, mini_batch_size=GRADCACHE_MINI_BATCH)
     return NegativeCacheRankingLoss(
@@ -196,6 +265,7 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         top_k=config.top_k,
         num_samples=config.num_samples,
         seed=config.seed,
+        gather_across_devices=processes.count() > 1,
     )
 
 
@@ -207,8 +277,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class _Trainer(SentenceTransformerTrainer):
+class _Trainer(NegativeCacheTrainer):
     """Adds the cache's metrics to what is logged."""
+
+    resumed_from = 0
+    seconds = 0.0
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if isinstance(self.loss, NegativeCacheRankingLoss) and "loss" in logs:
@@ -245,13 +318,16 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
         seed=config.seed,
         data_seed=config.seed,
         batch_sampler="no_duplicates",
-        save_strategy="no",
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
         eval_strategy="no" if config.eval_steps is None else "steps",
         eval_steps=config.eval_steps,
         logging_steps=LOG_STEPS,
         report_to=["tensorboard"],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
     )
 
 
@@ -260,7 +336,7 @@ def _dataset(columns: dict[str, list[Any]]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _silence(trainer: SentenceTransformerTrainer) -> None:
+def _silence(trainer: _Trainer) -> None:
     """Logs go to our progress bar, not to the terminal."""
     from transformers.trainer_callback import PrinterCallback
 

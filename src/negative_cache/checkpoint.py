@@ -1,0 +1,327 @@
+"""Checkpoints of a cache: safetensors and JSON in one folder, for any number of ranks and any cache size.
+
+`torch.distributed.checkpoint` writes one file per rank. A folder is written beside its place and renamed, so that it is
+there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from negative_cache.cache import NegativeCache, state_of
+from negative_cache.distributed import Ranks, pack_rows, rank_seed, shard_sizes, unpack_rows
+from negative_cache.features import RaggedRows, spec_from_json, spec_to_json
+from negative_cache.modules import EMBEDDING, NegativeCacheLoss
+
+FORMAT = 1
+_JSON = "negative_cache.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another cache."""
+
+
+def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
+    """Write the state of a loss (cache, generator, learnable scale) to a folder, which is replaced if it exists.
+
+    Over several ranks this is collective: each writes its own rows, to a file system that all of them share.
+
+    Args:
+        loss: The loss; on each rank, its own.
+        folder: Where to write.
+    """
+    ranks, folder = loss.ranks, Path(folder)
+    beside = folder.with_name(folder.name + ".partial")
+    if ranks.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    device = torch.device("cpu") if loss.cache is None else loss.cache.device
+    _wait(ranks, device)
+    prefix = _prefix(ranks.rank, ranks.size)
+    state = {prefix + key: value.detach() for key, value in loss.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
+        writer = _storage().HuggingFaceStorageWriter(str(beside), save_distributed=True)
+        save(state, storage_writer=writer, process_group=loss.process_group, no_dist=ranks.size == 1)
+    file = beside / _file_name(ranks.rank)
+    told = [file.stat().st_size, _crc32(file), 0 if loss.cache is None else loss.cache.num_rows]
+    table = [told] if ranks.size == 1 else ranks.share_integers(told, device)
+    if ranks.rank == 0:
+        record = {
+            "format": FORMAT,
+            "cache_size": loss.cache_size,
+            "step": 0 if loss.cache is None else int(loss.cache.step),
+            "specs": _specs(loss.cache),
+            "shards": [
+                {"file": _file_name(rank), "bytes": size, "crc32": crc, "rows": rows}
+                for rank, (size, crc, rows) in enumerate(table)
+            ],
+        }
+        (beside / _JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _replace(beside, folder)
+    _wait(ranks, device)
+
+
+def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
+    """Restore what `save_checkpoint` wrote, on the device of the loss's cache, or else on the CPU.
+
+    With as many ranks and the same `cache_size` every row comes back where it was, bit for bit. Otherwise the rows are
+    dealt out anew: a larger cache has empty rows, a smaller one keeps the newest; each rank gets rows of every
+    age. Every rank reads by itself; nothing is sent.
+
+    Args:
+        loss: The loss, made like the one that was saved, but for `cache_size` and ranks.
+        folder: Where it was written.
+
+    Raises:
+        CheckpointError: Something is missing, truncated or damaged, or the features, dtypes or the embedding's size
+            are others. The loss is as it was then.
+    """
+    folder = Path(folder)
+    record = _check(folder)
+    _check_specs(record["specs"], loss)
+    ranks, shards = loss.ranks, record["shards"]
+    rows = [shard["rows"] for shard in shards]
+    if record["specs"] is None or rows == shard_sizes(loss.cache_size, ranks.size):
+        loss.load_state_dict(_read(folder, ranks.rank % len(shards), len(shards)))
+        return
+    readers = [functools.partial(_read, folder, shard, len(shards)) for shard in range(len(shards))]
+    loss.load_state_dict(_redistributed(record["specs"], record["step"], readers, rows, loss))
+
+
+def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
+    """The `state_dict` that one process with all rows would have; collective, and as large as the whole cache.
+
+    Its generator is that of rank 0. On one process it is `loss.state_dict()`.
+    """
+    ranks, cache = loss.ranks, loss.cache
+    if ranks.size == 1 or cache is None:
+        return dict(loss.state_dict())
+    rows = cache.filled.nonzero().squeeze(1)
+    items = cache.read_rows(rows, list(cache.specs))
+    ragged = sorted(key for key, value in items.items() if isinstance(value, RaggedRows))
+    longest = [int(value.lengths.amax()) if len(rows) else 0 for key in ragged if (value := _ragged(items[key]))]
+    table = ranks.share_integers([len(rows), *longest], cache.device)
+    widths = {key: max(row[1 + i] for row in table) for i, key in enumerate(ragged)}
+    told = [pack_rows(items, widths), cache.document_ids[rows], cache.written[rows]]
+    raw, ids, written = ranks.gather(told, [[row[0]] * 3 for row in table])
+    whole = NegativeCache.empty(cache.specs, loss.cache_size, cache.device)
+    everywhere = torch.arange(len(raw), device=cache.device)
+    whole.write(everywhere, unpack_rows(raw, cache.specs, widths), document_ids=ids)
+    whole.written[everywhere] = written
+    whole.step.copy_(cache.step)
+    own = {key: value for key, value in loss.state_dict().items() if not key.startswith("cache.")}
+    generator = ranks.gather([loss.generator.get_state().to(cache.device)], [[len(own["_extra_state"])]] * ranks.size)[
+        0
+    ]
+    own["_extra_state"] = generator[: len(own["_extra_state"])].cpu()
+    return {**{"cache." + key: value for key, value in whole.state_dict().items()}, **own}
+
+
+def load_full_state_dict(loss: NegativeCacheLoss, state_dict: Mapping[str, Tensor]) -> None:
+    """Load the `state_dict` of one process: on several ranks each takes its share of the rows. Nothing is sent.
+
+    Raises:
+        CheckpointError: The state is of a loss with other features, dtypes or embedding size; nothing was loaded.
+    """
+    if loss.ranks.size == 1 or "cache.filled" not in state_dict:
+        loss.load_state_dict(dict(state_dict))
+        return
+    saved = state_of(state_dict, "cache.")
+    _check_specs(saved["specs"], loss)
+    loss.load_state_dict(
+        _redistributed(
+            saved["specs"], int(state_dict["cache.step"]), [dict(state_dict).copy], [saved["num_rows"]], loss
+        )
+    )
+
+
+def _redistributed(
+    specs: dict[str, Any],
+    step: int,
+    shards: Sequence[Callable[[], dict[str, Tensor]]],
+    num_rows: Sequence[int],
+    loss: NegativeCacheLoss,
+) -> dict[str, Tensor]:
+    """The state for this rank, from the rows of all shards; each is read when it is needed."""
+    ranks = loss.ranks
+    parsed = {key: spec_from_json(spec) for key, spec in specs.items()}
+    book = [(state["cache.filled"].cpu(), state["cache.written"].cpu()) for state in (read() for read in shards)]
+    kept = deal(book, loss.cache_size, ranks.rank, ranks.size)
+    cache = NegativeCache.empty(parsed, shard_sizes(loss.cache_size, ranks.size)[ranks.rank])
+    own: dict[str, Tensor] = {}
+    for shard, read in enumerate(shards):
+        state = read()
+        if shard == min(ranks.rank, len(shards) - 1):
+            own = {key: value for key, value in state.items() if not key.startswith("cache.")}
+        here = (kept[:, 0] == shard).nonzero().squeeze(1)
+        if len(here):
+            old = NegativeCache.empty(parsed, num_rows[shard])
+            old.load_state_dict({k.removeprefix("cache."): v for k, v in state.items() if k.startswith("cache.")})
+            rows = kept[here, 1]
+            cache.write(here, old.read_rows(rows, list(parsed)), document_ids=old.document_ids[rows])
+            cache.written[here] = old.written[rows]
+    cache.step.fill_(step)
+    if ranks.rank >= len(shards):  # a rank that did not exist has no generator yet
+        loss.generator.manual_seed(rank_seed(loss.generator.initial_seed(), ranks.rank))
+        own["_extra_state"] = loss.generator.get_state()
+    return {**{"cache." + key: value for key, value in cache.state_dict().items()}, **own}
+
+
+def deal(shards: list[tuple[Tensor, Tensor]], cache_size: int, rank: int, num_ranks: int) -> Tensor:
+    """Which old rows a rank gets when rows are dealt out anew.
+
+    The newest rows are kept, and dealt to the ranks in turn, so that all have rows of every age.
+
+    Args:
+        shards: For each old shard, which rows are filled and when they were written: `[rows]` each.
+        cache_size: Rows of all ranks together from now on.
+        rank: The rank that asks.
+        num_ranks: Ranks from now on.
+
+    Returns:
+        int64 `[n, 2]`: old shard and row for the first n rows of the rank, oldest first.
+    """
+    shard = torch.cat([torch.full((len(filled),), number) for number, (filled, _) in enumerate(shards)])
+    row = torch.cat([torch.arange(len(filled)) for filled, _ in shards])
+    filled, written = (torch.cat([pair[i] for pair in shards]) for i in range(2))
+    rows = torch.stack([shard, row], dim=1)[filled]
+    newest_first = written[filled].argsort(descending=True, stable=True)[:cache_size]
+    return rows[newest_first[rank::num_ranks]].flip(0)
+
+
+def _ragged(value: Tensor | RaggedRows) -> RaggedRows:
+    assert isinstance(value, RaggedRows)
+    return value
+
+
+def _read(folder: Path, shard: int, num_shards: int) -> dict[str, Tensor]:
+    """The state that one rank wrote."""
+    reader, prefix = _storage().HuggingFaceStorageReader(str(folder)), _prefix(shard, num_shards)
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _check(folder: Path) -> dict[str, Any]:
+    """The folder's record; raise unless every file is there, as long as it says, and undamaged."""
+    path = folder / _JSON
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no checkpoint of a negative cache: it has no {_JSON}.")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shards = [(folder / s["file"], int(s["bytes"]), int(s["crc32"])) for s in record["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from error
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has the format {record.get('format')}; this version reads {FORMAT}.")
+    for file, size, crc in shards:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing. Use an earlier checkpoint.")
+        if file.stat().st_size != size or _implied_size(file) != size:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes; it was written with {size}, its header says "
+                f"{_implied_size(file)}. Use an earlier checkpoint."
+            )
+        if _crc32(file) != crc:
+            raise CheckpointError(f"{file} is damaged: its checksum differs. Use an earlier checkpoint.")
+    return record
+
+
+def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
+    if saved is None:
+        if loss.cache is not None:
+            raise CheckpointError("The checkpoint was written before the first step; this loss has a cache already.")
+        return
+    mine = _specs(loss.cache)
+    if mine is None:  # what is known before the first step
+        mine = {key: spec_to_json(spec) for key, spec in (loss.specs or {}).items()}
+        dtype = str(loss.embedding_dtype).removeprefix("torch.")
+        mine[EMBEDDING] = {**saved[EMBEDDING], "dtype": dtype}
+        if loss.specs is None:
+            mine = {**saved, EMBEDDING: mine[EMBEDDING]}
+    for key in sorted({*saved, *mine}):
+        first, second = saved.get(key), mine.get(key)
+        if first is None or second is None or {**first, "default_value": 0} != {**second, "default_value": 0}:
+            raise CheckpointError(f"The checkpoint's feature {key!r} is {first}, this loss's is {second}.")
+
+
+def _implied_size(file: Path) -> int:
+    """The size that a safetensors file's header implies, -1 where it has none."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            return -1
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError):
+            return -1
+    return 8 + length + max(ends, default=0)
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _specs(cache: NegativeCache | None) -> dict[str, Any] | None:
+    return None if cache is None else {key: spec_to_json(spec) for key, spec in cache.specs.items()}
+
+
+def _prefix(rank: int, num_ranks: int) -> str:
+    return f"rank-{rank:05d}-of-{num_ranks:05d}."
+
+
+def _file_name(rank: int) -> str:
+    """The name that the storage writer gives a rank's file."""
+    return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+
+
+def _replace(beside: Path, folder: Path) -> None:
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        beside.rename(folder)
+
+
+def _wait(ranks: Ranks, device: torch.device) -> None:
+    """Until all ranks are here."""
+    if ranks.size > 1:
+        ranks.share_integers([0], device)
+
+
+def _storage() -> Any:
+    try:
+        import safetensors  # noqa: F401
+        import torch.distributed.checkpoint.hf_storage as storage
+    except ImportError as error:
+        raise ImportError(
+            f"Checkpoints need safetensors and torch 2.8 or newer ({error}): pip install 'negative-cache[train]'"
+        ) from error
+    return storage

@@ -1,0 +1,87 @@
+"""sentence-transformers' trainer, with the cache in its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformerTrainer
+from torch import nn
+
+from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from negative_cache.modules import NegativeCacheLoss
+
+FOLDER = "negative_cache"
+
+
+class NegativeCacheTrainerMixin:
+    """Saves every cache of the trainer's loss in each checkpoint folder, and restores it on resume.
+
+    Put it before the trainer's class: `class MyTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer)`. The
+    losses may be wrapped in others, or be in a dict. `save_total_limit` applies to the caches as to all else.
+    """
+
+    loss: Any
+    args: Any
+    model: Any
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: There is none.
+            CheckpointError: The cache in it is damaged or another one.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir}.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The trainer calls this after it has saved the model, before it writes trainer_state.json (by which a
+        # checkpoint is known to be complete) and before it deletes older checkpoints.
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        for name, loss in cache_losses(self.loss).items():
+            save_checkpoint(loss, Path(output_dir) / FOLDER / name)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, *args: Any, **kwargs: Any) -> None:
+        for name, loss in cache_losses(self.loss).items():
+            folder = Path(checkpoint_path) / FOLDER / name
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{checkpoint_path} has no cache {name!r}: it was saved by a trainer without "
+                    "NegativeCacheTrainerMixin, or with another loss."
+                )
+            load_checkpoint(loss, folder)
+            loss.to(self.model.device)
+        super()._load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+
+
+class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):  # type: ignore[misc]
+    """`SentenceTransformerTrainer` with the cache in its checkpoints; see `NegativeCacheTrainerMixin`."""
+
+
+def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCacheLoss]:
+    """Every `NegativeCacheLoss` within a loss or a dict of losses, by its path."""
+    roots = loss if isinstance(loss, dict) else {"": loss}
+    return {
+        ".".join(part for part in (root, path) if part) or "loss": module
+        for root, parent in roots.items()
+        for path, module in parent.named_modules()
+        if isinstance(module, NegativeCacheLoss)
+    }
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest `checkpoint-N` folder whose last file, trainer_state.json, is whole; None without any."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
