@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,3 +92,14 @@ def _rank(rank: int, fn: Callable[..., None], world_size: int, folder: str) -> N
     # On an error the group is left alone: to destroy it would make gloo abort the others before the error is seen.
     fn(rank, world_size, Path(folder))
     dist.destroy_process_group()
+
+
+def random_pairs(path: Path, count: int) -> None:
+    """A file of pairs: a document of ten made-up words, and a query of three of them."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghij", k=5)) for _ in range(200)]
+    lines = []
+    for _ in range(count):
+        document = chance.sample(words, 10)
+        lines.append(json.dumps({"query": " ".join(chance.sample(document, 3)), "positive": " ".join(document)}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

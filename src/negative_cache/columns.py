@@ -143,27 +143,32 @@ class RaggedColumn(_Column):
 
     def _rewrite(self, incoming: int) -> None:
         """Copy what is alive to a new arena with room for `incoming` more values."""
-        alive = int(self.lengths.sum())
-        size = int(_ROOM * (alive + incoming)) + incoming
+        alive, starts = self._alive()
+        size = int(_ROOM * (len(alive) + incoming)) + incoming
         slots = len(self.offsets) * self._slot
-        slotted = 0 < slots <= size
-        size = slots if slotted else size
-        starts = self.lengths.cumsum(0) - self.lengths
-        old = torch.repeat_interleave(self.offsets - starts, self.lengths) + torch.arange(alive, device=self.device)
-        if slotted:
-            starts = torch.arange(len(self.offsets), device=self.device) * self._slot
-            new = torch.repeat_interleave(starts - (self.lengths.cumsum(0) - self.lengths), self.lengths)
-            new += torch.arange(alive, device=self.device)
+        if 0 < slots <= size:
+            arena = self.arena.new_zeros(slots)
+            own = torch.arange(len(self.offsets), device=self.device) * self._slot
+            arena[self._positions(own, starts)] = alive
+            starts = own
         else:
-            new = torch.arange(alive, device=self.device)
-        arena = self.arena.new_zeros(size)
-        arena[new] = self.arena[old]
-        self.arena, self.offsets, self.tail = arena, starts, alive
+            arena = torch.cat([alive, self.arena.new_zeros(size - len(alive))])
+        self.arena, self.offsets, self.tail = arena, starts, len(alive)
+
+    def _alive(self) -> tuple[Tensor, Tensor]:
+        """The values of all rows, one row after the other, and where each row starts in them."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return self.arena[self._positions(self.offsets, starts)], starts
+
+    def _positions(self, offsets: Tensor, starts: Tensor) -> Tensor:
+        """Where the values of all rows are in an arena in which the rows start at `offsets`."""
+        shifts = torch.repeat_interleave(offsets - starts, self.lengths)
+        return shifts + torch.arange(len(shifts), device=self.device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._is_slotted:  # the unused end of the arena is not worth a file's space
-            destination[prefix + "arena"] = self.arena[: self.tail].clone()
+        # What is alive in the order of rows: the same for the same rows, however they came about.
+        destination[prefix + "arena"], destination[prefix + "offsets"] = self._alive()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         arena = state_dict.get(prefix + "arena")

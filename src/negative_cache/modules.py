@@ -229,7 +229,8 @@ class NegativeCacheLoss(nn.Module):
 
         Returns:
             `interpretable_loss` (mean of `-log` of the positive's probability), `staleness` (mean squared distance
-            of the drawn rows' cached and new embeddings, relative), `fill` (share of filled rows).
+            of the drawn rows' cached and new embeddings, relative), `fill` (share of filled rows). Over several ranks
+            all of it is of this rank's queries and rows alone.
 
         Raises:
             ValueError: Embeddings that were not finite were kept out of the cache since the last call.
@@ -244,7 +245,7 @@ class NegativeCacheLoss(nn.Module):
                 "rate that is too high or an overflow in half precision."
             )
         last = {key: float(value) for key, value in self._last.items()}
-        return {**last, "fill": int(self.cache.num_filled) / self.cache_size}
+        return {**last, "fill": int(self.cache.num_filled) / self.cache.num_rows}
 
     def _loss(self, batch: Batch, negatives: Negatives, fresh: Tensor, ranks: Ranks, meeting: Meeting | None) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""

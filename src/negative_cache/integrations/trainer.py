@@ -9,6 +9,8 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from negative_cache.modules import NegativeCacheLoss
@@ -26,6 +28,13 @@ class NegativeCacheTrainerMixin:
     loss: Any
     args: Any
     model: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_EndIfTrained())  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
@@ -38,7 +47,11 @@ class NegativeCacheTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir}.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        except _AlreadyTrainedError:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The trainer calls this after it has saved the model, before it writes trainer_state.json (by which a
@@ -62,6 +75,18 @@ class NegativeCacheTrainerMixin:
 
 class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):  # type: ignore[misc]
     """`SentenceTransformerTrainer` with the cache in its checkpoints; see `NegativeCacheTrainerMixin`."""
+
+
+class _AlreadyTrainedError(Exception):
+    """The checkpoint is of the last step."""
+
+
+class _EndIfTrained(TrainerCallback):
+    """Keeps the trainer from making one more step after a checkpoint of the last one."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _AlreadyTrainedError
 
 
 def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCacheLoss]:

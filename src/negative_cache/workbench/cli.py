@@ -64,7 +64,8 @@ def train(
         _quiet()
         with console.status("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
-            from negative_cache.workbench.training import RunConfig, run
+            from negative_cache.workbench.processes import is_restart
+            from negative_cache.workbench.training import RunConfig, finished_run, run
         config = RunConfig(
             data=data,
             model=model,
@@ -82,10 +83,12 @@ def train(
             eval_steps=eval_steps,
             save_steps=save_steps or None,
         )
-        with console.status(f"Reading {data} ..."):
-            loaded = load_data(data, query_column, positive_column)
-        with _training_bar(config.loss) as progress:
-            record = run(config, loaded, progress, resume)
+        record = finished_run(config, resume or is_restart())
+        if not record:
+            with console.status(f"Reading {data} ..."):
+                loaded = load_data(data, query_column, positive_column)
+            with _training_bar(config.loss) as progress:
+                record = run(config, loaded, progress, resume)
     if not record:
         return  # rank 0 says it
     _print_before_after(record)

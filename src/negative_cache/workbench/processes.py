@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,17 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_restart() -> bool:
+    """Whether torchrun started this process anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def wait() -> None:
-    """Until all processes are here."""
+    """Until all processes are here, however long one of them evaluates; raises if one of them is gone."""
     if count() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient_group())
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))

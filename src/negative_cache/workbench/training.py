@@ -38,7 +38,7 @@ LOSSES = ("negative-cache", "in-batch", "gradcache")
 GRADCACHE_MINI_BATCH = 32
 LOG_STEPS = 10
 
-_INITIAL, _BEFORE = "initial", "before.json"
+_INITIAL, _BEFORE, _RECORD = "initial", "before.json", "run.json"
 
 logger = logging.getLogger("negative_cache")
 
@@ -108,8 +108,22 @@ class RunConfig:
             raise RunError(f"--top-k {self.top_k} is larger than --cache-size {self.cache_size}.")
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
-        if Path(self.output).exists():
-            raise RunError(f"The output folder {self.output!r} exists. Choose another, or remove it.")
+
+
+def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
+    """The record of a run that has ended already, which `resume` finds complete; empty if the output is free.
+
+    Raises:
+        RunError: The output folder exists and is not that of a run of this configuration that is to be resumed.
+    """
+    output = Path(config.output)
+    if not output.exists():
+        return {}
+    if not (resume and (output / _RECORD).is_file()):
+        raise RunError(f"The output folder {config.output!r} exists. Choose another, or remove it.")
+    record: dict[str, Any] = json.loads((output / _RECORD).read_text(encoding="utf-8"))
+    _check_same(f"{config.output!r} has a finished run", record["configuration"], config)
+    return record
 
 
 def run(
@@ -127,38 +141,46 @@ def run(
         resume: Continue an unfinished run of the same configuration, if there is one.
 
     Returns:
-        The content of `run.json`; on other ranks than 0 an empty dict.
+        The content of `run.json`; on other ranks than 0 an empty dict, unless the run had ended already.
 
     Raises:
         DataError: The data has no training or test split.
         RunError, ModelError: The configuration or model does not work.
     """
+    if record := finished_run(config, resume or processes.is_restart()):
+        return record
     data.judged("test")
     columns = data.training_columns()
     if config.eval_steps is not None and not data.qrels.get("dev"):
         raise DataError(f"{data.name} has no dev split to evaluate on; leave --eval-steps out.")
     is_first = processes.start() == 0
+    resume = resume or processes.is_restart()
     output = Path(config.output)
     folder = output.with_name(f"{output.name}.partial")
-    record: dict[str, Any] = {}
     if is_first and folder.exists():
         _check_same_run(folder, config, resume)
+    is_trained = (folder / _RECORD).exists()  # stopped between the last step and the end
+    processes.wait()
     try:
-        if is_first and not (folder / _BEFORE).exists():
-            _begin(folder, config, data, columns)
-        processes.wait()
-        trainer = _train(folder, config, data, columns, progress if is_first else None)
+        if not is_trained:
+            if is_first and not (folder / _BEFORE).exists():
+                _begin(folder, config, data, columns)
+            processes.wait()
+            trainer = _train(folder, config, data, columns, progress if is_first else None)
+            if is_first:
+                _finish(folder, config, data, columns, trainer)
         if is_first:
-            record = _finish(folder, config, data, columns, trainer)
+            _clear(folder)
             folder.rename(output)
     except BaseException:
-        if is_first and last_complete_checkpoint(folder) is None:
+        is_lost = last_complete_checkpoint(folder) is None and not (folder / _RECORD).exists()
+        if is_first and is_lost:
             shutil.rmtree(folder, ignore_errors=True)
         elif is_first:
             logger.warning("The run stopped; --resume continues it from its last checkpoint in %s.", folder)
         raise
     processes.wait()
-    return record
+    return finished_run(config, True) if is_first else {}
 
 
 def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]]) -> None:
@@ -170,29 +192,35 @@ def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[s
         raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
     before = evaluate(model, data, "test")
-    beside = folder / (_BEFORE + ".tmp")
-    beside.write_text(json.dumps({"configuration": asdict(config), "before": before}), encoding="utf-8")
-    beside.rename(folder / _BEFORE)
+    _write_json(folder / _BEFORE, {"configuration": _configuration(config), "before": before})
 
 
 def _check_same_run(folder: Path, config: RunConfig, resume: bool) -> None:
     """Raise unless the unfinished run in the folder may be continued with this configuration."""
     if not resume:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
-    if not (folder / _BEFORE).exists():
-        return
-    saved = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["configuration"]
-    mine = asdict(config)
+    for path in (folder / _RECORD, folder / _BEFORE):
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))["configuration"]
+            _check_same(f"{str(folder)!r} has an unfinished run", saved, config)
+
+
+def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
     differing = [
-        f"{key} was {saved.get(key)!r}, is {mine[key]!r}"
-        for key in mine
-        if key not in ("output", "save_steps") and saved.get(key) != mine[key]
+        f"{key} was {saved.get(key)!r}, is {value!r}"
+        for key, value in _configuration(config).items()
+        if key not in ("output", "save_steps") and saved.get(key) != value
     ]
     if differing:
         raise RunError(
-            f"{str(folder)!r} has an unfinished run of another configuration: {'; '.join(differing)}. "
-            "Give the same options, or remove the folder."
+            f"{what} of another configuration: {'; '.join(differing)}. Give the same options, or remove the folder."
         )
+
+
+def _configuration(config: RunConfig) -> dict[str, Any]:
+    """The configuration with the learning rate that is used."""
+    rate = learning_rate_of(config.model) if config.learning_rate is None else config.learning_rate
+    return {**asdict(config), "learning_rate": rate}
 
 
 def _train(
@@ -225,14 +253,14 @@ def _train(
 
 def _finish(
     folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: _Trainer
-) -> dict[str, Any]:
-    """Evaluate, write model and `run.json`, and remove what only an unfinished run needs."""
+) -> None:
+    """Evaluate, write the model and, last, `run.json`."""
     model = trainer.model
     before = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["before"]
     after = evaluate(model, data, "test")
     model.save_pretrained(str(folder))
     record = {
-        "configuration": {**asdict(config), "learning_rate": trainer.args.learning_rate},
+        "configuration": _configuration(config),
         "versions": _versions(),
         "device": str(model.device),
         "ranks": processes.count(),
@@ -245,11 +273,20 @@ def _finish(
         "after": after,
         "history": trainer.state.log_history,
     }
+    _write_json(folder / _RECORD, record)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
     for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / "eval"):
         shutil.rmtree(path, ignore_errors=True)
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (folder / _BEFORE).unlink()
-    return record
+    (folder / _BEFORE).unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
@@ -257,7 +294,12 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
     if config.loss == "in-batch":
         return MultipleNegativesRankingLoss(model, scale=config.scale, gather_across_devices=processes.count() > 1)
     if config.loss == "gradcache":
-        return CachedMultipleNegativesRankingLoss(model, scale=config.scale, mini_batch_size=GRADCACHE_MINI_BATCH)
+        return CachedMultipleNegativesRankingLoss(
+            model,
+            scale=config.scale,
+            mini_batch_size=GRADCACHE_MINI_BATCH,
+            gather_across_devices=processes.count() > 1,
+        )
     return NegativeCacheRankingLoss(
         model,
         cache_size=config.cache_size,
@@ -313,7 +355,7 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
         per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
-        learning_rate=learning_rate_of(config.model) if config.learning_rate is None else config.learning_rate,
+        learning_rate=_configuration(config)["learning_rate"],
         warmup_steps=0.1,
         seed=config.seed,
         data_seed=config.seed,
@@ -328,6 +370,8 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
+        dataloader_drop_last=processes.count() > 1,  # as the trainer does by itself then, with a warning
+        ddp_find_unused_parameters=False,
     )
 
 

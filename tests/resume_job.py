@@ -1,0 +1,63 @@
+"""A real training run, in a module that a fork server imports once so that runs start at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from negative_cache.workbench import training
+from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.models import load_model
+from negative_cache.workbench.training import RunConfig, run
+from support import random_pairs
+
+STEPS, BATCH, SAVE_STEPS = 40, 8, 3
+
+# The trainer logs means since the last log, and forgets the sum so far when it is killed: log every step.
+training.LOG_STEPS = 1
+
+
+def make_data(folder: Path) -> None:
+    """Pairs and an untrained model: training a tokenizer anew need not give the same one."""
+    random_pairs(folder / "pairs.jsonl", 400)
+    data = load_data(str(folder / "pairs.jsonl"), None, None)
+    columns = data.training_columns()
+    load_model("static", [*columns["anchor"], *columns["positive"]], 0).save_pretrained(str(folder / "model"))
+
+
+def configuration(folder: Path, output: str, save_steps: int | None = SAVE_STEPS) -> RunConfig:
+    return RunConfig(
+        data=str(folder / "pairs.jsonl"),
+        model=str(folder / "model"),
+        loss="negative-cache",
+        output=str(folder / output),
+        cache_size=64,
+        batch_size=BATCH,
+        max_steps=STEPS,
+        learning_rate=0.05,
+        save_steps=save_steps,
+    )
+
+
+def read(folder: Path) -> RetrievalData:
+    return load_data(str(folder / "pairs.jsonl"), None, None)
+
+
+def job(folder: Path, output: str, save_steps: int | None = SAVE_STEPS) -> None:
+    """Start or continue the run; says in a file that it makes steps."""
+    torch.set_num_threads(1)
+    marker = marker_of(folder, output)
+
+    def progress(step: int, steps: int, logs: dict[str, float]) -> None:
+        marker.touch()
+
+    with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
+        run(configuration(folder, output, save_steps), read(folder), progress, resume=True)
+
+
+def marker_of(folder: Path, output: str) -> Path:
+    """The file that is there once the process has made a step."""
+    return folder / f"{output}.steps"
