@@ -226,5 +226,6 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    for message in (".*pin_memory.*", ".*broadcast_buffers.*"):
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("transformers").setLevel(logging.ERROR)
