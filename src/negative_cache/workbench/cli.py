@@ -64,7 +64,6 @@ def train(
         _quiet()
         with console.status("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
-            from negative_cache.workbench.processes import is_restart
             from negative_cache.workbench.training import RunConfig, finished_run, run
         config = RunConfig(
             data=data,
@@ -83,7 +82,7 @@ def train(
             eval_steps=eval_steps,
             save_steps=save_steps or None,
         )
-        record = finished_run(config, resume or is_restart())
+        record = finished_run(config, resume)
         if not record:
             with console.status(f"Reading {data} ..."):
                 loaded = load_data(data, query_column, positive_column)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger("negative_cache")
 
 
 def start() -> int:
@@ -19,6 +22,7 @@ def start() -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
+        _warn_of_shared_store()
         PartialState(cpu=not torch.cuda.is_available())
     return rank()
 
@@ -33,15 +37,20 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_restart() -> bool:
-    """Whether torchrun started this process anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def wait() -> None:
     """Until all processes are here, however long one of them evaluates; raises if one of them is gone."""
     if count() > 1:
         dist.barrier(group=_patient_group())
+
+
+def _warn_of_shared_store() -> None:
+    """torchrun restarts processes with a store that has what the last ones wrote; see pytorch/pytorch#135712."""
+    can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if can_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
+        logger.warning(
+            "After a failure torchrun's restart may not connect: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where you "
+            "start it with --max-restarts."
+        )
 
 
 @functools.cache

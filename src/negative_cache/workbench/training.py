@@ -147,14 +147,13 @@ def run(
         DataError: The data has no training or test split.
         RunError, ModelError: The configuration or model does not work.
     """
-    if record := finished_run(config, resume or processes.is_restart()):
+    if record := finished_run(config, resume):
         return record
     data.judged("test")
     columns = data.training_columns()
     if config.eval_steps is not None and not data.qrels.get("dev"):
         raise DataError(f"{data.name} has no dev split to evaluate on; leave --eval-steps out.")
     is_first = processes.start() == 0
-    resume = resume or processes.is_restart()
     output = Path(config.output)
     folder = output.with_name(f"{output.name}.partial")
     if is_first and folder.exists():
