@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,23 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _tensors(part)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Run what runs where values cannot be looked at for free, on the CPU."""
+    name = "is_free_to_read"
+    modules = [
+        module for key, module in sys.modules.items() if key.startswith("negative_cache") and name in vars(module)
+    ]
+    originals = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, lambda value: False)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            setattr(module, name, original)
 
 
 def run_ranks(fn: Callable[..., None], world_size: int, folder: Path, seconds: float = 120) -> None:

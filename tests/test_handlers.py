@@ -437,7 +437,7 @@ def test_keys_that_do_not_fit_are_refused() -> None:
 
 def test_the_state_moves_with_the_handler() -> None:
     handler = new_handler()
-    assert {buffer.device.type for buffer in handler.to("meta").buffers()} == {"meta"}
+    assert {buffer.device.type for buffer in handler.to("meta").cache.buffers()} == {"meta"}
     assert handler.cache.device.type == "meta"
 
 

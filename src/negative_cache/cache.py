@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from negative_cache.columns import Column, FixedColumn, RaggedColumn, make_column, spec_of
-from negative_cache.features import FeatureSpec, RaggedRows, Specs, check_keys, select, spec_to_json
+from negative_cache.features import (
+    FeatureSpec,
+    RaggedRows,
+    Specs,
+    check_keys,
+    is_free_to_read,
+    select,
+    spec_to_json,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 NO_ID = -1
 
@@ -179,6 +190,8 @@ class NegativeCache(nn.Module):
             resets_age: Whether the written rows become the youngest.
             document_ids: int64 `[n]`, stored when every feature is given.
         """
+        if rows.numel() == 0:
+            return
         rows, source, is_any = _last_entries(rows, mask)
         if rows.numel() == 0:
             return
@@ -236,6 +249,38 @@ class NegativeCache(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class CacheHolder(nn.Module):
+    """A module with caches that DDP does not see: it would overwrite every rank's rows with those of rank 0.
+
+    They are no submodules, but `state_dict`, `load_state_dict` and `.to()` reach them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, NegativeCache] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for cache in self._held.values():
+            cache._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, cache in self._held.items():
+            cache.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = dict(state_dict)
+        parts = {}
+        for name, cache in self._held.items():  # all of them before anything is changed
+            start = f"{prefix}{name}."
+            cache.check_loadable(state_dict, start)
+            parts[name] = {key[len(start) :]: own.pop(key) for key in state_dict if key.startswith(start)}
+        for name, cache in self._held.items():
+            cache.load_state_dict(parts[name])
+        super()._load_from_state_dict(own, prefix, *args)
+
+
 def state_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The size and specs (as JSON) of the cache saved under `prefix`."""
     state = state_dict.get(prefix + "_extra_state")
@@ -257,7 +302,7 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     index = torch.arange(count, device=rows.device)
     valid = torch.ones(count, dtype=torch.bool, device=rows.device) if mask is None else mask
     wins = is_last_of_equal(rows, valid)
-    if rows.device.type == "cpu":
+    if is_free_to_read(rows):
         source = wins.nonzero().squeeze(1)
         return rows[source], source, None
     source = torch.where(wins, index, wins.to(torch.uint8).argmax())

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from negative_cache.cache import NegativeCache, state_of
-from negative_cache.distributed import Ranks, pack_rows, rank_seed, shard_sizes, unpack_rows
-from negative_cache.features import RaggedRows, spec_from_json, spec_to_json
+from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
+from negative_cache.features import spec_from_json, spec_to_json
 from negative_cache.modules import EMBEDDING, NegativeCacheLoss
+from negative_cache.negatives import new_generator
 
 FORMAT = 1
 _JSON = "negative_cache.json"
@@ -41,37 +42,70 @@ def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
     Args:
         loss: The loss; on each rank, its own.
         folder: Where to write.
+
+    Raises:
+        RuntimeError: A rank could not write; on all ranks, naming it. On one process, its own error.
     """
     ranks, folder = loss.ranks, Path(folder)
     beside = folder.with_name(folder.name + ".partial")
-    if ranks.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    device = torch.device("cpu") if loss.cache is None else loss.cache.device
-    _wait(ranks, device)
+
+    def make() -> tuple[None, list[int]]:
+        if ranks.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        return None, []
+
+    def look() -> tuple[None, list[int]]:
+        if not beside.is_dir():
+            raise FileNotFoundError(f"{beside}, which rank 0 made, is not there: the ranks must share a file system.")
+        return None, []
+
+    def write() -> tuple[None, list[int]]:
+        file = _write(loss, beside)
+        return None, [file.stat().st_size, _crc32(file), 0 if loss.cache is None else loss.cache.num_rows]
+
+    def finish() -> tuple[None, list[int]]:
+        if ranks.rank == 0:
+            record = _record(loss, table)
+            (beside / _JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            _replace(beside, folder)
+        return None, []
+
+    ranks.meet(loss.step_number, ranks.device, make, 0)
+    ranks.meet(loss.step_number, ranks.device, look, 0)
+    _, table = ranks.meet(loss.step_number, ranks.device, write, 3)
+    ranks.meet(loss.step_number, ranks.device, finish, 0)  # nobody goes on before it is there
+
+
+def _record(loss: NegativeCacheLoss, table: Sequence[Sequence[int]]) -> dict[str, Any]:
+    shards = [
+        {"file": _file_name(rank), "bytes": size, "crc32": crc, "rows": rows}
+        for rank, (size, crc, rows) in enumerate(table)
+    ]
+    record = {
+        "format": FORMAT,
+        "cache_size": loss.cache_size,
+        "step": loss.step_number(),
+        "specs": _specs(loss.cache),
+        "shards": shards,
+    }
+    return {**record, "crc32": _checksum(record)}
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps({key: record[key] for key in record if key != "crc32"}, sort_keys=True).encode())
+
+
+def _write(loss: NegativeCacheLoss, beside: Path) -> Path:
+    """Write this rank's file."""
+    ranks = loss.ranks
     prefix = _prefix(ranks.rank, ranks.size)
     state = {prefix + key: value.detach() for key, value in loss.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
         writer = _storage().HuggingFaceStorageWriter(str(beside), save_distributed=True)
         save(state, storage_writer=writer, process_group=loss.process_group, no_dist=ranks.size == 1)
-    file = beside / _file_name(ranks.rank)
-    told = [file.stat().st_size, _crc32(file), 0 if loss.cache is None else loss.cache.num_rows]
-    table = [told] if ranks.size == 1 else ranks.share_integers(told, device)
-    if ranks.rank == 0:
-        record = {
-            "format": FORMAT,
-            "cache_size": loss.cache_size,
-            "step": 0 if loss.cache is None else int(loss.cache.step),
-            "specs": _specs(loss.cache),
-            "shards": [
-                {"file": _file_name(rank), "bytes": size, "crc32": crc, "rows": rows}
-                for rank, (size, crc, rows) in enumerate(table)
-            ],
-        }
-        (beside / _JSON).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _replace(beside, folder)
-    _wait(ranks, device)
+    return beside / _file_name(ranks.rank)
 
 
 def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
@@ -87,18 +121,27 @@ def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
 
     Raises:
         CheckpointError: Something is missing, truncated or damaged, or the features, dtypes or the embedding's size
-            are others. The loss is as it was then.
+            are others, or the scale of only one of both is learnable. The loss is as it was then.
     """
     folder = Path(folder)
+    if not folder.exists() and _old(folder).exists():
+        folder = _old(folder)
     record = _check(folder)
     _check_specs(record["specs"], loss)
     ranks, shards = loss.ranks, record["shards"]
     rows = [shard["rows"] for shard in shards]
     if record["specs"] is None or rows == shard_sizes(loss.cache_size, ranks.size):
-        loss.load_state_dict(_read(folder, ranks.rank % len(shards), len(shards)))
+        _load(loss, _read(folder, ranks.rank % len(shards), len(shards)))
         return
     readers = [functools.partial(_read, folder, shard, len(shards)) for shard in range(len(shards))]
-    loss.load_state_dict(_redistributed(record["specs"], record["step"], readers, rows, loss))
+    _load(loss, _redistributed(record["specs"], record["step"], readers, rows, loss))
+
+
+def _load(loss: NegativeCacheLoss, state_dict: dict[str, Tensor]) -> None:
+    try:
+        loss.load_state_dict(state_dict)
+    except ValueError as error:
+        raise CheckpointError(f"{error} Make the loss as it was when the checkpoint was written.") from error
 
 
 def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
@@ -110,23 +153,18 @@ def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
     if ranks.size == 1 or cache is None:
         return dict(loss.state_dict())
     rows = cache.filled.nonzero().squeeze(1)
-    items = cache.read_rows(rows, list(cache.specs))
-    ragged = sorted(key for key, value in items.items() if isinstance(value, RaggedRows))
-    longest = [int(value.lengths.amax()) if len(rows) else 0 for key in ragged if (value := _ragged(items[key]))]
-    table = ranks.share_integers([len(rows), *longest], cache.device)
-    widths = {key: max(row[1 + i] for row in table) for i, key in enumerate(ragged)}
-    told = [pack_rows(items, widths), cache.document_ids[rows], cache.written[rows]]
-    raw, ids, written = ranks.gather(told, [[row[0]] * 3 for row in table])
+    items = gather_rows(ranks, cache.read_rows(rows, list(cache.specs)), cache.specs, cache.device)
+    ids, written = ranks.gather(
+        [cache.document_ids[rows], cache.written[rows]], [size * 2 for size in ranks.sizes(len(rows), cache.device)]
+    )
     whole = NegativeCache.empty(cache.specs, loss.cache_size, cache.device)
-    everywhere = torch.arange(len(raw), device=cache.device)
-    whole.write(everywhere, unpack_rows(raw, cache.specs, widths), document_ids=ids)
+    everywhere = torch.arange(len(ids), device=cache.device)
+    whole.write(everywhere, items, document_ids=ids)
     whole.written[everywhere] = written
     whole.step.copy_(cache.step)
     own = {key: value for key, value in loss.state_dict().items() if not key.startswith("cache.")}
-    generator = ranks.gather([loss.generator.get_state().to(cache.device)], [[len(own["_extra_state"])]] * ranks.size)[
-        0
-    ]
-    own["_extra_state"] = generator[: len(own["_extra_state"])].cpu()
+    state = loss.generator.get_state().to(cache.device)
+    own["_extra_state"] = ranks.gather([state], [[len(state)]] * ranks.size)[0][: len(state)].cpu()
     return {**{"cache." + key: value for key, value in whole.state_dict().items()}, **own}
 
 
@@ -141,11 +179,8 @@ def load_full_state_dict(loss: NegativeCacheLoss, state_dict: Mapping[str, Tenso
         return
     saved = state_of(state_dict, "cache.")
     _check_specs(saved["specs"], loss)
-    loss.load_state_dict(
-        _redistributed(
-            saved["specs"], int(state_dict["cache.step"]), [dict(state_dict).copy], [saved["num_rows"]], loss
-        )
-    )
+    shards, step = [dict(state_dict).copy], int(state_dict["cache.step"])
+    _load(loss, _redistributed(saved["specs"], step, shards, [saved["num_rows"]], loss))
 
 
 def _redistributed(
@@ -175,8 +210,8 @@ def _redistributed(
             cache.written[here] = old.written[rows]
     cache.step.fill_(step)
     if ranks.rank >= len(shards):  # a rank that did not exist has no generator yet
-        loss.generator.manual_seed(rank_seed(loss.generator.initial_seed(), ranks.rank))
-        own["_extra_state"] = loss.generator.get_state()
+        generator = new_generator(rank_seed(loss.generator.initial_seed(), ranks.rank))
+        own["_extra_state"] = generator.get_state()
     return {**{"cache." + key: value for key, value in cache.state_dict().items()}, **own}
 
 
@@ -202,11 +237,6 @@ def deal(shards: list[tuple[Tensor, Tensor]], cache_size: int, rank: int, num_ra
     return rows[newest_first[rank::num_ranks]].flip(0)
 
 
-def _ragged(value: Tensor | RaggedRows) -> RaggedRows:
-    assert isinstance(value, RaggedRows)
-    return value
-
-
 def _read(folder: Path, shard: int, num_shards: int) -> dict[str, Tensor]:
     """The state that one rank wrote."""
     reader, prefix = _storage().HuggingFaceStorageReader(str(folder)), _prefix(shard, num_shards)
@@ -228,11 +258,13 @@ def _check(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is no checkpoint of a negative cache: it has no {_JSON}.")
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise CheckpointError(f"{path} has the format {record['format']}; this version reads {FORMAT}.")
+        if record["crc32"] != _checksum(record):
+            raise CheckpointError(f"{path} is damaged: its checksum differs. Use an earlier checkpoint.")
         shards = [(folder / s["file"], int(s["bytes"]), int(s["crc32"])) for s in record["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Use an earlier checkpoint.") from error
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has the format {record.get('format')}; this version reads {FORMAT}.")
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}. Use an earlier checkpoint.") from error
     for file, size, crc in shards:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing. Use an earlier checkpoint.")
@@ -300,20 +332,17 @@ def _file_name(rank: int) -> str:
 
 
 def _replace(beside: Path, folder: Path) -> None:
+    old = _old(folder)
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        beside.rename(folder)
+    beside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _wait(ranks: Ranks, device: torch.device) -> None:
-    """Until all ranks are here."""
-    if ranks.size > 1:
-        ranks.share_integers([0], device)
+def _old(folder: Path) -> Path:
+    """Where the last checkpoint is while a new one takes its place."""
+    return folder.with_name(folder.name + ".old")
 
 
 def _storage() -> Any:

@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from negative_cache.features import FixedLenFeature, RaggedFeature, RaggedRows, Specs
+from negative_cache.features import (
+    FixedLenFeature,
+    RaggedFeature,
+    RaggedRows,
+    Specs,
+    batch_size,
+    padding_value,
+    to_device,
+)
 
 T = TypeVar("T")
 
@@ -28,6 +36,22 @@ def rank_seed(seed: int, rank: int) -> int:
     return (seed + rank * 0x9E3779B1) % 2**63
 
 
+def process_rank() -> int:
+    """The rank of this process among all; 0 if it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def separate(generator: torch.Generator, first_state: Tensor) -> None:
+    """Give this process random numbers of its own: processes are often seeded alike.
+
+    Args:
+        generator: Left alone if it was used, seeded or loaded since it was made.
+        first_state: Its state then.
+    """
+    if process_rank() and torch.equal(generator.get_state(), first_state):
+        generator.manual_seed(rank_seed(generator.initial_seed(), process_rank()))
+
+
 class Ranks:
     """The processes of a group, and the messages between them. Without a group there is one, and nothing is sent.
 
@@ -44,6 +68,20 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         if self.rank < 0:
             raise ValueError("This process is not a member of the process group that it was given.")
+
+    @property
+    def first(self) -> int:
+        """The first of these ranks, as numbered among all processes."""
+        if self.group is not None:
+            return dist.get_global_rank(self.group, 0)
+        return process_rank()
+
+    @property
+    def device(self) -> torch.device:
+        """A device from which the group's backend sends."""
+        if self.group is not None and "nccl" in dist.get_backend(self.group):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
     def meet(
         self,
@@ -268,12 +306,27 @@ def unpack_rows(raw: Tensor, specs: Specs, widths: Mapping[str, int]) -> dict[st
     for key in sorted(specs):
         spec = specs[key]
         if isinstance(spec, RaggedFeature):
-            lengths = take(torch.int64, [1])[:, 0]
-            rows[key] = RaggedRows(take(spec.dtype, [widths[key]]), lengths)
+            lengths, values = take(torch.int64, [1])[:, 0], take(spec.dtype, [widths[key]])
+            inside = torch.arange(widths[key], device=raw.device) < lengths[:, None]
+            rows[key] = RaggedRows(torch.where(inside, values, values.new_tensor(padding_value(spec))), lengths)
         else:
             assert isinstance(spec, FixedLenFeature)
             rows[key] = take(spec.dtype, list(spec.shape))
     return rows
+
+
+def gather_rows(
+    ranks: Ranks, items: Mapping[str, Tensor | RaggedRows], specs: Specs, device: torch.device
+) -> dict[str, Tensor | RaggedRows]:
+    """The checked items of all ranks, one after the other in the order of ranks, on `device`."""
+    if ranks.size == 1:
+        return dict(items)
+    items = {key: to_device(value, device) for key, value in items.items()}
+    ragged = {key: value.values.shape[1] for key, value in sorted(items.items()) if isinstance(value, RaggedRows)}
+    table = ranks.share_integers([batch_size(items), *ragged.values()], device)
+    widths = {key: max(row[1 + i] for row in table) for i, key in enumerate(ragged)}
+    (raw,) = ranks.gather([pack_rows(items, widths)], [row[:1] for row in table])
+    return unpack_rows(raw, specs, widths)
 
 
 def choose_shard(lse: Tensor, uniform: Tensor) -> Tensor:

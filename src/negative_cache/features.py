@@ -53,6 +53,11 @@ class RaggedRows(NamedTuple):
     lengths: Tensor
 
 
+def is_free_to_read(value: Tensor) -> bool:
+    """Whether looking at a tensor's values makes nobody wait: on a GPU it would stall the device."""
+    return value.device.type == "cpu"
+
+
 def padding_value(spec: FeatureSpec) -> float:
     """The value with which items of this spec are filled up."""
     return 0 if spec.default_value is None else spec.default_value
@@ -219,6 +224,8 @@ def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFea
 
 
 def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeature) -> RaggedRows:
+    if isinstance(value, RaggedRows) and value.values.dtype == spec.dtype:
+        return value  # checked already
     lengths = None
     if not isinstance(value, Tensor):
         if not value or any(not isinstance(row, Tensor) or row.dim() != 1 for row in value):
@@ -236,7 +243,9 @@ def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeat
             else positions.new_zeros(len(value))
         )
     if spec.max_length is not None and value.shape[1] > spec.max_length:
-        longest = value.shape[1] if value.is_cuda else int(lengths.amax()) if len(lengths) else 0
+        longest = value.shape[1]
+        if is_free_to_read(value):
+            longest = int(lengths.amax()) if len(lengths) else 0
         if longest > spec.max_length:
             raise ValueError(
                 f"`{where}` has items of {longest} values; the spec's max_length is {spec.max_length}. "
@@ -281,8 +290,7 @@ def _cast(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         return value.detach()
     if value.is_floating_point() != dtype.is_floating_point or value.is_complex():
         raise TypeError(f"`{where}` is {value.dtype}; the spec says {dtype}. Convert it or change the spec.")
-    # Looking at the values of a GPU tensor would stall the device, so only CPU values are looked at.
-    if not dtype.is_floating_point and value.device.type == "cpu" and value.numel():
+    if not dtype.is_floating_point and is_free_to_read(value) and value.numel():
         is_held = _holds(dtype, int(value.min())) and _holds(dtype, int(value.max()))
         if not is_held:
             raise ValueError(

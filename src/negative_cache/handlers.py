@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from negative_cache.cache import NegativeCache, module_name
-from negative_cache.distributed import Ranks
-from negative_cache.features import Features, FeatureSpec, RaggedFeature, check_keys, padding_value
+from negative_cache.cache import CacheHolder, NegativeCache, module_name
+from negative_cache.distributed import Ranks, gather_rows
+from negative_cache.features import Features, RaggedRows, check_keys, padded
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
 from negative_cache.negative_cache import CacheManager
-from negative_cache.negatives import DocumentEncoder, check_finite
+from negative_cache.negatives import DocumentEncoder
 from negative_cache.util import cross_replica_concat
+
+Items = Mapping[str, Tensor | RaggedRows]
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     Writer = SummaryWriter | tuple[SummaryWriter, int]
 
 
-class MultiCacheLossHandler(nn.Module):
+class MultiCacheLossHandler(CacheHolder):
     """Computes a loss against several named caches, which form one pool, and updates each of them.
 
     The caches and the loss's generator are in `state_dict`. Nothing is written in eval mode or where
@@ -36,9 +37,9 @@ class MultiCacheLossHandler(nn.Module):
         cache_loss: A `CacheLoss`.
         embedding_key: The feature that holds the embedding.
         data_keys: The features that the document encoder takes.
-        use_cross_replica: Insert and update what all ranks of the default process group contribute, so that
-            the caches of all ranks stay equal.
-        filter_fn: Says which new items may enter.
+        use_cross_replica: Insert and update what all ranks contribute, so that the caches of all ranks stay equal:
+            those of the default process group, or those of a `DistributedCacheClassificationLoss`.
+        filter_fn: Says which new items may enter. Over shards it is asked about this rank's rows alone.
     """
 
     def __init__(
@@ -65,8 +66,7 @@ class MultiCacheLossHandler(nn.Module):
             cache_loss.is_replicated = use_cross_replica
         self._caches: dict[str, NegativeCache] = {}
         for name, manager in self.cache_managers.items():
-            self._caches[name] = manager.init_cache()
-            self.add_module(module_name("cache", name), self._caches[name])
+            self._caches[name] = self._held[module_name("cache", name)] = manager.init_cache()
 
     @property
     def cache(self) -> dict[str, NegativeCache]:
@@ -101,83 +101,112 @@ class MultiCacheLossHandler(nn.Module):
             ValueError: Whatever is wrong with the input; the caches are as they were then.
         """
         is_writing = self.training and torch.is_grad_enabled()
-        if is_writing:
-            self._check_together(new_item_embeddings, new_item_features, query_embeddings.device)
+        device = query_embeddings.device
+        ranks, is_distributed = self._ranks, isinstance(self.cache_loss, DistributedCacheClassificationLoss)
+        items = self._check(ranks, is_writing, new_item_embeddings, new_item_features, device)
         generator = getattr(self.cache_loss, "generator", None)
         state = None if is_writing or generator is None else generator.get_state()
-        result = self.cache_loss(
-            doc_network=item_network,
-            query_embeddings=query_embeddings,
-            pos_doc_embeddings=pos_item_embeddings,
-            cache=self._caches,
-            return_topk=return_topk,
-        )
-        if writer is not None:
-            self._log(writer, result)
+
+        def compute() -> tuple[CacheLossReturn, list[int]]:
+            result = self.cache_loss(
+                doc_network=item_network,
+                query_embeddings=query_embeddings,
+                pos_doc_embeddings=pos_item_embeddings,
+                cache=self._caches,
+                return_topk=return_topk,
+            )
+            return result, []
+
+        # a distributed loss has a meeting of its own; an evaluation need not be one of all ranks
+        depends_on_others = is_writing and not is_distributed
+        result = ranks.meet(self._step, device, compute, 0)[0] if depends_on_others else compute()[0]
+        step = 0 if writer is None else self._step()
         if is_writing:
-            self._update(new_item_embeddings, new_item_features, result)
+            self._update(items, result, device)
         elif state is not None and generator is not None:
             generator.set_state(state)  # an evaluation in between does not change a training run
+        if writer is not None:
+            self._log(writer, step, result)
         return (result.training_loss, result.topk_features) if return_topk > 0 else result.training_loss
 
-    def _check_together(
-        self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features], device: torch.device
-    ) -> None:
-        """Check the new items; where ranks depend on each other, what is wrong on one raises on all of them."""
-        ranks = Ranks()
+    @property
+    def _ranks(self) -> Ranks:
+        """The ranks whose steps depend on each other."""
         if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
-            ranks = self.cache_loss.ranks
-        elif self.use_cross_replica and dist.is_available() and dist.is_initialized():
-            ranks = Ranks(dist.group.WORLD)
+            return self.cache_loss.ranks
+        is_joined = self.use_cross_replica and dist.is_available() and dist.is_initialized()
+        return Ranks(dist.group.WORLD if is_joined else None)
 
-        def check() -> tuple[None, list[int]]:
-            self._check_new_items(embeddings, features)
-            return None, []
+    def _step(self) -> int:
+        return max(int(cache.step) for cache in self._caches.values())
 
-        ranks.meet(lambda: max(int(cache.step) for cache in self._caches.values()), device, check, 0)
+    def _check(
+        self,
+        ranks: Ranks,
+        is_writing: bool,
+        embeddings: Mapping[str, Tensor],
+        features: Mapping[str, Features],
+        device: torch.device,
+    ) -> dict[str, Items]:
+        """The new items of each cache, checked; what is wrong on one rank raises on all that depend on it."""
 
-    def _items(self, embeddings: Tensor, features: Features) -> dict[str, Any]:
-        return {self.embedding_key: embeddings.detach(), **{key: features[key] for key in self.data_keys}}
+        def check() -> tuple[dict[str, Items], list[int]]:
+            return self._check_new_items(embeddings, features) if is_writing else {}, [is_writing]
 
-    def _check_new_items(self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features]) -> None:
+        if not is_writing and not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
+            return {}
+        items, table = ranks.meet(self._step, device, check, 1)
+        if len({flag for (flag,) in table}) > 1:
+            raise ValueError("The ranks differ in training or evaluating. Every rank must make the same call.")
+        return items
+
+    def _check_new_items(self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features]) -> dict[str, Items]:
         check_keys("new_item_embeddings", embeddings, list(self._caches))
         check_keys("new_item_features", features, list(self._caches))
+        checked: dict[str, Items] = {}
         for name, cache in self._caches.items():
             missing = [key for key in self.data_keys if key not in features[name]]
             if missing:
                 raise ValueError(f"The features {missing} are missing; got {sorted(features[name])}.")
-            items = self._items(embeddings[name], features[name])
-            self.cache_managers[name].check_new_items(cache, items)
-            for key, value in items.items():  # before any of the caches is written
-                if isinstance(value, Tensor):
-                    check_finite(f"The new items' {key!r} for the cache {name!r}", value)
+            items = {
+                self.embedding_key: embeddings[name].detach(),
+                **{key: features[name][key] for key in self.data_keys},
+            }
+            checked[name] = self.cache_managers[name].check_new_items(cache, items)
+        return checked
 
-    def _update(
-        self, embeddings: Mapping[str, Tensor], features: Mapping[str, Features], result: CacheLossReturn
-    ) -> None:
-        share = _concat_over_ranks if self.use_cross_replica else (lambda value: value)
+    def _update(self, items: Mapping[str, Items], result: CacheLossReturn, device: torch.device) -> None:
+        ranks = self._ranks if self.use_cross_replica else Ranks()
+
+        def of_all(values: Any) -> Any:
+            if ranks.size == 1:
+                return values
+            if isinstance(values, Mapping):
+                return {key: cross_replica_concat(value, ranks.group) for key, value in values.items()}
+            return cross_replica_concat(values, ranks.group)
+
+        specs = {name: cache.specs for name, cache in self._caches.items()}
+        items = {name: gather_rows(ranks, items[name], specs[name], device) for name in self._caches}
+        for name, cache in self._caches.items():  # together they may be too many; before any cache is written
+            self.cache_managers[name].check_new_items(cache, items[name])
         for name, cache in self._caches.items():
-            new_items = self._items(embeddings[name], features[name])
-            if self.use_cross_replica:
-                new_items = share({key: _same_width(value, cache.specs[key]) for key, value in new_items.items()})
             has_updates = result.updated_item_data is not None
             self.cache_managers[name].update_cache_(
                 cache,
-                new_items=new_items,
-                new_items_mask=None if self.filter_fn is None else self.filter_fn(cache, new_items),
-                updated_item_data=share(result.updated_item_data[name]) if has_updates else None,
-                updated_item_indices=share(result.updated_item_indices[name]) if has_updates else None,
-                updated_item_mask=share(result.updated_item_mask[name]) if has_updates else None,
+                new_items=items[name],
+                new_items_mask=None if self.filter_fn is None else self.filter_fn(cache, padded(items[name])),
+                updated_item_data=of_all(result.updated_item_data[name]) if has_updates else None,
+                updated_item_indices=of_all(result.updated_item_indices[name]) if has_updates else None,
+                updated_item_mask=of_all(result.updated_item_mask[name]) if has_updates else None,
             )
 
-    def _log(self, writer: Writer, result: CacheLossReturn) -> None:
-        writer, step = writer if isinstance(writer, tuple) else (writer, None)
+    def _log(self, writer: Writer, step: int, result: CacheLossReturn) -> None:
+        writer, step = writer if isinstance(writer, tuple) else (writer, step)
         for name, cache in self._caches.items():
             rejected = int(cache.num_rejected)
             if rejected:
+                cache.num_rejected.zero_()
                 raise ValueError(f"{rejected} embeddings that were not finite were kept out of the cache {name!r}.")
-        if step is None:
-            step = max(int(cache.step) for cache in self._caches.values())
         for tag, value in (
             ("cache/interpretable_prediction_loss", result.interpretable_loss),
             ("cache/staleness", result.staleness),
@@ -194,11 +223,6 @@ class MultiCacheLossHandler(nn.Module):
         generator = getattr(self.cache_loss, "generator", None)
         if generator is not None and state.numel():
             generator.set_state(state.cpu())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, cache in self._caches.items():  # all of them before anything is changed
-            cache.check_loadable(state_dict, f"{prefix}{module_name('cache', name)}.")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # The name under which the earlier PyTorch implementation has it.
@@ -276,20 +300,3 @@ class CacheLossHandler(nn.Module):
             writer=writer,
             return_topk=return_topk,
         )
-
-
-def _same_width(value: Tensor | Sequence[Tensor], spec: FeatureSpec) -> Tensor | Sequence[Tensor]:
-    """A ragged feature padded to the longest one of all ranks."""
-    if not isinstance(spec, RaggedFeature):
-        return value
-    padding = padding_value(spec)
-    if not isinstance(value, Tensor):
-        value = pad_sequence(list(value), batch_first=True, padding_value=padding)
-    width = int(cross_replica_concat(torch.tensor([value.shape[1]], device=value.device)).max())
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=padding)
-
-
-def _concat_over_ranks(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {key: cross_replica_concat(value) for key, value in values.items()}
-    return cross_replica_concat(values)

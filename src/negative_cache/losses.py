@@ -13,12 +13,22 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache import NegativeCache
-from negative_cache.distributed import Ranks, rank_seed
+from negative_cache.distributed import Ranks, separate
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
-from negative_cache.negatives import DocumentEncoder, RetrievalFn, check_finite, encode, new_generator
+from negative_cache.meeting import NUM_TOLD, Meeting, tell
+from negative_cache.negatives import (
+    DocumentEncoder,
+    RetrievalFn,
+    check_finite,
+    common_specs,
+    encode,
+    new_generator,
+    pool_of,
+)
 from negative_cache.retrieval import ScoreTransform
+from negative_cache.retrieval.pool import check_queries
 from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
-from negative_cache.sharded import NUM_SHARED, Meeting, draw_from_ranks, shared_numbers
+from negative_cache.sharded import draw_from_ranks
 
 Caches = Mapping[str, NegativeCache]
 Reducer = Callable[[Tensor], Tensor]
@@ -212,10 +222,12 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         self.top_k = top_k
         self.reducer = reducer
         self.generator = new_generator()
+        self._first_state = self.generator.get_state()
         self._retrieval_fn: RetrievalFn = GumbelMaxRetrievalFn()
 
     def _retrieve_from_cache(self, query_embeddings: Tensor, cache: Caches, return_topk: int = 0) -> RetrievalReturn:
         caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
+        separate(self.generator, self._first_state)
         drawn = draw_here(self._rules(return_topk), caches, Asked(query_embeddings.detach()))
         return _retrieval_return(drawn, drawn.rows[:, None], None)
 
@@ -269,7 +281,6 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         super().__init__(embedding_key, data_keys, score_transform, top_k, reducer)
         self.process_group = process_group
         self.is_replicated = False
-        self._first_state = self.generator.get_state()
 
     @property
     def ranks(self) -> Ranks:
@@ -290,20 +301,20 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         ranks = self.ranks
         if ranks.size == 1:
             return super().__call__(doc_network, query_embeddings, pos_doc_embeddings, cache, return_topk)
-        if torch.equal(self.generator.get_state(), self._first_state):  # ranks often have the same seed
-            self.generator.manual_seed(rank_seed(self.generator.initial_seed(), ranks.rank))
+        separate(self.generator, self._first_state)
 
         def step() -> int:
-            return max(int(part.step) for part in cache.values())
+            return max((int(part.step) for part in cache.values()), default=0)
 
         def prepare() -> tuple[tuple[list[NegativeCache], Rules, Asked], list[int]]:
             _check_pairs(query_embeddings, pos_doc_embeddings)
             caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
+            check_queries(query_embeddings, pool_of(caches, self.embedding_key), None)
             rules = replace(self._rules(return_topk), is_replicated=self.is_replicated)
             asked = Asked(query_embeddings.detach())
-            return (caches, rules, asked), shared_numbers(rules, caches, asked, torch.is_grad_enabled())
+            return (caches, rules, asked), tell(rules, caches, asked, torch.is_grad_enabled())
 
-        (caches, rules, asked), table = ranks.meet(step, query_embeddings.device, prepare, NUM_SHARED)
+        (caches, rules, asked), table = ranks.meet(step, query_embeddings.device, prepare, NUM_TOLD)
         meeting = Meeting(table)
         negatives = draw_from_ranks(ranks, meeting, rules, caches, asked, step)
         elsewhere = torch.full((negatives.count, 1), -1, device=query_embeddings.device)
@@ -316,7 +327,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
         if retrieved.negatives is None:
             return super()._updates(cache, retrieved, lse, fresh, error)
-        dtype = next(iter(cache.values())).specs[self.embedding_key].dtype
+        dtype = common_specs(list(cache.values()), [self.embedding_key])[self.embedding_key].dtype
         updated, _ = retrieved.negatives.give_back(fresh.to(dtype), error=error)
         if updated is None:
             rows = torch.empty(0, dtype=torch.int64, device=fresh.device)
@@ -361,7 +372,9 @@ def sorted_caches(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
         missing = set(keys) - set(part.specs)
         if missing:
             raise ValueError(f"The cache {name!r} has no features {sorted(missing)}; it has {sorted(part.specs)}.")
-    return [cache[name] for name in sorted(cache)]
+    caches = [cache[name] for name in sorted(cache)]
+    common_specs(caches, keys)
+    return caches
 
 
 def split_updates(

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from negative_cache import estimators
 from negative_cache.batch import Batch, check_embeddings, make_batch, mask_positives
-from negative_cache.cache import NegativeCache, state_of
-from negative_cache.distributed import Ranks, rank_seed, shard_sizes
+from negative_cache.cache import CacheHolder, NegativeCache, state_of
+from negative_cache.distributed import Ranks, separate, shard_sizes
 from negative_cache.drawing import Asked, Negatives, Rules, draw_here
 from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, infer_specs, spec_from_json
+from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode, new_generator
-from negative_cache.sharded import NUM_SHARED, Meeting, draw_from_ranks, shared_numbers
+from negative_cache.sharded import draw_from_ranks
 
 EMBEDDING = "embedding"
 
 
-class NegativeCacheLoss(nn.Module):
+class NegativeCacheLoss(CacheHolder):
     """Cross-entropy of each query's positive against all cached documents, at the price of one more encoding.
 
     With `s(q, d) = scale * <q, d>`, the loss is `-s(q, positive) + logsumexp(s(q, positive), {s(q, row)})`
@@ -89,10 +90,9 @@ class NegativeCacheLoss(nn.Module):
         self.embedding_dtype = embedding_dtype
         self.feature_device = feature_device
         self.generator = new_generator(seed)
-        self._seed = self.generator.initial_seed()
+        self._first_state = self.generator.get_state()
         self._process_group = process_group
         self._ranks: Ranks | None = None
-        self.cache: NegativeCache | None = None
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self._fixed_scale = scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
@@ -108,10 +108,19 @@ class NegativeCacheLoss(nn.Module):
         self._document_encoder = (encoder,)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "document_encoder":  # nn.Module would register a module, and never reach the property
+        if name in ("document_encoder", "cache"):  # nn.Module would register a module, and never reach the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def cache(self) -> NegativeCache | None:
+        """This rank's rows; None before the first step."""
+        return self._held.get("cache")
+
+    @cache.setter
+    def cache(self, cache: NegativeCache) -> None:
+        self._held["cache"] = cache
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -182,18 +191,20 @@ class NegativeCacheLoss(nn.Module):
                 negative_ids,
             )
             step = self._prepare(batch, specs)
-            numbers = shared_numbers(step.rules, [step.cache], step.asked, step.is_writing) if ranks.size > 1 else []
-            return step, numbers
+            if ranks.size == 1:
+                return step, []
+            needs_gradient = negative_embeddings is not None and negative_embeddings.requires_grad
+            return step, tell(step.rules, [step.cache], step.asked, step.is_writing, needs_gradient)
 
         ranks = self.ranks
-        step, table = ranks.meet(self._step_number, device, prepare, NUM_SHARED)
+        step, table = ranks.meet(self.step_number, device, prepare, NUM_TOLD)
         batch, cache = step.batch, step.cache
         meeting = Meeting(table) if ranks.size > 1 else None
         negatives: Negatives
         if meeting is None:
             negatives = draw_here(step.rules, [cache], step.asked)
         else:
-            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], step.asked, self._step_number)
+            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], step.asked, self.step_number)
         fresh, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
         if negatives.count:
             try:
@@ -201,13 +212,12 @@ class NegativeCacheLoss(nn.Module):
                 check_finite(f"The new embeddings, as {self.embedding_dtype},", fresh.to(self.embedding_dtype))
             except Exception as caught:
                 error = caught
-        if error is None:
-            loss = self._loss(batch, negatives, fresh, ranks, meeting)
-        elif not step.is_writing:
-            raise error
-        if step.is_writing:
+        updated, refreshed = None, None
+        if step.is_writing:  # else nothing was drawn
             stored = fresh.detach().to(self.embedding_dtype)
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
+        loss = self._loss(batch, negatives, fresh, ranks, meeting)
+        if step.is_writing:
             step.manager.update_cache_(
                 cache,
                 new_items={EMBEDDING: batch.new_embeddings, **batch.new_features},
@@ -249,16 +259,14 @@ class NegativeCacheLoss(nn.Module):
 
     def _loss(self, batch: Batch, negatives: Negatives, fresh: Tensor, ranks: Ranks, meeting: Meeting | None) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
-        scale = self.scale if self.log_scale is None else ranks.average_gradient(self.log_scale).exp()
-        queries = batch.queries
+        queries, scale = batch.queries, self.scale
+        if self.log_scale is not None:
+            scale = ranks.average_gradient(self.log_scale.to(queries.device)).exp()
         positive_scores = scale * _dot(queries, batch.documents)
-        fresh_scores, given = None, batch.negatives
-        if meeting is not None and any(meeting.num_withheld):
-            given = queries[:0] if given is None else given
-            given = ranks.gather_with_gradient(given, meeting.num_withheld)
+        fresh_scores, given = None, self._given(batch, positive_scores.dtype, ranks, meeting)
         if given is not None:
-            dtype = positive_scores.dtype
-            fresh_scores = scale * (queries.to(dtype) @ given.to(dtype).T)
+            with torch.autocast(queries.device.type, enabled=False):
+                fresh_scores = scale * (queries.to(given.dtype) @ given.T)
             fresh_scores = mask_positives(fresh_scores, batch.positives, negatives.withheld_ids)
         staleness = positive_scores.new_zeros(())
         if negatives.count:
@@ -271,6 +279,17 @@ class NegativeCacheLoss(nn.Module):
             self._last = {"interpretable_loss": loss.detach().mean(), "staleness": staleness.detach()}
         return loss
 
+    def _given(self, batch: Batch, dtype: torch.dtype, ranks: Ranks, meeting: Meeting | None) -> Tensor | None:
+        """The given negatives of all ranks; None where there are none."""
+        given = None if batch.negatives is None else batch.negatives.to(dtype)
+        if meeting is None or not any(meeting.num_withheld):
+            return given
+        if given is None:
+            given = batch.queries.new_empty(0, batch.queries.shape[1], dtype=dtype)
+        if meeting.needs_gradient and not given.requires_grad:  # all ranks take part in the backward pass, or none
+            given = given.detach().requires_grad_()
+        return ranks.gather_with_gradient(given, meeting.num_withheld)
+
     def _transform(self) -> Any:
         scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
         return lambda scores: scores * scale
@@ -279,7 +298,8 @@ class NegativeCacheLoss(nn.Module):
         assert self.cache is not None
         return {key: spec for key, spec in self.cache.specs.items() if key != EMBEDDING}
 
-    def _step_number(self) -> int:
+    def step_number(self) -> int:
+        """How many steps have updated the cache; waits for the device."""
         return 0 if self.cache is None else int(self.cache.step)
 
     def _prepare(self, batch: Batch, specs: Specs) -> _Step:
@@ -289,7 +309,7 @@ class NegativeCacheLoss(nn.Module):
         cache = self.cache
         if cache is None:
             cache = self._new_cache(all_specs, batch.queries.device)
-            self.generator.manual_seed(rank_seed(self._seed, self.ranks.rank))
+            separate(self.generator, self._first_state)
         if cache.device != batch.queries.device:
             raise ValueError(
                 f"`query_embeddings` is on {batch.queries.device}, the cache on {cache.device}. Move the loss with "
@@ -337,6 +357,12 @@ class NegativeCacheLoss(nn.Module):
         self.generator.set_state(state.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):
+            raise ValueError(
+                "The scale of the saved loss is learnable, that of this one is not."
+                if self.log_scale is None
+                else "The scale of this loss is learnable, that of the saved one is not."
+            )
         if self.cache is None and prefix + "cache.filled" in state_dict:
             saved = state_of(state_dict, prefix + "cache.")
             specs = {key: spec_from_json(spec) for key, spec in saved["specs"].items()}
@@ -346,8 +372,6 @@ class NegativeCacheLoss(nn.Module):
             cache = self._new_cache(specs, device)
             cache.check_loadable(state_dict, prefix + "cache.")
             self.cache = cache
-        elif self.cache is not None:
-            self.cache.check_loadable(state_dict, prefix + "cache.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -20,6 +20,7 @@ from negative_cache.features import (
     check_features,
     check_keys,
     check_specs,
+    is_free_to_read,
 )
 
 __all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "RaggedFeature"]
@@ -114,7 +115,7 @@ class CacheManager:
             raise ValueError(f"The cache has {cache.num_rows} rows but {cache.written.shape[0]} ages.")
         updated, updated_mask = self._check_updates(cache, updated_item_data, updated_item_indices, updated_item_mask)
         refreshed, refreshed_mask = self._check_updates(cache, refreshed_item_data, refreshed_item_indices, None)
-        inserted = self.check_new_items(cache, new_items, document_ids) if new_items else {}
+        inserted = self.check_new_items(cache, new_items, document_ids, new_items_mask) if new_items else {}
         inserted_mask = _check_mask("new_items_mask", new_items_mask, batch_size(inserted), cache.device)
         inserted_mask = _mask_not_finite("new_items", cache, inserted, inserted_mask)
         cache.step += 1
@@ -148,7 +149,7 @@ class CacheManager:
             raise ValueError(
                 f"`updated_item_indices` is {indices.dtype} {list(indices.shape)}; expected integers [{count}]."
             )
-        if indices.device.type == "cpu":
+        if is_free_to_read(indices):
             is_outside = (indices < 0) | (indices >= cache.num_rows)
             if mask is not None and mask.shape == indices.shape:
                 is_outside &= mask.cpu().to(torch.bool)
@@ -160,7 +161,11 @@ class CacheManager:
         return updated, _mask_not_finite("updated_item_data", cache, updated, mask)
 
     def check_new_items(
-        self, cache: NegativeCache, new_items: Features, document_ids: Tensor | None = None
+        self,
+        cache: NegativeCache,
+        new_items: Features,
+        document_ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> dict[str, Tensor | RaggedRows]:
         """Raise what `update_cache` would raise for these items and ids; nothing is written.
 
@@ -177,6 +182,7 @@ class CacheManager:
             )
         if document_ids is not None:
             check_ids("document_ids", document_ids, (count,))
+        _check_finite("new_items", items, _check_mask("new_items_mask", mask, count, cache.device))
         return items
 
 
@@ -217,29 +223,39 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
         raise TypeError(f"`{name}` is {got}; expected a tensor of integers.")
     if ids.shape != shape:
         raise ValueError(f"`{name}` has shape {list(ids.shape)}; expected {list(shape)}.")
-    if ids.device.type == "cpu" and ids.numel() and int(ids.min()) < NO_ID:
+    if is_free_to_read(ids) and ids.numel() and int(ids.min()) < NO_ID:
         raise ValueError(f"`{name}` has the value {int(ids.min())}; ids are 0 or larger, -1 means unknown.")
+
+
+def _check_finite(name: str, items: Mapping[str, Tensor | RaggedRows], mask: Tensor | None) -> None:
+    """Raise for values that are not finite in the entries that count, where they can be looked at."""
+    for key, value in items.items():
+        if isinstance(value, RaggedRows) or not value.is_floating_point() or not is_free_to_read(value):
+            continue
+        finite = _finite_entries(value, mask)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"`{name}[{key!r}]`, stored as {value.dtype}, has NaN or infinity in {int((~finite).sum())} of "
+                f"{len(finite)} rows. Nothing was written; look for a learning rate that is too high or an overflow "
+                "in half precision."
+            )
 
 
 def _mask_not_finite(
     name: str, cache: NegativeCache, items: Mapping[str, Tensor | RaggedRows], mask: Tensor | None
 ) -> Tensor | None:
-    """Refuse values that are not finite: at once on the CPU, masked and counted elsewhere."""
-    for key, value in items.items():
-        if isinstance(value, RaggedRows) or not value.is_floating_point():
+    """Refuse values that are not finite: at once where they can be looked at, masked and counted elsewhere."""
+    _check_finite(name, items, mask)
+    for value in items.values():
+        if isinstance(value, RaggedRows) or not value.is_floating_point() or is_free_to_read(value):
             continue
-        finite = value.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
-        if mask is not None:
-            finite = finite | ~mask.to(finite.device)
-        if finite.device.type == "cpu":
-            if not bool(finite.all()):
-                bad = int((~finite).sum())
-                raise ValueError(
-                    f"`{name}[{key!r}]` has NaN or infinity in {bad} of {len(finite)} rows. Nothing was written; "
-                    "look for a learning rate that is too high or an overflow in half precision."
-                )
-        else:
-            finite = finite.to(cache.device)
-            cache.num_rejected += (~finite).sum()
-            mask = finite if mask is None else mask & finite
+        finite = _finite_entries(value, mask).to(cache.device)
+        cache.num_rejected += (~finite).sum()
+        mask = finite if mask is None else mask & finite
     return mask
+
+
+def _finite_entries(value: Tensor, mask: Tensor | None) -> Tensor:
+    """bool `[n]`: which entries are finite, or do not count."""
+    finite = value.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
+    return finite if mask is None else finite | ~mask.to(finite.device)

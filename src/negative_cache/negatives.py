@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NegativeCache
-from negative_cache.features import FeatureSpec, RaggedRows, padded, padding_value, to_device
+from negative_cache.features import (
+    FeatureSpec,
+    FixedLenFeature,
+    RaggedFeature,
+    RaggedRows,
+    is_free_to_read,
+    padded,
+    padding_value,
+    to_device,
+)
 from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
 from negative_cache.retrieval.reference import dense_scores, exact_top_k
 from negative_cache.retrieval.streaming import mine_groups
@@ -111,7 +121,7 @@ def draw_negatives(
         assert retrieval_fn is not None
         lse, rows, top_rows = _retrieve_custom(queries, pool, retrieval_fn, score_transform, excluded, top_k, num_top)
     is_valid = lse > -torch.inf
-    if not has_rows or num_samples == 0 or (lse.device.type == "cpu" and not bool(is_valid.any())):
+    if not has_rows or num_samples == 0 or (is_free_to_read(lse) and not bool(is_valid.any())):
         return Drawn(lse, rows[:0], is_valid[:0], top_rows)
     # A query without negatives gets a row that is safe to encode; its weight is 0 and nothing is written.
     safe = rows[is_valid.to(torch.uint8).argmax(), 0]
@@ -159,6 +169,23 @@ def read_items(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str
     return result
 
 
+def common_specs(caches: Sequence[NegativeCache], keys: Sequence[str]) -> dict[str, FeatureSpec]:
+    """Specs of what `read_items` returns: where caches differ, the widest shape and the dtype that holds all."""
+    result: dict[str, FeatureSpec] = {}
+    for key in keys:
+        specs = [cache.specs[key] for cache in caches]
+        dtype = functools.reduce(torch.promote_types, [spec.dtype for spec in specs])
+        shapes = [list(spec.shape) for spec in specs if isinstance(spec, FixedLenFeature)]
+        if not shapes:
+            result[key] = RaggedFeature(dtype, None, specs[0].default_value)
+        elif len(shapes) < len(specs) or len({len(shape) for shape in shapes}) > 1:
+            raise ValueError(f"The caches' features {key!r} do not fit together: {specs}.")
+        else:
+            widest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+            result[key] = FixedLenFeature(widest, dtype, specs[0].default_value)
+    return result
+
+
 def read_pool(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
     """`read_items`, the ragged ones padded to the longest of these rows."""
     return padded(read_items(caches, rows, keys))
@@ -190,7 +217,7 @@ def encode(document_encoder: DocumentEncoder, features: dict[str, Tensor], count
 
 def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError for NaN or infinity in a CPU tensor; elsewhere the cache masks and counts such rows."""
-    if values.device.type == "cpu" and not bool(values.detach().isfinite().all()):
+    if is_free_to_read(values) and not bool(values.detach().isfinite().all()):
         raise ValueError(
             f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
             "too high or an overflow in half precision."

@@ -8,10 +8,8 @@ ever travels. Who sends what to whom follows from numbers that all ranks have, s
 from __future__ import annotations
 
 import functools
-import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,73 +17,11 @@ from torch import Tensor
 from negative_cache.cache import NO_ID, NegativeCache, is_last_of_equal
 from negative_cache.distributed import Ranks, bytes_of, choose_shard, pack_rows, shard_sizes, unpack_rows
 from negative_cache.drawing import Asked, Negatives, Returned, Rules
-from negative_cache.features import RaggedFeature, RaggedRows, Specs, padded, padding_value, select, spec_to_json
-from negative_cache.negatives import is_max_score, is_softmax, lengths_of, pool_of, read_items
+from negative_cache.features import RaggedFeature, RaggedRows, padded, select
+from negative_cache.meeting import Meeting, num_new
+from negative_cache.negatives import common_specs, is_max_score, lengths_of, pool_of, read_items, read_pool
 from negative_cache.retrieval import Retrieved, RowPool, retrieve
 from negative_cache.retrieval.reference import exact_top_k, uniforms
-
-NUM_SHARED = 11  # integers that a rank tells all others before each step
-
-
-def shared_numbers(rules: Rules, caches: Sequence[NegativeCache], asked: Asked, is_writing: bool) -> list[int]:
-    """What a rank tells all others before a step: `NUM_SHARED` integers."""
-    if not (is_softmax(rules.retrieval_fn) or is_max_score(rules.retrieval_fn)):
-        raise ValueError(
-            f"{type(rules.retrieval_fn).__name__} needs the scores of all rows of all ranks at once, which do not "
-            "travel. Over several ranks use GumbelMaxRetrievalFn() or MaxScoreRetrievalFn()."
-        )
-    num_rows = sum(cache.num_rows for cache in caches)
-    if rules.is_replicated and rules.top_k is not None and rules.top_k > num_rows:
-        raise ValueError(f"top_k is {rules.top_k}; it must be from 1 to the {num_rows} rows of the cache.")
-    specs = [{key: spec_to_json(spec) for key, spec in cache.specs.items()} for cache in caches]
-    return [
-        len(asked.queries),
-        0 if asked.positives is None else asked.positives.shape[1],
-        _num_new(asked),
-        asked.num_withheld,
-        any(cache.has_rows() for cache in caches),
-        num_rows,
-        zlib.crc32(json.dumps(specs, sort_keys=True).encode()),
-        zlib.crc32(str(asked.queries.dtype).encode()),
-        is_writing,
-        -1 if rules.top_k is None else rules.top_k,
-        rules.num_samples * 1000 + rules.num_top,
-    ]
-
-
-_MUST_AGREE = {
-    6: "the cached features (names, shapes, dtypes)",
-    7: "the dtype of the query embeddings",
-    8: "training or evaluating",
-    9: "`top_k`",
-    10: "`num_samples` and `return_topk`",
-}
-
-
-@dataclass
-class Meeting:
-    """What the ranks told each other before a step: one entry per rank."""
-
-    table: list[list[int]]
-    batches: list[int] = field(init=False)
-    num_positives: list[int] = field(init=False)
-    num_new: list[int] = field(init=False)
-    num_withheld: list[int] = field(init=False)
-    num_rows: list[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        for column, what in _MUST_AGREE.items():
-            if len({row[column] for row in self.table}) > 1:
-                raise ValueError(
-                    f"The ranks differ in {what}. Every rank must make the same call with the same settings."
-                )
-        columns = [list(column) for column in zip(*self.table, strict=True)]
-        self.batches, self.num_positives, self.num_new, self.num_withheld = columns[:4]
-        self.num_rows = columns[5]
-
-    def weight(self, rank: int) -> float:
-        """The factor that makes the average of the ranks' mean losses the mean over all queries."""
-        return self.batches[rank] * len(self.batches) / sum(self.batches)
 
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
@@ -160,6 +96,7 @@ def draw_from_ranks(
     )
     entries = _plan(rules, meeting, lse, top_scores, all_uniform.cpu())
     start = sum(meeting.batches[: ranks.rank])
+    none = torch.empty(0, dtype=torch.int64, device=queries.device)
     merged = lse.logsumexp(dim=0)[start : start + batch].to(queries.device, shard.lse.dtype)
     negatives = _FromRanks(
         lse=merged,
@@ -167,7 +104,7 @@ def draw_from_ranks(
         count=0,
         features={},
         cached=queries.new_empty(0, queries.shape[1]),
-        top_features=[{} for _ in range(batch)] if rules.num_top else [],
+        top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
         withheld_ids=withheld_ids,
         ranks=ranks,
         meeting=meeting,
@@ -183,11 +120,6 @@ def draw_from_ranks(
     return negatives
 
 
-def _num_new(asked: Asked) -> int:
-    """How many ids of new documents travel; without ids only those of withheld ones, as unknown."""
-    return asked.num_withheld if asked.new_ids is None else len(asked.new_ids)
-
-
 def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor) -> list[Tensor]:
     """Uniforms, known positives, ids of new documents, and queries of all ranks."""
     device, width = asked.queries.device, max(meeting.num_positives)
@@ -197,7 +129,7 @@ def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor
     positives = torch.nn.functional.pad(positives, (0, width - positives.shape[1]), value=-1)
     new_ids = asked.new_ids
     if new_ids is None:
-        new_ids = torch.full((_num_new(asked),), NO_ID, dtype=torch.int64, device=device)
+        new_ids = torch.full((num_new(asked),), NO_ID, dtype=torch.int64, device=device)
     sizes = [[batch, batch, new, batch] for batch, new in zip(meeting.batches, meeting.num_new, strict=True)]
     return ranks.gather([uniform, positives, new_ids, asked.queries], sizes)
 
@@ -233,7 +165,7 @@ def _search_shard(
     top_rows = torch.full((batch, num_top), -1, device=device)
     top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
     lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
-    if meeting.table[ranks.rank][4] and pool.num_rows:
+    if meeting.told[ranks.rank].has_rows and pool.num_rows:
         result = retrieve(
             queries,
             pool,
@@ -321,12 +253,12 @@ class _FromRanks(Negatives):
             _counts(entries.asker[sent], ranks.size),
             _counts(entries.owner[wanted], ranks.size),
         )
-        specs = {key: caches[0].specs[key] for key in keys}
+        specs = common_specs(caches, keys)
         came = unpack_rows(raw, specs, widths)
         arrival = wanted.argsort().to(device)  # where each entry arrived, in the order of entries
         entry = wanted.sort().values
         is_draw = entry < entries.num_draws
-        drawn = _pick(came, arrival[is_draw.to(device)], specs)
+        drawn = _pick(came, arrival[is_draw.to(device)])
         self.count = int(is_draw.sum())
         self.cached = drawn.pop(rules.embedding_key)
         self.features = drawn
@@ -335,7 +267,7 @@ class _FromRanks(Negatives):
             counts = _counts(entries.query[entry[~is_draw]] - first, batch)
             data = {key: came[key] for key in rules.data_keys}
             tops = torch.split(arrival[~is_draw.to(device)], counts)
-            self.top_features = [_pick(data, top, specs) for top in tops]
+            self.top_features = [_pick(data, top) for top in tops]
 
     def give_back(
         self, fresh: Tensor, new_embeddings: Tensor | None = None, error: Exception | None = None
@@ -403,15 +335,11 @@ def _counts(values: Tensor, length: int) -> list[int]:
     return counts
 
 
-def _pick(items: Mapping[str, Tensor | RaggedRows], index: Tensor, specs: Specs) -> dict[str, Tensor]:
-    """Items `[n]` of those that arrived, ragged ones padded to the longest of them."""
+def _pick(items: Mapping[str, Tensor | RaggedRows], index: Tensor) -> dict[str, Tensor]:
+    """Items `[n]` of those that arrived, ragged ones cut to the longest of them."""
     picked = select(items, index)
     for key, value in picked.items():
         if isinstance(value, RaggedRows):
             width = int(value.lengths.amax()) if len(index) else 0
-            inside = torch.arange(width, device=index.device) < value.lengths[:, None]
-            picked[key] = RaggedRows(
-                torch.where(inside, value.values[:, :width], padding_value(specs[key])).to(value.values.dtype),
-                value.lengths,
-            )
+            picked[key] = RaggedRows(value.values[:, :width], value.lengths)
     return padded(picked)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from negative_cache.features import FeatureSpec, RaggedFeature
@@ -95,6 +96,8 @@ class NegativeCacheRankingLoss(nn.Module):
             process_group="world" if gather_across_devices else None,
         )
         self.gather_across_devices = gather_across_devices
+        if self.cache_loss.log_scale is not None and not gather_across_devices:
+            self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The mean loss of a batch; in training it also updates the cache.
@@ -196,6 +199,15 @@ class NegativeCacheRankingLoss(nn.Module):
     year={2021}
 }
 """
+
+
+def _average_over_ranks(gradient: Tensor) -> Tensor:
+    """The mean of all ranks' gradients: the trainer wraps the model for that, but not the loss."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return gradient
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient / dist.get_world_size()
 
 
 def _tokens(features: dict[str, Any]) -> dict[str, Tensor]:

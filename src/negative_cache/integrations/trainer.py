@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers import TrainerCallback
@@ -47,6 +48,8 @@ class NegativeCacheTrainerMixin:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no complete checkpoint in {self.args.output_dir}.")
+        if resume_from_checkpoint:
+            self._restore(str(resume_from_checkpoint))  # before the model, which stays as it is if this is refused
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         except _AlreadyTrainedError:
@@ -58,19 +61,14 @@ class NegativeCacheTrainerMixin:
         # checkpoint is known to be complete) and before it deletes older checkpoints.
         super()._save_rng_state(output_dir)  # type: ignore[misc]
         for name, loss in cache_losses(self.loss).items():
-            save_checkpoint(loss, Path(output_dir) / FOLDER / name)
+            save_checkpoint(loss, _folder(output_dir, name, loss))
 
-    def _load_from_checkpoint(self, checkpoint_path: str, *args: Any, **kwargs: Any) -> None:
+    def _restore(self, checkpoint_path: str) -> None:
+        if not (Path(checkpoint_path) / FOLDER).is_dir():
+            raise CheckpointError(f"{checkpoint_path} was saved by a trainer without NegativeCacheTrainerMixin.")
         for name, loss in cache_losses(self.loss).items():
-            folder = Path(checkpoint_path) / FOLDER / name
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"{checkpoint_path} has no cache {name!r}: it was saved by a trainer without "
-                    "NegativeCacheTrainerMixin, or with another loss."
-                )
-            load_checkpoint(loss, folder)
-            loss.to(self.model.device)
-        super()._load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+            load_checkpoint(loss, _folder(checkpoint_path, name, loss))
+            loss.to(self.args.device)
 
 
 class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):  # type: ignore[misc]
@@ -98,6 +96,12 @@ def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCa
         for path, module in parent.named_modules()
         if isinstance(module, NegativeCacheLoss)
     }
+
+
+def _folder(checkpoint: str, name: str, loss: NegativeCacheLoss) -> Path:
+    """The folder of a cache: one for all ranks that share it."""
+    is_shared_by_all = not (dist.is_available() and dist.is_initialized()) or loss.ranks.size == dist.get_world_size()
+    return Path(checkpoint) / FOLDER / (name if is_shared_by_all else f"{name}-of-rank-{loss.ranks.first}")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

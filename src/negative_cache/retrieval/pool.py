@@ -92,7 +92,7 @@ def check_queries(queries: Tensor, pool: RowPool, top_k: int | None) -> None:
 
 
 def _slice(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    pieces, offset = [], 0
+    pieces, offset = [parts[0][:0]] if start == stop else [], 0
     for part in parts:
         low, high = max(start - offset, 0), min(stop - offset, len(part))
         if low < high:

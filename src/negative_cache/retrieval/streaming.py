@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from negative_cache.features import is_free_to_read
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 from negative_cache.retrieval.reference import exact_top_k, exclude, grouped_top_k, sample, uniforms
 
@@ -93,7 +94,7 @@ class _Tiles:
         """Scores of a range of rows; None if it is known, at no cost, that none of them is a candidate."""
         rows, candidates = self.pool.slice(start, stop)
         is_all = False
-        if candidates.device.type == "cpu":  # looking would stall another device
+        if is_free_to_read(candidates):
             if not bool(candidates.any()):
                 return None
             is_all = bool(candidates.all())
@@ -125,7 +126,7 @@ class _Reservoir:
         chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
         moves = uniforms(tuple(self.rows.shape), self.generator, scores.device) < chance[:, None]
         self.lse = lse
-        if scores.device.type != "cpu":  # choosing the queries that move would stall the device
+        if not is_free_to_read(scores):  # then the queries that move cannot be picked out
             drawn = start + sample(scores, moves.shape[1], self.generator)
             self.rows = torch.where(moves, drawn, self.rows)
             return

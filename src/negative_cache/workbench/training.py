@@ -59,7 +59,7 @@ class RunConfig:
         loss: negative-cache, in-batch or gradcache.
         output: Folder that the trained model is written to; must not exist.
         cache_size: Rows of the cache.
-        batch_size: Queries per step.
+        batch_size: Queries per step, on each rank.
         epochs: Passes over the training pairs.
         max_steps: Stop after so many steps; None for all epochs.
         learning_rate: Peak of the schedule (warm-up over a tenth, then linear to 0); None for the model's usual one.
@@ -351,7 +351,9 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
+        # the batches of all ranks are parts of one, so that it has no duplicates and is the batch of one process
+        per_device_train_batch_size=config.batch_size * processes.count(),
+        accelerator_config={"split_batches": processes.count() > 1},
         num_train_epochs=config.epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
         learning_rate=_configuration(config)["learning_rate"],

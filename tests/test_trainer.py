@@ -1,0 +1,125 @@
+"""The trainer that keeps the cache in its checkpoints, on one rank and on several."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+
+from negative_cache.checkpoint import CheckpointError
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.integrations.trainer import NegativeCacheTrainer, cache_losses
+from support import assert_same_state, run_ranks, snapshot
+
+WORDS = [f"word{first}{second}" for first in "abcdefgh" for second in "klmnopqr"]
+ANCHORS = [f"about {word}" for word in WORDS]
+POSITIVES = [f"{word} and {word[::-1]} and {WORDS[i // 2]}" for i, word in enumerate(WORDS)]
+VOCABULARY = ["about", "and", *WORDS, *(word[::-1] for word in WORDS)]
+BATCH = 4
+
+
+def make_trainer(folder: Path, max_steps: int = 6, **settings: Any) -> NegativeCacheTrainer:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="about"))
+    tokenizer.pre_tokenizer = Whitespace()
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **settings)
+    args = SentenceTransformerTrainingArguments(
+        str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=max_steps,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        dataloader_drop_last=True,
+    )
+    dataset = Dataset.from_dict({"anchor": ANCHORS, "positive": POSITIVES})
+    return NegativeCacheTrainer(model=model, args=args, train_dataset=dataset, loss=loss)
+
+
+def everything(trainer: NegativeCacheTrainer) -> dict[str, Tensor]:
+    (cache_loss,) = cache_losses(trainer.loss).values()
+    return {**snapshot(cache_loss), **{f"model.{key}": v for key, v in snapshot(trainer.model).items()}}
+
+
+def test_a_resumed_trainer_equals_one_that_was_not_stopped(tmp_path: Path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    make_trainer(tmp_path / "stopped", max_steps=5).train()
+    resumed = make_trainer(tmp_path / "stopped")
+    (tmp_path / "stopped" / "checkpoint-5" / "trainer_state.json").unlink()  # as if killed while writing it
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(everything(whole), everything(resumed))
+
+
+def test_a_checkpoint_of_the_last_step_is_not_trained_on(tmp_path: Path):
+    whole = make_trainer(tmp_path)
+    whole.train()
+    again = make_trainer(tmp_path)
+    assert again.train(resume_from_checkpoint=True).global_step == 6
+    assert_same_state(everything(whole), everything(again))
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+    make_trainer(tmp_path).train()
+    file = next((tmp_path / "checkpoint-6" / "negative_cache").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    trainer = make_trainer(tmp_path)
+    before = everything(trainer)
+    with pytest.raises(CheckpointError, match="bytes; it was written with"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same_state(before, everything(trainer))
+    file.unlink()
+    with pytest.raises(CheckpointError, match="embedding"):
+        make_trainer(tmp_path, embedding_dtype=torch.float64).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_caches_are_found_in_wrapped_losses_and_dicts(tmp_path: Path):
+    trainer = make_trainer(tmp_path)
+    loss = trainer.loss
+    wrapped = MatryoshkaLoss(trainer.model, loss, [16, 8])
+    assert list(cache_losses({"pairs": loss, "other": wrapped})) == ["pairs.cache_loss", "other.loss.cache_loss"]
+
+
+def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
+    )
+    whole = make_trainer(folder / "whole", gather_across_devices=is_shared)
+    whole.train()
+    scale = whole.loss.cache_loss.log_scale.detach()
+    scales = [torch.empty_like(scale) for _ in range(world_size)]
+    dist.all_gather(scales, scale)
+    assert float(scale) != torch.tensor(20.0).log()
+    assert all(torch.equal(scales[0], other) for other in scales)
+    names = sorted(path.name for path in (folder / "whole" / "checkpoint-4" / "negative_cache").iterdir())
+    assert names == (["cache_loss"] if is_shared else ["cache_loss-of-rank-0", "cache_loss-of-rank-1"])
+    make_trainer(folder / "stopped", max_steps=4, gather_across_devices=is_shared).train()
+    resumed = make_trainer(folder / "stopped", gather_across_devices=is_shared)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(everything(whole), everything(resumed))
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_ranks_resume_whether_they_share_a_cache_or_not(is_shared: bool, tmp_path: Path):
+    run_ranks(functools.partial(check_ranks, is_shared), 2, tmp_path)
