@@ -221,7 +221,7 @@ def _escape(text: str) -> str:
 
 def _quiet() -> None:
     """Keep other libraries' bars and warnings, and all but one rank, out of the way of our own output."""
-    console.quiet = os.environ.get("RANK", "0") != "0"
+    console.quiet = any(os.environ.get(name, "0") != "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

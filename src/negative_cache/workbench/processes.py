@@ -14,16 +14,15 @@ logger = logging.getLogger("negative_cache")
 
 
 def start() -> int:
-    """Join the other processes, if there are any: NCCL with GPUs, gloo without.
+    """Join the other processes, however they were launched: NCCL with GPUs, gloo without.
 
     Returns:
         The rank of this process, 0 if it is alone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        from accelerate import PartialState
+    from accelerate import PartialState
 
-        _warn_of_shared_store()
-        PartialState(cpu=not torch.cuda.is_available())
+    _warn_of_shared_store()
+    PartialState(cpu=not torch.cuda.is_available())
     return rank()
 
 
