@@ -33,9 +33,7 @@ def documents_of(step: int, rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
     return ids, words
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: NegativeCacheLoss
-) -> None:
+def save(target: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: NegativeCacheLoss) -> None:
     """Write a checkpoint beside its place and rename it, so that it is whole or not there."""
     beside = target.with_name(target.name + ".partial")
     save_checkpoint(loss_fn, beside / "cache")  # all ranks together, each its own rows
