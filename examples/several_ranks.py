@@ -88,11 +88,10 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         if (step + 1) % options.save_steps == 0:
-            save(options.folder, step + 1, encoder, optimizer, loss_fn)
+            save(options.folder / f"step-{step + 1}", encoder, optimizer, loss_fn)
             if rank == 0:
-                print(
-                    f"step {step + 1}: loss {loss.item():.4f}, cache {loss_fn.metrics()['fill']:.0%} full", flush=True
-                )
+                fill = loss_fn.metrics()["fill"]
+                print(f"step {step + 1}: loss {loss.item():.4f}, cache {fill:.0%} full", flush=True)
     dist.destroy_process_group()
 
 
