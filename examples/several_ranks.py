@@ -41,7 +41,6 @@ def save(target: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss_
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, beside / "model.pt")
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
-    dist.barrier()
 
 
 def main() -> None:
@@ -92,8 +91,8 @@ def main() -> None:
             if rank == 0:
                 fill = loss_fn.metrics()["fill"]
                 print(f"step {step + 1}: loss {loss.item():.4f}, cache {fill:.0%} full", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()
