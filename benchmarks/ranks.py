@@ -65,10 +65,11 @@ def make_step(options: argparse.Namespace, rank: int, world_size: int) -> Callab
         return {"first": first, "second": first}
 
     loss_fn = NegativeCacheLoss(encode, options.cache_size, top_k=options.top_k, seed=0, process_group="world")
-    for start in range(0, num_rows, 4096):
-        rows = torch.arange(start, min(start + 4096, num_rows))
-        zeros = torch.zeros(len(rows), options.dim, requires_grad=True)
-        loss_fn(zeros, table[rows], items(rows))
+    rows = torch.arange(num_rows)
+    zeros = torch.zeros(1, options.dim, requires_grad=True)
+    loss_fn(zeros, table[:1], items(rows[:1]))  # makes the cache
+    assert loss_fn.cache is not None
+    loss_fn.cache.write(rows, {"embedding": table, **items(rows)})
     queries = torch.nn.functional.normalize(torch.randn(options.batch_size, options.dim), dim=1).requires_grad_()
     documents, features = table[: options.batch_size].clone(), items(torch.arange(options.batch_size))
 
