@@ -13,7 +13,7 @@ from negative_cache import estimators
 from negative_cache.batch import Batch, check_embeddings, make_batch, mask_positives
 from negative_cache.cache import CacheHolder, NegativeCache, state_of
 from negative_cache.distributed import Ranks, separate, shard_sizes
-from negative_cache.drawing import Asked, Negatives, Rules, draw_here
+from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, infer_specs, spec_from_json
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
@@ -218,19 +218,7 @@ class NegativeCacheLoss(CacheHolder):
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
         loss = self._loss(batch, negatives, fresh, ranks, meeting)
         if step.is_writing:
-            step.manager.update_cache_(
-                cache,
-                new_items={EMBEDDING: batch.new_embeddings, **batch.new_features},
-                new_items_mask=negatives.new_items_mask(),
-                document_ids=batch.new_ids,
-                updated_item_data=None if updated is None else {EMBEDDING: updated.embeddings},
-                updated_item_indices=None if updated is None else updated.rows,
-                updated_item_mask=None if updated is None else updated.mask,
-                refreshed_item_data=None if refreshed is None else {EMBEDDING: refreshed.embeddings},
-                refreshed_item_indices=None if refreshed is None else refreshed.rows,
-            )
-            if self.cache is None:
-                self.cache = cache
+            self._write(step, negatives.new_items_mask(), updated, refreshed)
         mean = loss.mean()
         return mean if meeting is None else mean * meeting.weight(ranks.rank)
 
@@ -278,6 +266,24 @@ class NegativeCacheLoss(CacheHolder):
         if self.training and torch.is_grad_enabled():
             self._last = {"interpretable_loss": loss.detach().mean(), "staleness": staleness.detach()}
         return loss
+
+    def _write(
+        self, step: _Step, new_items_mask: Tensor | None, updated: Returned | None, refreshed: Returned | None
+    ) -> None:
+        """New embeddings into their rows, the batch's documents over the oldest ones."""
+        step.manager.update_cache_(
+            step.cache,
+            new_items={EMBEDDING: step.batch.new_embeddings, **step.batch.new_features},
+            new_items_mask=new_items_mask,
+            document_ids=step.batch.new_ids,
+            updated_item_data=None if updated is None else {EMBEDDING: updated.embeddings},
+            updated_item_indices=None if updated is None else updated.rows,
+            updated_item_mask=None if updated is None else updated.mask,
+            refreshed_item_data=None if refreshed is None else {EMBEDDING: refreshed.embeddings},
+            refreshed_item_indices=None if refreshed is None else refreshed.rows,
+        )
+        if self.cache is None:
+            self.cache = step.cache
 
     def _given(self, batch: Batch, dtype: torch.dtype, ranks: Ranks, meeting: Meeting | None) -> Tensor | None:
         """The given negatives of all ranks; None where there are none."""
