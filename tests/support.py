@@ -96,7 +96,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def run_ranks(fn: Callable[..., None], world_size: int, folder: Path, seconds: float = 120) -> None:
     """Run `fn(rank, world_size, folder)` in processes joined by gloo; any failure or hang raises."""
-    context = mp.spawn(_rank, (fn, world_size, str(folder)), nprocs=world_size, join=False)
+    arguments = (fn, world_size, str(folder))
+    context = mp.start_processes(_rank, arguments, nprocs=world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + seconds
     while not context.join(timeout=1):
         if time.monotonic() > deadline:

@@ -56,7 +56,6 @@ def newest_is_torn(partial: Path) -> bool:
 
 def test_a_run_killed_at_random_moments_equals_one_that_was_not(folder: Path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["negative_cache.workbench.training"])
     chance = random.Random(0)
     kills, interrupted, torn, runs = 0, 0, 0, 0
     while kills < KILLS or runs == 0:
