@@ -111,6 +111,7 @@ def _rank(rank: int, fn: Callable[..., None], world_size: int, folder: str) -> N
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     fn(rank, world_size, Path(folder))
+    dist.barrier()  # who leaves early breaks the connections of the others
     # The group is not taken apart. After an error that would make gloo abort the others before the error is seen; and
     # gloo may wait for ever for a thread that waits for Python to free a tensor.
     sys.stdout.flush()

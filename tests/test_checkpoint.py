@@ -139,7 +139,7 @@ def damage(folder: Path, kind: str) -> str:
         return "checksum differs"
     if kind == "header":
         file.write_bytes((10**15).to_bytes(8, "little") + content[8:])
-        return "its header says -1"
+        return "header cannot be read"
     if kind == "no json":
         (folder / "negative_cache.json").unlink()
         return "is no checkpoint"

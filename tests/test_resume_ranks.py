@@ -22,7 +22,8 @@ from negative_cache import NegativeCacheLoss
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from support import random_pairs, run_ranks
 
-KILLS, STEPS, SAVE_STEPS = 3, 80, 10
+STEPS, SAVE_STEPS = 80, 10
+KILLS = (0, 40, 60)  # after these steps: in the first, second and third epoch
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from negative_cache.workbench.models import load_model
 
     path = tmp_path_factory.mktemp("ranks")
-    random_pairs(path / "pairs.jsonl", 3000)
+    random_pairs(path / "pairs.jsonl", 700)  # about 37 steps an epoch
     columns = load_data(str(path / "pairs.jsonl"), None, None).training_columns()
     load_model("static", [*columns["anchor"], *columns["positive"]], 0).save_pretrained(str(path / "model"))
     return path
@@ -49,13 +50,13 @@ def start(folder: Path, output: str, *launch: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def wait_for_checkpoint(process: subprocess.Popen[bytes], partial: Path, after: int) -> int:
-    """Until there is a complete checkpoint of a step beyond `after`; its step."""
+def wait_for_checkpoint(process: subprocess.Popen[bytes], partial: Path, after: int) -> None:
+    """Until there is a complete checkpoint of a step beyond `after`."""
     while process.poll() is None:
         newest = last_complete_checkpoint(partial)
         step = -1 if newest is None else int(newest.rsplit("-", 1)[1])
         if step > after:
-            return step
+            return
         time.sleep(0.01)
     raise AssertionError("The run ended too early.")
 
@@ -78,11 +79,10 @@ def result(folder: Path, output: str) -> tuple[bytes, list[float], dict[str, tor
 def test_a_run_whose_ranks_are_killed_equals_one_whose_were_not(folder: Path):
     assert start(folder, "whole").wait(120) == 0
     chance = random.Random(1)
-    process = start(folder, "killed", "--max-restarts", str(KILLS))
+    process = start(folder, "killed", "--max-restarts", str(len(KILLS)))
     try:
-        step = -1
-        for _ in range(KILLS):
-            step = wait_for_checkpoint(process, folder / "killed.partial", step)
+        for after in KILLS:
+            wait_for_checkpoint(process, folder / "killed.partial", after)
             time.sleep(chance.uniform(0, 0.15))
             kill_a_worker(process, chance)
         assert process.wait(120) == 0, (folder / "killed.log").read_text()
@@ -110,6 +110,10 @@ def test_a_rank_that_is_killed_ends_the_run_on_all(folder: Path):
         process.kill()
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert last_complete_checkpoint(folder / "ended.partial") is not None
+    alone = [sys.executable, *process.args[6:]]  # without torchrun
+    ended = subprocess.run(alone, text=True, capture_output=True, timeout=100)
+    assert ended.returncode == 2
+    assert "unfinished run on 2 ranks; here are 1" in " ".join(ended.stderr.split())
 
 
 def dies(rank: int, world_size: int, folder: Path) -> None:

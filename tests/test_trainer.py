@@ -31,11 +31,11 @@ VOCABULARY = ["about", "and", *WORDS, *(word[::-1] for word in WORDS)]
 BATCH = 4
 
 
-def make_trainer(folder: Path, max_steps: int = 6, **settings: Any) -> NegativeCacheTrainer:
+def make_trainer(folder: Path, max_steps: int = 6, dim: int = 16, **settings: Any) -> NegativeCacheTrainer:
     torch.manual_seed(0)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="about"))
     tokenizer.pre_tokenizer = Whitespace()
-    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
     loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **settings)
     args = SentenceTransformerTrainingArguments(
         str(folder),
@@ -50,6 +50,7 @@ def make_trainer(folder: Path, max_steps: int = 6, **settings: Any) -> NegativeC
         disable_tqdm=True,
         dataloader_pin_memory=False,
         dataloader_drop_last=True,
+        batch_sampler="no_duplicates",
     )
     dataset = Dataset.from_dict({"anchor": ANCHORS, "positive": POSITIVES})
     return NegativeCacheTrainer(model=model, args=args, train_dataset=dataset, loss=loss)
@@ -89,9 +90,10 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="bytes; it was written with"):
         trainer.train(resume_from_checkpoint=True)
     assert_same_state(before, everything(trainer))
-    file.unlink()
     with pytest.raises(CheckpointError, match="embedding"):
         make_trainer(tmp_path, embedding_dtype=torch.float64).train(str(tmp_path / "checkpoint-4"))
+    with pytest.raises(CheckpointError, match=r"feature 'embedding'.*\[16\].*\[8\]"):  # before any step
+        make_trainer(tmp_path, dim=8).train(str(tmp_path / "checkpoint-4"))
 
 
 def test_caches_are_found_in_wrapped_losses_and_dicts(tmp_path: Path):
@@ -105,17 +107,17 @@ def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> No
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
     )
-    whole = make_trainer(folder / "whole", gather_across_devices=is_shared)
+    whole = make_trainer(folder / "whole", 14, gather_across_devices=is_shared)  # 8 steps an epoch
     whole.train()
     scale = whole.loss.cache_loss.log_scale.detach()
     scales = [torch.empty_like(scale) for _ in range(world_size)]
     dist.all_gather(scales, scale)
     assert float(scale) != torch.tensor(20.0).log()
     assert all(torch.equal(scales[0], other) for other in scales)
-    names = sorted(path.name for path in (folder / "whole" / "checkpoint-4" / "negative_cache").iterdir())
+    names = sorted(path.name for path in (folder / "whole" / "checkpoint-14" / "negative_cache").iterdir())
     assert names == (["cache_loss"] if is_shared else ["cache_loss-of-rank-0", "cache_loss-of-rank-1"])
-    make_trainer(folder / "stopped", max_steps=4, gather_across_devices=is_shared).train()
-    resumed = make_trainer(folder / "stopped", gather_across_devices=is_shared)
+    make_trainer(folder / "stopped", 12, gather_across_devices=is_shared).train()
+    resumed = make_trainer(folder / "stopped", 14, gather_across_devices=is_shared)
     resumed.train(resume_from_checkpoint=True)
     assert_same_state(everything(whole), everything(resumed))
 

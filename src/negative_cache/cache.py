@@ -226,7 +226,10 @@ class NegativeCache(nn.Module):
         """Raise ValueError if the state is of a cache with other rows, keys, shapes or dtypes."""
         saved = state_of(state_dict, prefix)
         if saved["num_rows"] != self.num_rows:
-            raise ValueError(f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}.")
+            raise ValueError(
+                f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}. "
+                "negative_cache.checkpoint loads into caches of another size, and into those of several ranks."
+            )
         mine = {key: spec_to_json(spec) for key, spec in self.specs.items()}
         check_keys("state_dict", saved["specs"], list(mine))
         for key, spec in saved["specs"].items():

@@ -270,8 +270,8 @@ def _check(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file} is missing. Use an earlier checkpoint.")
         if file.stat().st_size != size or _implied_size(file) != size:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes; it was written with {size}, its header says "
-                f"{_implied_size(file)}. Use an earlier checkpoint."
+                f"{file} is truncated or damaged: it has {file.stat().st_size} bytes; it was written with {size}, "
+                f"and its header {_says(_implied_size(file))}. Use an earlier checkpoint."
             )
         if _crc32(file) != crc:
             raise CheckpointError(f"{file} is damaged: its checksum differs. Use an earlier checkpoint.")
@@ -287,7 +287,8 @@ def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
     if mine is None:  # what is known before the first step
         mine = {key: spec_to_json(spec) for key, spec in (loss.specs or {}).items()}
         dtype = str(loss.embedding_dtype).removeprefix("torch.")
-        mine[EMBEDDING] = {**saved[EMBEDDING], "dtype": dtype}
+        shape = saved[EMBEDDING]["shape"] if loss.embedding_dim is None else [loss.embedding_dim]
+        mine[EMBEDDING] = {**saved[EMBEDDING], "dtype": dtype, "shape": shape}
         if loss.specs is None:
             mine = {**saved, EMBEDDING: mine[EMBEDDING]}
     for key in sorted({*saved, *mine}):
@@ -308,6 +309,10 @@ def _implied_size(file: Path) -> int:
         except (ValueError, KeyError, TypeError, IndexError):
             return -1
     return 8 + length + max(ends, default=0)
+
+
+def _says(implied_size: int) -> str:
+    return "cannot be read" if implied_size < 0 else f"says {implied_size}"
 
 
 def _crc32(file: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -50,6 +51,17 @@ def separate(generator: torch.Generator, first_state: Tensor) -> None:
     """
     if process_rank() and torch.equal(generator.get_state(), first_state):
         generator.manual_seed(rank_seed(generator.initial_seed(), process_rank()))
+
+
+# Gloo's threads drop a finished work without Python's lock if nobody else holds it, and a process that ends at that
+# moment hangs or aborts: they wait for the lock to free the work's tensors. So the last works are held here.
+_finished_works: deque[Any] = deque(maxlen=8)
+
+
+def _finish(work: Any) -> None:
+    """Wait for a message that was sent with `async_op=True`."""
+    work.wait()
+    _finished_works.append(work)
 
 
 class Ranks:
@@ -153,7 +165,7 @@ class Ranks:
 
     def _all_gather(self, mine: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine, group=self.group)
+        _finish(dist.all_gather(parts, mine, group=self.group, async_op=True))
         return parts
 
     def sizes(self, size: int, device: torch.device) -> list[list[int]]:
@@ -191,8 +203,19 @@ class Ranks:
         if self.size == 1:
             return rows
         result = rows.new_empty(sum(received), rows.shape[1])
-        dist.all_to_all_single(result, rows.contiguous(), list(received), list(sent), group=self.group)
+        work = dist.all_to_all_single(
+            result, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True
+        )
+        _finish(work)
         return result
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, without gradient."""
+        if self.size == 1:
+            return tensor
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        _finish(dist.all_reduce(total, group=self.group, async_op=True))
+        return total
 
     def gather_with_gradient(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
         """`tensor [n, ...]` of all ranks, one after the other; the gradient of all ranks' losses comes back, summed."""
@@ -217,9 +240,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.ranks.group)
-        return gradient[ctx.start : ctx.start + ctx.size], None, None
+        return ctx.ranks.sum(gradient)[ctx.start : ctx.start + ctx.size], None, None
 
 
 class _Average(torch.autograd.Function):
@@ -230,9 +251,7 @@ class _Average(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.ranks.group)
-        return gradient / ctx.ranks.size, None
+        return ctx.ranks.sum(gradient) / ctx.ranks.size, None
 
 
 def _pack(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

@@ -93,6 +93,7 @@ class NegativeCacheLoss(CacheHolder):
         self._first_state = self.generator.get_state()
         self._process_group = process_group
         self._ranks: Ranks | None = None
+        self.embedding_dim: int | None = None  # where it is known before the first step
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self._fixed_scale = scale
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from negative_cache.distributed import Ranks
 from negative_cache.features import FeatureSpec, RaggedFeature
 from negative_cache.modules import NegativeCacheLoss
 
@@ -95,6 +96,7 @@ class NegativeCacheRankingLoss(nn.Module):
             seed=seed,
             process_group="world" if gather_across_devices else None,
         )
+        self.cache_loss.embedding_dim = _dimension(model)
         self.gather_across_devices = gather_across_devices
         if self.cache_loss.log_scale is not None and not gather_across_devices:
             self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
@@ -201,13 +203,18 @@ class NegativeCacheRankingLoss(nn.Module):
 """
 
 
+def _dimension(model: Any) -> int | None:
+    """Dimensions of the model's embeddings; None if it does not say."""
+    for name in ("get_embedding_dimension", "get_sentence_embedding_dimension"):
+        if hasattr(model, name):
+            return getattr(model, name)()
+    return None
+
+
 def _average_over_ranks(gradient: Tensor) -> Tensor:
     """The mean of all ranks' gradients: the trainer wraps the model for that, but not the loss."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return gradient
-    gradient = gradient.clone()
-    dist.all_reduce(gradient)
-    return gradient / dist.get_world_size()
+    ranks = Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+    return ranks.sum(gradient) / ranks.size
 
 
 def _tokens(features: dict[str, Any]) -> dict[str, Tensor]:

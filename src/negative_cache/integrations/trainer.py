@@ -35,7 +35,7 @@ class NegativeCacheTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_EndIfTrained())  # type: ignore[attr-defined]
+        self.add_callback(_ResumeCallback())  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
@@ -67,7 +67,10 @@ class NegativeCacheTrainerMixin:
         if not (Path(checkpoint_path) / FOLDER).is_dir():
             raise CheckpointError(f"{checkpoint_path} was saved by a trainer without NegativeCacheTrainerMixin.")
         for name, loss in cache_losses(self.loss).items():
-            load_checkpoint(loss, _folder(checkpoint_path, name, loss))
+            try:
+                load_checkpoint(loss, _folder(checkpoint_path, name, loss))
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} Without {checkpoint_path} the one before is taken.") from error
             loss.to(self.args.device)
 
 
@@ -79,12 +82,22 @@ class _AlreadyTrainedError(Exception):
     """The checkpoint is of the last step."""
 
 
-class _EndIfTrained(TrainerCallback):
-    """Keeps the trainer from making one more step after a checkpoint of the last one."""
+class _ResumeCallback(TrainerCallback):
+    """What the trainer itself does not do when it resumes."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # After a checkpoint of the last step it would make one more.
         if state.global_step >= state.max_steps:
             raise _AlreadyTrainedError
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        # On several ranks, skipping batches puts one more sampler around the one that shuffles, which it then does not
+        # tell the epoch: the order would be that of the first one.
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None:
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(int(state.epoch or 0))
+            sampler = getattr(sampler, "batch_sampler", None)
 
 
 def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCacheLoss]:

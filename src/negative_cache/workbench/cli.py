@@ -41,11 +41,11 @@ METRIC_NAMES = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100")
 @app.command()
 def train(
     data: Data,
-    output: Annotated[str, typer.Option(help="Folder for the trained model and run.json; must not exist.")],
+    output: Annotated[str, typer.Option(help="New folder for the trained model and run.json.")],
     model: Model = "static",
     loss: Annotated[str, typer.Option(help="negative-cache, in-batch or gradcache.")] = "negative-cache",
     cache_size: Annotated[int, typer.Option(help="Documents in the cache.")] = 16_384,
-    batch_size: Annotated[int, typer.Option(help="Queries per step.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Queries per step, on each rank.")] = 64,
     epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: one that suits the model.")] = None,

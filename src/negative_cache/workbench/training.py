@@ -191,7 +191,9 @@ def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[s
         raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
     before = evaluate(model, data, "test")
-    _write_json(folder / _BEFORE, {"configuration": _configuration(config), "before": before})
+    _write_json(
+        folder / _BEFORE, {"configuration": _configuration(config), "ranks": processes.count(), "before": before}
+    )
 
 
 def _check_same_run(folder: Path, config: RunConfig, resume: bool) -> None:
@@ -200,8 +202,13 @@ def _check_same_run(folder: Path, config: RunConfig, resume: bool) -> None:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
     for path in (folder / _RECORD, folder / _BEFORE):
         if path.exists():
-            saved = json.loads(path.read_text(encoding="utf-8"))["configuration"]
-            _check_same(f"{str(folder)!r} has an unfinished run", saved, config)
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], config)
+            if saved["ranks"] != processes.count():
+                raise RunError(
+                    f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks; here are {processes.count()}, "
+                    "whose batches would be others. Start as many, or remove the folder."
+                )
 
 
 def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
