@@ -37,9 +37,14 @@ def rank_seed(seed: int, rank: int) -> int:
     return (seed + rank * 0x9E3779B1) % 2**63
 
 
+def world() -> dist.ProcessGroup | None:
+    """The default process group; None where there is none."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def process_rank() -> int:
     """The rank of this process among all; 0 if it is alone."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return 0 if world() is None else dist.get_rank()
 
 
 def separate(generator: torch.Generator, first_state: Tensor) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from negative_cache.cache import CacheHolder, NegativeCache, module_name
-from negative_cache.distributed import Ranks, gather_rows
+from negative_cache.distributed import Ranks, gather_rows, world
 from negative_cache.features import Features, RaggedRows, check_keys, padded
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
@@ -134,8 +133,7 @@ class MultiCacheLossHandler(CacheHolder):
         """The ranks whose steps depend on each other."""
         if isinstance(self.cache_loss, DistributedCacheClassificationLoss):
             return self.cache_loss.ranks
-        is_joined = self.use_cross_replica and dist.is_available() and dist.is_initialized()
-        return Ranks(dist.group.WORLD if is_joined else None)
+        return Ranks(world() if self.use_cross_replica else None)
 
     def _step(self) -> int:
         return max(int(cache.step) for cache in self._caches.values())
@@ -187,8 +185,9 @@ class MultiCacheLossHandler(CacheHolder):
 
         specs = {name: cache.specs for name, cache in self._caches.items()}
         items = {name: gather_rows(ranks, items[name], specs[name], device) for name in self._caches}
-        for name, cache in self._caches.items():  # together they may be too many; before any cache is written
-            self.cache_managers[name].check_new_items(cache, items[name])
+        if ranks.size > 1:  # together they may be too many; before any cache is written
+            for name, cache in self._caches.items():
+                self.cache_managers[name].check_new_items(cache, items[name])
         for name, cache in self._caches.items():
             has_updates = result.updated_item_data is not None
             self.cache_managers[name].update_cache_(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache import NegativeCache
-from negative_cache.distributed import Ranks, separate
+from negative_cache.distributed import Ranks, separate, world
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negatives import (
@@ -285,9 +285,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
     @property
     def ranks(self) -> Ranks:
         """The ranks that share the pool."""
-        if self.process_group is not None:
-            return Ranks(self.process_group)
-        return Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+        return Ranks(self.process_group or world())
 
     def __call__(
         self,

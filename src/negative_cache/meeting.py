@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.cache import NegativeCache
 from negative_cache.drawing import Asked, Rules
 from negative_cache.features import spec_to_json
 from negative_cache.negatives import is_max_score, is_softmax
@@ -70,7 +70,7 @@ def tell(
         is_writing=is_writing,
         is_max_score=is_max_score(rules.retrieval_fn),
         is_replicated=rules.is_replicated,
-        top_k=NO_ID if rules.top_k is None else rules.top_k,
+        top_k=-1 if rules.top_k is None else rules.top_k,
         num_samples=rules.num_samples,
         num_top=rules.num_top,
     )

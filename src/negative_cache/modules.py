@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from negative_cache import estimators
 from negative_cache.batch import Batch, check_embeddings, make_batch, mask_positives
 from negative_cache.cache import CacheHolder, NegativeCache, state_of
-from negative_cache.distributed import Ranks, separate, shard_sizes
+from negative_cache.distributed import Ranks, separate, shard_sizes, world
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, infer_specs, spec_from_json
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
@@ -128,7 +128,7 @@ class NegativeCacheLoss(CacheHolder):
         """The processes that share the cache; None for this one alone."""
         if self._process_group != "world":
             return self._process_group
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return world()
 
     @property
     def ranks(self) -> Ranks:

@@ -117,7 +117,7 @@ class CacheManager:
         refreshed, refreshed_mask = self._check_updates(cache, refreshed_item_data, refreshed_item_indices, None)
         inserted = self.check_new_items(cache, new_items, document_ids, new_items_mask) if new_items else {}
         inserted_mask = _check_mask("new_items_mask", new_items_mask, batch_size(inserted), cache.device)
-        inserted_mask = _mask_not_finite("new_items", cache, inserted, inserted_mask)
+        inserted_mask = _mask_not_finite(cache, inserted, inserted_mask)
         cache.step += 1
         if updated and updated_item_indices is not None:
             rows = updated_item_indices.to(cache.device, torch.int64)
@@ -158,7 +158,8 @@ class CacheManager:
                     f"`updated_item_indices` has values outside the cache's rows 0 to {cache.num_rows - 1}."
                 )
         mask = _check_mask("updated_item_mask", mask, count, cache.device)
-        return updated, _mask_not_finite("updated_item_data", cache, updated, mask)
+        _check_finite("updated_item_data", updated, mask)
+        return updated, _mask_not_finite(cache, updated, mask)
 
     def check_new_items(
         self,
@@ -242,10 +243,9 @@ def _check_finite(name: str, items: Mapping[str, Tensor | RaggedRows], mask: Ten
 
 
 def _mask_not_finite(
-    name: str, cache: NegativeCache, items: Mapping[str, Tensor | RaggedRows], mask: Tensor | None
+    cache: NegativeCache, items: Mapping[str, Tensor | RaggedRows], mask: Tensor | None
 ) -> Tensor | None:
-    """Refuse values that are not finite: at once where they can be looked at, masked and counted elsewhere."""
-    _check_finite(name, items, mask)
+    """Mask and count values that are not finite where `_check_finite` cannot look at them."""
     for value in items.values():
         if isinstance(value, RaggedRows) or not value.is_floating_point() or is_free_to_read(value):
             continue

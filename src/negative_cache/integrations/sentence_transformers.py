@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from negative_cache.distributed import Ranks
+from negative_cache.distributed import Ranks, world
 from negative_cache.features import FeatureSpec, RaggedFeature
 from negative_cache.modules import NegativeCacheLoss
 
@@ -213,7 +212,7 @@ def _dimension(model: Any) -> int | None:
 
 def _average_over_ranks(gradient: Tensor) -> Tensor:
     """The mean of all ranks' gradients: the trainer wraps the model for that, but not the loss."""
-    ranks = Ranks(dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
+    ranks = Ranks(world())
     return ranks.sum(gradient) / ranks.size
 
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from sentence_transformers import SentenceTransformerTrainer
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from negative_cache.distributed import Ranks, world
 from negative_cache.modules import NegativeCacheLoss
 
 FOLDER = "negative_cache"
@@ -113,7 +113,7 @@ def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCa
 
 def _folder(checkpoint: str, name: str, loss: NegativeCacheLoss) -> Path:
     """The folder of a cache: one for all ranks that share it."""
-    is_shared_by_all = not (dist.is_available() and dist.is_initialized()) or loss.ranks.size == dist.get_world_size()
+    is_shared_by_all = loss.ranks.size == Ranks(world()).size
     return Path(checkpoint) / FOLDER / (name if is_shared_by_all else f"{name}-of-rank-{loss.ranks.first}")
 
 

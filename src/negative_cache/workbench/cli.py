@@ -63,8 +63,9 @@ def train(
     with _errors():
         _quiet()
         with console.status("Loading libraries ..."):
+            from negative_cache.workbench.config import RunConfig
             from negative_cache.workbench.data import load_data
-            from negative_cache.workbench.training import RunConfig, finished_run, run
+            from negative_cache.workbench.training import finished_run, run
         config = RunConfig(
             data=data,
             model=model,

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from negative_cache.distributed import Ranks, process_rank, world
+
 logger = logging.getLogger("negative_cache")
 
 
@@ -23,17 +25,12 @@ def start() -> int:
 
     _warn_of_shared_store()
     PartialState(cpu=not torch.cuda.is_available())
-    return rank()
-
-
-def rank() -> int:
-    """The rank of this process."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return process_rank()
 
 
 def count() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return Ranks(world()).size
 
 
 def wait() -> None:

@@ -1,0 +1,73 @@
+"""What determines a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+LOSSES = ("negative-cache", "in-batch", "gradcache")
+
+
+class RunError(ValueError):
+    """A configuration that cannot be run."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run; checked when it is made.
+
+    Attributes:
+        data: See `load_data`.
+        model: See `load_model`.
+        loss: negative-cache, in-batch or gradcache.
+        output: Folder that the trained model is written to; must not exist.
+        cache_size: Rows of the cache.
+        batch_size: Queries per step, on each rank.
+        epochs: Passes over the training pairs.
+        max_steps: Stop after so many steps; None for all epochs.
+        learning_rate: Peak of the schedule (warm-up over a tenth, then linear to 0); None for the model's usual one.
+        scale: Factor of the similarities, the same for all losses.
+        top_k: See `NegativeCacheRankingLoss`.
+        num_samples: See `NegativeCacheRankingLoss`.
+        seed: Seed of weights, data order and draws.
+        eval_steps: Evaluate on the dev split every so many steps; None for never.
+        save_steps: Write a checkpoint every so many steps; None for never.
+    """
+
+    data: str
+    model: str
+    loss: str
+    output: str
+    cache_size: int = 16_384
+    batch_size: int = 64
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    scale: float = 20.0
+    top_k: int | None = None
+    num_samples: int = 1
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = 500
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise RunError(f"--loss is {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+        if self.loss == "gradcache" and self.model == "static":
+            raise RunError(
+                "--loss gradcache does not work with --model static: sentence-transformers' cached losses refuse "
+                "StaticEmbedding. Use in-batch with a larger --batch-size, which costs the same."
+            )
+        for name in ("cache_size", "batch_size", "num_samples", "epochs", "scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
+        for name in ("max_steps", "learning_rate", "top_k", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RunError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
+        if self.loss == "negative-cache" and self.batch_size > self.cache_size:
+            raise RunError(f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}.")
+        if self.top_k is not None and self.top_k > self.cache_size:
+            raise RunError(f"--top-k {self.top_k} is larger than --cache-size {self.cache_size}.")
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
