@@ -41,7 +41,7 @@ def ragged(value: object, spec: RaggedFeature) -> list[list[float]]:
         ({}, ValueError, "empty"),
         ({"x": RaggedFeature(torch.int64, 0)}, ValueError, "max_length 0"),
         ({"x": FixedLenFeature([2, -1], torch.int64)}, ValueError, "negative size"),
-        ({"x": torch.int64}, TypeError, "expected FixedLenFeature or RaggedFeature"),
+        ({"x": torch.int64}, TypeError, "expected FixedLenFeature, RaggedFeature or"),
         ({"x": FixedLenFeature([2], torch.int64, 0.5)}, ValueError, "default_value"),
         ({"x": RaggedFeature(torch.uint8, 4, 256)}, ValueError, "default_value"),
         ({"x": FixedLenFeature([2], torch.bool, 2)}, ValueError, "default_value"),

@@ -1,7 +1,7 @@
 """Train retrieval models against a large cache of negatives, for the price of one more encoding per query."""
 
 from negative_cache import filter_fns, handlers, losses, negative_cache, retrieval_fns, util
-from negative_cache.features import FixedLenFeature, RaggedFeature
+from negative_cache.features import FixedLenFeature, QuantizedFeature, RaggedFeature
 from negative_cache.filter_fns import CacheFilterFn, IsInCacheFilterFn
 from negative_cache.handlers import CacheLossHandler, MultiCacheLossHandler
 from negative_cache.losses import (
@@ -39,6 +39,7 @@ __all__ = [
     "MultiCacheLossHandler",
     "NegativeCache",
     "NegativeCacheLoss",
+    "QuantizedFeature",
     "RaggedFeature",
     "__version__",
     "approximate_top_k_with_indices",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from negative_cache.columns import Column, FixedColumn, RaggedColumn, make_column, spec_of
+from negative_cache.columns import Column, FixedColumn, QuantizedColumn, RaggedColumn, make_column, spec_of
 from negative_cache.features import (
     FeatureSpec,
     RaggedRows,
@@ -138,8 +138,14 @@ class NegativeCache(nn.Module):
         return self._is_known_to_have_rows
 
     def embeddings(self, key: str) -> Tensor:
-        """The rows of a fixed feature, `[num_rows, *shape]`: the storage itself."""
+        """All rows of a feature, `[num_rows, *shape]`: the storage itself for a `FixedLenFeature`, else a copy."""
         return self._columns[key].dense()
+
+    def stored(self, key: str) -> tuple[Tensor, Tensor | None]:
+        """The storage of a feature of fixed shape, `[num_rows, *shape]`, and the scales of a quantised one."""
+        column = self._columns[key]
+        assert not isinstance(column, RaggedColumn)
+        return column.values, column.scales if isinstance(column, QuantizedColumn) else None
 
     def read(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         """Features of `rows [n]`: `[n, *shape]` each, ragged ones padded to the longest of these rows."""

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from negative_cache.cache import NegativeCache, state_of
 from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
-from negative_cache.features import spec_from_json, spec_to_json
+from negative_cache.features import embedding_spec, spec_from_json, spec_to_json
 from negative_cache.modules import EMBEDDING, NegativeCacheLoss
 from negative_cache.negatives import new_generator
 
@@ -286,9 +286,8 @@ def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
     mine = _specs(loss.cache)
     if mine is None:  # what is known before the first step
         mine = {key: spec_to_json(spec) for key, spec in (loss.specs or {}).items()}
-        dtype = str(loss.embedding_dtype).removeprefix("torch.")
-        shape = saved[EMBEDDING]["shape"] if loss.embedding_dim is None else [loss.embedding_dim]
-        mine[EMBEDDING] = {**saved[EMBEDDING], "dtype": dtype, "shape": shape}
+        (dim,) = saved[EMBEDDING]["shape"] if loss.embedding_dim is None else [loss.embedding_dim]
+        mine[EMBEDDING] = spec_to_json(embedding_spec(dim, loss.embedding_dtype))
         if loss.specs is None:
             mine = {**saved, EMBEDDING: mine[EMBEDDING]}
     for key in sorted({*saved, *mine}):

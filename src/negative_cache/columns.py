@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from negative_cache.features import FeatureSpec, FixedLenFeature, RaggedFeature, RaggedRows, padding_value
+from negative_cache.features import (
+    FeatureSpec,
+    FixedLenFeature,
+    QuantizedFeature,
+    RaggedFeature,
+    RaggedRows,
+    dequantize,
+    padding_value,
+    quantize,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -62,6 +71,47 @@ class FixedColumn(_Column):
     def dense(self) -> Tensor:
         """All rows, `[num_rows, *shape]`; the storage itself, not a copy."""
         return self.values
+
+
+class QuantizedColumn(_Column):
+    """Floating point values as int8 `[num_rows, *shape]`, with a float32 scale per row."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        spec: QuantizedFeature,
+        num_rows: int,
+        device: torch.device,
+        pinned_device: torch.device | None = None,
+    ) -> None:
+        super().__init__(pinned_device)
+        self.spec = spec
+        self.register_buffer("values", torch.zeros([num_rows, *spec.shape], dtype=torch.int8, device=device))
+        self.register_buffer("scales", torch.zeros(num_rows, dtype=torch.float32, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def read(self, rows: Tensor) -> Tensor:
+        """The values of `rows [n]`: float32 `[n, *shape]`."""
+        rows = rows.to(self.device)
+        return dequantize(self.values[rows], self.scales[rows])
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """The values of `rows [n]` as `write` takes them."""
+        return self.read(rows)
+
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
+        rows = rows.to(self.device)
+        self.values[rows], self.scales[rows] = quantize(values.to(self.device))
+
+    def dense(self) -> Tensor:
+        """All rows, float32 `[num_rows, *shape]`; a copy."""
+        return dequantize(self.values, self.scales)
 
 
 class RaggedColumn(_Column):
@@ -178,7 +228,7 @@ class RaggedColumn(_Column):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-Column = FixedColumn | RaggedColumn
+Column = FixedColumn | QuantizedColumn | RaggedColumn
 
 
 def make_column(
@@ -188,12 +238,14 @@ def make_column(
     device = device if pinned_device is None else pinned_device
     if isinstance(spec, RaggedFeature):
         return RaggedColumn(spec, num_rows, device, pinned_device)
+    if isinstance(spec, QuantizedFeature):
+        return QuantizedColumn(spec, num_rows, device, pinned_device)
     values = torch.zeros([num_rows, *spec.shape], dtype=spec.dtype, device=device)
     return FixedColumn(values, pinned_device, spec.default_value)
 
 
 def spec_of(column: Column) -> FeatureSpec:
     """The spec that a column holds."""
-    if isinstance(column, RaggedColumn):
+    if not isinstance(column, FixedColumn):
         return column.spec
     return FixedLenFeature(list(column.values.shape[1:]), column.values.dtype, column.default_value)

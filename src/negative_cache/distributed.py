@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from negative_cache.features import (
-    FixedLenFeature,
     RaggedFeature,
     RaggedRows,
     Specs,
@@ -334,7 +333,6 @@ def unpack_rows(raw: Tensor, specs: Specs, widths: Mapping[str, int]) -> dict[st
             inside = torch.arange(widths[key], device=raw.device) < lengths[:, None]
             rows[key] = RaggedRows(torch.where(inside, values, values.new_tensor(padding_value(spec))), lengths)
         else:
-            assert isinstance(spec, FixedLenFeature)
             rows[key] = take(spec.dtype, list(spec.shape))
     return rows
 

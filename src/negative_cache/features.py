@@ -41,9 +41,33 @@ class RaggedFeature(NamedTuple):
     default_value: float | None = None
 
 
-FeatureSpec = FixedLenFeature | RaggedFeature
+class QuantizedFeature(NamedTuple):
+    """Floating point values of a fixed shape, stored as int8 with one float32 scale per item.
+
+    An item is rounded to 255 steps between plus and minus its largest absolute value when it is written.
+
+    Attributes:
+        shape: Shape of one item's value.
+        default_value: Value that fills up shorter inputs on the right; 0 if None.
+    """
+
+    shape: Sequence[int]
+    default_value: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype in which values are written and read."""
+        return torch.float32
+
+
+FeatureSpec = FixedLenFeature | RaggedFeature | QuantizedFeature
 Specs = Mapping[str, FeatureSpec]
 Features = Mapping[str, Tensor | Sequence[Tensor]]
+
+
+def embedding_spec(dim: int, dtype: torch.dtype) -> FixedLenFeature | QuantizedFeature:
+    """The spec of embeddings `[dim]` that are stored as `dtype`."""
+    return QuantizedFeature([dim]) if dtype == torch.int8 else FixedLenFeature([dim], dtype)
 
 
 class RaggedRows(NamedTuple):
@@ -56,6 +80,26 @@ class RaggedRows(NamedTuple):
 def is_free_to_read(value: Tensor) -> bool:
     """Whether looking at a tensor's values makes nobody wait: on a GPU it would stall the device."""
     return value.device.type == "cpu"
+
+
+def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each item to 255 steps between plus and minus its largest absolute value.
+
+    Args:
+        values: `[n, *shape]`, floating point.
+
+    Returns:
+        int8 `[n, *shape]` and float32 scales `[n]`; an item is about its int8 values times its scale.
+    """
+    flat = values.detach().float().flatten(1)
+    scales = flat.abs().amax(dim=1, keepdim=True) / 127
+    steps = flat / torch.where(scales > 0, scales, 1)
+    return steps.round_().to(torch.int8).view(values.shape), scales.squeeze(1)
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """float32 `[n, *shape]` from what `quantize` gave."""
+    return values.float() * scales.view(-1, *[1] * (values.dim() - 1))
 
 
 def padding_value(spec: FeatureSpec) -> float:
@@ -71,11 +115,13 @@ def check_specs(specs: Specs) -> None:
         if isinstance(spec, RaggedFeature):
             if spec.max_length is not None and spec.max_length < 1:
                 raise ValueError(f"specs[{key!r}] has max_length {spec.max_length}; it must be at least 1.")
-        elif isinstance(spec, FixedLenFeature):
+        elif isinstance(spec, FixedLenFeature | QuantizedFeature):
             if any(size < 0 for size in spec.shape):
                 raise ValueError(f"specs[{key!r}] has a negative size in its shape {list(spec.shape)}.")
         else:
-            raise TypeError(f"specs[{key!r}] is {type(spec).__name__}; expected FixedLenFeature or RaggedFeature.")
+            raise TypeError(
+                f"specs[{key!r}] is {type(spec).__name__}; expected FixedLenFeature, RaggedFeature or QuantizedFeature."
+            )
         if not _holds(spec.dtype, padding_value(spec)):
             raise ValueError(f"specs[{key!r}] has default_value {spec.default_value}, which {spec.dtype} cannot hold.")
 
@@ -83,11 +129,15 @@ def check_specs(specs: Specs) -> None:
 def spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
     """A spec as JSON; `spec_from_json` is the inverse."""
     size = {"max_length": spec.max_length} if isinstance(spec, RaggedFeature) else {"shape": list(spec.shape)}
+    if isinstance(spec, QuantizedFeature):
+        return {**size, "dtype": "int8 with scales", "default_value": spec.default_value}
     return {**size, "dtype": str(spec.dtype).removeprefix("torch."), "default_value": spec.default_value}
 
 
 def spec_from_json(spec: Mapping[str, Any]) -> FeatureSpec:
     """The spec that `spec_to_json` wrote."""
+    if spec["dtype"] == "int8 with scales":
+        return QuantizedFeature(spec["shape"], spec["default_value"])
     dtype = getattr(torch, spec["dtype"])
     if "max_length" in spec:
         return RaggedFeature(dtype, spec["max_length"], spec["default_value"])
@@ -208,7 +258,7 @@ def select(checked: Mapping[str, Tensor | RaggedRows], index: Tensor) -> dict[st
     return {key: take(value) for key, value in checked.items()}
 
 
-def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFeature) -> Tensor:
+def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFeature | QuantizedFeature) -> Tensor:
     value = _as_tensor(where, value)
     shape = list(spec.shape)
     if value.dim() != len(shape) + 1 or any(got > size for got, size in zip(value.shape[1:], shape, strict=True)):

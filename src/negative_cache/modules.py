@@ -14,7 +14,14 @@ from negative_cache.batch import Batch, check_embeddings, make_batch, mask_posit
 from negative_cache.cache import CacheHolder, NegativeCache, state_of
 from negative_cache.distributed import Ranks, separate, shard_sizes, world
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
-from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, infer_specs, spec_from_json
+from negative_cache.features import (
+    Features,
+    FeatureSpec,
+    Specs,
+    embedding_spec,
+    infer_specs,
+    spec_from_json,
+)
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode, new_generator
@@ -44,7 +51,7 @@ class NegativeCacheLoss(CacheHolder):
         use_lru: Replace the least recently used rows; if False, the first that came.
         specs: Spec per document feature. Without it they are taken from the first batch, see `infer_specs`:
             other inputs than a transformer's then keep the shape that they have there.
-        embedding_dtype: Stored dtype of embeddings: float32, bfloat16, float16 or float64.
+        embedding_dtype: Stored dtype of embeddings: float32, bfloat16, float16, float64, or int8 with a scale per row.
         feature_device: Where document features are kept, such as "cpu"; None for where the embeddings are.
         seed: Seed of the draws; None takes one from torch's global generator.
         process_group: Share the cache among the ranks of this group, or of the default one ("world", looked up
@@ -77,8 +84,8 @@ class NegativeCacheLoss(CacheHolder):
             raise ValueError(f"`top_k` is {top_k}; it must be from 1 to the cache's {cache_size} rows.")
         if num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1.")
-        if not embedding_dtype.is_floating_point:
-            raise ValueError(f"`embedding_dtype` is {embedding_dtype}; it must be a floating point dtype.")
+        if not (embedding_dtype.is_floating_point or embedding_dtype == torch.int8):
+            raise ValueError(f"`embedding_dtype` is {embedding_dtype}; it must be a floating point dtype or int8.")
         if specs is not None and EMBEDDING in specs:
             raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses. Rename the feature.")
         # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
@@ -207,15 +214,16 @@ class NegativeCacheLoss(CacheHolder):
         else:
             negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], step.asked, self.step_number)
         fresh, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
+        written_dtype = cache.specs[EMBEDDING].dtype
         if negatives.count:
             try:
                 fresh = encode(self.document_encoder, negatives.features, negatives.count, fresh.shape[1])
-                check_finite(f"The new embeddings, as {self.embedding_dtype},", fresh.to(self.embedding_dtype))
+                check_finite(f"The new embeddings, as {self.embedding_dtype},", fresh.to(written_dtype))
             except Exception as caught:
                 error = caught
         updated, refreshed = None, None
         if step.is_writing:  # else nothing was drawn
-            stored = fresh.detach().to(self.embedding_dtype)
+            stored = fresh.detach().to(written_dtype)
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
         loss = self._loss(batch, negatives, fresh, ranks, meeting)
         if step.is_writing:
@@ -311,7 +319,7 @@ class NegativeCacheLoss(CacheHolder):
 
     def _prepare(self, batch: Batch, specs: Specs) -> _Step:
         """Checks of the batch against the cache; a new cache is kept only once it has been written."""
-        all_specs: dict[str, FeatureSpec] = {EMBEDDING: FixedLenFeature([batch.queries.shape[1]], self.embedding_dtype)}
+        all_specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(batch.queries.shape[1], self.embedding_dtype)}
         all_specs.update(specs)
         cache = self.cache
         if cache is None:
@@ -322,10 +330,10 @@ class NegativeCacheLoss(CacheHolder):
                 f"`query_embeddings` is on {batch.queries.device}, the cache on {cache.device}. Move the loss with "
                 f".to({str(batch.queries.device)!r})."
             )
-        if cache.embeddings(EMBEDDING).shape[1] != batch.queries.shape[1]:
+        (dim,) = cache.stored(EMBEDDING)[0].shape[1:]
+        if dim != batch.queries.shape[1]:
             raise ValueError(
-                f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have "
-                f"{cache.embeddings(EMBEDDING).shape[1]}."
+                f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have {dim}."
             )
         manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
         is_writing = self.training and torch.is_grad_enabled()
@@ -372,9 +380,9 @@ class NegativeCacheLoss(CacheHolder):
             )
         if self.cache is None and prefix + "cache.filled" in state_dict:
             saved = state_of(state_dict, prefix + "cache.")
+            (dim,) = saved["specs"].pop(EMBEDDING)["shape"]
             specs = {key: spec_from_json(spec) for key, spec in saved["specs"].items()}
-            embedding = specs.pop(EMBEDDING)._replace(dtype=self.embedding_dtype)
-            specs = {EMBEDDING: embedding, **(specs if self.specs is None else self.specs)}
+            specs = {**(self.specs or specs), EMBEDDING: embedding_spec(dim, self.embedding_dtype)}
             device = state_dict[prefix + "cache.filled"].device
             cache = self._new_cache(specs, device)
             cache.check_loadable(state_dict, prefix + "cache.")

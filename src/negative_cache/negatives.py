@@ -72,7 +72,8 @@ def pool_of(caches: Sequence[NegativeCache], embedding_key: str, withheld: Tenso
         visible = torch.cat([candidates[0], candidates[0].new_zeros(1)])
         visible[withheld] = False  # -1 is the element added at the end
         candidates[0] = visible[:-1]
-    return RowPool([cache.embeddings(embedding_key) for cache in caches], candidates)
+    stored = [cache.stored(embedding_key) for cache in caches]
+    return RowPool([values for values, _ in stored], candidates, [scales for _, scales in stored])
 
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def common_specs(caches: Sequence[NegativeCache], keys: Sequence[str]) -> dict[s
     for key in keys:
         specs = [cache.specs[key] for cache in caches]
         dtype = functools.reduce(torch.promote_types, [spec.dtype for spec in specs])
-        shapes = [list(spec.shape) for spec in specs if isinstance(spec, FixedLenFeature)]
+        shapes = [list(spec.shape) for spec in specs if not isinstance(spec, RaggedFeature)]
         if not shapes:
             result[key] = RaggedFeature(dtype, None, specs[0].default_value)
         elif len(shapes) < len(specs) or len({len(shape) for shape in shapes}) > 1:

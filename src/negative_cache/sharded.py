@@ -20,7 +20,7 @@ from negative_cache.drawing import Asked, Negatives, Returned, Rules
 from negative_cache.features import RaggedFeature, RaggedRows, padded, select
 from negative_cache.meeting import Meeting, num_new
 from negative_cache.negatives import common_specs, is_max_score, lengths_of, pool_of, read_items, read_pool
-from negative_cache.retrieval import Retrieved, RowPool, retrieve
+from negative_cache.retrieval import Retrieved, retrieve
 from negative_cache.retrieval.reference import exact_top_k, uniforms
 
 
@@ -157,7 +157,7 @@ def _search_shard(
     if rules.is_replicated:
         num_rows = shard_sizes(pool.num_rows, ranks.size)
         first = sum(num_rows[: ranks.rank])
-        pool = RowPool(*([part] for part in pool.slice(first, first + num_rows[ranks.rank])))
+        pool = pool.slice(first, first + num_rows[ranks.rank])
     is_max = is_max_score(rules.retrieval_fn)
     num_top = max(rules.num_top, int(is_max))
     batch, device = len(queries), queries.device

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from negative_cache.features import dequantize
 
 ScoreTransform = Callable[[Tensor], Tensor]
 
@@ -17,10 +19,12 @@ class RowPool(NamedTuple):
     Attributes:
         embeddings: Tensors `[num_rows, dim]`, concatenated in thought: row numbers run through all of them.
         candidates: bool `[num_rows]` each; False rows are invisible.
+        scales: float32 `[num_rows]` for a tensor of int8 rows, which are multiplied with them; None for others.
     """
 
     embeddings: Sequence[Tensor]
     candidates: Sequence[Tensor]
+    scales: Sequence[Tensor | None] = ()
 
     @property
     def num_rows(self) -> int:
@@ -31,21 +35,33 @@ class RowPool(NamedTuple):
         """float64 for float64 rows, float32 for all narrower ones."""
         return torch.float64 if self.embeddings[0].dtype == torch.float64 else torch.float32
 
-    def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Embeddings `[stop - start, dim]` and candidates `[stop - start]` of a range of rows."""
-        return _slice(self.embeddings, start, stop), _slice(self.candidates, start, stop)
+    @property
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each tensor of rows with its scales."""
+        return zip(self.embeddings, self.scales or [None] * len(self.embeddings), strict=True)
+
+    def slice(self, start: int, stop: int) -> RowPool:
+        """A range of the rows, as views."""
+        pieces: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        offset = 0
+        for (part, scales), candidates in zip(self.parts, self.candidates, strict=True):
+            low, high = max(start - offset, 0), min(stop - offset, len(part))
+            if low < high or (start == stop and not pieces):
+                at = slice(low, max(low, high))
+                pieces.append((part[at], candidates[at], None if scales is None else scales[at]))
+            offset += len(part)
+        return RowPool(*zip(*pieces, strict=True))
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Embeddings of `rows [n]`: `[n, dim]`."""
-        if len(self.embeddings) == 1:
-            return self.embeddings[0][rows]
-        gathered = self.embeddings[0].new_empty(len(rows), self.embeddings[0].shape[1])
-        start = 0
-        for part in self.embeddings:
+        """Embeddings of `rows [n]`: `[n, dim]`, int8 ones multiplied with their scales."""
+        gathered, start = None, 0
+        for part, scales in self.parts:
             inside = (rows >= start) & (rows < start + len(part))
-            values = part[torch.where(inside, rows - start, 0)]
-            gathered = torch.where(inside[:, None], values, gathered)
+            at = rows if len(self.embeddings) == 1 else torch.where(inside, rows - start, 0)
+            values = part[at] if scales is None else dequantize(part[at], scales[at])
+            gathered = values if gathered is None else torch.where(inside[:, None], values, gathered)
             start += len(part)
+        assert gathered is not None
         return gathered
 
 
@@ -89,13 +105,3 @@ def check_queries(queries: Tensor, pool: RowPool, top_k: int | None) -> None:
         )
     if top_k is not None and not 1 <= top_k <= pool.num_rows:
         raise ValueError(f"top_k is {top_k}; it must be from 1 to the {pool.num_rows} rows of the cache.")
-
-
-def _slice(parts: Sequence[Tensor], start: int, stop: int) -> Tensor:
-    pieces, offset = [parts[0][:0]] if start == stop else [], 0
-    for part in parts:
-        low, high = max(start - offset, 0), min(stop - offset, len(part))
-        if low < high:
-            pieces.append(part[low:high])
-        offset += len(part)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from negative_cache.features import dequantize
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 
 
@@ -25,11 +26,12 @@ def dense_scores(
     Returns:
         `[batch, num_rows]` in the pool's score dtype.
     """
-    embeddings, candidates = pool.slice(0, pool.num_rows)
-    scores = queries.to(pool.score_dtype) @ embeddings.to(pool.score_dtype).T
+    parts = [rows if scales is None else dequantize(rows, scales) for rows, scales in pool.parts]
+    embeddings = torch.cat([part.to(pool.score_dtype) for part in parts])
+    scores = queries.to(pool.score_dtype) @ embeddings.T
     if score_transform is not None:
         scores = score_transform(scores)
-    scores = scores.masked_fill(~candidates, -torch.inf)
+    scores = scores.masked_fill(~torch.cat(list(pool.candidates)), -torch.inf)
     if excluded is not None:
         scores = exclude(scores, excluded, 0)
     return scores

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from negative_cache.features import is_free_to_read
+from negative_cache.features import dequantize, is_free_to_read
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 from negative_cache.retrieval.reference import exact_top_k, exclude, grouped_top_k, sample, uniforms
 
@@ -92,7 +92,9 @@ class _Tiles:
 
     def scores(self, start: int, stop: int) -> Tensor | None:
         """Scores of a range of rows; None if it is known, at no cost, that none of them is a candidate."""
-        rows, candidates = self.pool.slice(start, stop)
+        tile = self.pool.slice(start, stop)
+        candidates = torch.cat(list(tile.candidates))
+        rows = torch.cat([r if s is None else dequantize(r, s) for r, s in tile.parts])
         is_all = False
         if is_free_to_read(candidates):
             if not bool(candidates.any()):
