@@ -257,7 +257,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype):
     plain = run(retrieve, case, num_top=5)
     with torch.autocast("cpu", torch.bfloat16):
         around = run(retrieve, case, num_top=5)
-        unguarded = run(retrieve_streaming, case)
+        unguarded = run(retrieve_dense, case)
     for a, b in zip(plain, around, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -283,7 +283,7 @@ def largest_tensor(fn, batch: int, rows: int, **settings) -> int:
 
 @pytest.mark.parametrize("settings", [{}, {"num_samples": 3, "num_top": 10}, {"top_k": 64}], ids=str)
 def test_memory_does_not_grow_with_the_rows(settings: dict[str, int]):
-    batch, rows = 128, 8192
+    batch, rows = 128, 16384
     small = largest_tensor(retrieve_streaming, batch, rows, **settings)
     large = largest_tensor(retrieve_streaming, batch, 8 * rows, **settings)
     assert small < batch * rows

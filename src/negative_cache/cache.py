@@ -19,6 +19,7 @@ from negative_cache.features import (
     select,
     spec_to_json,
 )
+from negative_cache.lookup import OldestRows, RowsOfIds, is_last_of_equal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,6 +54,7 @@ class NegativeCache(nn.Module):
         self._fill_in({key: FixedColumn(value) for key, value in data.items()}, next(iter(sizes.values())), True)
         ages = torch.as_tensor(age, device=self.device)
         self.written = -ages.to(torch.int64)
+        self._index()
 
     @classmethod
     def empty(
@@ -99,6 +101,12 @@ class NegativeCache(nn.Module):
         self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.int64, device=device))
+        self._index()
+
+    def _index(self) -> None:
+        """Build anew what follows from the rows' ages and ids."""
+        self._oldest_rows = OldestRows(self.written)
+        self._rows_of_ids: RowsOfIds | None = None  # built when ids are looked up for the first time
 
     @property
     def data(self) -> dict[str, Tensor]:
@@ -172,12 +180,13 @@ class NegativeCache(nn.Module):
         """
         if document_ids.numel() == 0:
             return document_ids
-        wanted = document_ids.sort().values
-        at = torch.searchsorted(wanted, self.document_ids).clamp_(max=len(wanted) - 1)
-        is_match = (wanted[at] == self.document_ids) & self.filled & (self.document_ids >= 0)
-        rows = torch.where(is_match, torch.arange(self.num_rows, device=self.device), -1)
-        found = torch.full_like(wanted, -1).scatter_reduce_(0, at, rows, "amax")
-        return found[torch.searchsorted(wanted, document_ids.contiguous())]
+        if self._rows_of_ids is None:
+            self._rows_of_ids = RowsOfIds(self.document_ids)
+        return self._rows_of_ids.find(self.document_ids, document_ids)
+
+    def oldest(self, count: int) -> Tensor:
+        """The `count` rows that were written longest ago, those first; of equal ones the lowest: int64 `[count]`."""
+        return self._oldest_rows.first(self.written, count)
 
     def write(
         self,
@@ -216,9 +225,14 @@ class NegativeCache(nn.Module):
                 column.write(rows, value if is_any is None else keep(value.to(column.device), column.read(rows)))
         if resets_age:
             self.written[rows] = keep(self.step.expand(len(rows)), self.written[rows])
+            self._oldest_rows.update(self.written, rows)
         if set(items) == set(self._columns):
             ids = torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source]
-            self.document_ids[rows] = keep(ids, self.document_ids[rows])
+            old = self.document_ids[rows]
+            ids = keep(ids, old)
+            if self._rows_of_ids is not None:
+                self._rows_of_ids.move(rows, old, ids)
+            self.document_ids[rows] = ids
             self.filled[rows] = keep(torch.ones_like(self.filled[rows]), self.filled[rows])
 
     def get_extra_state(self) -> Tensor:
@@ -256,6 +270,7 @@ class NegativeCache(nn.Module):
         self.check_loadable(state_dict, prefix)
         self._is_known_to_have_rows = False
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._index()
 
 
 class CacheHolder(nn.Module):
@@ -317,14 +332,6 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     source = torch.where(wins, index, wins.to(torch.uint8).argmax())
     is_any = valid.any()
     return torch.where(is_any, rows[source], 0), source, is_any
-
-
-def is_last_of_equal(values: Tensor, valid: Tensor) -> Tensor:
-    """bool `[n]`: the valid entries of `values [n]` (-1 or larger) that no valid entry of the same value follows."""
-    ordered, order = torch.where(valid, values, -2).sort(stable=True)
-    is_last = torch.ones_like(valid)
-    is_last[:-1] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(valid).scatter_(0, order, is_last) & valid
 
 
 def _keep_ragged(is_any: Tensor, new: RaggedRows, column: RaggedColumn, rows: Tensor) -> RaggedRows:

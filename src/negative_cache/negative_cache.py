@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NO_ID, NegativeCache, is_last_of_equal
+from negative_cache.cache import NO_ID, NegativeCache
 from negative_cache.features import (
     Features,
     FeatureSpec,
@@ -22,6 +22,7 @@ from negative_cache.features import (
     check_specs,
     is_free_to_read,
 )
+from negative_cache.lookup import is_last_of_equal
 
 __all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "RaggedFeature"]
 
@@ -203,10 +204,8 @@ def _insert(
         is_new = mask & (known < 0)
         is_first = is_last_of_equal(document_ids.flip(0), (is_new & (document_ids >= 0)).flip(0)).flip(0)
         mask = is_new & (is_first | (document_ids < 0))
-    order = cache.written * cache.num_rows + torch.arange(cache.num_rows, device=cache.device)
-    oldest = order.topk(count, largest=False).indices
     position = (mask.cumsum(0) - 1).clamp(min=0)
-    cache.write(oldest[position], items, mask, document_ids=document_ids)
+    cache.write(cache.oldest(count)[position], items, mask, document_ids=document_ids)
 
 
 def _check_mask(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:

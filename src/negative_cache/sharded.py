@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NO_ID, NegativeCache, is_last_of_equal
+from negative_cache.cache import NO_ID, NegativeCache
 from negative_cache.distributed import Ranks, bytes_of, choose_shard, pack_rows, shard_sizes, unpack_rows
 from negative_cache.drawing import Asked, Negatives, Returned, Rules
 from negative_cache.features import RaggedFeature, RaggedRows, padded, select
+from negative_cache.lookup import is_last_of_equal
 from negative_cache.meeting import Meeting, num_new
 from negative_cache.negatives import common_specs, is_max_score, lengths_of, pool_of, read_items, read_pool
 from negative_cache.retrieval import Retrieved, retrieve

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from negative_cache.features import dequantize, is_free_to_read
+from negative_cache.features import is_free_to_read
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
-from negative_cache.retrieval.reference import exact_top_k, exclude, grouped_top_k, sample, uniforms
+from negative_cache.retrieval.product import TileProduct, narrow_products
+from negative_cache.retrieval.reference import exact_top_k, sample, uniforms
 
-# A tile of scores is read several times: it should stay in a CPU core's cache, and be long enough for
-# the product to run at full speed.
-TILE_ELEMENTS = 2048 * 128
-MIN_TILE_ROWS, MAX_TILE_ROWS = 256, 8192
+# On a CPU a tile of scores is read several times: it should stay in a core's cache, and be long enough for the product
+# to run at full speed. Elsewhere it should keep the device busy.
+TILE_ELEMENTS = {"cpu": 8192 * 128}
+OTHER_TILE_ELEMENTS = 2**24
+MIN_TILE_ROWS, MAX_TILE_ROWS = 256, 16384
+# A draw from a tile chooses a block of so many rows first, so that only one block is looked at row by row.
+BLOCK = 64
 
 
 def retrieve_streaming(
@@ -35,20 +39,21 @@ def retrieve_streaming(
         tile_rows: Rows per tile; the distribution of the result does not depend on it.
     """
     check_queries(queries, pool, top_k)
-    tiles = _Tiles(queries, pool, score_transform, excluded, tile_rows or _tile_rows(queries))
-    if top_k is not None:
-        scores, rows = _group_maxima(tiles, top_k)
-        drawn = rows.gather(1, sample(scores, num_samples, generator))
-        lse = scores.logsumexp(dim=1)
-        top_scores, top = exact_top_k(scores, min(num_top, top_k))
-        top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
-        return Retrieved(lse, drawn, top_rows, top_scores)
-    reservoir = _Reservoir(tiles, num_samples, generator)
-    best = _Best(tiles, min(num_top, pool.num_rows))
-    for start, scores in tiles:
-        reservoir.add(start, scores)
-        best.add(start, scores)
-    return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows(), best.top_scores)
+    with narrow_products(pool):
+        tiles = _Tiles(queries, pool, score_transform, excluded, tile_rows or _tile_rows(queries))
+        if top_k is not None:
+            scores, rows = _group_maxima(tiles, top_k)
+            drawn = rows.gather(1, sample(scores, num_samples, generator))
+            lse = scores.logsumexp(dim=1)
+            top_scores, top = exact_top_k(scores, min(num_top, top_k))
+            top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
+            return Retrieved(lse, drawn, top_rows, top_scores)
+        reservoir = _Reservoir(tiles, num_samples, generator)
+        best = _Best(tiles, min(num_top, pool.num_rows))
+        for start, scores in tiles:
+            best.add(start, scores)
+            reservoir.add_(start, scores)
+        return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows(), best.top_scores)
 
 
 def mine_groups(
@@ -60,15 +65,17 @@ def mine_groups(
 ) -> tuple[Tensor, Tensor]:
     """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
     check_queries(queries, pool, top_k)
-    return _group_maxima(_Tiles(queries, pool, score_transform, excluded, _tile_rows(queries)), top_k)
+    with narrow_products(pool):
+        return _group_maxima(_Tiles(queries, pool, score_transform, excluded, _tile_rows(queries)), top_k)
 
 
 def _tile_rows(queries: Tensor) -> int:
-    return min(max(TILE_ELEMENTS // max(len(queries), 1), MIN_TILE_ROWS), MAX_TILE_ROWS)
+    elements = TILE_ELEMENTS.get(queries.device.type, OTHER_TILE_ELEMENTS)
+    return min(max(elements // max(len(queries), 1), MIN_TILE_ROWS), MAX_TILE_ROWS)
 
 
 class _Tiles:
-    """Iterates over (first row, scores `[batch, rows of the tile]`)."""
+    """Iterates over (first row, scores `[rows of the tile, batch]`). The next tile overwrites the last one's scores."""
 
     def __init__(
         self,
@@ -78,11 +85,14 @@ class _Tiles:
         excluded: Tensor | None,
         tile_rows: int,
     ) -> None:
-        self.queries = queries.to(pool.score_dtype)
         self.pool = pool
+        self.batch = len(queries)
         self.score_transform = score_transform
-        self.excluded = excluded
-        self.tile_rows = tile_rows
+        self.excluded = None if excluded is None or excluded.shape[1] == 0 else excluded.T
+        self.product = TileProduct(queries, pool, min(tile_rows, max(pool.num_rows, 1)))
+        self.tile_rows = self.product.max_rows
+        # One row more than a tile has: what is excluded elsewhere is written there.
+        self.buffer = torch.empty(self.tile_rows + 1, self.batch, dtype=pool.score_dtype, device=queries.device)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, self.pool.num_rows, self.tile_rows):
@@ -91,21 +101,26 @@ class _Tiles:
                 yield start, scores
 
     def scores(self, start: int, stop: int) -> Tensor | None:
-        """Scores of a range of rows; None if it is known, at no cost, that none of them is a candidate."""
+        """Scores of at most `tile_rows` rows; None if it is known, at no cost, that none of them is a candidate."""
         tile = self.pool.slice(start, stop)
-        candidates = torch.cat(list(tile.candidates))
-        rows = torch.cat([r if s is None else dequantize(r, s) for r, s in tile.parts])
         is_all = False
-        if is_free_to_read(candidates):
-            if not bool(candidates.any()):
+        if is_free_to_read(self.buffer):
+            if not any(bool(candidates.any()) for candidates in tile.candidates):
                 return None
-            is_all = bool(candidates.all())
-        scores = self.queries @ rows.to(self.queries.dtype).T
+            is_all = all(bool(candidates.all()) for candidates in tile.candidates)
+        scores, at = self.buffer[: stop - start], 0
+        for rows, scales in tile.parts:
+            self.product(rows, scales, scores[at : at + len(rows)])
+            at += len(rows)
         if self.score_transform is not None:
-            scores = self.score_transform(scores)
+            scores.copy_(self.score_transform(scores))
         if not is_all:
-            scores = scores.masked_fill(~candidates, -torch.inf)
-        return scores if self.excluded is None else exclude(scores, self.excluded, start)
+            candidates = torch.cat(list(tile.candidates))
+            scores += torch.where(candidates, 0.0, -torch.inf).to(scores.dtype)[:, None]
+        if self.excluded is not None:
+            inside = (self.excluded >= start) & (self.excluded < stop)
+            self.buffer.scatter_(0, torch.where(inside, self.excluded - start, self.tile_rows), -torch.inf)
+        return scores
 
 
 class _Reservoir:
@@ -116,48 +131,100 @@ class _Reservoir:
     """
 
     def __init__(self, tiles: _Tiles, num_samples: int, generator: torch.Generator) -> None:
-        batch = len(tiles.queries)
+        device = tiles.buffer.device
         self.generator = generator
         # float64: over thousands of tiles a float32 sum would drift
-        self.lse = tiles.queries.new_full((batch,), -torch.inf, dtype=torch.float64)
-        self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=tiles.queries.device)
+        self.lse = torch.full((tiles.batch,), -torch.inf, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(tiles.batch, num_samples, dtype=torch.int64, device=device)
 
-    def add(self, start: int, scores: Tensor) -> None:
-        tile_lse = scores.logsumexp(dim=1).double()
+    def add_(self, start: int, scores: Tensor) -> None:
+        """Take a tile in; its scores `[rows, batch]` are overwritten."""
+        top = scores.amax(dim=0)
+        weights = scores.sub_(torch.where(top > -torch.inf, top, 0)).exp_()
+        blocks = _sums_of_blocks(weights)
+        cumulative = blocks.to(torch.float64).cumsum(dim=0)
+        tile_lse = top.double() + cumulative[-1].log()
         lse = torch.logaddexp(self.lse, tile_lse)
         chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
-        moves = uniforms(tuple(self.rows.shape), self.generator, scores.device) < chance[:, None]
         self.lse = lse
-        if not is_free_to_read(scores):  # then the queries that move cannot be picked out
-            drawn = start + sample(scores, moves.shape[1], self.generator)
-            self.rows = torch.where(moves, drawn, self.rows)
+        if self.rows.shape[1] == 0:
             return
-        moving = moves.any(dim=1).nonzero().squeeze(1)
-        if len(moving):
-            drawn = start + sample(scores[moving], moves.shape[1], self.generator)
-            self.rows[moving] = torch.where(moves[moving], drawn, self.rows[moving])
+        move, in_tile, in_block = uniforms((3, *self.rows.shape), self.generator, scores.device)
+        moves = move < chance[:, None]
+        if is_free_to_read(scores) and not bool(moves.any()):
+            return
+        block = _inverse_cdf(cumulative.T, in_tile)
+        members = (block * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
+        query = torch.arange(len(block), device=block.device)[:, None, None]
+        inside = weights[members.clamp(max=len(weights) - 1), query].to(torch.float64)
+        inside = torch.where(members < len(weights), inside, 0).cumsum(dim=2)
+        within = _inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
+        self.rows = torch.where(moves, start + members.gather(2, within[:, :, None]).squeeze(2), self.rows)
+
+
+def _sums_of_blocks(weights: Tensor) -> Tensor:
+    """Sums over each BLOCK rows of `[rows, batch]`, the last ones of fewer: `[blocks, batch]`."""
+    whole = len(weights) // BLOCK * BLOCK
+    sums = weights[:whole].view(-1, BLOCK, weights.shape[1]).sum(dim=1)
+    if whole == len(weights):
+        return sums
+    return torch.cat([sums, weights[whole:].sum(dim=0, keepdim=True)])
+
+
+def _inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Positions `[n, m]` drawn with `uniform [n, m]` from cumulative weights `[n, length]`; never one of weight 0."""
+    cumulative = cumulative.contiguous()
+    # `right=True` never ends on an element of weight 0: its cumulative sum equals that of the one before.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = cumulative.argmax(dim=1, keepdim=True)  # the first position that has the full sum
+    return torch.minimum(drawn, last)
 
 
 class _Best:
     """The highest scoring rows of all tiles seen so far; of equal ones the lowest."""
 
     def __init__(self, tiles: _Tiles, count: int) -> None:
-        batch, device = len(tiles.queries), tiles.queries.device
         self.count = count
-        self.top_scores = tiles.queries.new_full((batch, count), -torch.inf)
-        self.top_rows = torch.full((batch, count), -1, device=device)
+        self.top_scores = tiles.buffer.new_full((tiles.batch, count), -torch.inf)
+        self.top_rows = torch.full((tiles.batch, count), -1, device=tiles.buffer.device)
 
     def add(self, start: int, scores: Tensor) -> None:
+        """Take a tile of scores `[rows, batch]` in."""
         if self.count == 0:
             return
-        values, at = exact_top_k(scores, self.count)
-        values = torch.cat([self.top_scores, values], dim=1)
-        rows = torch.cat([self.top_rows, at + start], dim=1)
-        self.top_scores, order = exact_top_k(values, self.count)
-        self.top_rows = rows.gather(1, order)
+        query = torch.arange(scores.shape[1], device=scores.device)
+        if is_free_to_read(scores):  # most tiles have nothing better for most queries
+            query = (scores.amax(dim=0) > self.top_scores[:, -1]).nonzero().squeeze(1)
+            if len(query) == 0:
+                return
+            scores = scores[:, query]
+        values, at = _exact_top_k_of_columns(scores, self.count)
+        values = torch.cat([self.top_scores[query], values], dim=1)
+        rows = torch.cat([self.top_rows[query], at + start], dim=1)
+        self.top_scores[query], order = exact_top_k(values, self.count)
+        self.top_rows[query] = rows.gather(1, order)
 
     def rows(self) -> Tensor:
         return torch.where(self.top_scores > -torch.inf, self.top_rows, -1)
+
+
+def _exact_top_k_of_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`exact_top_k` of `[rows, batch]` over rows: `[batch, at most k]`.
+
+    The k best rows lie in the k blocks with the highest maxima, the first ones of equals.
+    """
+    rows, batch = scores.shape
+    whole = rows // BLOCK
+    if k * BLOCK >= rows:
+        return exact_top_k(scores.T, k)
+    maxima = scores[: whole * BLOCK].view(whole, BLOCK, batch).amax(dim=1)
+    _, blocks = exact_top_k(maxima.T, k)
+    blocks = blocks.sort(dim=1).values  # rows in order, so that the first ones of equals are found
+    members = (blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=scores.device)
+    rest = torch.arange(whole * BLOCK, rows, device=scores.device).expand(batch, -1)
+    members = torch.cat([members.flatten(1), rest], dim=1)
+    values, at = exact_top_k(scores.T.gather(1, members), k)
+    return values, members.gather(1, at)
 
 
 def _group_maxima(tiles: _Tiles, k: int) -> tuple[Tensor, Tensor]:
@@ -170,22 +237,35 @@ def _group_maxima(tiles: _Tiles, k: int) -> tuple[Tensor, Tensor]:
         for first in range(0, groups, step):
             count = min(step, groups - first)
             parts.append(_maxima(tiles, start + first * length, count, length))
-    return torch.cat([scores for scores, _ in parts], 1), torch.cat([rows for _, rows in parts], 1)
+    return torch.cat([scores for scores, _ in parts]).T, torch.cat([rows for _, rows in parts]).T
 
 
 def _maxima(tiles: _Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
-    """Best score and row of `groups` groups of `length` rows from `start` on; several only if they fit a tile."""
-    batch, device = len(tiles.queries), tiles.queries.device
-    best = tiles.queries.new_full((batch, groups), -torch.inf)
-    rows = torch.arange(start, start + groups * length, length, device=device).repeat(batch, 1)
+    """Best scores and rows `[groups, batch]` of groups of `length` rows from `start` on, several if they fit a tile."""
+    device = tiles.buffer.device
+    best = tiles.buffer.new_full((groups, tiles.batch), -torch.inf)
+    rows = torch.arange(start, start + groups * length, length, device=device)[:, None].repeat(1, tiles.batch)
     stop = start + groups * length
-    step = groups * length if groups > 1 else tiles.tile_rows  # several groups fit one tile together
+    step = groups * length if groups > 1 else tiles.tile_rows
     for first in range(start, stop, step):
         scores = tiles.scores(first, min(first + step, stop))
         if scores is None:
             continue
-        values, at = grouped_top_k(scores, groups)
+        values, at = _first_maxima(scores.view(groups, -1, tiles.batch))
         is_better = values > best
         best = torch.where(is_better, values, best)
-        rows = torch.where(is_better, at + first, rows)
+        rows = torch.where(is_better, first + at + length * torch.arange(groups, device=device)[:, None], rows)
     return best, rows
+
+
+def _first_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest values of `[groups, length, batch]` over `length`, and where they come first: `[groups, batch]`."""
+    groups, length, batch = scores.shape
+    if length % BLOCK or length < 4 * BLOCK:
+        return scores.max(dim=1)
+    # Maxima without positions are several times faster, so the position is looked for in one block alone.
+    blocks = scores.view(groups, -1, BLOCK, batch)
+    best = blocks.amax(dim=2).max(dim=1)
+    at = best.indices[:, None, None].expand(-1, 1, BLOCK, -1)
+    within = blocks.gather(1, at).squeeze(1).max(dim=1)
+    return best.values, best.indices * BLOCK + within.indices

@@ -1,0 +1,81 @@
+"""Scores of one tile of rows against all queries, at the speed that the device has for the rows' dtype."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negative_cache.features import quantize
+from negative_cache.retrieval.pool import RowPool
+
+# Rows that are converted before the product: as many as stay in a CPU core's cache.
+_CONVERTED_ELEMENTS = 2048 * 768
+
+
+class TileProduct:
+    """`rows @ queries.T` for tiles of rows, in float32 (float64 for float64 rows).
+
+    Rows come first: oneDNN is faster that way, and what follows reduces over rows. int8 rows are multiplied with
+    queries that are rounded to int8 too, in integers, on CPUs with AVX-512; on other devices as float32. bfloat16
+    rows are multiplied as bfloat16 with float32 sums on CPUs that can.
+
+    Args:
+        queries: `[batch, dim]`.
+        pool: The rows.
+        max_rows: The longest tile.
+    """
+
+    def __init__(self, queries: Tensor, pool: RowPool, max_rows: int) -> None:
+        device, (batch, dim) = queries.device, queries.shape
+        dtypes = {part.dtype for part in pool.embeddings}
+        self.dtype = pool.score_dtype
+        self.queries = queries.to(self.dtype).T
+        self.is_integer = torch.int8 in dtypes and multiplies_integers(device)
+        if self.is_integer:
+            rounded, self.scales = quantize(queries)
+            self.rounded = rounded.T
+            self.integers = torch.empty(max_rows, batch, dtype=torch.int32, device=device)
+            dtypes.remove(torch.int8)
+        if dtypes - {self.dtype}:
+            max_rows = min(max_rows, max(_CONVERTED_ELEMENTS // dim, 1))
+            self.converted = torch.empty(max_rows, dim, dtype=self.dtype, device=device)
+        self.max_rows = max_rows
+
+    def __call__(self, rows: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        """Write the scores of `rows [n, dim]`, n at most `max_rows`, to `out [n, batch]`."""
+        if scales is not None and self.is_integer:
+            integers = self.integers[: len(rows)]
+            torch._int_mm(rows, self.rounded, out=integers)
+            torch.mul(integers, scales[:, None], out=out)
+            out *= self.scales
+            return
+        if rows.dtype != self.dtype:
+            rows = self.converted[: len(rows)].copy_(rows)
+        torch.mm(rows, self.queries, out=out)
+        if scales is not None:
+            out *= scales[:, None]
+
+
+def multiplies_integers(device: torch.device) -> bool:
+    """Whether int8 products are faster than float32 ones on this device."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@contextlib.contextmanager
+def narrow_products(pool: RowPool) -> Iterator[None]:
+    """Let CPUs multiply bfloat16 rows as bfloat16, and int8 rows that were not multiplied as integers."""
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    is_narrow = all(part.dtype in (torch.bfloat16, torch.int8) for part in pool.embeddings)
+    if settings is None or not is_narrow or pool.embeddings[0].device.type != "cpu":
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
