@@ -33,9 +33,9 @@ def test_the_oldest_rows_are_those_of_a_sort(num_rows: int):
 def test_a_tree_that_is_not_told_of_a_change_is_wrong():
     written = torch.arange(5000)
     tree = OldestRows(written)
-    written[0] = 9999
+    written[3000] = -1
     assert tree.first(written, 1).tolist() != oldest_by_sorting(written, 1)
-    tree.update(written, torch.tensor([0]))
+    tree.update(written, torch.tensor([3000]))
     assert tree.first(written, 1).tolist() == oldest_by_sorting(written, 1)
 
 
