@@ -25,6 +25,7 @@ from negative_cache.features import (
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode, new_generator
+from negative_cache.retrieval import Scale
 from negative_cache.sharded import draw_from_ranks
 
 EMBEDDING = "embedding"
@@ -305,10 +306,6 @@ class NegativeCacheLoss(CacheHolder):
             given = given.detach().requires_grad_()
         return ranks.gather_with_gradient(given, meeting.num_withheld)
 
-    def _transform(self) -> Any:
-        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
-        return lambda scores: scores * scale
-
     def _feature_specs(self) -> dict[str, Any]:
         assert self.cache is not None
         return {key: spec for key, spec in self.cache.specs.items() if key != EMBEDDING}
@@ -344,7 +341,7 @@ class NegativeCacheLoss(CacheHolder):
             EMBEDDING,
             list(specs),
             self.generator,
-            score_transform=self._transform(),
+            score_transform=Scale(self.scale.detach() if isinstance(self.scale, Tensor) else self.scale),
             top_k=self.top_k,
             num_samples=self.num_samples if is_writing else 0,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,12 +20,11 @@ from negative_cache.features import (
     padding_value,
     to_device,
 )
+from negative_cache.logs import say_once
 from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
 from negative_cache.retrieval.reference import dense_scores, exact_top_k
 from negative_cache.retrieval.streaming import mine_groups
 from negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
-
-logger = logging.getLogger("negative_cache")
 
 DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
 RetrievalFn = Callable[[Tensor], Tensor]
@@ -142,7 +140,7 @@ def _retrieve_custom(
         if top_k is not None:
             scores, rows = mine_groups(queries, pool, top_k, score_transform, excluded)
         else:
-            _say_once(
+            say_once(
                 f"{type(retrieval_fn).__name__} needs the scores of all rows at once: using the dense pass, "
                 f"which allocates [batch, {pool.num_rows}]. Give top_k to avoid it."
             )
@@ -249,12 +247,3 @@ def _choose(
             for value in (new, old)
         )
     return torch.where(condition.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-
-
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info(message)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from negative_cache.logs import say_once
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform
+from negative_cache.retrieval.product import describe
 from negative_cache.retrieval.streaming import retrieve_streaming
+from negative_cache.retrieval.transform import Scale, factor_of
 
-__all__ = ["Retrieved", "RowPool", "ScoreTransform", "retrieve"]
+__all__ = ["Retrieved", "RowPool", "Scale", "ScoreTransform", "retrieve"]
 
 
 @torch.no_grad()
@@ -46,8 +49,26 @@ def retrieve(
         ValueError: Wrong shape or device of the queries, top_k above the number of rows.
     """
     with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.detach()
+        factor = factor_of(score_transform, queries.device)
+        if factor is not None:
+            queries, score_transform = queries.to(pool.score_dtype) * factor, None
+        reason = _why_not_fused(queries, pool, score_transform)
+        say_once(f"Retrieval on {queries.device.type}: " + (reason or "fused kernel (Triton)."))
+        if reason is None:
+            from negative_cache.retrieval.triton import retrieve_fused
+
+            return retrieve_fused(
+                queries,
+                pool,
+                generator=generator,
+                excluded=excluded,
+                top_k=top_k,
+                num_samples=num_samples,
+                num_top=num_top,
+            )
         return retrieve_streaming(
-            queries.detach(),
+            queries,
             pool,
             generator=generator,
             score_transform=score_transform,
@@ -56,3 +77,18 @@ def retrieve(
             num_samples=num_samples,
             num_top=num_top,
         )
+
+
+def _why_not_fused(queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None) -> str | None:
+    """What runs in place of the fused kernel, and why; None if that can run."""
+    tiled = f"tiled PyTorch, {describe(pool)}"
+    if queries.device.type != "cuda":
+        return f"{tiled}."
+    if score_transform is not None:
+        return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
+    try:
+        from negative_cache.retrieval.triton import why_unsupported
+    except ImportError as error:
+        return f"{tiled}: the fused kernel needs Triton ({error})."
+    why = why_unsupported(queries, pool)
+    return None if why is None else f"{tiled}: {why}"

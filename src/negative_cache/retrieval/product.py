@@ -65,6 +65,13 @@ def multiplies_integers(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def describe(pool: RowPool) -> str:
+    """How tiles of these rows are multiplied, for a log line."""
+    dtypes = sorted({str(part.dtype).removeprefix("torch.") for part in pool.embeddings})
+    how = " in integers" if "int8" in dtypes and multiplies_integers(pool.embeddings[0].device) else ""
+    return f"{' and '.join(dtypes)} rows{how}"
+
+
 @contextlib.contextmanager
 def narrow_products(pool: RowPool) -> Iterator[None]:
     """Let CPUs multiply bfloat16 rows as bfloat16, and int8 rows that were not multiplied as integers."""

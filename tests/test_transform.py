@@ -1,0 +1,98 @@
+"""Which score transforms are multiplications."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from negative_cache import logs
+from negative_cache.retrieval import RowPool, Scale, retrieve, transform
+from negative_cache.retrieval.reference import retrieve_dense
+from negative_cache.retrieval.transform import factor_of
+from support import as_on_a_gpu
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("function", "factor"),
+    [
+        (None, 1.0),
+        (Scale(3.5), 3.5),
+        (lambda s: 20.0 * s, 20.0),
+        (lambda s: s / 0.05, 20.0),
+        (lambda s: s * torch.tensor(0.3).exp(), 1.3498588),
+        (lambda s: -s, -1.0),
+        (lambda s: s, 1.0),
+        (lambda s: s * 0, 0.0),
+    ],
+)
+def test_multiplications_are_found(function, factor: float):
+    assert float(factor_of(function, CPU)) == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s: s + 1,
+        lambda s: 20 * s - 1e-3,
+        torch.tanh,
+        torch.relu,
+        torch.abs,
+        lambda s: s.clamp(max=1e6),
+        lambda s: s.clamp(min=1e-4),
+        lambda s: torch.nn.functional.leaky_relu(s, 0.999),
+        lambda s: s * s,
+        lambda s: s.round(),
+        lambda s: s + 1e-3 * torch.sin(torch.pi * s),
+        lambda s: s * s.shape[1] * torch.linspace(0, 1, len(s))[:, None],
+        lambda s: s.sum(),
+        lambda s: s @ torch.ones(5, 5),
+        lambda s: [s],
+    ],
+)
+def test_everything_else_is_not(function):
+    assert factor_of(function, CPU) is None
+
+
+def test_on_a_gpu_a_function_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
+    looked = []
+    original = transform._is_multiplied
+    monkeypatch.setattr(transform, "_is_multiplied", lambda *args: (looked.append(1), original(*args))[1])
+    factor = torch.tensor(2.0)
+
+    def scaled(scores: Tensor) -> Tensor:
+        return scores * factor
+
+    with as_on_a_gpu():
+        for value in (2.0, 5.0):
+            factor.fill_(value)
+            assert float(factor_of(scaled, CPU)) == value  # the factor itself is read each time, on the device
+        assert looked == [1]
+        assert factor_of(torch.tanh, CPU) is None
+        assert factor_of(torch.tanh, CPU) is None
+    assert looked == [1, 1]
+
+
+@pytest.mark.parametrize("function", [Scale(7.0), lambda s: 7 * s, lambda s: 7 * s + 1, torch.tanh])
+def test_scores_are_those_of_the_function(function):
+    rng = torch.Generator().manual_seed(0)
+    queries, rows = (torch.randn(size, 5, generator=rng) for size in (4, 30))
+    pool = RowPool([rows], [torch.ones(30, dtype=torch.bool)])
+    exact = RowPool([rows.double()], pool.candidates)
+    found = retrieve(queries, pool, generator=rng, score_transform=function, num_top=5)
+    truth = retrieve_dense(queries.double(), exact, generator=rng, score_transform=function, num_top=5)
+    torch.testing.assert_close(found.lse, truth.lse.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.top_rows, truth.top_rows)
+
+
+def test_what_runs_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logs, "_said", set())
+    pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
+    with caplog.at_level(logging.INFO, logger="negative_cache"):
+        for _ in range(3):
+            retrieve(torch.ones(2, 2), pool, generator=torch.Generator())
+    assert [record.message for record in caplog.records] == ["Retrieval on cpu: tiled PyTorch, float32 rows."]
