@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache.retrieval import RowPool, reference, retrieve
+from negative_cache.features import dequantize, quantize
+from negative_cache.retrieval import RowPool, product, reference, retrieve
 from negative_cache.retrieval.pool import group_bounds
 from negative_cache.retrieval.reference import dense_scores, grouped_top_k, retrieve_dense
 from negative_cache.retrieval.streaming import mine_groups, retrieve_streaming
@@ -268,6 +269,90 @@ def test_nothing_gets_a_gradient():
     case = make_case(3, 20, torch.float32)
     found = run(retrieve, case._replace(queries=case.queries.requires_grad_()))
     assert not found.lse.requires_grad
+
+
+# Rows that are narrower than the scores
+
+
+def narrow_case(batch: int, rows: int, dim: int) -> tuple[Tensor, RowPool, RowPool]:
+    """float32 queries, int8 rows with scales, and the same rows in float64."""
+    rng = generator(batch + rows)
+    queries = torch.randn(batch, dim, generator=rng)
+    values, scales = quantize(torch.randn(rows, dim, generator=rng) * torch.rand(rows, 1, generator=rng))
+    candidates = [torch.rand(rows, generator=rng) < 0.8]
+    exact = values.double() * scales.double()[:, None]
+    return queries, RowPool([values], candidates, [scales]), RowPool([exact], candidates)
+
+
+@pytest.mark.parametrize("in_integers", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 100, 5), (16, 700, 64), (130, 2000, 33)], ids=str)
+def test_int8_rows_give_the_scores_of_rounded_queries(
+    shape: tuple[int, int, int], in_integers: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Integers are summed exactly; what remains is the rounding of the queries, which is bounded."""
+    monkeypatch.setattr(product, "multiplies_integers", lambda device: in_integers)
+    queries, pool, exact = narrow_case(*shape)
+    rounded, steps = quantize(queries)
+    seen = rounded.double() * steps.double()[:, None] if in_integers else queries.double()
+    for settings in ({"num_top": 4}, {"num_top": 4, "top_k": (shape[1] + 2) // 3}):
+        found = retrieve_streaming(queries, pool, generator=generator(), **settings)
+        truth = retrieve_dense(seen, exact, generator=generator(), **settings)
+        unrounded = retrieve_dense(queries.double(), exact, generator=generator(), **settings)
+        largest = exact.embeddings[0].abs().sum(dim=1).amax()
+        if in_integers:
+            # a score has three roundings to float32, lse as many again; both relative to the largest score
+            tolerance = 2**-20 * (1 + float((seen @ exact.embeddings[0].T).abs().amax()))
+            assert torch.equal(found.top_rows, truth.top_rows)
+        else:  # the CPU may multiply as bfloat16, which rounds queries to 8 bits
+            tolerance = float(2**-8 * queries.abs().amax() * largest)
+        torch.testing.assert_close(found.lse.double(), truth.lse, rtol=0, atol=tolerance)
+        half_a_step = steps.double() / 2 * largest
+        finite = unrounded.lse.isfinite()
+        assert bool(((found.lse - unrounded.lse).abs() <= half_a_step + tolerance)[finite].all())
+
+
+def test_int8_rows_are_rounded_to_half_a_step():
+    values = torch.randn(50, 3, 7, generator=generator()) * torch.logspace(-30, 30, 50)[:, None, None]
+    values[7] = 0
+    rounded, scales = quantize(values)
+    assert rounded.dtype == torch.int8
+    assert scales.shape == (50,)
+    step = values.abs().flatten(1).amax(dim=1) / 127
+    error = (dequantize(rounded, scales) - values).abs().flatten(1).amax(dim=1)
+    assert bool((error <= step * (0.5 + 1e-4)).all())
+    assert bool((rounded[7] == 0).all())
+    again = quantize(dequantize(rounded, scales))
+    assert torch.equal(again[0], rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_rows_take_wide_queries(dtype: torch.dtype):
+    """CPUs may round queries to bfloat16 (8 bits) to multiply them with bfloat16 rows; sums are float32."""
+    queries, rows = (
+        torch.randn(16, 256, generator=generator()),
+        torch.randn(3000, 256, generator=generator(1)).to(dtype),
+    )
+    pool, exact = (RowPool([part], [torch.ones(3000, dtype=torch.bool)]) for part in (rows, rows.double()))
+    found = retrieve_streaming(queries, pool, generator=generator())
+    truth = retrieve_dense(queries.double(), exact, generator=generator())
+    bound = (2**-8 if dtype == torch.bfloat16 else 2**-18) * (queries.abs() @ rows.float().abs().T).amax(dim=1)
+    assert bool(((found.lse - truth.lse).abs() <= bound).all())
+
+
+def test_the_setting_for_bfloat16_products_is_put_back():
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:
+        pytest.skip("this torch has no such setting")
+    before = settings.fp32_precision
+
+    def fail(scores: Tensor) -> Tensor:
+        assert settings.fp32_precision == "bf16"
+        raise RuntimeError("no")
+
+    case = make_case(2, 10, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="no"):
+        run(retrieve_streaming, case, score_transform=fail)
+    assert settings.fp32_precision == before
 
 
 # Memory

@@ -95,7 +95,7 @@ class NegativeCache(nn.Module):
         self._columns = dict(columns)
         for key, column in columns.items():
             self.add_module(module_name("feature", key), column)
-        self._is_known_to_have_rows = False
+        self._has_rows: bool | None = is_filled and num_rows > 0
         self.register_buffer("filled", torch.full((num_rows,), is_filled, device=device))
         self.register_buffer("document_ids", torch.full((num_rows,), NO_ID, dtype=torch.int64, device=device))
         self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
@@ -141,9 +141,13 @@ class NegativeCache(nn.Module):
         return iter((self.data, self.age))
 
     def has_rows(self) -> bool:
-        """Whether any row is filled. Waits for the device, but only until the answer is yes for the first time."""
-        self._is_known_to_have_rows = self._is_known_to_have_rows or bool(self.filled.any())
-        return self._is_known_to_have_rows
+        """Whether any row is filled. Waits for the device only after a state was loaded.
+
+        On a GPU, True also where all that was ever written was masked there: nobody looked.
+        """
+        if self._has_rows is None:
+            self._has_rows = bool(self.filled.any())
+        return self._has_rows
 
     def embeddings(self, key: str) -> Tensor:
         """All rows of a feature, `[num_rows, *shape]`: the storage itself for a `FixedLenFeature`, else a copy."""
@@ -234,6 +238,7 @@ class NegativeCache(nn.Module):
                 self._rows_of_ids.move(rows, old, ids)
             self.document_ids[rows] = ids
             self.filled[rows] = keep(torch.ones_like(self.filled[rows]), self.filled[rows])
+            self._has_rows = True
 
     def get_extra_state(self) -> Tensor:
         """The specs as JSON in a uint8 tensor, so that a state dict holds tensors alone."""
@@ -268,7 +273,7 @@ class NegativeCache(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
-        self._is_known_to_have_rows = False
+        self._has_rows = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._index()
 

@@ -24,7 +24,7 @@ from negative_cache.cache import NegativeCache, state_of
 from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
 from negative_cache.features import embedding_spec, spec_from_json, spec_to_json
 from negative_cache.modules import EMBEDDING, NegativeCacheLoss
-from negative_cache.negatives import new_generator
+from negative_cache.randomness import new_generator
 
 FORMAT = 1
 _JSON = "negative_cache.json"

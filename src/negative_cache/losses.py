@@ -22,9 +22,9 @@ from negative_cache.negatives import (
     check_finite,
     common_specs,
     encode,
-    new_generator,
     pool_of,
 )
+from negative_cache.randomness import new_generator
 from negative_cache.retrieval import ScoreTransform
 from negative_cache.retrieval.pool import check_queries
 from negative_cache.retrieval_fns import GumbelMaxRetrievalFn

@@ -24,7 +24,8 @@ from negative_cache.features import (
 )
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
-from negative_cache.negatives import DocumentEncoder, check_finite, encode, new_generator
+from negative_cache.negatives import DocumentEncoder, check_finite, encode
+from negative_cache.randomness import new_generator
 from negative_cache.retrieval import Scale
 from negative_cache.sharded import draw_from_ranks
 

@@ -123,7 +123,7 @@ def draw_negatives(
     if not has_rows or num_samples == 0 or (is_free_to_read(lse) and not bool(is_valid.any())):
         return Drawn(lse, rows[:0], is_valid[:0], top_rows)
     # A query without negatives gets a row that is safe to encode; its weight is 0 and nothing is written.
-    safe = rows[is_valid.to(torch.uint8).argmax(), 0]
+    safe = rows[is_valid.to(torch.uint8).argmax(dim=0, keepdim=True), :1]  # a number would be waited for
     return Drawn(lse, torch.where(is_valid[:, None], rows, safe), is_valid, top_rows)
 
 
@@ -221,13 +221,6 @@ def check_finite(name: str, values: Tensor) -> None:
             f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
             "too high or an overflow in half precision."
         )
-
-
-def new_generator(seed: int | None = None) -> torch.Generator:
-    """A CPU generator with the given seed, or one taken from torch's global generator."""
-    generator = torch.Generator()
-    generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-    return generator
 
 
 def _choose(

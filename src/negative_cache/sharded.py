@@ -21,8 +21,9 @@ from negative_cache.features import RaggedFeature, RaggedRows, padded, select
 from negative_cache.lookup import is_last_of_equal
 from negative_cache.meeting import Meeting, num_new
 from negative_cache.negatives import common_specs, is_max_score, lengths_of, pool_of, read_items, read_pool
+from negative_cache.randomness import uniforms
 from negative_cache.retrieval import Retrieved, retrieve
-from negative_cache.retrieval.reference import exact_top_k, uniforms
+from negative_cache.retrieval.reference import exact_top_k
 
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:

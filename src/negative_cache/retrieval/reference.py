@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.features import dequantize
+from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 
 
@@ -89,11 +90,6 @@ def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tens
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last = cumulative.argmax(dim=1, keepdim=True)  # the first position that has the full sum
     return torch.minimum(drawn, last)
-
-
-def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """float64 uniforms in [0, 1) from a CPU generator, the same on every device."""
-    return torch.rand(shape, generator=generator, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def retrieve_dense(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from negative_cache.features import is_free_to_read
+from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 from negative_cache.retrieval.product import TileProduct, narrow_products
-from negative_cache.retrieval.reference import exact_top_k, sample, uniforms
+from negative_cache.retrieval.reference import exact_top_k, sample
 
 # On a CPU a tile of scores is read several times: it should stay in a core's cache, and be long enough for the product
 # to run at full speed. Elsewhere it should keep the device busy.

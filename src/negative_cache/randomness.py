@@ -1,0 +1,48 @@
+"""Uniform numbers from a generator that the user can seed, the same on every device, also in compiled code."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+# `torch.compile` cannot hold a generator; compiled code names it by its number.
+_generators: weakref.WeakValueDictionary[int, torch.Generator] = weakref.WeakValueDictionary()
+
+
+def new_generator(seed: int | None = None) -> torch.Generator:
+    """A CPU generator with the given seed, or one taken from torch's global generator."""
+    generator = torch.Generator()
+    generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
+    return generator
+
+
+def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """float64 uniforms in [0, 1) from a CPU generator, the same on every device."""
+    if torch.compiler.is_compiling():
+        drawn: Tensor = torch.ops.negative_cache.uniforms(id(generator), shape, device)
+        return drawn
+    _generators[id(generator)] = generator
+    return _uniforms(id(generator), shape, device)
+
+
+def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    drawn = torch.rand(tuple(shape), generator=_generators[generator], dtype=torch.float64)
+    return drawn.to(device, non_blocking=True)
+
+
+def _define() -> None:
+    """Make `_uniforms` an operator that is never merged with another call of it or left out."""
+    tags = (torch.Tag.nondeterministic_seeded,)
+    torch.library.define(
+        "negative_cache::uniforms", "(int generator, SymInt[] shape, Device device) -> Tensor", tags=tags
+    )
+    torch.library.impl("negative_cache::uniforms", "BackendSelect", _uniforms)
+    torch.library.register_fake(
+        "negative_cache::uniforms",
+        lambda generator, shape, device: torch.empty(shape, dtype=torch.float64, device=device),
+    )
+
+
+_define()

@@ -1,0 +1,153 @@
+"""Steps on a GPU that is not there: counts where the host waits for it. Run as a script; prints one JSON object.
+
+Tensors on the fake device have shapes and no values. Whoever asks for a value would wait for a real device; so would a
+copy to the host, or one from the host that is not asynchronous.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import embedding, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from negative_cache import (
+    CacheClassificationLoss,
+    CacheLossHandler,
+    CacheManager,
+    FixedLenFeature,
+    NegativeCacheLoss,
+)
+
+GPU = "fakegpu"
+BATCH, DIM, WIDTH = 8, 16, 6
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the host waits, by the line of the library that makes it wait; each value asked for is `WIDTH`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == GPU:
+            self.note()
+            return True if args[0].dtype == torch.bool else WIDTH
+        result = func(*args, **kwargs)
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            is_async = kwargs.get("non_blocking", False) or args[2:] == (True,)
+            crosses = source.device.type != result.device.type
+            if crosses and not (is_async and result.device.type == GPU):
+                self.note()
+        return result
+
+    def note(self) -> None:
+        frames = traceback.extract_stack()
+        last = [frame for frame in frames if "negative_cache" in frame.filename or frame.filename == __file__][-2]
+        self.places[f"{last.filename.rsplit('/', 1)[1]}:{last.name}: {last.line}"] += 1
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(100, DIM, device=GPU))
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        tokens = features.get("tokens")
+        vectors = embedding(features["row"], self.table)
+        return normalize(vectors if tokens is None else vectors + embedding(tokens, self.table).sum(dim=1), dim=1)
+
+
+def steps(loss: nn.Module, encoder: Encoder, **extra: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        features = {"row": torch.zeros(BATCH, dtype=torch.int64, device=GPU)}
+        if "tokens" in extra:
+            features["tokens"] = extra["tokens"]()
+        documents, queries = encoder(features), encoder(features)
+        options = {key: make() for key, make in extra.items() if key != "tokens"}
+        loss(queries, documents, features, **options).backward()
+
+    return run
+
+
+def handler_steps(encoder: Encoder, loss: CacheClassificationLoss) -> Callable[[], None]:
+    specs = {"embedding": FixedLenFeature([DIM], torch.float32), "row": FixedLenFeature([], torch.int64)}
+    handler = CacheLossHandler(CacheManager(specs, 256), loss, "embedding", ("row",)).to(GPU)
+
+    def run() -> None:
+        features = {"row": torch.zeros(BATCH, dtype=torch.int64, device=GPU)}
+        result = handler.update_cache_and_compute_loss(encoder, encoder(features), encoder(features), features)
+        result.backward()
+
+    return run
+
+
+def wait_three_times() -> None:
+    values = torch.zeros(3, device=GPU)
+    float(values.sum())
+    values.cpu()
+    torch.zeros(3).to(GPU)
+    torch.zeros(3).to(GPU, non_blocking=True)  # this one does not wait
+
+
+def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[str, Callable[[], None]]:
+    def ids() -> Tensor:
+        return torch.zeros(BATCH, dtype=torch.int64, device=GPU)
+
+    def new(**options: Any) -> NegativeCacheLoss:
+        loss = NegativeCacheLoss(encoder, 256, seed=0, **options)
+        if loss.log_scale is not None:
+            loss.log_scale = nn.Parameter(torch.zeros((), device=GPU))
+        return loss
+
+    return {
+        "plain": steps(new(), encoder),
+        "ids": steps(new(), encoder, document_ids=ids, positive_ids=lambda: torch.stack([ids(), ids()], dim=1)),
+        "int8": steps(new(embedding_dtype=torch.int8), encoder),
+        "top_k": steps(new(top_k=16), encoder),
+        "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
+        "given negatives": steps(
+            new(),
+            encoder,
+            document_ids=ids,
+            negative_ids=ids,
+            negative_embeddings=lambda: encoder({"row": ids()}),
+            negative_features=lambda: {"row": ids()},
+        ),
+        "handler": handler_steps(encoder, losses[0]),
+        "handler with top_k": handler_steps(encoder, losses[1]),
+        "features on the host": steps(new(feature_device="cpu"), encoder),
+        "three waits": wait_three_times,
+    }
+
+
+def main() -> None:
+    _setup_privateuseone_for_python_backend(GPU)
+    getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
+    found = {}
+    losses = [CacheClassificationLoss("embedding", ("row",), lambda s: 20.0 * s, top_k=top_k) for top_k in (None, 16)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, run in scenarios(Encoder(), losses).items():
+            with Waits():  # the first steps make the cache
+                run()
+                run()
+            with Waits() as waits:
+                run()
+            found[name] = dict(waits.places)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

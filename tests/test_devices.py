@@ -1,0 +1,77 @@
+"""What a GPU asks of a step: the host never waits for it, and `torch.compile` makes one graph of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, normalize
+
+from negative_cache import NegativeCacheLoss
+from support import as_on_a_gpu, snapshot
+
+KINDS = ("plain", "ids", "int8", "top_k", "samples and scale", "given negatives", "handler", "handler with top_k")
+
+registration = pytest.importorskip("torch.utils.backend_registration")
+
+
+def test_the_host_never_waits_for_the_device():
+    """Lines of the library at which the host waits, for each kind of step on a device without values."""
+    if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot define a device in Python")
+    job = Path(__file__).with_name("fake_gpu_job.py")
+    ended = subprocess.run([sys.executable, str(job)], text=True, capture_output=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    waits: dict[str, dict[str, int]] = json.loads(ended.stdout)
+    assert sum(waits.pop("three waits").values()) == 3  # waits are seen
+    waits.pop("features on the host")
+    assert waits == {kind: {} for kind in KINDS}
+
+
+def make_step(cache_size: int = 256):
+    torch.manual_seed(0)
+    table = torch.randn(1000, 16).requires_grad_()
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        return normalize(embedding(features["row"], table), dim=1)
+
+    loss_fn = NegativeCacheLoss(encode, cache_size, seed=0)
+
+    def step(rows: Tensor) -> Tensor:
+        return loss_fn(encode({"row": rows + 1}), encode({"row": rows}), {"row": rows}, document_ids=rows)
+
+    return table, loss_fn, step
+
+
+def train(table: Tensor, step, count: int) -> list[float]:
+    losses = []
+    for number in range(count):
+        loss = step((torch.arange(8) + 5 * number) % 900)
+        (gradient,) = torch.autograd.grad(loss, table)
+        with torch.no_grad():
+            table -= 0.1 * gradient
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_compiled_step_is_one_graph_and_equals_the_plain_one():
+    results = []
+    for is_compiled in (False, True):
+        table, loss_fn, step = make_step()
+        train(table, step, 2)  # the first step makes the cache
+        if is_compiled:
+            losses = train(table, torch.compile(step, fullgraph=True, backend="aot_eager"), 40)
+        else:
+            with as_on_a_gpu():  # the branches that a compiled step takes
+                losses = train(table, step, 40)
+        results.append((losses, snapshot(loss_fn), table))
+    (plain, plain_state, plain_table), (compiled, compiled_state, compiled_table) = results
+    assert plain == pytest.approx(compiled, rel=1e-5)
+    torch.testing.assert_close(plain_table, compiled_table)
+    for key, value in plain_state.items():
+        torch.testing.assert_close(value, compiled_state[key], msg=key)
