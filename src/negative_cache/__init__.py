@@ -11,6 +11,7 @@ from negative_cache.losses import (
     CacheLossReturn,
     DistributedCacheClassificationLoss,
 )
+from negative_cache.memory import predict_bytes
 from negative_cache.modules import NegativeCacheLoss
 from negative_cache.negative_cache import CacheManager, NegativeCache
 from negative_cache.retrieval_fns import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
@@ -49,6 +50,7 @@ __all__ = [
     "handlers",
     "losses",
     "negative_cache",
+    "predict_bytes",
     "retrieval_fns",
     "tensor_update",
     "util",

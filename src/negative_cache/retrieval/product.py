@@ -34,6 +34,7 @@ class TileProduct:
         dtypes = {part.dtype for part in pool.embeddings}
         self.dtype = pool.score_dtype
         self.queries = queries.to(self.dtype).T
+        self.converted = torch.empty(0, dim, dtype=self.dtype, device=device)
         self.is_integer = torch.int8 in dtypes and multiplies_integers(device)
         if self.is_integer:
             rounded, self.scales = quantize(queries)
@@ -44,6 +45,12 @@ class TileProduct:
             max_rows = min(max_rows, max(_CONVERTED_ELEMENTS // dim, 1))
             self.converted = torch.empty(max_rows, dim, dtype=self.dtype, device=device)
         self.max_rows = max_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product needs beside its result; for integers oneDNN reorders a copy of the tile."""
+        copied = self.max_rows * len(self.queries) if self.is_integer else 0
+        return copied + (self.integers.nbytes if self.is_integer else 0) + self.converted.nbytes
 
     def __call__(self, rows: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """Write the scores of `rows [n, dim]`, n at most `max_rows`, to `out [n, batch]`."""
@@ -61,8 +68,8 @@ class TileProduct:
 
 
 def multiplies_integers(device: torch.device) -> bool:
-    """Whether int8 products are faster than float32 ones on this device."""
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether int8 products are faster than float32 ones on this device; "meta" stands for the CPU."""
+    return device.type in ("cpu", "meta") and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def describe(pool: RowPool) -> str:

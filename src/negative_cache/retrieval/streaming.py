@@ -15,7 +15,7 @@ from negative_cache.retrieval.reference import exact_top_k, sample
 
 # On a CPU a tile of scores is read several times: it should stay in a core's cache, and be long enough for the product
 # to run at full speed. Elsewhere it should keep the device busy.
-TILE_ELEMENTS = {"cpu": 8192 * 128}
+TILE_ELEMENTS = 8192 * 128
 OTHER_TILE_ELEMENTS = 2**24
 MIN_TILE_ROWS, MAX_TILE_ROWS = 256, 16384
 # A draw from a tile chooses a block of so many rows first, so that only one block is looked at row by row.
@@ -41,7 +41,7 @@ def retrieve_streaming(
     """
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        tiles = _Tiles(queries, pool, score_transform, excluded, tile_rows or _tile_rows(queries))
+        tiles = _Tiles(queries, pool, score_transform, excluded, tile_rows)
         if top_k is not None:
             scores, rows = _group_maxima(tiles, top_k)
             drawn = rows.gather(1, sample(scores, num_samples, generator))
@@ -67,12 +67,24 @@ def mine_groups(
     """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        return _group_maxima(_Tiles(queries, pool, score_transform, excluded, _tile_rows(queries)), top_k)
+        return _group_maxima(_Tiles(queries, pool, score_transform, excluded), top_k)
 
 
 def _tile_rows(queries: Tensor) -> int:
-    elements = TILE_ELEMENTS.get(queries.device.type, OTHER_TILE_ELEMENTS)
+    elements = TILE_ELEMENTS if queries.device.type in ("cpu", "meta") else OTHER_TILE_ELEMENTS
     return min(max(elements // max(len(queries), 1), MIN_TILE_ROWS), MAX_TILE_ROWS)
+
+
+def tile_bytes(batch: int, dim: int, num_rows: int, row_dtype: torch.dtype) -> int:
+    """Bytes of what a pass over the rows allocates on a CPU for its tiles."""
+    device = torch.device("meta")
+    rows = torch.empty(num_rows, dim, dtype=row_dtype, device=device)
+    scales = torch.empty(num_rows, device=device) if row_dtype == torch.int8 else None
+    queries = torch.empty(batch, dim, device=device)
+    pool = RowPool([rows], [rows.new_empty(num_rows, dtype=torch.bool)], [scales])
+    tiles = _Tiles(queries, pool)
+    sums = 2 * (tiles.tile_rows // BLOCK + 1) * batch * 8
+    return tiles.buffer.nbytes + tiles.product.nbytes + sums
 
 
 class _Tiles:
@@ -82,10 +94,11 @@ class _Tiles:
         self,
         queries: Tensor,
         pool: RowPool,
-        score_transform: ScoreTransform | None,
-        excluded: Tensor | None,
-        tile_rows: int,
+        score_transform: ScoreTransform | None = None,
+        excluded: Tensor | None = None,
+        tile_rows: int | None = None,
     ) -> None:
+        tile_rows = tile_rows or _tile_rows(queries)
         self.pool = pool
         self.batch = len(queries)
         self.score_transform = score_transform

@@ -34,6 +34,7 @@ Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that S
 TrainedModel = Annotated[str, typer.Option(help="A name or path that SentenceTransformer takes.")]
 QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in a file of pairs.")]
 PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
+EmbeddingDtype = Annotated[str, typer.Option(help="Cached embeddings as float32, bfloat16, float16 or int8.")]
 
 METRIC_NAMES = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100")
 
@@ -52,6 +53,7 @@ def train(
     scale: Annotated[float, typer.Option(help="Factor of the similarities (1 / temperature).")] = 20.0,
     top_k: Annotated[int | None, typer.Option(help="Only the best row of each of k groups of the cache.")] = None,
     num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
+    embedding_dtype: EmbeddingDtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the dev split every so many steps.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Checkpoint every so many steps; 0 for never.")] = 500,
@@ -79,6 +81,7 @@ def train(
             scale=scale,
             top_k=top_k,
             num_samples=num_samples,
+            embedding_dtype=embedding_dtype,
             seed=seed,
             eval_steps=eval_steps,
             save_steps=save_steps or None,
@@ -160,6 +163,43 @@ def search(
         for rank, hit in enumerate(found, start=1):
             console.print(f"[bold]{rank}[/]  {hit.score:.3f}  [cyan]{_escape(hit.document_id)}", soft_wrap=True)
             console.print(_preview(hit.text), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def memory(
+    dim: Annotated[int, typer.Option(help="Dimensions of an embedding.")],
+    cache_size: Annotated[int, typer.Option(help="Documents in the cache.")] = 131_072,
+    batch_size: Annotated[int, typer.Option(help="Queries per step, of all ranks.")] = 64,
+    embedding_dtype: EmbeddingDtype = "float32",
+    mean_tokens: Annotated[float, typer.Option(help="Mean tokens of a document.")] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a document.")] = 512,
+    num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the cache.")] = 1,
+) -> None:
+    """Predict the memory of a cache of text documents and of a step beside it, on each rank."""
+    with _errors():
+        import torch
+
+        from negative_cache import RaggedFeature, predict_bytes
+        from negative_cache.workbench.config import EMBEDDING_DTYPES, RunError
+
+        if embedding_dtype not in EMBEDDING_DTYPES:
+            raise RunError(f"--embedding-dtype is {embedding_dtype!r}; expected one of {', '.join(EMBEDDING_DTYPES)}.")
+        predicted = predict_bytes(
+            -(-cache_size // ranks),
+            dim,
+            batch_size,
+            embedding_dtype=getattr(torch, embedding_dtype),
+            specs={"tokens": RaggedFeature(torch.int32, max_tokens)},
+            mean_lengths={"tokens": mean_tokens},
+            num_samples=num_samples,
+        )
+    table = Table(title=f"{cache_size:,} documents, {dim} x {embedding_dtype}, on each of {ranks} rank(s)")
+    table.add_column("")
+    table.add_column("MB", justify="right")
+    for name, value in zip(predicted._fields, predicted, strict=True):
+        table.add_row(name, f"{value / 1e6:,.1f}")
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 LOSSES = ("negative-cache", "in-batch", "gradcache")
+EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 class RunError(ValueError):
@@ -29,6 +30,7 @@ class RunConfig:
         scale: Factor of the similarities, the same for all losses.
         top_k: See `NegativeCacheRankingLoss`.
         num_samples: See `NegativeCacheRankingLoss`.
+        embedding_dtype: How the cache stores embeddings: float32, bfloat16, float16 or int8.
         seed: Seed of weights, data order and draws.
         eval_steps: Evaluate on the dev split every so many steps; None for never.
         save_steps: Write a checkpoint every so many steps; None for never.
@@ -46,6 +48,7 @@ class RunConfig:
     scale: float = 20.0
     top_k: int | None = None
     num_samples: int = 1
+    embedding_dtype: str = "float32"
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
@@ -53,6 +56,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise RunError(f"--loss is {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+        if self.embedding_dtype not in EMBEDDING_DTYPES:
+            raise RunError(
+                f"--embedding-dtype is {self.embedding_dtype!r}; expected one of {', '.join(EMBEDDING_DTYPES)}."
+            )
         if self.loss == "gradcache" and self.model == "static":
             raise RunError(
                 "--loss gradcache does not work with --model static: sentence-transformers' cached losses refuse "

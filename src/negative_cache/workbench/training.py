@@ -246,6 +246,7 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         scale=config.scale,
         top_k=config.top_k,
         num_samples=config.num_samples,
+        embedding_dtype=getattr(torch, config.embedding_dtype),
         seed=config.seed,
         gather_across_devices=processes.count() > 1,
     )
