@@ -180,6 +180,27 @@ def test_train_evaluate_and_search_from_the_command_line(beir, tmp_path):
     assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
 
 
+def test_a_cache_of_narrow_embeddings(beir, tmp_path):
+    options = ["--data", beir, "--cache-size", 64, "--batch-size", 8, "--max-steps", 3, "--embedding-dtype", "int8"]
+    result = invoke("train", "--output", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "model" / "run.json").read_text())
+    assert record["configuration"]["embedding_dtype"] == "int8"
+
+
+def test_memory_is_predicted_per_rank():
+    sizes = {}
+    for ranks in (1, 4):
+        result = invoke("memory", "--dim", 100, "--cache-size", 8000, "--embedding-dtype", "int8", "--ranks", ranks)
+        assert result.exit_code == 0, result.output
+        rows = [line.split("│")[1:3] for line in result.output.splitlines() if line.startswith("│")]
+        sizes[ranks] = {name.strip(): float(value) for name, value in rows}
+    assert sizes[1]["embeddings"] == 0.8  # 8000 rows of 100 bytes and a float32
+    assert sizes[4]["embeddings"] == 0.2
+    assert sizes[1]["step"] > 0
+    assert invoke("memory", "--dim", 100, "--embedding-dtype", "int4").exit_code == 2
+
+
 @pytest.mark.parametrize("loss", ["in-batch", "gradcache"])
 def test_the_tiny_transformer_trains_with_the_other_losses(beir, tmp_path, loss):
     output = tmp_path / "model"

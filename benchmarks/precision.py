@@ -1,0 +1,162 @@
+"""What narrower rows change: the distribution of the draws, and the quality of the trained model.
+
+    python -m benchmarks.precision --data python-code --model static
+
+Trains once per dtype and seed, from the same weights and with the same data order. The total variation is half the sum
+of absolute differences of two softmax distributions over the cache's rows; its mean over test queries is printed. For
+each dtype: of what the pass samples from and the exact softmax over the same rows. To compare: of the softmax over the
+stale rows that training left in the cache and that over the same documents encoded anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch import Tensor
+
+from negative_cache import NegativeCacheLoss
+from negative_cache.features import quantize
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.modules import EMBEDDING
+from negative_cache.retrieval import RowPool
+from negative_cache.retrieval.product import TileProduct, narrow_products
+from negative_cache.workbench.config import EMBEDDING_DTYPES
+from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.evaluation import evaluate
+from negative_cache.workbench.models import learning_rate_of, load_model
+
+SCALE = 20.0
+
+
+def train(
+    model: SentenceTransformer, data: RetrievalData, dtype: str, seed: int, options: argparse.Namespace
+) -> NegativeCacheRankingLoss:
+    """Train `model` in place; its loss has the cache."""
+    loss = NegativeCacheRankingLoss(model, options.cache_size, SCALE, embedding_dtype=getattr(torch, dtype), seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=options.batch_size,
+            num_train_epochs=options.epochs,
+            learning_rate=learning_rate_of(options.model),
+            warmup_steps=0.1,
+            seed=seed,
+            data_seed=seed,
+            batch_sampler="no_duplicates",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        dataset = Dataset.from_dict(data.training_columns())
+        SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+    return loss
+
+
+@torch.no_grad()
+def encode_rows(loss: NegativeCacheLoss) -> tuple[Tensor, Tensor]:
+    """Stale and fresh embeddings of the filled rows: `[n, dim]` each."""
+    cache = loss.cache
+    assert cache is not None
+    rows = cache.filled.nonzero().squeeze(1)
+    keys = [key for key in cache.specs if key != EMBEDDING]
+    fresh = torch.cat([loss.document_encoder(cache.read(part, keys)) for part in torch.split(rows, 512)])
+    return cache.embeddings(EMBEDDING)[rows].float(), fresh
+
+
+def softmax_of_pass(queries: Tensor, rows: Tensor, dtype: str) -> Tensor:
+    """What the pass over the rows samples from, when they are stored as `dtype`: `[batch, n]`."""
+    everywhere = torch.ones(len(rows), dtype=torch.bool)
+    if dtype == "int8":
+        values, scales = quantize(rows)
+        pool = RowPool([values], [everywhere], [scales])
+    else:
+        pool = RowPool([rows.to(getattr(torch, dtype))], [everywhere])
+    product = TileProduct(SCALE * queries, pool, 2048)
+    scores = torch.empty(len(rows), len(queries))
+    with narrow_products(pool):
+        for start in range(0, len(rows), product.max_rows):
+            tile = pool.slice(start, min(start + product.max_rows, len(rows)))
+            ((values, scales_or_none),) = tile.parts
+            product(values, scales_or_none, scores[start : start + len(values)])
+    return scores.T.double().softmax(dim=1)
+
+
+def exact_softmax(queries: Tensor, rows: Tensor) -> Tensor:
+    """float64 `[batch, n]`."""
+    return (SCALE * queries.double() @ rows.double().T).softmax(dim=1)
+
+
+def total_variation(first: Tensor, second: Tensor) -> float:
+    """Mean over queries of half the sum of absolute differences."""
+    return float((first - second).abs().sum(dim=1).mean() / 2)
+
+
+def variations(model: SentenceTransformer, loss: NegativeCacheRankingLoss, data: RetrievalData) -> dict[str, float]:
+    """Total variation that each dtype makes, and that staleness makes."""
+    texts = [data.queries[key] for key in list(data.judged("test"))[:256]]
+    queries = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
+    stale, fresh = encode_rows(loss.cache_loss)
+    truth = exact_softmax(queries, fresh)
+    found = {dtype: total_variation(softmax_of_pass(queries, fresh, dtype), truth) for dtype in EMBEDDING_DTYPES}
+    return {**found, "staleness": total_variation(exact_softmax(queries, stale), truth)}
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """MRR@10 of each dtype for each seed, and the total variations of the first seed."""
+    data = load_data(options.data)
+    columns = data.training_columns()
+    texts = [*columns["anchor"], *columns["positive"]]
+    quality: dict[str, list[float]] = {dtype: [] for dtype in options.dtypes}
+    found: dict[str, float] = {}
+    for seed in range(options.seeds):
+        untrained = load_model(options.model, texts, seed)
+        for dtype in options.dtypes:
+            print(f"training: seed {seed}, {dtype}", file=sys.stderr)
+            model = copy.deepcopy(untrained)
+            loss = train(model, data, dtype, seed, options)
+            metrics: dict[str, Any] = evaluate(model, data, "test")
+            quality[dtype].append(metrics["mrr@10"])
+            if not found:  # float32 comes first
+                found = variations(model, loss, data)
+    return quality, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="python-code")
+    parser.add_argument("--model", default="static")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--cache-size", type=int, default=16_384)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=list(EMBEDDING_DTYPES), choices=EMBEDDING_DTYPES)
+    options = parser.parse_args()
+    options.dtypes.sort(key=EMBEDDING_DTYPES.index)
+    quality, found = measure(options)
+    table = Table(
+        title=f"{options.data}, {options.model}, B={options.batch_size}, N={options.cache_size}, "
+        f"{options.epochs:g} epochs, {options.seeds} seed(s)"
+    )
+    for name in ("rows", "total variation", "MRR@10", "sd over seeds"):
+        table.add_column(name, justify="left" if name == "rows" else "right")
+    for dtype in options.dtypes:
+        values = quality[dtype]
+        spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        table.add_row(dtype, f"{found[dtype]:.5f}", f"{statistics.mean(values):.4f}", spread)
+    table.add_row("stale rows, to compare", f"{found['staleness']:.5f}", "", "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
