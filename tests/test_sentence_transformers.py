@@ -183,3 +183,19 @@ def test_ids_keep_the_text_hash_as_a_further_positive():
     ids, positives = _ids(torch.tensor([1, 2]), hashes)
     assert ids.tolist() == [1, 2]
     assert positives.tolist() == [[11], [12]]
+
+
+def test_tokens_in_a_file(minilm, static, tmp_path):
+    losses = []
+    for options in ({}, {"feature_file": tmp_path}):
+        loss = NegativeCacheRankingLoss(minilm, cache_size=16, seed=0, **options)
+        for _ in range(2):
+            value = loss(columns(minilm, ANCHORS, POSITIVES))
+        losses.append((value.item(), loss.cache_loss.cache))
+    assert losses[0][0] == losses[1][0]
+    first, second = (cache.data for _, cache in losses)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert losses[1][1].specs["tokens"].max_length == minilm.max_seq_length
+    with pytest.raises(ValueError, match="max_seq_length is inf"):
+        NegativeCacheRankingLoss(static, feature_file=tmp_path)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NO_ID
+from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.drawing import Asked, Rules
 from negative_cache.features import Features, Specs, concatenate
-from negative_cache.negative_cache import check_ids
+from negative_cache.negative_cache import CacheManager, check_ids
 from negative_cache.negatives import check_finite
 
 
@@ -40,6 +41,17 @@ class Batch(NamedTuple):
         if self.negatives is None or self.new_ids is None:
             return None
         return self.new_ids[len(self.queries) :]
+
+
+class Step(NamedTuple):
+    """A batch that was checked, and what `NegativeCacheLoss` uses it with."""
+
+    batch: Batch
+    manager: CacheManager
+    cache: NegativeCache
+    rules: Rules
+    asked: Asked
+    is_writing: bool
 
 
 def check_embeddings(queries: Tensor, documents: Tensor, negatives: Tensor | None) -> None:

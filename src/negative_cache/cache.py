@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from negative_cache.columns import Column, FixedColumn, QuantizedColumn, RaggedColumn, make_column, spec_of
+from negative_cache.columns import Column, FixedColumn, QuantizedColumn, RaggedColumn, spec_of
 from negative_cache.features import (
     FeatureSpec,
     RaggedRows,
@@ -20,6 +21,7 @@ from negative_cache.features import (
     spec_to_json,
 )
 from negative_cache.lookup import OldestRows, RowsOfIds, is_last_of_equal
+from negative_cache.table import make_columns, read_columns, write_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,6 +66,7 @@ class NegativeCache(nn.Module):
         device: torch.device | str = "cpu",
         feature_device: torch.device | str | None = None,
         embedding_key: str | None = None,
+        feature_file: str | Path | None = None,
     ) -> NegativeCache:
         """A cache of `num_rows` unfilled rows.
 
@@ -73,14 +76,15 @@ class NegativeCache(nn.Module):
             device: Where the rows live.
             feature_device: Where all features but `embedding_key` live, whatever `.to()` says; None for `device`.
             embedding_key: The feature that stays on `device`.
+            feature_file: Folder in which all features but `embedding_key` live, in files without a name.
+
+        Raises:
+            ValueError: The folder does not exist, or a ragged feature has no max_length.
+            OSError: The folder's disk has not enough room.
         """
-        pinned = None if feature_device is None else torch.device(feature_device)
         cache = cls.__new__(cls)
         nn.Module.__init__(cache)
-        columns = {
-            key: make_column(spec, num_rows, torch.device(device), None if key == embedding_key else pinned)
-            for key, spec in specs.items()
-        }
+        columns = make_columns(specs, num_rows, torch.device(device), embedding_key, feature_device, feature_file)
         cache._fill_in(columns, num_rows, False, torch.device(device))
         return cache
 
@@ -165,7 +169,7 @@ class NegativeCache(nn.Module):
 
     def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
         """Features of `rows [n]` as `write` takes them."""
-        return {key: self._columns[key].read_rows(rows) for key in keys}
+        return read_columns(self._columns, rows, keys)
 
     def lengths(self, rows: Tensor, key: str) -> Tensor:
         """Lengths of a ragged feature of `rows [n]`: int64 `[n]`."""
@@ -219,14 +223,7 @@ class NegativeCache(nn.Module):
         def keep(new: Tensor, old: Tensor) -> Tensor:
             return new if is_any is None else torch.where(is_any.to(new.device), new, old)
 
-        for key, value in items.items():
-            column = self._columns[key]
-            if isinstance(column, RaggedColumn):
-                assert isinstance(value, RaggedRows)
-                column.write(rows, value if is_any is None else _keep_ragged(is_any, value, column, rows))
-            else:
-                assert isinstance(value, Tensor)
-                column.write(rows, value if is_any is None else keep(value.to(column.device), column.read(rows)))
+        write_columns(self._columns, rows, items, is_any)
         if resets_age:
             self.written[rows] = keep(self.step.expand(len(rows)), self.written[rows])
             self._oldest_rows.update(self.written, rows)
@@ -260,11 +257,11 @@ class NegativeCache(nn.Module):
         for key, spec in saved["specs"].items():
             if {**spec, "default_value": None} != {**mine[key], "default_value": None}:
                 raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
-        for name, buffer in self.state_dict(prefix=prefix).items():
+        for name, buffer in self.named_buffers(prefix.removesuffix(".")):
             value = state_dict.get(name)
             if value is None:
                 raise ValueError(f"The state dict has no entry {name!r}.")
-            has_own_size = name.endswith((".arena", "_extra_state"))
+            has_own_size = name.endswith(".arena")
             if value.dtype != buffer.dtype or (value.shape != buffer.shape and not has_own_size):
                 raise ValueError(
                     f"{name!r} is {value.dtype} {list(value.shape)} in the state dict, "
@@ -337,13 +334,6 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
     source = torch.where(wins, index, wins.to(torch.uint8).argmax())
     is_any = valid.any()
     return torch.where(is_any, rows[source], 0), source, is_any
-
-
-def _keep_ragged(is_any: Tensor, new: RaggedRows, column: RaggedColumn, rows: Tensor) -> RaggedRows:
-    """`new`, or what the rows hold already if there is nothing to write."""
-    if bool(is_any):
-        return new
-    return column.read_rows(rows)
 
 
 def module_name(prefix: str, key: str) -> str:

@@ -13,6 +13,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
+def dot(queries: Tensor, documents: Tensor) -> Tensor:
+    """Dot products over the last dimension, in at least float32."""
+    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
+    return (queries.to(dtype) * documents.to(dtype)).sum(dim=-1)
+
+
 def interpretable_loss(positive_scores: Tensor, lse: Tensor) -> Tensor:
     """`-log pi = softplus(lse - s_pos)`, without gradient.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from negative_cache import transfer
+
 
 class FixedLenFeature(NamedTuple):
     """A feature whose value has the same shape for every item.
@@ -193,8 +195,8 @@ def check_features(name: str, features: Features, specs: Specs) -> dict[str, Ten
 def to_device(value: Tensor | RaggedRows, device: torch.device) -> Tensor | RaggedRows:
     """Checked values on a device."""
     if isinstance(value, RaggedRows):
-        return RaggedRows(value.values.to(device), value.lengths.to(device))
-    return value.to(device)
+        return RaggedRows(transfer.to_device(value.values, device), transfer.to_device(value.lengths, device))
+    return transfer.to_device(value, device)
 
 
 def padded(checked: Mapping[str, Tensor | RaggedRows]) -> dict[str, Tensor]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from negative_cache import estimators
-from negative_cache.batch import Batch, check_embeddings, make_batch, mask_positives
+from negative_cache.batch import Batch, Step, check_embeddings, make_batch, mask_positives
 from negative_cache.cache import CacheHolder, NegativeCache, state_of
 from negative_cache.distributed import Ranks, separate, shard_sizes, world
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
@@ -28,6 +29,7 @@ from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
 from negative_cache.retrieval import Scale
 from negative_cache.sharded import draw_from_ranks
+from negative_cache.table import check_feature_file
 
 EMBEDDING = "embedding"
 
@@ -55,6 +57,7 @@ class NegativeCacheLoss(CacheHolder):
             other inputs than a transformer's then keep the shape that they have there.
         embedding_dtype: Stored dtype of embeddings: float32, bfloat16, float16, float64, or int8 with a scale per row.
         feature_device: Where document features are kept, such as "cpu"; None for where the embeddings are.
+        feature_file: Folder in which document features are kept, in files without a name that go with the process.
         seed: Seed of the draws; None takes one from torch's global generator.
         process_group: Share the cache among the ranks of this group, or of the default one ("world", looked up
             at the first step; one process if there is none): each rank holds `cache_size / ranks` rows, queries see
@@ -74,6 +77,7 @@ class NegativeCacheLoss(CacheHolder):
         specs: Specs | None = None,
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
+        feature_file: str | Path | None = None,
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
@@ -90,6 +94,8 @@ class NegativeCacheLoss(CacheHolder):
             raise ValueError(f"`embedding_dtype` is {embedding_dtype}; it must be a floating point dtype or int8.")
         if specs is not None and EMBEDDING in specs:
             raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses. Rename the feature.")
+        if feature_file is not None:
+            check_feature_file(feature_file, feature_device, specs or {})
         # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
         self._document_encoder = (document_encoder,)
         self.cache_size = cache_size
@@ -98,6 +104,7 @@ class NegativeCacheLoss(CacheHolder):
         self.use_lru = use_lru
         self.embedding_dtype = embedding_dtype
         self.feature_device = feature_device
+        self.feature_file = feature_file
         self.generator = new_generator(seed)
         self._first_state = self.generator.get_state()
         self._process_group = process_group
@@ -186,7 +193,7 @@ class NegativeCacheLoss(CacheHolder):
         """
         device = query_embeddings.device
 
-        def prepare() -> tuple[_Step, list[int]]:
+        def prepare() -> tuple[Step, list[int]]:
             check_embeddings(query_embeddings, document_embeddings, negative_embeddings)
             specs = self.specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
             batch = make_batch(
@@ -261,7 +268,7 @@ class NegativeCacheLoss(CacheHolder):
         queries, scale = batch.queries, self.scale
         if self.log_scale is not None:
             scale = ranks.average_gradient(self.log_scale.to(queries.device)).exp()
-        positive_scores = scale * _dot(queries, batch.documents)
+        positive_scores = scale * estimators.dot(queries, batch.documents)
         fresh_scores, given = None, self._given(batch, positive_scores.dtype, ranks, meeting)
         if given is not None:
             with torch.autocast(queries.device.type, enabled=False):
@@ -269,7 +276,7 @@ class NegativeCacheLoss(CacheHolder):
             fresh_scores = mask_positives(fresh_scores, batch.positives, negatives.withheld_ids)
         staleness = positive_scores.new_zeros(())
         if negatives.count:
-            negative_scores = scale * _dot(queries[:, None], fresh.view(len(queries), -1, queries.shape[1]))
+            negative_scores = scale * estimators.dot(queries[:, None], fresh.view(len(queries), -1, queries.shape[1]))
             staleness = estimators.staleness(negatives.cached, fresh).mean()
         else:
             negative_scores = positive_scores[:, None] * 0
@@ -279,7 +286,7 @@ class NegativeCacheLoss(CacheHolder):
         return loss
 
     def _write(
-        self, step: _Step, new_items_mask: Tensor | None, updated: Returned | None, refreshed: Returned | None
+        self, step: Step, new_items_mask: Tensor | None, updated: Returned | None, refreshed: Returned | None
     ) -> None:
         """New embeddings into their rows, the batch's documents over the oldest ones."""
         step.manager.update_cache_(
@@ -315,7 +322,7 @@ class NegativeCacheLoss(CacheHolder):
         """How many steps have updated the cache; waits for the device."""
         return 0 if self.cache is None else int(self.cache.step)
 
-    def _prepare(self, batch: Batch, specs: Specs) -> _Step:
+    def _prepare(self, batch: Batch, specs: Specs) -> Step:
         """Checks of the batch against the cache; a new cache is kept only once it has been written."""
         all_specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(batch.queries.shape[1], self.embedding_dtype)}
         all_specs.update(specs)
@@ -352,14 +359,14 @@ class NegativeCacheLoss(CacheHolder):
             batch.new_ids,
             0 if batch.negatives is None else len(batch.negatives),
         )
-        return _Step(batch, manager, cache, rules, asked, is_writing)
+        return Step(batch, manager, cache, rules, asked, is_writing)
 
     def _new_cache(self, specs: Specs, device: torch.device) -> NegativeCache:
         """An empty cache of this rank's share of the rows."""
         num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
         if num_rows == 0:
             raise ValueError(f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it.")
-        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING)
+        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING, self.feature_file)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""
@@ -386,20 +393,3 @@ class NegativeCacheLoss(CacheHolder):
             cache.check_loadable(state_dict, prefix + "cache.")
             self.cache = cache
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _Step(NamedTuple):
-    """A batch that was checked, and what it will be used with."""
-
-    batch: Batch
-    manager: CacheManager
-    cache: NegativeCache
-    rules: Rules
-    asked: Asked
-    is_writing: bool
-
-
-def _dot(queries: Tensor, documents: Tensor) -> Tensor:
-    """Dot products over the last dimension, in at least float32."""
-    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
-    return (queries.to(dtype) * documents.to(dtype)).sum(dim=-1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from negative_cache.distributed import Ranks, world
-from negative_cache.features import FeatureSpec, RaggedFeature
+from negative_cache.features import RaggedFeature
 from negative_cache.modules import NegativeCacheLoss
 
 try:
@@ -21,7 +22,7 @@ except ImportError as error:
 
 # In the cache a token is its id + 1, so that 0 is padding whatever the tokenizer pads with.
 _TOKENS, _TYPES = "tokens", "token_type_ids"
-_SPECS: dict[str, FeatureSpec] = {_TOKENS: RaggedFeature(torch.int32), _TYPES: RaggedFeature(torch.uint8)}
+_SPECS = {_TOKENS: RaggedFeature(torch.int32), _TYPES: RaggedFeature(torch.uint8)}
 _PADDED_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 _FLAT_KEYS = {"input_ids", "offsets"}
 
@@ -50,6 +51,7 @@ class NegativeCacheRankingLoss(nn.Module):
         use_lru: Replace the least recently used documents; if False, the first that came.
         embedding_dtype: Stored dtype of embeddings.
         feature_device: Where the tokens of cached documents are kept; None for the model's device.
+        feature_file: Folder in which they are kept, in files without a name; the model must have a max_seq_length.
         seed: Seed of the draws; None takes one from torch's global generator.
         gather_across_devices: Share the cache among all ranks: each holds `cache_size / ranks` documents, every
             anchor sees all of them, and given negatives serve the anchors of all ranks.
@@ -68,6 +70,7 @@ class NegativeCacheRankingLoss(nn.Module):
         use_lru: bool = True,
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
+        feature_file: str | Path | None = None,
         seed: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
@@ -81,6 +84,8 @@ class NegativeCacheRankingLoss(nn.Module):
         self.similarity_fct = similarity_fct
         self._pad_token_id = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
         self._is_flat = False
+        max_length = None if feature_file is None else _max_length(model)
+        self._specs = {key: spec._replace(max_length=max_length) for key, spec in _SPECS.items()}
         self._constants: dict[str, Any] = {}  # what a feature dict holds beside token tensors, the same for all texts
         self.cache_loss = NegativeCacheLoss(
             self._encode_cached,
@@ -92,6 +97,7 @@ class NegativeCacheRankingLoss(nn.Module):
             use_lru=use_lru,
             embedding_dtype=embedding_dtype,
             feature_device=feature_device,
+            feature_file=feature_file,
             seed=seed,
             process_group="world" if gather_across_devices else None,
         )
@@ -124,7 +130,7 @@ class NegativeCacheRankingLoss(nn.Module):
         self._constants = {k: v for k, v in columns[1].items() if not isinstance(v, Tensor)}
         embeddings = [self._embed(column) for column in columns]
         hashes = [_hash(document[_TOKENS]) for document in documents]
-        self.cache_loss.specs = {key: _SPECS[key] for key in documents[0]}
+        self.cache_loss.specs = {key: self._specs[key] for key in documents[0]}
         self._is_flat = "offsets" in columns[1]
         ids, positives = _ids(labels, hashes[0])
         negatives: dict[str, Any] = {}
@@ -208,6 +214,17 @@ def _dimension(model: Any) -> int | None:
         if hasattr(model, name):
             return getattr(model, name)()
     return None
+
+
+def _max_length(model: Any) -> int:
+    """The most tokens that the model takes of a text; raise where it has no limit, or one that nothing can hold."""
+    longest = getattr(model, "max_seq_length", None)
+    if longest is None or longest > 1 << 20:
+        raise ValueError(
+            f"`feature_file` needs a place of fixed length per document, but the model's max_seq_length is {longest}. "
+            "Set it, or leave `feature_file` out."
+        )
+    return int(longest)
 
 
 def _average_over_ranks(gradient: Tensor) -> Tensor:

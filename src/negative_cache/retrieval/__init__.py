@@ -86,9 +86,7 @@ def _why_not_fused(queries: Tensor, pool: RowPool, score_transform: ScoreTransfo
         return f"{tiled}."
     if score_transform is not None:
         return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
-    try:
-        from negative_cache.retrieval.triton import why_unsupported
-    except ImportError as error:
-        return f"{tiled}: the fused kernel needs Triton ({error})."
-    why = why_unsupported(queries, pool)
-    return None if why is None else f"{tiled}: {why}"
+    from negative_cache.retrieval.triton import reason_against
+
+    reason = reason_against(queries, pool)
+    return None if reason is None else f"{tiled}: {reason}"

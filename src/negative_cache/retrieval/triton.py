@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from negative_cache.features import quantize
+from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, check_queries, group_bounds
-from negative_cache.retrieval.reference import exact_top_k, sample, uniforms
+from negative_cache.retrieval.reference import exact_top_k, sample
 from negative_cache.retrieval.tiling import MAX_BLOCK, Tiling, gpu_tiling, power_of_two, precision
 
 MAX_HIDDEN = 16  # excluded rows per query that are held in registers; more are read again for each block

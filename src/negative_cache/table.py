@@ -1,0 +1,112 @@
+"""The columns of a cache together: made, read and written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from negative_cache.columns import Column, RaggedColumn, make_column, stored_as
+from negative_cache.features import FeatureSpec, RaggedFeature, RaggedRows, Specs
+from negative_cache.mapped_file import check_folder, check_space
+from negative_cache.transfer import bring
+
+
+def make_columns(
+    specs: Specs,
+    num_rows: int,
+    device: torch.device,
+    embedding_key: str | None = None,
+    feature_device: torch.device | str | None = None,
+    feature_file: str | Path | None = None,
+) -> dict[str, Column]:
+    """Empty columns; all but that of `embedding_key` are where `feature_device` or `feature_file` say.
+
+    Raises:
+        ValueError: See `check_feature_file`.
+        OSError: The folder's disk has not enough room.
+    """
+    features = {key: spec for key, spec in specs.items() if key != embedding_key}
+    pinned = None if feature_device is None else torch.device(feature_device)
+    if feature_file is not None:
+        check_feature_file(feature_file, feature_device, features)
+        stored = [stored_as(spec, num_rows) for spec in features.values()]
+        check_space(feature_file, sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored))
+        pinned = torch.device("cpu")
+    return {
+        key: make_column(spec, num_rows, device, pinned, feature_file)
+        if key in features
+        else make_column(spec, num_rows, device)
+        for key, spec in specs.items()
+    }
+
+
+def check_feature_file(
+    feature_file: str | Path, feature_device: torch.device | str | None, specs: Mapping[str, FeatureSpec]
+) -> None:
+    """Raise ValueError unless features of these specs can be kept in files of the folder."""
+    check_folder(feature_file)
+    if feature_device is not None and torch.device(feature_device).type != "cpu":
+        raise ValueError(f"`feature_device` is {str(feature_device)!r}, but what is in `feature_file` is on the CPU.")
+    for key, spec in specs.items():
+        if isinstance(spec, RaggedFeature) and spec.max_length is None:
+            raise ValueError(
+                f"The ragged feature {key!r} has no max_length, so that a file has no place for each of its rows. Give "
+                f"`specs` with RaggedFeature({spec.dtype}, max_length=...), or a FixedLenFeature."
+            )
+
+
+def read_columns(columns: Mapping[str, Column], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
+    """`rows [n]` of some columns, each on its own device, as `write_columns` takes them."""
+    at = {device: rows.to(device) for device in {columns[key].device for key in keys}}
+    return {key: columns[key].read_rows(at[columns[key].device]) for key in keys}
+
+
+def write_columns(
+    columns: Mapping[str, Column], rows: Tensor, items: Mapping[str, Tensor | RaggedRows], is_any: Tensor | None
+) -> None:
+    """Store items in `rows [n]` of their columns. For those of another device it is waited once.
+
+    Args:
+        columns: Column per feature.
+        rows: int64 `[n]`. A row that occurs twice must have equal values.
+        items: Checked values, `n` each.
+        is_any: bool scalar: if False, nothing is stored; None for True.
+    """
+    devices = {key: columns[key].device for key in items}
+    for key, value in items.items():
+        if devices[key] == rows.device:
+            _write_if(is_any, columns[key], rows, value)
+    for device in set(devices.values()) - {rows.device}:
+        there = {key: value for key, value in items.items() if devices[key] == device}
+        parts = [part for value in there.values() for part in (value if isinstance(value, RaggedRows) else [value])]
+        flags = [] if is_any is None else [is_any]
+        arrived = iter(bring([rows, *flags, *parts], device))
+        rows_there = next(arrived)
+        if flags and not bool(next(arrived)):
+            continue
+        for key, value in there.items():
+            is_ragged = isinstance(value, RaggedRows)
+            _write(columns[key], rows_there, RaggedRows(next(arrived), next(arrived)) if is_ragged else next(arrived))
+
+
+def _write_if(is_any: Tensor | None, column: Column, rows: Tensor, value: Tensor | RaggedRows) -> None:
+    if is_any is None:
+        _write(column, rows, value)
+    elif isinstance(value, Tensor):  # nothing that waits for the device
+        old = column.read(rows)
+        _write(column, rows, torch.where(is_any, value.to(old.device), old))
+    elif bool(is_any):
+        _write(column, rows, value)
+
+
+def _write(column: Column, rows: Tensor, value: Tensor | RaggedRows) -> None:
+    if isinstance(column, RaggedColumn):
+        assert isinstance(value, RaggedRows)
+        column.write(rows, value)
+    else:
+        assert isinstance(value, Tensor)
+        column.write(rows, value)
