@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print ratios measured in one run."""
+"""Benchmarks: `python -m benchmarks step | peers | scale | memory | end-to-end`, see `__main__.py`."""

@@ -1,72 +1,129 @@
-"""Time and memory of one step of the cache, encoders excluded, against the bare product of the same size.
-
-python -m benchmarks.step --batch-size 128 --cache-size 131072 --dim 768
-"""
+"""`step`: a step of the library, of the dense algorithm and the bare product, all taking turns in one run."""
 
 from __future__ import annotations
 
-import argparse
-import resource
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
 
-from negative_cache import NegativeCacheLoss
+from benchmarks.peak import peak_bytes
+from benchmarks.report import COLOURS, Report, Row, Table, ratio, style, verdict
+from benchmarks.sizes import PASS_TARGET, Size, SizeSet
+from benchmarks.timing import median_ms
+from benchmarks.workload import Workload, make_dense, make_workload
 
-
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def make_step(batch: int, rows: int, dim: int, top_k: int | None) -> Callable[[], Tensor]:
-    """A training step against a full cache; the encoder looks up embeddings, so that it costs next to nothing."""
-    table = torch.nn.functional.normalize(torch.randn(rows, dim), dim=1)
-    features = torch.arange(rows)[:, None]
-    loss_fn = NegativeCacheLoss(lambda x: table[x["row"][:, 0]], rows, top_k=top_k, seed=0)
-    queries = torch.nn.functional.normalize(torch.randn(batch, dim), dim=1).requires_grad_()
-    for start in range(0, rows, 8192):
-        part = slice(start, min(start + 8192, rows))
-        with torch.no_grad():
-            filling = table[part]
-        loss_fn(torch.zeros_like(filling).requires_grad_(), filling, {"row": features[part]})
-    documents = table[:batch].clone()
-
-    def step() -> Tensor:
-        loss: Tensor = loss_fn(queries, documents, {"row": features[:batch]})
-        return loss
-
-    return step
+COLUMNS = {
+    "dtype": "rows",
+    "mode": "softmax over",
+    "batch": "B",
+    "rows": "N",
+    "dim": "D",
+    "step_ms": "step, ms",
+    "dense_ms": "dense step, ms",
+    "ratio": "step / dense",
+    "target": "target",
+    "met": "",
+    "pass_ms": "pass alone, ms",
+    "product_ms": "product, ms",
+    "pass_ratio": "pass / product",
+    "pass_target": "target",
+    "pass_met": "",
+    "float32_ms": "float32 product, ms",
+    "extra_mb": "extra memory, MB",
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--cache-size", type=int, default=131_072)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    batch, rows, dim = options.batch_size, options.cache_size, options.dim
-    print(f"B={batch} N={rows} D={dim} float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("step            ms   / bare product   peak memory beyond the cache, MB")
-    for name, top_k in (("all rows", None), ("top_k=64", 64)):
-        step = make_step(batch, rows, dim, top_k)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = median_seconds(step, options.repeats)
-        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        queries, matrix = torch.randn(batch, dim), torch.randn(rows, dim)
-        product = median_seconds(lambda q=queries, m=matrix: q @ m.T, options.repeats)  # type: ignore[misc]
-        print(f"{name:12} {seconds * 1000:6.0f}   {seconds / product:14.2f}   {extra:8.0f}")
+def run(sizes: SizeSet, device: torch.device) -> Report:
+    """Measure each group of sizes that differ in dtype and mode alone."""
+    groups: dict[tuple[int, ...], list[Size]] = {}
+    for size in sizes.step:
+        groups.setdefault((size.batch, size.rows, size.dim, size.length), []).append(size)
+    rows = [row for group in groups.values() for row in _measure(group, sizes.repeats, device)]
+    columns = dict(COLUMNS)
+    if device.type != "cuda":  # the fused pass has a target; peak memory in one process would not be exact
+        for key in ("pass_target", "pass_met", "extra_mb"):
+            del columns[key]
+    title = "One step of a full cache: retrieve, write back, insert; encoders excluded, features 2 x int32"
+    note = (
+        "dense step: the earlier port's algorithm (float32 rows); product: queries @ rows.T at once, in the rows' "
+        "dtype. Medians of calls that take turns."
+    )
+    return Report([Table("step", title, columns, rows, note)], partial(_plot, rows))
 
 
-if __name__ == "__main__":
-    main()
+def _measure(group: list[Size], repeats: int, device: torch.device) -> list[Row]:
+    first, modes = group[0], dict.fromkeys(size.top_k for size in group)
+    works = {dtype: _workload(group, dtype, device) for dtype in dict.fromkeys(size.dtype for size in group)}
+    dense = make_dense(first, device)
+    batch = next(iter(works.values()))
+    operands = batch.queries.detach(), dense.embeddings
+    calls: dict[str, Callable[[], object]] = {"float32": lambda: operands[0] @ operands[1].T}
+    for top_k in modes:
+        calls[f"dense {top_k}"] = partial(dense.step, batch.queries, batch.documents, batch.features, top_k)
+    for dtype, work in works.items():
+        calls[f"product {dtype}"] = work.product()
+    for size in group:
+        calls[f"step {size.dtype} {size.top_k}"] = partial(works[size.dtype].step, size.top_k)
+        calls[f"pass {size.dtype} {size.top_k}"] = partial(works[size.dtype].retrieve, size.top_k)
+    times = median_ms(calls, repeats, device, f"B={first.batch} N={first.rows}")
+    return [_row(size, times, works[size.dtype], device) for size in group]
+
+
+def _workload(group: list[Size], dtype: str, device: torch.device) -> Workload:
+    return make_workload(next(size for size in group if size.dtype == dtype), device)
+
+
+def _row(size: Size, times: dict[str, float], work: Workload, device: torch.device) -> Row:
+    step, dense = times.get(f"step {size.dtype} {size.top_k}"), times.get(f"dense {size.top_k}")
+    alone, product = times.get(f"pass {size.dtype} {size.top_k}"), times.get(f"product {size.dtype}")
+    is_cuda = device.type == "cuda"
+    extra = peak_bytes(partial(work.step, size.top_k), device) if is_cuda else None
+    pass_target = PASS_TARGET if is_cuda else None
+    return {
+        "dtype": size.dtype,
+        "mode": size.mode,
+        "batch": size.batch,
+        "rows": size.rows,
+        "dim": size.dim,
+        "step_ms": step,
+        "dense_ms": dense,
+        "ratio": ratio(step, dense),
+        "target": size.target,
+        "met": verdict(ratio(step, dense), size.target),
+        "pass_ms": alone,
+        "product_ms": product,
+        "pass_ratio": ratio(alone, product),
+        "pass_target": pass_target,
+        "pass_met": verdict(ratio(alone, product), pass_target),
+        "float32_ms": times.get("float32"),
+        "extra_mb": None if extra is None else extra / 1e6,
+    }
+
+
+def _plot(rows: list[Row], figure: Figure) -> None:
+    """Bars of the ratio to the dense step, with the targets as lines."""
+    axes = figure.subplots()
+    shown = [row for row in rows if isinstance(row["ratio"], float)]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    for at, row in enumerate(shown):
+        number = dtypes.index(row["dtype"])
+        value = row["ratio"]
+        assert isinstance(value, float)
+        label = f"{row['dtype']} rows" if row["dtype"] not in [r["dtype"] for r in shown[:at]] else None
+        axes.bar(at, value, color=COLOURS[number % len(COLOURS)], label=label)
+        axes.annotate(f"{value:.2f}", (at, value), (0, 3), textcoords="offset points", ha="center")
+        if isinstance(row["target"], float):
+            is_first = all(not isinstance(r["target"], float) for r in shown[:at])
+            axes.hlines(row["target"], at - 0.45, at + 0.45, color="black", label="target" if is_first else "_")
+    is_one_shape = len({(row["batch"], row["rows"]) for row in shown}) == 1
+    names = [row["mode"] if is_one_shape else f"{row['mode']}\nB={row['batch']}\nN={row['rows']:,}" for row in shown]
+    axes.set_xticks(range(len(shown)), [str(name) for name in names])
+    title = "Time of a step relative to the dense algorithm"
+    if is_one_shape and shown:
+        title += f" (B={shown[0]['batch']}, N={shown[0]['rows']:,}, D={shown[0]['dim']})"
+    style(axes, title, "softmax over", "time / time of the dense step")
+    axes.grid(False, axis="x")
+    axes.margins(y=0.15)
+    axes.legend(frameon=False)

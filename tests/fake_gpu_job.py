@@ -25,8 +25,11 @@ from negative_cache import (
     CacheLossHandler,
     CacheManager,
     FixedLenFeature,
+    NegativeCache,
     NegativeCacheLoss,
+    RaggedFeature,
 )
+from negative_cache.features import Specs
 
 GPU = "fakegpu"
 BATCH, DIM, WIDTH = 8, 16, 6
@@ -41,8 +44,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == GPU:
-            self.note()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].device.type == GPU:
+                self.note()
             return True if args[0].dtype == torch.bool else WIDTH
         result = func(*args, **kwargs)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
@@ -54,8 +58,8 @@ class Waits(TorchDispatchMode):
         return result
 
     def note(self) -> None:
-        frames = traceback.extract_stack()
-        last = [frame for frame in frames if "negative_cache" in frame.filename or frame.filename == __file__][-2]
+        frames = traceback.extract_stack()[:-2]
+        last = next((frame for frame in reversed(frames) if "/src/negative_cache/" in frame.filename), frames[-1])
         self.places[f"{last.filename.rsplit('/', 1)[1]}:{last.name}: {last.line}"] += 1
 
 
@@ -94,6 +98,17 @@ def handler_steps(encoder: Encoder, loss: CacheClassificationLoss) -> Callable[[
     return run
 
 
+def new_ragged(encoder: Encoder) -> NegativeCacheLoss:
+    """A loss with a feature that has a slot for each row already: an arena that has to grow is waited for."""
+    specs: Specs = {"row": FixedLenFeature([], torch.int64), "tokens": RaggedFeature(torch.int32, 32)}
+    loss = NegativeCacheLoss(encoder, 256, seed=0, specs=specs)
+    embedding_spec = FixedLenFeature([DIM], torch.float32)
+    loss.cache = NegativeCache.empty({"embedding": embedding_spec, **specs}, 256, GPU, embedding_key="embedding")
+    column = loss.cache.get_submodule("feature_tokens")
+    column.arena = torch.zeros(256 * 32, dtype=torch.int32, device=GPU)
+    return loss
+
+
 def wait_three_times() -> None:
     values = torch.zeros(3, device=GPU)
     float(values.sum())
@@ -105,6 +120,9 @@ def wait_three_times() -> None:
 def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[str, Callable[[], None]]:
     def ids() -> Tensor:
         return torch.zeros(BATCH, dtype=torch.int64, device=GPU)
+
+    def tokens() -> Tensor:
+        return torch.ones(BATCH, WIDTH, dtype=torch.int32, device=GPU)
 
     def new(**options: Any) -> NegativeCacheLoss:
         loss = NegativeCacheLoss(encoder, 256, seed=0, **options)
@@ -118,6 +136,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
         "top_k": steps(new(top_k=16), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
+        "ragged": steps(new_ragged(encoder), encoder, tokens=tokens),
         "given negatives": steps(
             new(),
             encoder,

@@ -189,6 +189,7 @@ def test_tokens_in_a_file(minilm, static, tmp_path):
     losses = []
     for options in ({}, {"feature_file": tmp_path}):
         loss = NegativeCacheRankingLoss(minilm, cache_size=16, seed=0, **options)
+        torch.manual_seed(0)  # dropout, where another test has left it on
         for _ in range(2):
             value = loss(columns(minilm, ANCHORS, POSITIVES))
         losses.append((value.item(), loss.cache_loss.cache))

@@ -145,11 +145,11 @@ class NegativeCache(nn.Module):
         return iter((self.data, self.age))
 
     def has_rows(self) -> bool:
-        """Whether any row is filled. Waits for the device only after a state was loaded.
+        """Whether any row is filled. A device is waited for only after a state was loaded.
 
         On a GPU, True also where all that was ever written was masked there: nobody looked.
         """
-        if self._has_rows is None:
+        if self._has_rows is None or (not self._has_rows and is_free_to_read(self.filled)):
             self._has_rows = bool(self.filled.any())
         return self._has_rows
 
@@ -257,7 +257,10 @@ class NegativeCache(nn.Module):
         for key, spec in saved["specs"].items():
             if {**spec, "default_value": None} != {**mine[key], "default_value": None}:
                 raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
+        derived = (f"{prefix}_oldest_rows.", f"{prefix}_rows_of_ids.")
         for name, buffer in self.named_buffers(prefix.removesuffix(".")):
+            if name.startswith(derived):  # built anew from the rest
+                continue
             value = state_dict.get(name)
             if value is None:
                 raise ValueError(f"The state dict has no entry {name!r}.")

@@ -206,43 +206,56 @@ class RaggedColumn(_Column):
 
     def read(self, rows: Tensor) -> Tensor:
         """The sequences of `rows [n]`, padded to the longest of them: `[n, longest]`."""
-        return self._gather(rows.to(self.device))
+        return self.read_rows(rows).values
 
-    def read_rows(self, rows: Tensor) -> RaggedRows:
-        """The sequences of `rows [n]` as `write` takes them."""
+    def longest(self, rows: Tensor) -> Tensor:
+        """The length of the longest sequence of `rows [n]`: an int64 scalar."""
+        return self.lengths[rows.to(self.device)].amax() if len(rows) else self.lengths.new_zeros(())
+
+    def read_rows(self, rows: Tensor, width: int | None = None) -> RaggedRows:
+        """The sequences of `rows [n]` as `write` takes them.
+
+        Args:
+            rows: int64 `[n]`.
+            width: The longest of them, if that is known; else it is waited for.
+        """
         rows = rows.to(self.device)
-        return RaggedRows(self._gather(rows), self.lengths[rows])
+        width = int(self.longest(rows)) if width is None else width
+        lengths = self.lengths[rows]
+        if width == 0:
+            return RaggedRows(self.arena.new_empty(len(rows), 0), lengths)
+        positions = torch.arange(width, device=self.device)
+        inside = positions < lengths[:, None]
+        at = torch.where(inside, self.offsets[self._expect(rows)][:, None] + positions, 0)
+        return RaggedRows(self.arena[at].masked_fill_(~inside, padding_value(self.spec)), lengths)
 
-    def write(self, rows: Tensor, values: RaggedRows) -> None:
-        """Store `values` in `rows [n]`. A row that occurs twice must have equal values."""
+    def write(self, rows: Tensor, values: RaggedRows, is_any: Tensor | None = None) -> None:
+        """Store `values` in `rows [n]`. A row that occurs twice must have equal values.
+
+        Args:
+            rows: int64 `[n]`.
+            values: Checked values.
+            is_any: bool scalar: if False, the rows keep what they have; None for True.
+        """
         rows = rows.to(self.device)
         padded, lengths = values.values.to(self.device), values.lengths.to(self.device)
         count, width = padded.shape
         if not self._is_slotted and self.tail + padded.numel() > self.arena.numel():
             self._rewrite(padded.numel())
         if self._is_slotted:
-            positions = torch.arange(width, device=self.device)
-            self._expect(rows)
-            self.offsets[rows] = rows * self._slot
-            self.arena[self.offsets[rows][:, None] + positions] = padded
+            offsets = self._expect(rows) * self._slot
+            at = offsets[:, None] + torch.arange(width, device=self.device)
+            self.arena[at] = padded if is_any is None else torch.where(is_any, padded, self.arena[at])
         else:
-            self.offsets[rows] = self.tail + width * torch.arange(count, device=self.device)
+            offsets = self.tail + width * torch.arange(count, device=self.device)
             self.arena[self.tail : self.tail + padded.numel()] = padded.flatten()
             self.tail += padded.numel()
-        self.lengths[rows] = lengths
+        for stored, new in ((self.offsets, offsets), (self.lengths, lengths)):
+            stored[rows] = new if is_any is None else torch.where(is_any, new, stored[rows])
 
     def dense(self) -> Tensor:
         """All rows, padded to the longest of them; a copy `[num_rows, longest]`."""
-        return self._gather(torch.arange(len(self.offsets), device=self.device))
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        lengths = self.lengths[rows]
-        positions = torch.arange(int(lengths.amax()) if len(rows) else 0, device=self.device)
-        inside = positions < lengths[:, None]
-        if positions.numel() == 0:
-            return self.arena.new_empty(len(rows), 0)
-        at = torch.where(inside, self.offsets[self._expect(rows)][:, None] + positions, 0)
-        return torch.where(inside, self.arena[at], self.arena.new_tensor(padding_value(self.spec)))
+        return self.read(torch.arange(len(self.offsets), device=self.device))
 
     def _rewrite(self, incoming: int) -> None:
         """Copy what is alive to a new arena with room for `incoming` more values."""

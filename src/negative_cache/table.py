@@ -62,7 +62,23 @@ def check_feature_file(
 def read_columns(columns: Mapping[str, Column], rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
     """`rows [n]` of some columns, each on its own device, as `write_columns` takes them."""
     at = {device: rows.to(device) for device in {columns[key].device for key in keys}}
-    return {key: columns[key].read_rows(at[columns[key].device]) for key in keys}
+    chosen = {key: columns[key] for key in keys}
+    widths = _widths({key: column for key, column in chosen.items() if isinstance(column, RaggedColumn)}, at)
+    result: dict[str, Tensor | RaggedRows] = {}
+    for key, column in chosen.items():
+        here = at[column.device]
+        result[key] = column.read_rows(here, widths[key]) if isinstance(column, RaggedColumn) else column.read(here)
+    return result
+
+
+def _widths(columns: Mapping[str, RaggedColumn], rows: Mapping[torch.device, Tensor]) -> dict[str, int]:
+    """The longest sequence in each column, by device; each device is waited for once."""
+    widths: dict[str, int] = {}
+    for device, at in rows.items():
+        here = {key: column for key, column in columns.items() if column.device == device}
+        longest = [column.longest(at) for column in here.values()]
+        widths.update(zip(here, torch.stack(longest).tolist() if longest else [], strict=True))
+    return widths
 
 
 def write_columns(
@@ -79,7 +95,7 @@ def write_columns(
     devices = {key: columns[key].device for key in items}
     for key, value in items.items():
         if devices[key] == rows.device:
-            _write_if(is_any, columns[key], rows, value)
+            _write(is_any, columns[key], rows, value)
     for device in set(devices.values()) - {rows.device}:
         there = {key: value for key, value in items.items() if devices[key] == device}
         parts = [part for value in there.values() for part in (value if isinstance(value, RaggedRows) else [value])]
@@ -90,23 +106,17 @@ def write_columns(
             continue
         for key, value in there.items():
             is_ragged = isinstance(value, RaggedRows)
-            _write(columns[key], rows_there, RaggedRows(next(arrived), next(arrived)) if is_ragged else next(arrived))
+            arrived_value = RaggedRows(next(arrived), next(arrived)) if is_ragged else next(arrived)
+            _write(None, columns[key], rows_there, arrived_value)
 
 
-def _write_if(is_any: Tensor | None, column: Column, rows: Tensor, value: Tensor | RaggedRows) -> None:
-    if is_any is None:
-        _write(column, rows, value)
-    elif isinstance(value, Tensor):  # nothing that waits for the device
-        old = column.read(rows)
-        _write(column, rows, torch.where(is_any, value.to(old.device), old))
-    elif bool(is_any):
-        _write(column, rows, value)
-
-
-def _write(column: Column, rows: Tensor, value: Tensor | RaggedRows) -> None:
+def _write(is_any: Tensor | None, column: Column, rows: Tensor, value: Tensor | RaggedRows) -> None:
     if isinstance(column, RaggedColumn):
         assert isinstance(value, RaggedRows)
-        column.write(rows, value)
-    else:
-        assert isinstance(value, Tensor)
-        column.write(rows, value)
+        column.write(rows, value, is_any)
+        return
+    assert isinstance(value, Tensor)
+    if is_any is not None:
+        old = column.read(rows)
+        value = torch.where(is_any, value.to(old.device), old)
+    column.write(rows, value)

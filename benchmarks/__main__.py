@@ -1,0 +1,61 @@
+"""Benchmarks of negative-cache.
+
+  step        a step against the dense algorithm of the earlier port and the bare product
+  peers       the same number of negatives per query with other libraries' losses: time and memory
+  scale       time against the number of rows
+  memory      peak extra memory against the number of rows
+  end-to-end  a training step of a transformer against plain in-batch negatives
+
+Prints a table, and writes it as CSV beside a plot. First the operations are checked against the dense reference; if
+a check fails, nothing is measured and the exit code is 1. Several processes are measured by
+`python -m benchmarks.ranks` and `python -m benchmarks.two_hosts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import checks
+from benchmarks.report import Report
+from benchmarks.sizes import SETS
+from benchmarks.timing import progress
+
+COMMANDS = ("step", "peers", "scale", "memory", "end-to-end")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--sizes", choices=list(SETS), help="default: gpu where there is one, else full")
+    parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="folder of CSV files and plots")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = SETS[options.sizes or ("gpu" if device.type == "cuda" else "full")]
+    progress("Checking the operations against the dense reference ...")
+    problems = checks.failures(sizes.step, device)
+    if problems:
+        print("\nNo numbers, because the operations are not right:", *problems, sep="\n  ", file=sys.stderr)
+        return 1
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # processes of their own need it
+    module = importlib.import_module(f"benchmarks.{options.command.replace('-', '_')}")
+    report: Report = module.run(sizes, device)
+    progress("")
+    report.show(device)
+    paths = report.save(options.output, device)
+    print("\nWritten:", *paths)
+    return 0
+
+
+if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["benchmarks.peers"])  # imported once for all processes that are started
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`end-to-end`: whole training steps of a transformer, negative cache against plain in-batch at the same batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from matplotlib.figure import Figure
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import nn
+
+from benchmarks.encoders import full_cache_loss, minilm, random_encoder, random_texts
+from benchmarks.report import COLOURS, Report, Row, Table, ratio, style, verdict
+from benchmarks.sizes import END_TO_END_TARGET, SizeSet, TrainingSizes
+from benchmarks.timing import median_ms
+
+IN_BATCH = "in-batch"
+COLUMNS = {
+    "model": "model",
+    "loss": "loss",
+    "batch": "B",
+    "length": "tokens",
+    "rows": "N",
+    "step_ms": "training step, ms",
+    "ratio": "step / in-batch",
+    "target": "target",
+    "met": "",
+}
+
+
+def run(sizes: SizeSet, device: torch.device) -> Report:
+    """Forward, backward and AdamW, for each model."""
+    given = sizes.end_to_end
+    torch.manual_seed(0)
+    models: dict[str, SentenceTransformer | None] = {
+        f"random, {given.layers} layers x {given.hidden}": random_encoder(
+            given.hidden, given.layers, given.length, device
+        ),
+        "all-MiniLM-L6-v2": minilm(device) if given.use_minilm else None,
+    }
+    target = END_TO_END_TARGET if sizes.is_judged else None
+    rows: list[Row] = []
+    for name, model in models.items():
+        if model is not None:
+            rows += _measure(name, model, given, sizes.repeats, target, device)
+    title = "A training step: forward, backward, AdamW; texts of random tokens"
+    note = f"{IN_BATCH}: sentence-transformers' MultipleNegativesRankingLoss. Medians of steps that take turns."
+    return Report([Table("end-to-end", title, COLUMNS, rows, note)], partial(_plot, rows))
+
+
+def _measure(
+    name: str,
+    model: SentenceTransformer,
+    sizes: TrainingSizes,
+    repeats: int,
+    target: float | None,
+    device: torch.device,
+) -> list[Row]:
+    losses: dict[str, nn.Module] = {IN_BATCH: MultipleNegativesRankingLoss(model)}
+    for dtype in sizes.dtypes:
+        torch_dtype = getattr(torch, dtype)
+        losses[f"negative cache, {dtype}"] = full_cache_loss(model, sizes.rows, sizes.length, torch_dtype, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    calls = {loss: _training_step(module, optimizer, sizes, device) for loss, module in losses.items()}
+    times = median_ms(calls, repeats, device, name)
+    return [
+        {
+            "model": name,
+            "loss": loss,
+            "batch": sizes.batch,
+            "length": sizes.length,
+            "rows": None if loss == IN_BATCH else sizes.rows,
+            "step_ms": times.get(loss),
+            "ratio": ratio(times.get(loss), times.get(IN_BATCH)),
+            "target": None if loss == IN_BATCH else target,
+            "met": "" if loss == IN_BATCH else verdict(ratio(times.get(loss), times.get(IN_BATCH)), target),
+        }
+        for loss in losses
+    ]
+
+
+def _training_step(
+    loss: nn.Module, optimizer: torch.optim.Optimizer, sizes: TrainingSizes, device: torch.device
+) -> Callable[[], None]:
+    """A step on new texts."""
+
+    def step() -> None:
+        texts = [random_texts(sizes.batch, sizes.length, device) for _ in range(2)]
+        optimizer.zero_grad()
+        loss(texts, None).backward()
+        optimizer.step()
+
+    return step
+
+
+def _plot(rows: list[Row], figure: Figure) -> None:
+    models = list(dict.fromkeys(str(row["model"]) for row in rows))
+    losses = list(dict.fromkeys(str(row["loss"]) for row in rows))
+    axes = figure.subplots()
+    width = 0.8 / len(losses)
+    for number, loss in enumerate(losses):
+        for at, model in enumerate(models):
+            row = next(r for r in rows if (r["model"], r["loss"]) == (model, loss))
+            value = float(row["step_ms"] or 0)
+            place = at + (number - (len(losses) - 1) / 2) * width
+            axes.bar(place, value, 0.95 * width, color=COLOURS[number], label=loss if at == 0 else None)
+            text = f"{value:,.0f} ms" + ("" if loss == IN_BATCH else f"\n{float(row['ratio'] or 0):.2f} x")
+            axes.annotate(text, (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(models)), models)
+    first = rows[-1]
+    title = f"A training step (B={first['batch']}, {first['length']} tokens, N={int(first['rows'] or 0):,})"
+    style(axes, title, "model", "time per training step, ms")
+    axes.grid(False, axis="x")
+    axes.margins(y=0.2)
+    axes.legend(frameon=False)

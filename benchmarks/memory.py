@@ -1,0 +1,135 @@
+"""`memory`: peak extra memory of a step against the number of rows, a fresh process for each point."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks import child
+from benchmarks.peak import available_bytes, give_memory_back_at_once, peak_bytes, used_bytes
+from benchmarks.report import COLOURS, MARKERS, Report, Row, Table, Value, row_ticks, style, verdict
+from benchmarks.scale import SHARE_OF_MEMORY, fit_line
+from benchmarks.sizes import MEMORY_TARGET_MB, Size, SizeSet
+from benchmarks.timing import progress
+from benchmarks.workload import make_workload
+
+STEPS = 3
+FLAT_MB = 2.0  # from the fewest to the most rows
+COLUMNS = {
+    "dtype": "rows",
+    "mode": "softmax over",
+    "batch": "B",
+    "rows": "N",
+    "dim": "D",
+    "cache_mb": "cache, MB",
+    "extra_mb": "peak extra of a step, MB",
+    "target": "target",
+    "met": "",
+    "kept_mb": "kept after the first steps, MB",
+    "note": "",
+}
+GROWTH_COLUMNS = {
+    "dtype": "rows",
+    "mode": "softmax over",
+    "smallest_mb": "least, MB",
+    "largest_mb": "most, MB",
+    "bytes_per_row": "bytes per further row",
+    "verdict": "",
+}
+
+
+def run(sizes: SizeSet, device: torch.device) -> Report:
+    """Measure each size in a process of its own."""
+    rows = []
+    for number, size in enumerate(sizes.memory):
+        progress(f"{number + 1} of {len(sizes.memory)}: {size.dtype}, {size.mode}, N={size.rows}")
+        rows.append(_row(size, MEMORY_TARGET_MB if sizes.is_judged else None, device))
+    growth = [_growth(dtype, mode, rows) for dtype, mode in dict.fromkeys((r["dtype"], r["mode"]) for r in rows)]
+    note = (
+        f"The most that one of {STEPS} steps has in memory beyond what is there before it, in a process that has made "
+        "two steps. kept: what those two left behind, such as work space of the math library."
+    )
+    return Report(
+        [
+            Table("memory", "Peak extra memory of a step; encoders excluded", COLUMNS, rows, note),
+            Table("memory-growth", f"Flat: at most {FLAT_MB:g} MB between any two", GROWTH_COLUMNS, growth),
+        ],
+        partial(_plot, rows),
+    )
+
+
+def measure(size: Size, device: torch.device) -> dict[str, float | None]:
+    """Runs in the process of its own: bytes of a step, and what the first two steps kept."""
+    work = make_workload(size, device)
+    give_memory_back_at_once()
+    step = partial(work.step, size.top_k)
+    before = used_bytes(device)
+    for _ in range(2):
+        step()
+    after = used_bytes(device)
+    peaks = [peak_bytes(step, device) for _ in range(STEPS)]
+    known = [peak for peak in peaks if peak is not None]
+    return {
+        "extra": max(known) if known else None,
+        "kept": None if before is None or after is None else after - before,
+    }
+
+
+def _row(size: Size, target: float | None, device: torch.device) -> Row:
+    found: dict[str, float | None] = {"extra": None, "kept": None}
+    note = None
+    if size.num_bytes > SHARE_OF_MEMORY * available_bytes(device):
+        note = f"not run: the cache would need {size.num_bytes / 1e9:.1f} GB"
+    else:
+        found = child.run(measure, size, device)
+        note = "this system does not count it" if found["extra"] is None else None
+    extra, kept = (None if value is None else value / 1e6 for value in (found["extra"], found["kept"]))
+    return {
+        "dtype": size.dtype,
+        "mode": size.mode,
+        "batch": size.batch,
+        "rows": size.rows,
+        "dim": size.dim,
+        "cache_mb": size.num_bytes / 1e6,
+        "extra_mb": extra,
+        "target": target,
+        "met": verdict(extra, target),
+        "kept_mb": kept,
+        "note": note,
+    }
+
+
+def _growth(dtype: Value, mode: Value, rows: list[Row]) -> Row:
+    mine = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode)]
+    found = [(float(row["rows"] or 0), row["extra_mb"]) for row in mine]
+    points = [(x, y) for x, y in found if isinstance(y, float)]
+    growth: Row = {"dtype": dtype, "mode": mode}
+    if not points:
+        return growth
+    sizes = [y for _, y in points]
+    slope, _ = fit_line([x for x, _ in points], sizes)
+    is_flat = max(sizes) - min(sizes) <= FLAT_MB
+    return {
+        **growth,
+        "smallest_mb": min(sizes),
+        "largest_mb": max(sizes),
+        "bytes_per_row": 1e6 * slope,
+        "verdict": "flat" if is_flat else "NOT FLAT",
+    }
+
+
+def _plot(rows: list[Row], figure: Figure) -> None:
+    axes = figure.subplots()
+    for number, (dtype, mode) in enumerate(dict.fromkeys((r["dtype"], r["mode"]) for r in rows)):
+        mine = [row for row in rows if (row["dtype"], row["mode"]) == (dtype, mode) and row["extra_mb"] is not None]
+        xs, ys = [float(row["rows"] or 0) for row in mine], [float(row["extra_mb"] or 0) for row in mine]
+        marker, line = MARKERS[number % len(MARKERS)], "--" if mode == "all rows" else "-"
+        axes.plot(xs, ys, line, marker=marker, color=COLOURS[number % len(COLOURS)], label=f"{dtype} rows, {mode}")
+    axes.axhline(MEMORY_TARGET_MB, color="black", linewidth=1, linestyle=":", label=f"target, {MEMORY_TARGET_MB} MB")
+    row_ticks(axes, [int(row["rows"] or 0) for row in rows])
+    axes.set_ylim(bottom=0)
+    title = f"Peak extra memory of a step (B={rows[0]['batch']}, D={rows[0]['dim']})"
+    style(axes, title, "rows of the cache", "peak extra memory, MB")
+    axes.legend(frameon=False)

@@ -1,0 +1,175 @@
+"""All sizes that are measured or tested, in one place.
+
+`full` is for a CPU, `gpu` for a GPU, `tiny` for tests. Targets stand beside the sizes that they are about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+MEMORY_TARGET_MB = 24  # of a step at batch 128, whatever the rows
+SLOPE_TARGET = 1.2  # time per row beyond that of the bare product
+PASS_TARGET = 1.15  # the fused pass on a GPU, beyond the bare product
+END_TO_END_TARGET = 1.6  # a training step, beyond plain in-batch
+
+
+@dataclass(frozen=True)
+class Size:
+    """One step of a cache.
+
+    Attributes:
+        batch: Queries, each with one document.
+        rows: Rows of the cache.
+        dim: Dimensions of embeddings.
+        top_k: Groups of which only the best row counts; None for all rows.
+        dtype: Stored dtype of embeddings.
+        length: Values of each of the two int32 features of a document.
+        target: Highest ratio to the time of the dense step, where there is one.
+    """
+
+    batch: int
+    rows: int
+    dim: int
+    top_k: int | None
+    dtype: str
+    length: int = 128
+    target: float | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def mode(self) -> str:
+        return "all rows" if self.top_k is None else f"top_k={self.top_k}"
+
+    @property
+    def num_bytes(self) -> int:
+        """What a full cache takes."""
+        return self.rows * (self.dim * self.torch_dtype.itemsize + 8 * self.length)
+
+
+@dataclass(frozen=True)
+class PeerSizes:
+    """The same number of negatives per query for several losses.
+
+    Attributes:
+        batch: Queries of a step where negatives come from a memory; mini-batch of gradient caching.
+        negatives: Numbers of negatives per query.
+        hidden, layers, length: The encoder's width and layers, and the tokens of each text.
+        seconds: Time limit of one measurement.
+    """
+
+    batch: int
+    negatives: tuple[int, ...]
+    hidden: int
+    layers: int
+    length: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingSizes:
+    """A training step with a transformer.
+
+    Attributes:
+        batch: Pairs of a step.
+        length: Tokens of each text.
+        hidden, layers: Of the transformer with random weights.
+        rows: Rows of the cache.
+        dtypes: Stored dtypes of embeddings.
+        use_minilm: Measure MiniLM too, where the package with its weights is installed.
+    """
+
+    batch: int
+    length: int
+    hidden: int
+    layers: int
+    rows: int
+    dtypes: tuple[str, ...]
+    use_minilm: bool
+
+
+@dataclass(frozen=True)
+class SizeSet:
+    """What each command measures.
+
+    Attributes:
+        step, scale, memory, peers, end_to_end: By command.
+        repeats: Rounds of which the median is taken.
+        is_judged: Whether the targets of scale, memory and end-to-end are about these sizes.
+    """
+
+    step: tuple[Size, ...]
+    scale: tuple[Size, ...]
+    memory: tuple[Size, ...]
+    peers: PeerSizes
+    end_to_end: TrainingSizes
+    repeats: int
+    is_judged: bool = True
+
+
+def over(size: Size, rows: Sequence[int], dtypes: Sequence[str]) -> tuple[Size, ...]:
+    """A size for each dtype, mode and number of rows."""
+    return tuple(
+        replace(size, dtype=dtype, top_k=top_k, rows=n)
+        for dtype in dtypes
+        for top_k in (size.top_k, None)
+        for n in rows
+    )
+
+
+_DTYPES = ("float32", "bfloat16", "int8")
+_POWERS = tuple(2**n for n in range(14, 21))
+_TOP_K_TARGETS = {"float32": 0.6, "bfloat16": 0.35, "int8": 0.3}
+_ALL_ROWS_TARGETS = {"float32": 0.5, "bfloat16": None, "int8": 0.3}
+_CPU = Size(batch=128, rows=2**17, dim=768, top_k=64, dtype="float32")
+_GPU = replace(_CPU, dtype="bfloat16", target=0.15)
+_TINY = Size(batch=32, rows=1024, dim=64, top_k=16, dtype="float32", length=8)
+
+SETS = {
+    "full": SizeSet(
+        step=(
+            *(replace(_CPU, dtype=dtype, target=target) for dtype, target in _TOP_K_TARGETS.items()),
+            *(replace(_CPU, dtype=dtype, top_k=None, target=target) for dtype, target in _ALL_ROWS_TARGETS.items()),
+        ),
+        scale=over(_CPU, _POWERS, _DTYPES),
+        memory=over(_CPU, _POWERS, _DTYPES),
+        peers=PeerSizes(batch=32, negatives=(2**10, 2**14, 2**17), hidden=128, layers=2, length=16, seconds=600),
+        end_to_end=TrainingSizes(
+            batch=32, length=64, hidden=256, layers=4, rows=2**17, dtypes=("float32", "int8"), use_minilm=True
+        ),
+        repeats=7,
+    ),
+    "gpu": SizeSet(
+        step=tuple(
+            replace(_GPU, batch=batch, rows=rows, top_k=top_k)
+            for rows in (2**17, 2**20)
+            for batch in (128, 1024, 4096)
+            for top_k in (64, None)
+        ),
+        scale=over(_GPU, _POWERS, ("bfloat16", "int8")),
+        memory=over(_GPU, _POWERS, ("bfloat16", "int8")),
+        peers=PeerSizes(batch=128, negatives=(2**10, 2**14, 2**17), hidden=384, layers=6, length=32, seconds=300),
+        end_to_end=TrainingSizes(
+            batch=128, length=64, hidden=768, layers=12, rows=2**17, dtypes=("bfloat16", "int8"), use_minilm=True
+        ),
+        repeats=15,
+    ),
+    "tiny": SizeSet(
+        step=over(_TINY, (1024,), _DTYPES),
+        scale=over(_TINY, (256, 512, 1024), ("float32", "int8")),
+        memory=over(_TINY, (256, 1024), ("int8",))[:2],
+        peers=PeerSizes(batch=8, negatives=(32,), hidden=32, layers=1, length=8, seconds=60),
+        end_to_end=TrainingSizes(
+            batch=8, length=8, hidden=32, layers=1, rows=256, dtypes=("float32", "int8"), use_minilm=False
+        ),
+        repeats=2,
+        is_judged=False,
+    ),
+}

@@ -1,0 +1,66 @@
+"""Times of calls that take turns, so that a slow moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def median_ms(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str
+) -> dict[str, float]:
+    """Median milliseconds of each call over rounds A B C A B C ..., after one that warms up.
+
+    Args:
+        calls: What to measure, by name.
+        repeats: Number of rounds.
+        device: Waited for before and after each call.
+        label: What is shown on stderr while it runs.
+
+    Returns:
+        The times; without those calls for which the GPU has too little memory.
+    """
+    progress(f"{label}: warming up")
+    able = {name: call for name, call in calls.items() if _fits(call, device)}
+    times: dict[str, list[float]] = {name: [] for name in able}
+    for number in range(repeats):
+        progress(f"{label}: round {number + 1} of {repeats}")
+        for name, call in able.items():
+            times[name].append(seconds(call, device))
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, until the device is done with it."""
+    synchronise(device)
+    started = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device is idle; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def progress(message: str) -> None:
+    """One line on stderr, which the next one replaces on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _fits(call: Callable[[], object], device: torch.device) -> bool:
+    try:
+        seconds(call, device)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
