@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,14 @@ class RaggedRows(NamedTuple):
 def is_free_to_read(value: Tensor) -> bool:
     """Whether looking at a tensor's values makes nobody wait: on a GPU it would stall the device."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; for tensors that are free to read."""
+    # A sum over NaN or infinity is not finite, so that one that is spares the longer look.
+    if values.numel() == 0 or math.isfinite(float(values.sum())):
+        return True
+    return bool(values.isfinite().all())
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from negative_cache.cache import NegativeCache
 from negative_cache.features import RaggedFeature, Specs, embedding_spec
 from negative_cache.lookup import RowsOfIds
-from negative_cache.retrieval.streaming import BLOCK, tile_bytes
+from negative_cache.retrieval.tiles import BLOCK, tile_bytes
 
 
 class Bytes(NamedTuple):

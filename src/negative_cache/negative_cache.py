@@ -16,6 +16,7 @@ from negative_cache.features import (
     RaggedFeature,
     RaggedRows,
     Specs,
+    all_finite,
     batch_size,
     check_features,
     check_keys,
@@ -231,6 +232,8 @@ def _check_finite(name: str, items: Mapping[str, Tensor | RaggedRows], mask: Ten
     """Raise for values that are not finite in the entries that count, where they can be looked at."""
     for key, value in items.items():
         if isinstance(value, RaggedRows) or not value.is_floating_point() or not is_free_to_read(value):
+            continue
+        if all_finite(value):
             continue
         finite = _finite_entries(value, mask)
         if not bool(finite.all()):

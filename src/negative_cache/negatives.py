@@ -15,6 +15,7 @@ from negative_cache.features import (
     FixedLenFeature,
     RaggedFeature,
     RaggedRows,
+    all_finite,
     is_free_to_read,
     padded,
     padding_value,
@@ -216,7 +217,7 @@ def encode(document_encoder: DocumentEncoder, features: dict[str, Tensor], count
 
 def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError for NaN or infinity in a CPU tensor; elsewhere the cache masks and counts such rows."""
-    if is_free_to_read(values) and not bool(values.detach().isfinite().all()):
+    if is_free_to_read(values) and not all_finite(values.detach()):
         raise ValueError(
             f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
             "too high or an overflow in half precision."

@@ -26,7 +26,7 @@ class TileProduct:
     Args:
         queries: `[batch, dim]`.
         pool: The rows.
-        max_rows: The longest tile.
+        max_rows: How many rows are multiplied at once where they, or the products, have to be converted.
     """
 
     def __init__(self, queries: Tensor, pool: RowPool, max_rows: int) -> None:
@@ -34,35 +34,38 @@ class TileProduct:
         dtypes = {part.dtype for part in pool.embeddings}
         self.dtype = pool.score_dtype
         self.queries = queries.to(self.dtype).T
-        self.converted = torch.empty(0, dim, dtype=self.dtype, device=device)
         self.is_integer = torch.int8 in dtypes and multiplies_integers(device)
+        self.max_rows = max(min(max_rows, _CONVERTED_ELEMENTS // dim), 1)
+        self.integers = torch.empty(self.max_rows if self.is_integer else 0, batch, dtype=torch.int32, device=device)
         if self.is_integer:
             rounded, self.scales = quantize(queries)
             self.rounded = rounded.T
-            self.integers = torch.empty(max_rows, batch, dtype=torch.int32, device=device)
             dtypes.remove(torch.int8)
-        if dtypes - {self.dtype}:
-            max_rows = min(max_rows, max(_CONVERTED_ELEMENTS // dim, 1))
-            self.converted = torch.empty(max_rows, dim, dtype=self.dtype, device=device)
-        self.max_rows = max_rows
+        is_converted = bool(dtypes - {self.dtype})
+        self.converted = torch.empty(self.max_rows if is_converted else 0, dim, dtype=self.dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product needs beside its result; for integers oneDNN reorders a copy of the tile."""
-        copied = self.max_rows * len(self.queries) if self.is_integer else 0
-        return copied + (self.integers.nbytes if self.is_integer else 0) + self.converted.nbytes
+        copied = len(self.integers) * len(self.queries)
+        return copied + self.integers.nbytes + self.converted.nbytes
 
     def __call__(self, rows: Tensor, scales: Tensor | None, out: Tensor) -> None:
-        """Write the scores of `rows [n, dim]`, n at most `max_rows`, to `out [n, batch]`."""
+        """Write the scores of `rows [n, dim]` to `out [n, batch]`."""
+        if rows.dtype == self.dtype:
+            torch.mm(rows, self.queries, out=out)
+            return
+        for start in range(0, len(rows), self.max_rows):
+            part = slice(start, start + self.max_rows)
+            self._convert(rows[part], None if scales is None else scales[part], out[part])
+
+    def _convert(self, rows: Tensor, scales: Tensor | None, out: Tensor) -> None:
         if scales is not None and self.is_integer:
             integers = self.integers[: len(rows)]
-            torch._int_mm(rows, self.rounded, out=integers)
-            torch.mul(integers, scales[:, None], out=out)
+            out.copy_(torch._int_mm(rows, self.rounded, out=integers))
             out *= self.scales
-            return
-        if rows.dtype != self.dtype:
-            rows = self.converted[: len(rows)].copy_(rows)
-        torch.mm(rows, self.queries, out=out)
+        else:
+            torch.mm(self.converted[: len(rows)].copy_(rows), self.queries, out=out)
         if scales is not None:
             out *= scales[:, None]
 

@@ -1,25 +1,17 @@
-"""The tiled pass in plain PyTorch: one product per tile of rows, nothing of size batch x num_rows."""
+"""The tiled pass in plain PyTorch: one product per chunk of rows, nothing of size batch x num_rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from negative_cache.features import is_free_to_read
 from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
-from negative_cache.retrieval.product import TileProduct, narrow_products
+from negative_cache.retrieval.product import narrow_products
 from negative_cache.retrieval.reference import exact_top_k, sample
-
-# On a CPU a tile of scores is read several times: it should stay in a core's cache, and be long enough for the product
-# to run at full speed. Elsewhere it should keep the device busy.
-TILE_ELEMENTS = 8192 * 128
-OTHER_TILE_ELEMENTS = 2**24
-MIN_TILE_ROWS, MAX_TILE_ROWS = 256, 16384
-# A draw from a tile chooses a block of so many rows first, so that only one block is looked at row by row.
-BLOCK = 64
+from negative_cache.retrieval.tiles import BLOCK, Tiles
 
 
 def retrieve_streaming(
@@ -41,7 +33,7 @@ def retrieve_streaming(
     """
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        tiles = _Tiles(queries, pool, score_transform, excluded, tile_rows)
+        tiles = Tiles(queries, pool, score_transform, excluded, tile_rows)
         if top_k is not None:
             scores, rows = _group_maxima(tiles, top_k)
             drawn = rows.gather(1, sample(scores, num_samples, generator))
@@ -51,9 +43,13 @@ def retrieve_streaming(
             return Retrieved(lse, drawn, top_rows, top_scores)
         reservoir = _Reservoir(tiles, num_samples, generator)
         best = _Best(tiles, min(num_top, pool.num_rows))
-        for start, scores in tiles:
-            best.add(start, scores)
-            reservoir.add_(start, scores)
+        for start in range(0, pool.num_rows, tiles.tile_rows):
+            for first, stop in tiles.chunks_of(start):
+                chunk = tiles.scores(first, stop, at=first - start)
+                if chunk is not None:
+                    best.add(first, chunk)
+                    reservoir.add_(first - start, chunk)
+            reservoir.draw(start, min(start + tiles.tile_rows, pool.num_rows))
         return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows(), best.top_scores)
 
 
@@ -67,74 +63,7 @@ def mine_groups(
     """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        return _group_maxima(_Tiles(queries, pool, score_transform, excluded), top_k)
-
-
-def _tile_rows(queries: Tensor) -> int:
-    elements = TILE_ELEMENTS if queries.device.type in ("cpu", "meta") else OTHER_TILE_ELEMENTS
-    return min(max(elements // max(len(queries), 1), MIN_TILE_ROWS), MAX_TILE_ROWS)
-
-
-def tile_bytes(batch: int, dim: int, num_rows: int, row_dtype: torch.dtype) -> int:
-    """Bytes of what a pass over the rows allocates on a CPU for its tiles."""
-    device = torch.device("meta")
-    rows = torch.empty(num_rows, dim, dtype=row_dtype, device=device)
-    scales = torch.empty(num_rows, device=device) if row_dtype == torch.int8 else None
-    queries = torch.empty(batch, dim, device=device)
-    pool = RowPool([rows], [rows.new_empty(num_rows, dtype=torch.bool)], [scales])
-    tiles = _Tiles(queries, pool)
-    sums = 2 * (tiles.tile_rows // BLOCK + 1) * batch * 8
-    return tiles.buffer.nbytes + tiles.product.nbytes + sums
-
-
-class _Tiles:
-    """Iterates over (first row, scores `[rows of the tile, batch]`). The next tile overwrites the last one's scores."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        pool: RowPool,
-        score_transform: ScoreTransform | None = None,
-        excluded: Tensor | None = None,
-        tile_rows: int | None = None,
-    ) -> None:
-        tile_rows = tile_rows or _tile_rows(queries)
-        self.pool = pool
-        self.batch = len(queries)
-        self.score_transform = score_transform
-        self.excluded = None if excluded is None or excluded.shape[1] == 0 else excluded.T
-        self.product = TileProduct(queries, pool, min(tile_rows, max(pool.num_rows, 1)))
-        self.tile_rows = self.product.max_rows
-        # One row more than a tile has: what is excluded elsewhere is written there.
-        self.buffer = torch.empty(self.tile_rows + 1, self.batch, dtype=pool.score_dtype, device=queries.device)
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, self.pool.num_rows, self.tile_rows):
-            scores = self.scores(start, min(start + self.tile_rows, self.pool.num_rows))
-            if scores is not None:
-                yield start, scores
-
-    def scores(self, start: int, stop: int) -> Tensor | None:
-        """Scores of at most `tile_rows` rows; None if it is known, at no cost, that none of them is a candidate."""
-        tile = self.pool.slice(start, stop)
-        is_all = False
-        if is_free_to_read(self.buffer):
-            if not any(bool(candidates.any()) for candidates in tile.candidates):
-                return None
-            is_all = all(bool(candidates.all()) for candidates in tile.candidates)
-        scores, at = self.buffer[: stop - start], 0
-        for rows, scales in tile.parts:
-            self.product(rows, scales, scores[at : at + len(rows)])
-            at += len(rows)
-        if self.score_transform is not None:
-            scores.copy_(self.score_transform(scores))
-        if not is_all:
-            candidates = torch.cat(list(tile.candidates))
-            scores += torch.where(candidates, 0.0, -torch.inf).to(scores.dtype)[:, None]
-        if self.excluded is not None:
-            inside = (self.excluded >= start) & (self.excluded < stop)
-            self.buffer.scatter_(0, torch.where(inside, self.excluded - start, self.tile_rows), -torch.inf)
-        return scores
+        return _group_maxima(Tiles(queries, pool, score_transform, excluded), top_k)
 
 
 class _Reservoir:
@@ -144,45 +73,82 @@ class _Reservoir:
     with probability exp(t - r), to a row of it in proportion to exp(score).
     """
 
-    def __init__(self, tiles: _Tiles, num_samples: int, generator: torch.Generator) -> None:
-        device = tiles.buffer.device
+    def __init__(self, tiles: Tiles, num_samples: int, generator: torch.Generator) -> None:
+        device, batch = tiles.buffer.device, tiles.batch
+        self.tiles = tiles
         self.generator = generator
         # float64: over thousands of tiles a float32 sum would drift
-        self.lse = torch.full((tiles.batch,), -torch.inf, dtype=torch.float64, device=device)
-        self.rows = torch.zeros(tiles.batch, num_samples, dtype=torch.int64, device=device)
+        self.lse = torch.full((batch,), -torch.inf, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=device)
+        # of each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
+        num_chunks, num_blocks = -(-tiles.tile_rows // tiles.chunk_rows), -(-tiles.chunk_rows // BLOCK)
+        self.top = tiles.buffer.new_empty(num_chunks, batch)
+        self.sums = tiles.buffer.new_empty(num_chunks, num_blocks, batch)
+        self.maxima = tiles.buffer.new_empty(num_blocks, batch)
+        self._clear()
 
-    def add_(self, start: int, scores: Tensor) -> None:
-        """Take a tile in; its scores `[rows, batch]` are overwritten."""
-        top = scores.amax(dim=0)
-        weights = scores.sub_(torch.where(top > -torch.inf, top, 0)).exp_()
-        blocks = _sums_of_blocks(weights)
-        cumulative = blocks.to(torch.float64).cumsum(dim=0)
+    def _clear(self) -> None:
+        self.top.fill_(-torch.inf)
+        self.sums.zero_()
+        self.is_empty = True
+
+    def add_(self, at: int, scores: Tensor) -> None:
+        """Take in the chunk that begins `at` rows after its tile; its scores `[rows, batch]` become weights."""
+        chunk = at // self.tiles.chunk_rows
+        _reduce_blocks(torch.amax, scores, self.maxima)
+        top = torch.amax(self.maxima[: -(-len(scores) // BLOCK)], dim=0, out=self.top[chunk])
+        weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+        _reduce_blocks(torch.sum, weights, self.sums[chunk])
+        self.is_empty = False
+
+    def draw(self, start: int, stop: int) -> None:
+        """Close the tile of the rows from `start` to `stop`: some samples move into it."""
+        if self.is_empty:
+            return
+        top = self.top.amax(dim=0)
+        share = (self.top - top.clamp(min=torch.finfo(top.dtype).min)).exp()
+        cumulative = (self.sums * share[:, None]).flatten(0, 1).to(torch.float64).cumsum(dim=0)
         tile_lse = top.double() + cumulative[-1].log()
         lse = torch.logaddexp(self.lse, tile_lse)
         chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
         self.lse = lse
-        if self.rows.shape[1] == 0:
-            return
-        move, in_tile, in_block = uniforms((3, *self.rows.shape), self.generator, scores.device)
-        moves = move < chance[:, None]
-        if is_free_to_read(scores) and not bool(moves.any()):
-            return
-        block = _inverse_cdf(cumulative.T, in_tile)
-        members = (block * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
-        query = torch.arange(len(block), device=block.device)[:, None, None]
-        inside = weights[members.clamp(max=len(weights) - 1), query].to(torch.float64)
-        inside = torch.where(members < len(weights), inside, 0).cumsum(dim=2)
+        if self.rows.shape[1]:
+            move, in_tile, in_block = uniforms((3, *self.rows.shape), self.generator, lse.device)
+            self._move(move < chance[:, None], start, stop, cumulative.T, in_tile, in_block)
+        self._clear()
+
+    def _move(
+        self, moves: Tensor, start: int, stop: int, cumulative: Tensor, in_tile: Tensor, in_block: Tensor
+    ) -> None:
+        """Move samples into a tile where `moves [batch, num_samples]`, by a uniform for the block and one within it."""
+        query = torch.arange(len(moves), device=moves.device)
+        if self.tiles.is_free:  # in most tiles most samples stay where they are
+            query = moves.any(dim=1).nonzero().squeeze(1)
+            if len(query) == 0:
+                return
+            moves, cumulative, in_tile, in_block = (x[query] for x in (moves, cumulative, in_tile, in_block))
+        tiles, num_blocks = self.tiles, self.sums.shape[1]
+        block = _inverse_cdf(cumulative, in_tile)
+        begin = block // num_blocks * tiles.chunk_rows
+        end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
+        members = (begin + block % num_blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
+        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(torch.float64)
+        inside = torch.where(members < end, weights, 0).cumsum(dim=2)
         within = _inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
-        self.rows = torch.where(moves, start + members.gather(2, within[:, :, None]).squeeze(2), self.rows)
+        drawn = start + members.gather(2, within[:, :, None]).squeeze(2)
+        self.rows[query] = torch.where(moves, drawn, self.rows[query])
 
 
-def _sums_of_blocks(weights: Tensor) -> Tensor:
-    """Sums over each BLOCK rows of `[rows, batch]`, the last ones of fewer: `[blocks, batch]`."""
-    whole = len(weights) // BLOCK * BLOCK
-    sums = weights[:whole].view(-1, BLOCK, weights.shape[1]).sum(dim=1)
-    if whole == len(weights):
-        return sums
-    return torch.cat([sums, weights[whole:].sum(dim=0, keepdim=True)])
+def _reduce_blocks(reduce: Callable[..., Tensor], values: Tensor, out: Tensor) -> None:
+    """Reduce each BLOCK rows of `[rows, batch]`, the last ones of fewer, into `out [blocks, batch]`.
+
+    Threads that made the values find them in their own caches, which they do not if all rows are reduced at once.
+    """
+    whole = len(values) // BLOCK
+    if whole:
+        reduce(values[: whole * BLOCK].view(whole, BLOCK, -1), dim=1, out=out[:whole])
+    if whole * BLOCK < len(values):
+        reduce(values[whole * BLOCK :], dim=0, out=out[whole])
 
 
 def _inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
@@ -197,8 +163,9 @@ def _inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
 class _Best:
     """The highest scoring rows of all tiles seen so far; of equal ones the lowest."""
 
-    def __init__(self, tiles: _Tiles, count: int) -> None:
+    def __init__(self, tiles: Tiles, count: int) -> None:
         self.count = count
+        self.is_free = tiles.is_free
         self.top_scores = tiles.buffer.new_full((tiles.batch, count), -torch.inf)
         self.top_rows = torch.full((tiles.batch, count), -1, device=tiles.buffer.device)
 
@@ -207,7 +174,7 @@ class _Best:
         if self.count == 0:
             return
         query = torch.arange(scores.shape[1], device=scores.device)
-        if is_free_to_read(scores):  # most tiles have nothing better for most queries
+        if self.is_free:  # most tiles have nothing better for most queries
             query = (scores.amax(dim=0) > self.top_scores[:, -1]).nonzero().squeeze(1)
             if len(query) == 0:
                 return
@@ -241,7 +208,7 @@ def _exact_top_k_of_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, members.gather(1, at)
 
 
-def _group_maxima(tiles: _Tiles, k: int) -> tuple[Tensor, Tensor]:
+def _group_maxima(tiles: Tiles, k: int) -> tuple[Tensor, Tensor]:
     """`grouped_top_k` over all rows: scores and rows, `[batch, k]`."""
     size, num_longer = group_bounds(tiles.pool.num_rows, k)
     boundary = num_longer * (size + 1)
@@ -254,7 +221,7 @@ def _group_maxima(tiles: _Tiles, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([scores for scores, _ in parts]).T, torch.cat([rows for _, rows in parts]).T
 
 
-def _maxima(tiles: _Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
+def _maxima(tiles: Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
     """Best scores and rows `[groups, batch]` of groups of `length` rows from `start` on, several if they fit a tile."""
     device = tiles.buffer.device
     best = tiles.buffer.new_full((groups, tiles.batch), -torch.inf)
