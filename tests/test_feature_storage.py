@@ -86,7 +86,7 @@ def column_in_file(cache: NegativeCache, key: str) -> Tensor:
 
 
 def test_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    in_memory, in_file = make_loss(), make_loss(feature_file=tmp_path)
+    in_memory, in_file = make_loss(), make_loss(feature_folder=tmp_path)
     assert train(in_memory, range(20)) == train(in_file, range(20))
     assert_same_state(snapshot(in_memory), snapshot(in_file))
     assert in_file.cache is not None
@@ -98,7 +98,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to_file", [True, False])
 @pytest.mark.parametrize("starts_empty", [True, False])
 def test_state_dict_loads_into_a_file_and_out_of_it(to_file: bool, starts_empty: bool, tmp_path: Path) -> None:
-    options = [{"feature_file": tmp_path}, {}]
+    options = [{"feature_folder": tmp_path}, {}]
     first, second = make_loss(**options[to_file]), make_loss(**options[not to_file])
     train(first, range(9))
     if not starts_empty:
@@ -117,7 +117,7 @@ def test_state_dict_loads_into_a_file_and_out_of_it(to_file: bool, starts_empty:
 def test_assigned_state_goes_into_the_file_too(tmp_path: Path) -> None:
     loss_fn = make_loss()
     train(loss_fn, range(4))
-    cache = NegativeCache.empty(loss_fn.cache.specs, 32, embedding_key="embedding", feature_file=tmp_path)
+    cache = NegativeCache.empty(loss_fn.cache.specs, 32, embedding_key="embedding", feature_folder=tmp_path)
     cache.load_state_dict(loss_fn.cache.state_dict(), assign=True)
     for key in SPECS:
         column_in_file(cache, key)
@@ -127,12 +127,12 @@ def test_assigned_state_goes_into_the_file_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache_size", [32, 20])
 def test_checkpoint(cache_size: int, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
-    loss_fn = make_loss(feature_file=tmp_path / "scratch")
+    loss_fn = make_loss(feature_folder=tmp_path / "scratch")
     train(loss_fn, range(9))
     save_checkpoint(loss_fn, tmp_path / "saved")
     loaded = [
         NegativeCacheLoss(Encoder(), cache_size, specs=SPECS, seed=0, **options)
-        for options in ({}, {"feature_file": tmp_path / "scratch"})
+        for options in ({}, {"feature_folder": tmp_path / "scratch"})
     ]
     for other in loaded:
         load_checkpoint(other, tmp_path / "saved")
@@ -152,7 +152,7 @@ def test_large_ragged_states_are_moved_in_several_parts(tmp_path: Path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_files_are_sparse_without_a_name_and_freed(tmp_path: Path) -> None:
     specs = {"a": FixedLenFeature([512], torch.int64), "b": RaggedFeature(torch.int32, 512)}
-    cache = NegativeCache.empty(specs, 1 << 20, feature_file=tmp_path)
+    cache = NegativeCache.empty(specs, 1 << 20, feature_folder=tmp_path)
     assert os.listdir(tmp_path) == []
     assert sorted(file.st_size for file in files_of(tmp_path)) == [2 << 30, 4 << 30]
     assert sum(file.st_blocks for file in files_of(tmp_path)) * 512 < 1 << 16
@@ -174,7 +174,7 @@ def test_nothing_is_left_when_the_process_has_ended(ending: str, tmp_path: Path)
     script = f"""
 import os, sys, torch
 from negative_cache import NegativeCache, FixedLenFeature
-cache = NegativeCache.empty({{"a": FixedLenFeature([512], torch.int64)}}, 64, feature_file=sys.argv[1])
+cache = NegativeCache.empty({{"a": FixedLenFeature([512], torch.int64)}}, 64, feature_folder=sys.argv[1])
 cache.write(torch.arange(64), {{"a": torch.ones(64, 512, dtype=torch.int64)}})
 {ending}
 """
@@ -184,7 +184,7 @@ cache.write(torch.arange(64), {{"a": torch.ones(64, 512, dtype=torch.int64)}})
 
 
 def test_a_copy_has_a_file_of_its_own(tmp_path: Path) -> None:
-    loss_fn = make_loss(feature_file=tmp_path)
+    loss_fn = make_loss(feature_folder=tmp_path)
     train(loss_fn, range(4))
     cache, before = loss_fn.cache, snapshot(loss_fn.cache)
     other = copy.deepcopy(cache)
@@ -215,7 +215,7 @@ def test_a_copy_is_as_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_moving_the_cache_leaves_the_file_where_it_is(tmp_path: Path) -> None:
     specs = {"embedding": FixedLenFeature([4], torch.float32), **SPECS}
-    cache = NegativeCache.empty(specs, 8, embedding_key="embedding", feature_file=tmp_path).to("meta").half()
+    cache = NegativeCache.empty(specs, 8, embedding_key="embedding", feature_folder=tmp_path).to("meta").half()
     assert cache.device.type == "meta"
     assert cache.embeddings("embedding").dtype == torch.float16
     for key in SPECS:
@@ -224,7 +224,7 @@ def test_moving_the_cache_leaves_the_file_where_it_is(tmp_path: Path) -> None:
 
 def test_features_without_values_and_scalars(tmp_path: Path) -> None:
     specs = {"none": FixedLenFeature([0], torch.int64), "flag": FixedLenFeature([], torch.bool)}
-    cache = NegativeCache.empty(specs, 5, feature_file=tmp_path)
+    cache = NegativeCache.empty(specs, 5, feature_folder=tmp_path)
     cache.write(torch.tensor([4, 1]), {"none": torch.zeros(2, 0), "flag": torch.tensor([True, True])})
     read = cache.read(torch.tensor([0, 1, 4]), ["none", "flag"])
     assert read["none"].shape == (3, 0)
@@ -233,24 +233,24 @@ def test_features_without_values_and_scalars(tmp_path: Path) -> None:
 
 def test_refused_at_the_door(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder"):
-        make_loss(feature_file=tmp_path / "missing")
+        make_loss(feature_folder=tmp_path / "missing")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="no folder"):
-        make_loss(feature_file=tmp_path / "file")
+        make_loss(feature_folder=tmp_path / "file")
     with pytest.raises(ValueError, match="`feature_device` is 'cuda'"):
-        make_loss(feature_file=tmp_path, feature_device="cuda")
+        make_loss(feature_folder=tmp_path, feature_device="cuda")
     with pytest.raises(ValueError, match=r"'a' has no max_length.*RaggedFeature\(torch.int32, max_length=...\)"):
-        NegativeCacheLoss(Encoder(), 8, specs={"a": RaggedFeature(torch.int32)}, feature_file=tmp_path)
+        NegativeCacheLoss(Encoder(), 8, specs={"a": RaggedFeature(torch.int32)}, feature_folder=tmp_path)
     with pytest.raises(OSError, match=r"may grow to 2251799.8 GB, but the disk has"):
-        NegativeCache.empty({"a": FixedLenFeature([], torch.int16)}, 1 << 50, feature_file=tmp_path)
-    inferred = NegativeCacheLoss(lambda features: torch.ones(1, 2), 8, feature_file=tmp_path)
+        NegativeCache.empty({"a": FixedLenFeature([], torch.int16)}, 1 << 50, feature_folder=tmp_path)
+    inferred = NegativeCacheLoss(lambda features: torch.ones(1, 2), 8, feature_folder=tmp_path)
     with pytest.raises(ValueError, match="'input_ids' has no max_length"):
         inferred(torch.ones(1, 2), torch.ones(1, 2), {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
 
 
 def two_ranks(rank: int, world_size: int, folder: Path) -> None:
     scratch = folder / "scratch"
-    options: list[dict[str, Any]] = [{}, {"feature_file": scratch}]
+    options: list[dict[str, Any]] = [{}, {"feature_folder": scratch}]
     results = []
     for option in options:
         loss_fn = make_loss(process_group="world", **option)
@@ -315,7 +315,7 @@ def test_staged_copies_are_waited_for(as_off_the_accelerator: None) -> None:
 def test_training_with_staged_copies(
     in_file: bool, waits: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    losses = [make_loss(use_lru=False), make_loss(use_lru=False, **({"feature_file": tmp_path} if in_file else {}))]
+    losses = [make_loss(use_lru=False), make_loss(use_lru=False, **({"feature_folder": tmp_path} if in_file else {}))]
     results = []
     for loss_fn in losses:
         if waits:
@@ -331,9 +331,9 @@ def test_training_with_staged_copies(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("option", ["feature_device", "feature_file"])
+@pytest.mark.parametrize("option", ["feature_device", "feature_folder"])
 def test_training_on_a_gpu(option: str, tmp_path: Path) -> None:
-    value = {"feature_device": "cpu", "feature_file": tmp_path}[option]
+    value = {"feature_device": "cpu", "feature_folder": tmp_path}[option]
     losses = [make_loss("cuda"), make_loss("cuda", **{option: value})]
     results = [train(loss_fn, range(12)) for loss_fn in losses]
     assert results[0] == pytest.approx(results[1], rel=1e-5)

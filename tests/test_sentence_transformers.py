@@ -187,7 +187,7 @@ def test_ids_keep_the_text_hash_as_a_further_positive():
 
 def test_tokens_in_a_file(minilm, static, tmp_path):
     losses = []
-    for options in ({}, {"feature_file": tmp_path}):
+    for options in ({}, {"feature_folder": tmp_path}):
         loss = NegativeCacheRankingLoss(minilm, cache_size=16, seed=0, **options)
         torch.manual_seed(0)  # dropout, where another test has left it on
         for _ in range(2):
@@ -199,4 +199,4 @@ def test_tokens_in_a_file(minilm, static, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert losses[1][1].specs["tokens"].max_length == minilm.max_seq_length
     with pytest.raises(ValueError, match="max_seq_length is inf"):
-        NegativeCacheRankingLoss(static, feature_file=tmp_path)
+        NegativeCacheRankingLoss(static, feature_folder=tmp_path)

@@ -66,7 +66,7 @@ class NegativeCache(nn.Module):
         device: torch.device | str = "cpu",
         feature_device: torch.device | str | None = None,
         embedding_key: str | None = None,
-        feature_file: str | Path | None = None,
+        feature_folder: str | Path | None = None,
     ) -> NegativeCache:
         """A cache of `num_rows` unfilled rows.
 
@@ -76,7 +76,7 @@ class NegativeCache(nn.Module):
             device: Where the rows live.
             feature_device: Where all features but `embedding_key` live, whatever `.to()` says; None for `device`.
             embedding_key: The feature that stays on `device`.
-            feature_file: Folder in which all features but `embedding_key` live, in files without a name.
+            feature_folder: Folder in which all features but `embedding_key` live, in files without a name.
 
         Raises:
             ValueError: The folder does not exist, or a ragged feature has no max_length.
@@ -84,7 +84,7 @@ class NegativeCache(nn.Module):
         """
         cache = cls.__new__(cls)
         nn.Module.__init__(cache)
-        columns = make_columns(specs, num_rows, torch.device(device), embedding_key, feature_device, feature_file)
+        columns = make_columns(specs, num_rows, torch.device(device), embedding_key, feature_device, feature_folder)
         cache._fill_in(columns, num_rows, False, torch.device(device))
         return cache
 

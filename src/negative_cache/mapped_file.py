@@ -25,9 +25,9 @@ _CAN_ADVISE = hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MADV_WILLNEED")
 def check_folder(folder: str | Path) -> None:
     """Raise ValueError unless files can be made in the folder."""
     if not os.path.isdir(folder):
-        raise ValueError(f"`feature_file` is {str(folder)!r}, which is no folder. Make it first, on a local disk.")
+        raise ValueError(f"`feature_folder` is {str(folder)!r}, which is no folder. Make it first, on a local disk.")
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"`feature_file` is {str(folder)!r}, a folder in which this process may not write.")
+        raise ValueError(f"`feature_folder` is {str(folder)!r}, a folder in which this process may not write.")
 
 
 def check_space(folder: str | Path, num_bytes: int) -> None:

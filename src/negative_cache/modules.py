@@ -29,7 +29,7 @@ from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
 from negative_cache.retrieval import Scale
 from negative_cache.sharded import draw_from_ranks
-from negative_cache.table import check_feature_file
+from negative_cache.table import check_feature_folder
 
 EMBEDDING = "embedding"
 
@@ -57,7 +57,7 @@ class NegativeCacheLoss(CacheHolder):
             other inputs than a transformer's then keep the shape that they have there.
         embedding_dtype: Stored dtype of embeddings: float32, bfloat16, float16, float64, or int8 with a scale per row.
         feature_device: Where document features are kept, such as "cpu"; None for where the embeddings are.
-        feature_file: Folder in which document features are kept, in files without a name that go with the process.
+        feature_folder: Folder in which document features are kept, in files without a name that go with the process.
         seed: Seed of the draws; None takes one from torch's global generator.
         process_group: Share the cache among the ranks of this group, or of the default one ("world", looked up
             at the first step; one process if there is none): each rank holds `cache_size / ranks` rows, queries see
@@ -77,7 +77,7 @@ class NegativeCacheLoss(CacheHolder):
         specs: Specs | None = None,
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
-        feature_file: str | Path | None = None,
+        feature_folder: str | Path | None = None,
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
@@ -94,8 +94,8 @@ class NegativeCacheLoss(CacheHolder):
             raise ValueError(f"`embedding_dtype` is {embedding_dtype}; it must be a floating point dtype or int8.")
         if specs is not None and EMBEDDING in specs:
             raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses. Rename the feature.")
-        if feature_file is not None:
-            check_feature_file(feature_file, feature_device, specs or {})
+        if feature_folder is not None:
+            check_feature_folder(feature_folder, feature_device, specs or {})
         # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
         self._document_encoder = (document_encoder,)
         self.cache_size = cache_size
@@ -104,7 +104,7 @@ class NegativeCacheLoss(CacheHolder):
         self.use_lru = use_lru
         self.embedding_dtype = embedding_dtype
         self.feature_device = feature_device
-        self.feature_file = feature_file
+        self.feature_folder = feature_folder
         self.generator = new_generator(seed)
         self._first_state = self.generator.get_state()
         self._process_group = process_group
@@ -366,7 +366,7 @@ class NegativeCacheLoss(CacheHolder):
         num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
         if num_rows == 0:
             raise ValueError(f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it.")
-        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING, self.feature_file)
+        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING, self.feature_folder)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""

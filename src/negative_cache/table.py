@@ -21,36 +21,36 @@ def make_columns(
     device: torch.device,
     embedding_key: str | None = None,
     feature_device: torch.device | str | None = None,
-    feature_file: str | Path | None = None,
+    feature_folder: str | Path | None = None,
 ) -> dict[str, Column]:
-    """Empty columns; all but that of `embedding_key` are where `feature_device` or `feature_file` say.
+    """Empty columns; all but that of `embedding_key` are where `feature_device` or `feature_folder` say.
 
     Raises:
-        ValueError: See `check_feature_file`.
+        ValueError: See `check_feature_folder`.
         OSError: The folder's disk has not enough room.
     """
     features = {key: spec for key, spec in specs.items() if key != embedding_key}
     pinned = None if feature_device is None else torch.device(feature_device)
-    if feature_file is not None:
-        check_feature_file(feature_file, feature_device, features)
+    if feature_folder is not None:
+        check_feature_folder(feature_folder, feature_device, features)
         stored = [stored_as(spec, num_rows) for spec in features.values()]
-        check_space(feature_file, sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored))
+        check_space(feature_folder, sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored))
         pinned = torch.device("cpu")
     return {
-        key: make_column(spec, num_rows, device, pinned, feature_file)
+        key: make_column(spec, num_rows, device, pinned, feature_folder)
         if key in features
         else make_column(spec, num_rows, device)
         for key, spec in specs.items()
     }
 
 
-def check_feature_file(
-    feature_file: str | Path, feature_device: torch.device | str | None, specs: Mapping[str, FeatureSpec]
+def check_feature_folder(
+    feature_folder: str | Path, feature_device: torch.device | str | None, specs: Mapping[str, FeatureSpec]
 ) -> None:
     """Raise ValueError unless features of these specs can be kept in files of the folder."""
-    check_folder(feature_file)
+    check_folder(feature_folder)
     if feature_device is not None and torch.device(feature_device).type != "cpu":
-        raise ValueError(f"`feature_device` is {str(feature_device)!r}, but what is in `feature_file` is on the CPU.")
+        raise ValueError(f"`feature_device` is {str(feature_device)!r}, but what is in `feature_folder` is on the CPU.")
     for key, spec in specs.items():
         if isinstance(spec, RaggedFeature) and spec.max_length is None:
             raise ValueError(

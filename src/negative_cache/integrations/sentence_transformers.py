@@ -51,7 +51,7 @@ class NegativeCacheRankingLoss(nn.Module):
         use_lru: Replace the least recently used documents; if False, the first that came.
         embedding_dtype: Stored dtype of embeddings.
         feature_device: Where the tokens of cached documents are kept; None for the model's device.
-        feature_file: Folder in which they are kept, in files without a name; the model must have a max_seq_length.
+        feature_folder: Folder in which they are kept, in files without a name; the model must have a max_seq_length.
         seed: Seed of the draws; None takes one from torch's global generator.
         gather_across_devices: Share the cache among all ranks: each holds `cache_size / ranks` documents, every
             anchor sees all of them, and given negatives serve the anchors of all ranks.
@@ -70,7 +70,7 @@ class NegativeCacheRankingLoss(nn.Module):
         use_lru: bool = True,
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
-        feature_file: str | Path | None = None,
+        feature_folder: str | Path | None = None,
         seed: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
@@ -84,7 +84,7 @@ class NegativeCacheRankingLoss(nn.Module):
         self.similarity_fct = similarity_fct
         self._pad_token_id = getattr(getattr(model, "tokenizer", None), "pad_token_id", None) or 0
         self._is_flat = False
-        max_length = None if feature_file is None else _max_length(model)
+        max_length = None if feature_folder is None else _max_length(model)
         self._specs = {key: spec._replace(max_length=max_length) for key, spec in _SPECS.items()}
         self._constants: dict[str, Any] = {}  # what a feature dict holds beside token tensors, the same for all texts
         self.cache_loss = NegativeCacheLoss(
@@ -97,7 +97,7 @@ class NegativeCacheRankingLoss(nn.Module):
             use_lru=use_lru,
             embedding_dtype=embedding_dtype,
             feature_device=feature_device,
-            feature_file=feature_file,
+            feature_folder=feature_folder,
             seed=seed,
             process_group="world" if gather_across_devices else None,
         )
@@ -221,8 +221,8 @@ def _max_length(model: Any) -> int:
     longest = getattr(model, "max_seq_length", None)
     if longest is None or longest > 1 << 20:
         raise ValueError(
-            f"`feature_file` needs a place of fixed length per document, but the model's max_seq_length is {longest}. "
-            "Set it, or leave `feature_file` out."
+            f"`feature_folder` needs a place of fixed length per document, but the model's max_seq_length is {longest}. "
+            "Set it, or leave `feature_folder` out."
         )
     return int(longest)
 

@@ -89,4 +89,4 @@ def _why_not_fused(queries: Tensor, pool: RowPool, score_transform: ScoreTransfo
     from negative_cache.retrieval.triton import reason_against
 
     reason = reason_against(queries, pool)
-    return None if reason is None else f"{tiled}: {reason}"
+    return None if reason is None else f"{tiled}: {reason}."

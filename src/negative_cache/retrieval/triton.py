@@ -150,7 +150,7 @@ def _all_rows(
 ) -> Retrieved:
     """The pass without top_k."""
     batch, segments = len(operands.queries), _segments(operands, tiling, 1)
-    seed = torch.randint(2**62, (1,), generator=generator).to(operands.rows.device, non_blocking=True)
+    seed = (uniforms((1,), generator, operands.rows.device) * 2**53).long()
     best = _empty(operands, batch, segments.num_segments)
     total = torch.empty_like(best)
     chosen = _empty(operands, batch, segments.num_segments, power_of_two(num_samples), dtype=torch.int32)
