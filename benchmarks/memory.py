@@ -14,6 +14,7 @@ from benchmarks.scale import SHARE_OF_MEMORY, fit_line
 from benchmarks.sizes import MEMORY_TARGET_MB, Size, SizeSet
 from benchmarks.timing import progress
 from benchmarks.workload import make_workload
+from negative_cache import predict_bytes
 
 STEPS = 3
 FLAT_MB = 2.0  # from the fewest to the most rows
@@ -25,6 +26,7 @@ COLUMNS = {
     "dim": "D",
     "cache_mb": "cache, MB",
     "extra_mb": "peak extra of a step, MB",
+    "predicted_mb": "predicted, MB",
     "target": "target",
     "met": "",
     "kept_mb": "kept after the first steps, MB",
@@ -49,7 +51,7 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
     growth = [_growth(dtype, mode, rows) for dtype, mode in dict.fromkeys((r["dtype"], r["mode"]) for r in rows)]
     note = (
         f"The most that one of {STEPS} steps has in memory beyond what is there before it, in a process that has made "
-        "two steps. kept: what those two left behind, such as work space of the math library."
+        "two steps. predicted: by negative_cache.predict_bytes, for the tiled pass on a CPU. kept: what those two left behind, such as work space of the math library."
     )
     return Report(
         [
@@ -94,6 +96,7 @@ def _row(size: Size, target: float | None, device: torch.device) -> Row:
         "dim": size.dim,
         "cache_mb": size.num_bytes / 1e6,
         "extra_mb": extra,
+        "predicted_mb": predict_bytes(size.rows, size.dim, size.batch, embedding_dtype=size.torch_dtype).step / 1e6,
         "target": target,
         "met": verdict(extra, target),
         "kept_mb": kept,

@@ -234,7 +234,7 @@ class NegativeCache(nn.Module):
             if self._rows_of_ids is not None:
                 self._rows_of_ids.move(rows, old, ids)
             self.document_ids[rows] = ids
-            self.filled[rows] = keep(torch.ones_like(self.filled[rows]), self.filled[rows])
+            self.filled[rows] = True if is_any is None else is_any | self.filled[rows]
             self._has_rows = True
 
     def get_extra_state(self) -> Tensor:

@@ -221,7 +221,7 @@ def _max_length(model: Any) -> int:
     longest = getattr(model, "max_seq_length", None)
     if longest is None or longest > 1 << 20:
         raise ValueError(
-            f"`feature_folder` needs a place of fixed length per document, but the model's max_seq_length is {longest}. "
+            f"`feature_folder` needs a fixed length per document, but the model's max_seq_length is {longest}. "
             "Set it, or leave `feature_folder` out."
         )
     return int(longest)
