@@ -51,7 +51,8 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
     growth = [_growth(dtype, mode, rows) for dtype, mode in dict.fromkeys((r["dtype"], r["mode"]) for r in rows)]
     note = (
         f"The most that one of {STEPS} steps has in memory beyond what is there before it, in a process that has made "
-        "two steps. predicted: by negative_cache.predict_bytes, for the tiled pass on a CPU. kept: what those two left behind, such as work space of the math library."
+        "two steps. predicted: by negative_cache.predict_bytes, for the tiled pass on a CPU. kept: what those two left "
+        "behind, such as work space of the math library."
     )
     return Report(
         [

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache import logs
+from negative_cache import logs, retrieval
 from negative_cache.retrieval import RowPool, Scale, retrieve, transform
+from negative_cache.retrieval import triton as fused
 from negative_cache.retrieval.reference import retrieve_dense
 from negative_cache.retrieval.transform import factor_of
 from support import as_on_a_gpu
@@ -96,3 +97,23 @@ def test_what_runs_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: p
         for _ in range(3):
             retrieve(torch.ones(2, 2), pool, generator=torch.Generator())
     assert [record.message for record in caplog.records] == ["Retrieval on cpu: tiled PyTorch, float32 rows."]
+
+
+class OnAGpu:
+    """As much of a tensor as is looked at to choose what runs."""
+
+    device = torch.device("cuda")
+    dtype = torch.float32
+
+
+def test_a_gpu_without_triton_or_with_another_transform_gets_the_tiled_pass(monkeypatch: pytest.MonkeyPatch):
+    pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
+    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh)
+    assert said == (
+        "tiled PyTorch, float32 rows: the score transform is no multiplication, which the fused kernel needs."
+    )
+    monkeypatch.setattr(fused, "_has_triton", lambda: False)
+    assert retrieval._why_not_fused(OnAGpu(), pool, None) == "tiled PyTorch, float32 rows: Triton is not installed."
+    several = RowPool([torch.ones(4, 2)] * 2, [torch.ones(4, dtype=torch.bool)] * 2)
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None) or "")

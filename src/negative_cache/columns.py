@@ -154,7 +154,8 @@ class QuantizedColumn(_Column):
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
         rows = self._expect(rows.to(self.device))
-        self.values[rows], self.scales[rows] = quantize(values.to(self.device))
+        stored, scales = quantize(values.to(self.device))
+        self.values[rows], self.scales[rows] = stored, scales.to(self.scales.dtype)
 
     def dense(self) -> Tensor:
         """All rows, float32 `[num_rows, *shape]`; a copy."""
