@@ -19,3 +19,16 @@ def test_several_ranks_go_on_with_another_number_of_them(tmp_path: Path):
     assert "step 20: loss" in run(2, 20)
     assert "step 10" not in (second := run(1, 30))
     assert "step 30: loss" in second
+
+
+def test_a_large_cache_takes_the_memory_that_was_predicted(tmp_path: Path):
+    command = [sys.executable, str(EXAMPLES / "large_cache.py"), "--cache-size", "2048", "--batch-size", "256"]
+    said = subprocess.run(
+        [*command, "--folder", str(tmp_path)], check=True, text=True, capture_output=True, timeout=100
+    )
+    lines = said.stdout.splitlines()
+    predicted = sum(float(line.split()[2]) for line in lines if line.startswith(("predicted e", "predicted b")))
+    (found,) = (float(line.split()[3]) for line in lines if line.startswith("the cache has"))
+    assert abs(found - predicted) <= 0.15
+    assert "fill 1.00" in said.stdout
+    assert list(tmp_path.iterdir()) == []
