@@ -66,7 +66,7 @@ def check_pass(size: Size, device: torch.device) -> None:
         num_samples=3,
         num_top=NUM_TOP,
     )
-    exact, plain = (_scores(operand, pool, excluded) for operand in (queries, _rounded(queries, size)))
+    exact, plain = (_scores(operand, pool, excluded) for operand in (queries, _as_stored(queries, size)))
     truth, rounded = (_maxima(scores, size.top_k) for scores in (exact, plain))
     is_visible = exact.isfinite()
     allowed = 2 * float((exact - plain)[is_visible].abs().amax()) + TOLERANCE
@@ -86,13 +86,12 @@ def check_draws(size: Size, device: torch.device) -> None:
     size = replace(size, rows=64, top_k=size.top_k and 16)
     query, pool = unit_rows(1, size.dim, device), _pool(size, device)
     drawn = retrieve(
-        query,
+        query.expand(NUM_DRAWS, -1),
         pool,
         generator=torch.Generator().manual_seed(0),
         score_transform=Scale(SCALE),
         top_k=size.top_k,
-        num_samples=NUM_DRAWS,
-    ).rows[0]
+    ).rows[:, 0]
     scores, rows = _scores(query, pool, None), torch.arange(size.rows, device=device)[None]
     if size.top_k is not None:
         scores, rows = grouped_top_k(scores, size.top_k)
@@ -132,7 +131,7 @@ def check_step(size: Size, device: torch.device) -> None:
     queries = work.queries.detach()
     truth, rounded = (
         _loss(_maxima(_scores(operand, pool, None), size.top_k), queries, work.documents)
-        for operand in (queries, _rounded(queries, size))
+        for operand in (queries, _as_stored(queries, size))
     )
     _require_close("loss", loss.detach()[None], truth[None], _allowed(rounded, truth))
 
@@ -198,10 +197,6 @@ def _loss(scores: Tensor, queries: Tensor, documents: Tensor) -> Tensor:
 def _as_stored(values: Tensor, size: Size) -> Tensor:
     """What a cache of this dtype gives back."""
     return dequantize(*quantize(values)) if size.dtype == "int8" else values.detach().to(size.torch_dtype)
-
-
-def _rounded(queries: Tensor, size: Size) -> Tensor:
-    return _as_stored(queries, size)
 
 
 def _groups(rows: Tensor, num_rows: int, num_groups: int) -> Tensor:

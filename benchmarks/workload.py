@@ -85,7 +85,7 @@ class Workload:
         )
 
     def product(self, block_rows: int | None = None) -> Callable[[], object]:
-        """The bare product of queries and rows in the rows' dtype, at once or in blocks whose results are dropped."""
+        """The bare product in the rows' dtype: `queries @ rows.T` at once, or `rows @ queries.T` in blocks, dropped."""
         rows, queries = self.rows, self.queries.detach()
         if rows.dtype == torch.int8:
             operand = quantize(queries)[0]
@@ -96,8 +96,11 @@ class Workload:
         blocks = torch.split(rows, block_rows or len(rows))
 
         def product() -> None:
+            if block_rows is None:
+                multiply(operand, rows.T)
+                return
             for block in blocks:
-                multiply(operand, block.T)
+                multiply(block, operand.T)
 
         return product
 

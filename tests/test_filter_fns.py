@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from negative_cache import CacheManager, FixedLenFeature, IsInCacheFilterFn, NegativeCache, RaggedFeature
+from negative_cache import (
+    CacheManager,
+    FixedLenFeature,
+    IsInCacheFilterFn,
+    NegativeCache,
+    QuantizedFeature,
+    RaggedFeature,
+)
 
 
 def by_hand(key: str, value: torch.Tensor) -> NegativeCache:
@@ -77,3 +84,9 @@ def test_wrong_keys_are_refused() -> None:
         IsInCacheFilterFn(["x", "y"])(cache, {"x": torch.ones(1), "y": torch.ones(1)})
     with pytest.raises(ValueError, match=r"\['x'\]"):
         IsInCacheFilterFn(["x"])(cache, {"z": torch.ones(1)})
+
+
+def test_what_is_kept_rounded_is_not_compared():
+    cache = CacheManager({"x": QuantizedFeature([2])}, 4).init_cache()
+    with pytest.raises(ValueError, match="rounded to int8"):
+        IsInCacheFilterFn(["x"])(cache, {"x": torch.ones(1, 2)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import NamedTuple
@@ -10,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache.features import dequantize, quantize
+from negative_cache.columns import make_column
+from negative_cache.features import QuantizedFeature, dequantize, quantize
 from negative_cache.retrieval import RowPool, product, reference, retrieve
 from negative_cache.retrieval.pool import group_bounds
 from negative_cache.retrieval.reference import dense_scores, grouped_top_k, retrieve_dense
 from negative_cache.retrieval.streaming import mine_groups, retrieve_streaming
 from stats import ALPHA, chi_square, independence
-from support import Recorder
+from support import Recorder, as_on_a_gpu
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Relative to the size of lse: some ulps of the dtype in which scores are computed.
@@ -353,6 +355,61 @@ def test_the_setting_for_bfloat16_products_is_put_back():
     with pytest.raises(RuntimeError, match="no"):
         run(retrieve_streaming, case, score_transform=fail)
     assert settings.fp32_precision == before
+
+
+def test_scales_stay_float32_whatever_a_module_is_cast_to():
+    column = make_column(QuantizedFeature([3]), 4, torch.device("cpu"))
+    column.write(torch.tensor([1]), torch.tensor([[1.0, -0.3, 0.7]]))
+    before = column.scales.clone()
+    for cast in (column.half, column.bfloat16, column.double):
+        cast()
+        assert column.values.dtype == torch.int8
+        assert torch.equal(column.scales, before)
+        assert column.scales.dtype == torch.float32
+    column.write(torch.tensor([2]), torch.tensor([[1.0, -0.3, 0.7]]))
+    assert torch.equal(column.read(torch.tensor([1])), column.read(torch.tensor([2])))
+
+
+def test_integer_rows_without_scales_are_taken_as_they_are():
+    rows = torch.randint(-9, 9, (300, 8), generator=generator(), dtype=torch.int8)
+    pool, exact = (RowPool([part], [torch.ones(300, dtype=torch.bool)]) for part in (rows, rows.double()))
+    queries = torch.randint(-3, 3, (4, 8), generator=generator()).float()
+    found = retrieve_streaming(queries, pool, generator=generator())
+    truth = retrieve_dense(queries.double(), exact, generator=generator())
+    torch.testing.assert_close(found.lse.double(), truth.lse)
+
+
+def test_what_a_transform_makes_of_an_invisible_row_does_not_matter():
+    rows = torch.cat([torch.ones(10, 2), torch.zeros(90, 2)])
+    pool = RowPool([rows], [torch.arange(100) < 10])
+    for is_free in (True, False):
+        with contextlib.nullcontext() if is_free else as_on_a_gpu():
+            found = retrieve(torch.ones(3, 2), pool, generator=generator(), score_transform=lambda s: 1 / s)
+        torch.testing.assert_close(found.lse, torch.full((3,), 0.5 + math.log(10)))
+
+
+def test_groups_for_a_retrieval_function_can_be_viewed():
+    case = make_case(3, 4096, torch.float32)
+    scores, rows = mine_groups(case.queries, case.pool, 8)
+    assert scores.is_contiguous()
+    assert rows.is_contiguous()
+    assert run(retrieve_streaming, make_case(2, 512, torch.float32)._replace(queries=torch.ones(0, DIM)), top_k=2)
+
+
+def test_passes_that_overlap_put_the_setting_back():
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:
+        pytest.skip("this torch has no such setting")
+    pool = make_case(1, 4, torch.bfloat16).pool
+    before = settings.fp32_precision
+    first, second = product.narrow_products(pool), product.narrow_products(pool)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert settings.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert settings.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 # Memory

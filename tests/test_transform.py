@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
     ],
 )
 def test_multiplications_are_found(function, factor: float):
-    assert float(factor_of(function, CPU)) == pytest.approx(factor, rel=1e-6)
+    assert float(factor_of(function, CPU, torch.float32)) == pytest.approx(factor, rel=1e-6)
+    assert float(factor_of(function, CPU, torch.float64)) == pytest.approx(factor, rel=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,9 @@ def test_multiplications_are_found(function, factor: float):
         lambda s: torch.nn.functional.leaky_relu(s, 0.999),
         lambda s: s * s,
         lambda s: s.round(),
+        lambda s: s.clamp_(-5, 5),
+        torch.nn.ReLU(inplace=True),
+        lambda s: s.abs_(),
         lambda s: s + 1e-3 * torch.sin(torch.pi * s),
         lambda s: s * s.shape[1] * torch.linspace(0, 1, len(s))[:, None],
         lambda s: s.sum(),
@@ -56,26 +60,39 @@ def test_multiplications_are_found(function, factor: float):
     ],
 )
 def test_everything_else_is_not(function):
-    assert factor_of(function, CPU) is None
+    assert factor_of(function, CPU, torch.float32) is None
 
 
-def test_on_a_gpu_a_function_is_looked_at_once(monkeypatch: pytest.MonkeyPatch):
+class Affine(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.tensor(2.0), torch.tensor(0.0)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self.weight * scores + self.bias
+
+
+def test_on_a_gpu_a_function_is_looked_at_once_unless_it_can_change(monkeypatch: pytest.MonkeyPatch):
     looked = []
     original = transform._is_multiplied
     monkeypatch.setattr(transform, "_is_multiplied", lambda *args: (looked.append(1), original(*args))[1])
-    factor = torch.tensor(2.0)
+    temperature = 0.05
 
     def scaled(scores: Tensor) -> Tensor:
-        return scores * factor
+        return torch.div(scores, temperature)
 
+    module = Affine()
     with as_on_a_gpu():
+        for _ in range(3):
+            assert float(factor_of(scaled, CPU, torch.float32)) == pytest.approx(20)
+            assert factor_of(lambda scores: scores + temperature, CPU, torch.float32) is None
+        assert len(looked) == 1 + 3  # each lambda is a new one
         for value in (2.0, 5.0):
-            factor.fill_(value)
-            assert float(factor_of(scaled, CPU)) == value  # the factor itself is read each time, on the device
-        assert looked == [1]
-        assert factor_of(torch.tanh, CPU) is None
-        assert factor_of(torch.tanh, CPU) is None
-    assert looked == [1, 1]
+            module.weight.fill_(value)
+            assert float(factor_of(module, CPU, torch.float32)) == value
+        module.bias.fill_(-3)
+        assert factor_of(module, CPU, torch.float32) is None
+        assert factor_of(lambda scores: module.weight * scores, CPU, torch.float32) == 5
 
 
 @pytest.mark.parametrize("function", [Scale(7.0), lambda s: 7 * s, lambda s: 7 * s + 1, torch.tanh])
@@ -108,12 +125,14 @@ class OnAGpu:
 
 def test_a_gpu_without_triton_or_with_another_transform_gets_the_tiled_pass(monkeypatch: pytest.MonkeyPatch):
     pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
-    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh)
+    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh, 1)
     assert said == (
         "tiled PyTorch, float32 rows: the score transform is no multiplication, which the fused kernel needs."
     )
     monkeypatch.setattr(fused, "_has_triton", lambda: False)
-    assert retrieval._why_not_fused(OnAGpu(), pool, None) == "tiled PyTorch, float32 rows: Triton is not installed."
+    assert retrieval._why_not_fused(OnAGpu(), pool, None, 1) == "tiled PyTorch, float32 rows: Triton is not installed."
+    monkeypatch.undo()
+    assert "at most 16 samples" in (fused.reason_against(torch.ones(1, 2), pool, 17) or "")
     several = RowPool([torch.ones(4, 2)] * 2, [torch.ones(4, dtype=torch.bool)] * 2)
     monkeypatch.setattr(fused, "_has_triton", lambda: True)
-    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None) or "")
+    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None, 1) or "")

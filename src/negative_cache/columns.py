@@ -105,10 +105,6 @@ class FixedColumn(_Column):
         """The values of `rows [n]`: `[n, *shape]`."""
         return self.values[self._expect(rows.to(self.device))]
 
-    def read_rows(self, rows: Tensor) -> Tensor:
-        """The values of `rows [n]` as `write` takes them."""
-        return self.read(rows)
-
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
         self.values[self._expect(rows.to(self.device))] = values.to(self.device, self.values.dtype)
@@ -142,20 +138,21 @@ class QuantizedColumn(_Column):
     def device(self) -> torch.device:
         return self.values.device
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.device)  # moved, but float32 whatever the module is cast to
+        return self
+
     def read(self, rows: Tensor) -> Tensor:
         """The values of `rows [n]`: float32 `[n, *shape]`."""
         rows = self._expect(rows.to(self.device))
         return dequantize(self.values[rows], self.scales[rows])
 
-    def read_rows(self, rows: Tensor) -> Tensor:
-        """The values of `rows [n]` as `write` takes them."""
-        return self.read(rows)
-
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Store `values [n, *shape]` in `rows [n]`. A row that occurs twice must have equal values."""
         rows = self._expect(rows.to(self.device))
-        stored, scales = quantize(values.to(self.device))
-        self.values[rows], self.scales[rows] = stored, scales.to(self.scales.dtype)
+        self.values[rows], self.scales[rows] = quantize(values.to(self.device))
 
     def dense(self) -> Tensor:
         """All rows, float32 `[num_rows, *shape]`; a copy."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from negative_cache.cache import NegativeCache
 from negative_cache.negatives import RetrievalFn, draw_negatives, pool_of, read_pool
+from negative_cache.randomness import register
 from negative_cache.retrieval import ScoreTransform
 
 
@@ -139,6 +140,7 @@ class HereNegatives(Negatives):
 @torch.no_grad()
 def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> HereNegatives:
     """Draw from this process's caches; ids are those of the first one."""
+    register(rules.generator)
     withheld_ids = None
     if asked.num_withheld and asked.new_ids is not None:
         withheld_ids = asked.new_ids[-asked.num_withheld :]

@@ -102,7 +102,7 @@ def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 `[n, *shape]` and float32 scales `[n]`; an item is about its int8 values times its scale.
     """
-    flat = values.detach().float().flatten(1)
+    flat = values.detach().float().reshape(len(values), -1)
     scales = flat.abs().amax(dim=1, keepdim=True) / 127
     steps = flat / torch.where(scales > 0, scales, 1)
     return steps.round_().to(torch.int8).view(values.shape), scales.squeeze(1)
@@ -127,6 +127,8 @@ def check_specs(specs: Specs) -> None:
             if spec.max_length is not None and spec.max_length < 1:
                 raise ValueError(f"specs[{key!r}] has max_length {spec.max_length}; it must be at least 1.")
         elif isinstance(spec, FixedLenFeature | QuantizedFeature):
+            if isinstance(spec, QuantizedFeature) and 0 in spec.shape:
+                raise ValueError(f"specs[{key!r}] has the shape {list(spec.shape)}: there is nothing to quantise.")
             if any(size < 0 for size in spec.shape):
                 raise ValueError(f"specs[{key!r}] has a negative size in its shape {list(spec.shape)}.")
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NegativeCache
-from negative_cache.features import RaggedFeature, check_features, padding_value
+from negative_cache.features import QuantizedFeature, RaggedFeature, check_features, padding_value
 
 
 class CacheFilterFn(abc.ABC):
@@ -46,6 +46,11 @@ class IsInCacheFilterFn(CacheFilterFn):
         missing = [key for key in self.keys if key not in specs or key not in new_items]
         if missing:
             raise ValueError(f"The filter compares {missing}, which the cache or the new items do not have.")
+        rounded = [key for key in self.keys if isinstance(specs[key], QuantizedFeature)]
+        if rounded:
+            raise ValueError(
+                f"The filter compares {rounded}, which the cache keeps rounded to int8. Name other features."
+            )
         items = check_features("new_items", {key: new_items[key] for key in self.keys}, specs)
         batch = len(next(iter(new_items.values())))
         is_equal = cache.filled.expand(batch, -1)

@@ -10,6 +10,7 @@ import torch
 from negative_cache.cache import NegativeCache
 from negative_cache.features import RaggedFeature, Specs, embedding_spec
 from negative_cache.lookup import RowsOfIds
+from negative_cache.modules import EMBEDDING
 from negative_cache.retrieval.tiles import BLOCK, tile_bytes
 
 
@@ -58,12 +59,14 @@ def predict_bytes(
         `Bytes`. The step is that of the tiled pass on a CPU; that of the fused GPU kernel is smaller.
 
     Raises:
-        ValueError: A ragged feature without a mean length, sizes below 1.
+        ValueError: A ragged feature without a mean length, sizes below 1, a feature named like the embedding.
     """
     if min(cache_size, dim, batch_size) < 1:
         raise ValueError(f"Sizes must be at least 1, got {cache_size} rows, {dim} dimensions, batch size {batch_size}.")
+    if specs is not None and EMBEDDING in specs:
+        raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses.")
     specs, mean_lengths = dict(specs or {}), dict(mean_lengths or {})
-    cache = NegativeCache.empty({"embedding": embedding_spec(dim, embedding_dtype), **specs}, cache_size, "meta")
+    cache = NegativeCache.empty({EMBEDDING: embedding_spec(dim, embedding_dtype), **specs}, cache_size, "meta")
     by_part = {"embedding": 0, "feature": 0, "": 0}
     for name, buffer in cache.named_buffers():
         part = "embedding" if name.startswith("feature_embedding.") else "feature" if "feature_" in name else ""

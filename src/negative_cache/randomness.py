@@ -15,7 +15,14 @@ def new_generator(seed: int | None = None) -> torch.Generator:
     """A CPU generator with the given seed, or one taken from torch's global generator."""
     generator = torch.Generator()
     generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
+    register(generator)
     return generator
+
+
+def register(generator: torch.Generator) -> None:
+    """Let compiled code draw from a generator; for what runs before it is compiled."""
+    if not torch.compiler.is_compiling():
+        _generators[id(generator)] = generator
 
 
 def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
@@ -23,11 +30,15 @@ def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.d
     if torch.compiler.is_compiling():
         drawn: Tensor = torch.ops.negative_cache.uniforms(id(generator), shape, device)
         return drawn
-    _generators[id(generator)] = generator
+    register(generator)
     return _uniforms(id(generator), shape, device)
 
 
 def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if generator not in _generators:
+        raise RuntimeError(
+            "Compiled code draws from a generator that is gone, or is new: run one step uncompiled first."
+        )
     drawn = torch.rand(tuple(shape), generator=_generators[generator], dtype=torch.float64)
     return drawn.to(device, non_blocking=True)
 

@@ -50,10 +50,10 @@ def retrieve(
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.detach()
-        factor = factor_of(score_transform, queries.device)
+        factor = factor_of(score_transform, queries.device, pool.score_dtype)
         if factor is not None:
             queries, score_transform = queries.to(pool.score_dtype) * factor, None
-        reason = _why_not_fused(queries, pool, score_transform)
+        reason = _why_not_fused(queries, pool, score_transform, num_samples)
         say_once(f"Retrieval on {queries.device.type}: " + (reason or "fused kernel (Triton)."))
         if reason is None:
             from negative_cache.retrieval.triton import retrieve_fused
@@ -79,7 +79,9 @@ def retrieve(
         )
 
 
-def _why_not_fused(queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None) -> str | None:
+def _why_not_fused(
+    queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None, num_samples: int
+) -> str | None:
     """What runs in place of the fused kernel, and why; None if that can run."""
     tiled = f"tiled PyTorch, {describe(pool)}"
     if queries.device.type != "cuda":
@@ -88,5 +90,5 @@ def _why_not_fused(queries: Tensor, pool: RowPool, score_transform: ScoreTransfo
         return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
     from negative_cache.retrieval.triton import reason_against
 
-    reason = reason_against(queries, pool)
+    reason = reason_against(queries, pool, num_samples)
     return None if reason is None else f"{tiled}: {reason}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,17 +32,17 @@ class TileProduct:
 
     def __init__(self, queries: Tensor, pool: RowPool, max_rows: int) -> None:
         device, (batch, dim) = queries.device, queries.shape
-        dtypes = {part.dtype for part in pool.embeddings}
         self.dtype = pool.score_dtype
         self.queries = queries.to(self.dtype).T
-        self.is_integer = torch.int8 in dtypes and multiplies_integers(device)
+        self.is_integer = any(scales is not None for _, scales in pool.parts) and multiplies_integers(device)
         self.max_rows = max(min(max_rows, _CONVERTED_ELEMENTS // dim), 1)
         self.integers = torch.empty(self.max_rows if self.is_integer else 0, batch, dtype=torch.int32, device=device)
         if self.is_integer:
             rounded, self.scales = quantize(queries)
             self.rounded = rounded.T
-            dtypes.remove(torch.int8)
-        is_converted = bool(dtypes - {self.dtype})
+        is_converted = any(
+            rows.dtype != self.dtype and not (scales is not None and self.is_integer) for rows, scales in pool.parts
+        )
         self.converted = torch.empty(self.max_rows if is_converted else 0, dim, dtype=self.dtype, device=device)
 
     @property
@@ -84,15 +85,38 @@ def describe(pool: RowPool) -> str:
 
 @contextlib.contextmanager
 def narrow_products(pool: RowPool) -> Iterator[None]:
-    """Let CPUs multiply bfloat16 rows as bfloat16, and int8 rows that were not multiplied as integers."""
+    """Let CPUs multiply bfloat16 rows as bfloat16, and int8 rows that were not multiplied as integers.
+
+    The setting is the process's; it is put back when the last pass that runs has ended.
+    """
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
     is_narrow = all(part.dtype in (torch.bfloat16, torch.int8) for part in pool.embeddings)
-    if settings is None or not is_narrow or pool.embeddings[0].device.type != "cpu":
+    if settings is None or not is_narrow or pool.embeddings[0].device.type != "cpu" or torch.compiler.is_compiling():
         yield
         return
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    with _setting.lock:
+        if _setting.depth == 0:
+            _setting.before = settings.fp32_precision
+            if _setting.before == getattr(torch.backends.mkldnn, "fp32_precision", None):
+                _setting.before = "none"  # it is inherited, and is to follow what it inherits from
+            settings.fp32_precision = "bf16"
+        _setting.depth += 1
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _setting.lock:
+            _setting.depth -= 1
+            if _setting.depth == 0:
+                settings.fp32_precision = _setting.before
+
+
+class _Setting:
+    """How many passes need the process's setting changed, and what it was."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.depth = 0
+        self.before = "none"
+
+
+_setting = _Setting()

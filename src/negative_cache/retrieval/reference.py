@@ -84,8 +84,18 @@ def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tens
     """
     top = scores.amax(dim=1, keepdim=True)
     weights = (scores - torch.where(top.isfinite(), top, 0)).to(torch.float64).exp()
-    cumulative = weights.cumsum(dim=1)
     uniform = uniforms((scores.shape[0], num_samples), generator, scores.device)
+    return inverse_cdf(weights.cumsum(dim=1), uniform)
+
+
+def inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Draw positions in proportion to weights: int64 `[batch, n]`, never one of weight 0 if there is another.
+
+    Args:
+        cumulative: `[batch, length]`: cumulative sums of the weights.
+        uniform: `[batch, n]` in [0, 1), in the same dtype.
+    """
+    cumulative = cumulative.contiguous()
     # `right=True` never ends on an element of weight 0: its cumulative sum equals that of the one before.
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last = cumulative.argmax(dim=1, keepdim=True)  # the first position that has the full sum

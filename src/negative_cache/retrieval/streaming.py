@@ -10,7 +10,7 @@ from torch import Tensor
 from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 from negative_cache.retrieval.product import narrow_products
-from negative_cache.retrieval.reference import exact_top_k, sample
+from negative_cache.retrieval.reference import exact_top_k, inverse_cdf, sample
 from negative_cache.retrieval.tiles import BLOCK, Tiles
 
 
@@ -63,7 +63,8 @@ def mine_groups(
     """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        return _group_maxima(Tiles(queries, pool, score_transform, excluded), top_k)
+        scores, rows = _group_maxima(Tiles(queries, pool, score_transform, excluded), top_k)
+        return scores.contiguous(), rows.contiguous()
 
 
 class _Reservoir:
@@ -128,13 +129,13 @@ class _Reservoir:
                 return
             moves, cumulative, in_tile, in_block = (x[query] for x in (moves, cumulative, in_tile, in_block))
         tiles, num_blocks = self.tiles, self.sums.shape[1]
-        block = _inverse_cdf(cumulative, in_tile)
+        block = inverse_cdf(cumulative, in_tile)
         begin = block // num_blocks * tiles.chunk_rows
         end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
         members = (begin + block % num_blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
         weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(torch.float64)
         inside = torch.where(members < end, weights, 0).cumsum(dim=2)
-        within = _inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
+        within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
         drawn = start + members.gather(2, within[:, :, None]).squeeze(2)
         self.rows[query] = torch.where(moves, drawn, self.rows[query])
 
@@ -149,15 +150,6 @@ def _reduce_blocks(reduce: Callable[..., Tensor], values: Tensor, out: Tensor) -
         reduce(values[: whole * BLOCK].view(whole, BLOCK, -1), dim=1, out=out[:whole])
     if whole * BLOCK < len(values):
         reduce(values[whole * BLOCK :], dim=0, out=out[whole])
-
-
-def _inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """Positions `[n, m]` drawn with `uniform [n, m]` from cumulative weights `[n, length]`; never one of weight 0."""
-    cumulative = cumulative.contiguous()
-    # `right=True` never ends on an element of weight 0: its cumulative sum equals that of the one before.
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    last = cumulative.argmax(dim=1, keepdim=True)  # the first position that has the full sum
-    return torch.minimum(drawn, last)
 
 
 class _Best:
@@ -251,7 +243,7 @@ def _first_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
     if length % BLOCK or length < 4 * BLOCK:
         return scores.max(dim=1)
     # Maxima without positions are several times faster, so the position is looked for in one block alone.
-    blocks = scores.view(groups, -1, BLOCK, batch)
+    blocks = scores.view(groups, length // BLOCK, BLOCK, batch)
     best = blocks.amax(dim=2).max(dim=1)
     at = best.indices[:, None, None].expand(-1, 1, BLOCK, -1)
     within = blocks.gather(1, at).squeeze(1).max(dim=1)

@@ -79,8 +79,11 @@ class Tiles:
         if self.score_transform is not None:
             scores.copy_(self.score_transform(scores))
         if not is_all:
-            candidates = torch.cat(list(tile.candidates))
-            scores += torch.where(candidates, 0.0, -torch.inf).to(scores.dtype)[:, None]
+            hidden = ~torch.cat(list(tile.candidates))
+            if self.is_free:
+                scores.index_fill_(0, hidden.nonzero().squeeze(1), -torch.inf)
+            else:
+                scores.masked_fill_(hidden[:, None], -torch.inf)
         if self.excluded is not None:
             self.excluded.hide(self.buffer, start, stop, at)
         return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +67,9 @@ def gpu_tiling(
 
 def precision() -> str:
     """How float32 products may be rounded, in Triton's words."""
+    settings: Any = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # torch 2.9 and newer, where the older question may raise
+        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

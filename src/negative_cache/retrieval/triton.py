@@ -25,6 +25,7 @@ from negative_cache.retrieval.reference import exact_top_k, sample
 from negative_cache.retrieval.tiling import MAX_BLOCK, Tiling, gpu_tiling, power_of_two, precision
 
 MAX_HIDDEN = 16  # excluded rows per query that are held in registers; more are read again for each block
+MAX_SAMPLES = 16  # per query; beyond, their state does not fit the registers and the tiled pass is asked
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -86,19 +87,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def reason_against(queries: Tensor, pool: RowPool) -> str | None:
-    """Why `retrieve_fused` cannot take these; None if it can."""
+def reason_against(queries: Tensor, pool: RowPool, num_samples: int = 1) -> str | None:
+    """Why `retrieve_fused` cannot take these, or should not take so many samples; None if it can."""
     device, rows = queries.device, pool.embeddings[0]
     if not _has_triton():
         return "Triton is not installed"
     if len(pool.embeddings) != 1:
         return f"the pool has {len(pool.embeddings)} parts"
+    if num_samples > MAX_SAMPLES:
+        return f"it draws at most {MAX_SAMPLES} samples per query, whose state is in registers"
     if rows.dtype not in ROW_DTYPES:
         return f"the rows are {rows.dtype}"
     if queries.dtype == torch.float64:
         return "the queries are torch.float64"
     if (rows.dtype == torch.int8) != any(scales is not None for _, scales in pool.parts):
         return "int8 rows need scales, and only they have them"
+    if any(scales is not None and scales.dtype != torch.float32 for _, scales in pool.parts):
+        return "the scales are not float32"
     if not rows.numel() or not len(queries):
         return "there is nothing to score"
     if max(len(rows), len(queries)) >= 2**31 - MAX_BLOCK:
