@@ -345,3 +345,24 @@ def test_training_on_a_gpu(option: str, tmp_path: Path) -> None:
     if option == "feature_device":
         assert kinds.values.is_pinned()
         assert copy.deepcopy(kinds).values.is_pinned()
+
+
+def test_a_state_made_without_a_longest_length_loads_where_there_is_one(tmp_path: Path):
+    """Token ids of a run in memory go on in a file, and the other way round; longer ones than fit are refused."""
+    lengths = (5, 3)
+    states = {}
+    for name, length, options in (("memory", None, {}), ("file", 5, {"feature_folder": tmp_path})):
+        specs = {"tokens": RaggedFeature(torch.int64, length)}
+        loss_fn = NegativeCacheLoss(lambda x: torch.ones(len(x["tokens"]), 2), 8, specs=specs, seed=0, **options)
+        tokens = [torch.arange(1, n + 1) for n in lengths]
+        loss_fn(torch.ones(2, 2, requires_grad=True), torch.ones(2, 2), {"tokens": tokens})
+        states[name] = loss_fn.state_dict()
+    for name, length, options in (("file", None, {}), ("memory", 6, {"feature_folder": tmp_path}), ("memory", 5, {})):
+        specs = {"tokens": RaggedFeature(torch.int64, length)}
+        loss_fn = NegativeCacheLoss(lambda x: torch.ones(len(x["tokens"]), 2), 8, specs=specs, seed=1, **options)
+        loss_fn.load_state_dict(states[name])
+        assert loss_fn.cache.read(torch.arange(2), ["tokens"])["tokens"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 0, 0]]
+    short = {"tokens": RaggedFeature(torch.int64, 4)}
+    loss_fn = NegativeCacheLoss(lambda x: torch.ones(len(x["tokens"]), 2), 8, specs=short)
+    with pytest.raises(ValueError, match="items of 5 values in the feature 'tokens', this one's max_length is 4"):
+        loss_fn.load_state_dict(states["memory"])

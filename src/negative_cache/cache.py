@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from negative_cache.columns import Column, FixedColumn, QuantizedColumn, RaggedColumn, spec_of
 from negative_cache.features import (
     FeatureSpec,
+    RaggedFeature,
     RaggedRows,
     Specs,
     check_keys,
     is_free_to_read,
+    is_loadable,
     select,
     spec_to_json,
 )
@@ -255,8 +257,9 @@ class NegativeCache(nn.Module):
         mine = {key: spec_to_json(spec) for key, spec in self.specs.items()}
         check_keys("state_dict", saved["specs"], list(mine))
         for key, spec in saved["specs"].items():
-            if {**spec, "default_value": None} != {**mine[key], "default_value": None}:
+            if not is_loadable(spec, mine[key]):
                 raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
+            self._check_lengths(key, state_dict.get(f"{prefix}{module_name('feature', key)}.lengths"))
         derived = (f"{prefix}_oldest_rows.", f"{prefix}_rows_of_ids.")
         for name, buffer in self.named_buffers(prefix.removesuffix(".")):
             if name.startswith(derived):  # built anew from the rest
@@ -270,6 +273,17 @@ class NegativeCache(nn.Module):
                     f"{name!r} is {value.dtype} {list(value.shape)} in the state dict, "
                     f"but {buffer.dtype} {list(buffer.shape)} here."
                 )
+
+    def _check_lengths(self, key: str, lengths: Tensor | None) -> None:
+        """Raise if saved items of a ragged feature are longer than they may be here."""
+        spec = self.specs[key]
+        if not isinstance(spec, RaggedFeature) or spec.max_length is None or lengths is None or len(lengths) == 0:
+            return
+        if int(lengths.max()) > spec.max_length:
+            raise ValueError(
+                f"The saved cache has items of {int(lengths.max())} values in the feature {key!r}, this one's "
+                f"max_length is {spec.max_length}."
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from negative_cache.cache import NegativeCache, state_of
 from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
-from negative_cache.features import embedding_spec, spec_from_json, spec_to_json
+from negative_cache.features import embedding_spec, is_loadable, spec_from_json, spec_to_json
 from negative_cache.modules import EMBEDDING, NegativeCacheLoss
 from negative_cache.randomness import new_generator
 
@@ -292,7 +292,7 @@ def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
             mine = {**saved, EMBEDDING: mine[EMBEDDING]}
     for key in sorted({*saved, *mine}):
         first, second = saved.get(key), mine.get(key)
-        if first is None or second is None or {**first, "default_value": 0} != {**second, "default_value": 0}:
+        if first is None or second is None or not is_loadable(first, second):
             raise CheckpointError(f"The checkpoint's feature {key!r} is {first}, this loss's is {second}.")
 
 

@@ -157,6 +157,12 @@ def spec_from_json(spec: Mapping[str, Any]) -> FeatureSpec:
     return FixedLenFeature(spec["shape"], dtype, spec["default_value"])
 
 
+def is_loadable(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether values that were saved with one spec (as JSON) fit another, whatever their padding and longest length."""
+    ignored = {"default_value": None, "max_length": None}
+    return set(saved) == set(own) and {**saved, **ignored} == {**own, **ignored}
+
+
 def check_keys(name: str, given: Mapping[str, object], expected: Sequence[str]) -> None:
     """Raise unless `given` has exactly the `expected` keys."""
     missing, extra = set(expected) - set(given), set(given) - set(expected)
