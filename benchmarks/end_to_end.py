@@ -48,8 +48,8 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
             rows += _measure(name, model, given, sizes.repeats, target, device)
     title = "A training step: forward, backward, AdamW; texts of random tokens"
     note = (
-        f"{IN_BATCH}: sentence-transformers' MultipleNegativesRankingLoss; a third column of texts is one more encoding, "
-        "which the negative cache needs too. Medians of steps that take turns."
+        f"{IN_BATCH}: sentence-transformers' MultipleNegativesRankingLoss; a third column of texts is one more "
+        "encoding, which the negative cache needs too. Medians of steps that take turns."
     )
     return Report([Table("end-to-end", title, COLUMNS, rows, note)], partial(_plot, rows))
 

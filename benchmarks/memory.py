@@ -139,7 +139,7 @@ def _plot(rows: list[Row], figure: Figure) -> None:
         axes.plot(xs, ys, line, marker=marker, color=COLOURS[number % len(COLOURS)], label=f"{dtype} rows, {mode}")
     axes.axhline(MEMORY_TARGET_MB, color="black", linewidth=1, linestyle=":", label=f"target, {MEMORY_TARGET_MB} MB")
     row_ticks(axes, [int(row["rows"] or 0) for row in rows])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.6 * MEMORY_TARGET_MB)
     title = f"Peak extra memory of a step (B={rows[0]['batch']}, D={rows[0]['dim']})"
     style(axes, title, "rows of the cache", "peak extra memory, MB")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncol=2, loc="upper center")
