@@ -425,7 +425,7 @@ def largest_tensor(fn, batch: int, rows: int, **settings) -> int:
 
 @pytest.mark.parametrize("settings", [{}, {"num_samples": 3, "num_top": 10}, {"top_k": 64}], ids=str)
 def test_memory_does_not_grow_with_the_rows(settings: dict[str, int]):
-    batch, rows = 128, 16384
+    batch, rows = 128, 32768
     small = largest_tensor(retrieve_streaming, batch, rows, **settings)
     large = largest_tensor(retrieve_streaming, batch, 8 * rows, **settings)
     assert small < batch * rows

@@ -14,7 +14,7 @@ from negative_cache.retrieval.product import TileProduct
 
 # On a CPU a chunk of scores is read several times: it should stay in a core's cache, and be long enough for the product
 # to run at full speed. What is done per tile costs some dozen small operations. Elsewhere a tile is one chunk.
-CHUNK_ELEMENTS, TILE_ELEMENTS, OTHER_TILE_ELEMENTS = 2048 * 128, 8192 * 128, 2**24
+CHUNK_ELEMENTS, TILE_ELEMENTS, OTHER_TILE_ELEMENTS = 2048 * 128, 16384 * 128, 2**24
 MIN_CHUNK_ROWS, MAX_TILE_ROWS = 256, 16384
 # A draw from a tile chooses a block of so many rows first, so that only one block is looked at row by row.
 BLOCK = 64
