@@ -512,3 +512,25 @@ def _ranks_share_sequences(rank: int, world_size: int, folder: Path) -> None:
 
 def test_ranks_share_sequences_of_different_lengths(tmp_path: Path) -> None:
     run_ranks(_ranks_share_sequences, 2, tmp_path)
+
+
+def test_embeddings_may_be_kept_as_int8():
+    """The handler's losses are those of float32 rows, up to the rounding of rows and queries."""
+    runs = []
+    for spec in (SPECS["embedding"], negative_cache.QuantizedFeature([DIM])):
+        torch.manual_seed(0)
+        encoder = Encoder()
+        cache_loss = CacheClassificationLoss("embedding", ("a", "b"), lambda s: 20.0 * s)
+        manager = CacheManager({**SPECS, "embedding": spec}, 64)
+        handler = handlers.CacheLossHandler(manager, cache_loss, "embedding", ("a", "b"))
+        values = []
+        for number in range(12):
+            features = {"a": (torch.arange(4) + 4 * number) % 50, "b": (torch.arange(4) + 7 * number) % 50}
+            documents, queries = encoder(features).detach(), encoder({**features, "a": features["b"]}).detach()
+            found = handler.cache_loss(encoder, queries, documents, {"documents": handler.cache})
+            values.append(float(found.interpretable_loss))
+            handler.update_cache_and_compute_loss(encoder, queries, documents, features)
+        runs.append(values)
+    # A unit vector is off by at most 1/254 in each dimension: a score by 20 * 2 * sqrt(8) / 254 at most.
+    assert runs[0] == pytest.approx(runs[1], abs=0.45)
+    assert runs[0] != runs[1]

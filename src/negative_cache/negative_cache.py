@@ -13,6 +13,7 @@ from negative_cache.features import (
     Features,
     FeatureSpec,
     FixedLenFeature,
+    QuantizedFeature,
     RaggedFeature,
     RaggedRows,
     Specs,
@@ -25,14 +26,14 @@ from negative_cache.features import (
 )
 from negative_cache.lookup import is_last_of_equal
 
-__all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "RaggedFeature"]
+__all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "QuantizedFeature", "RaggedFeature"]
 
 
 class CacheManager:
     """Says which rows of a cache to replace: the oldest (FIFO), or the least recently used (LRU).
 
     Args:
-        specs: Feature name -> `FixedLenFeature` or `RaggedFeature`.
+        specs: Feature name -> `FixedLenFeature`, `QuantizedFeature` or `RaggedFeature`.
         cache_size: Number of rows of `init_cache()`.
         use_lru: Whether updating a row makes it young again; if not, only insertion counts.
     """
