@@ -39,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="folder of CSV files and plots")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.sizes == "gpu" and device.type != "cuda":
+        parser.error("--sizes gpu needs a GPU; full is for a CPU.")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output} cannot be made: {error}")
     sizes = SETS[options.sizes or ("gpu" if device.type == "cuda" else "full")]
     progress("Checking the operations against the dense reference ...")
     problems = checks.failures(sizes.step, device)

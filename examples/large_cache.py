@@ -48,8 +48,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file of tokens is made")
     options = parser.parse_args()
-    predicted = predict_bytes(options.cache_size, DIM, options.batch_size, embedding_dtype=torch.int8)
-    for name in ("embeddings", "bookkeeping", "step"):
+    predicted = predict_bytes(
+        options.cache_size,
+        DIM,
+        options.batch_size,
+        embedding_dtype=torch.int8,
+        specs=SPECS,
+        mean_lengths={"tokens": (16 + MAX_TOKENS) / 2},
+        features_on_disk=True,
+    )
+    for name in predicted._fields:
         print(f"predicted {name:12} {getattr(predicted, name) / 1e6:8.1f} MB")
 
     torch.manual_seed(0)

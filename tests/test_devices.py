@@ -35,14 +35,14 @@ def test_the_host_never_waits_for_the_device():
     assert waits == {kind: {} for kind in KINDS}
 
 
-def make_step(cache_size: int = 256):
+def make_step(dtype: torch.dtype):
     torch.manual_seed(0)
     table = torch.randn(1000, 16).requires_grad_()
 
     def encode(features: dict[str, Tensor]) -> Tensor:
         return normalize(embedding(features["row"], table), dim=1)
 
-    loss_fn = NegativeCacheLoss(encode, cache_size, seed=0)
+    loss_fn = NegativeCacheLoss(encode, 256, embedding_dtype=dtype, seed=0)
 
     def step(rows: Tensor) -> Tensor:
         return loss_fn(encode({"row": rows + 1}), encode({"row": rows}), {"row": rows}, document_ids=rows)
@@ -61,10 +61,12 @@ def train(table: Tensor, step, count: int) -> list[float]:
     return losses
 
 
-def test_a_compiled_step_is_one_graph_and_equals_the_plain_one():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.bfloat16])
+def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtype):
+    torch.compiler.reset()
     results = []
     for is_compiled in (False, True):
-        table, loss_fn, step = make_step()
+        table, loss_fn, step = make_step(dtype)
         train(table, step, 1)  # the first step makes the cache
         if is_compiled:
             losses = train(table, torch.compile(step, fullgraph=True, backend="aot_eager"), 40)

@@ -27,7 +27,9 @@ def test_a_large_cache_takes_the_memory_that_was_predicted(tmp_path: Path):
         [*command, "--folder", str(tmp_path)], check=True, text=True, capture_output=True, timeout=100
     )
     lines = said.stdout.splitlines()
-    predicted = sum(float(line.split()[2]) for line in lines if line.startswith(("predicted e", "predicted b")))
+    predicted = sum(
+        float(line.split()[2]) for line in lines if line.startswith(("predicted e", "predicted f", "predicted b"))
+    )
     (found,) = (float(line.split()[3]) for line in lines if line.startswith("the cache has"))
     assert abs(found - predicted) <= 0.15
     assert "fill 1.00" in said.stdout

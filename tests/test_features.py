@@ -10,6 +10,7 @@ from torch import Tensor
 
 from negative_cache.features import (
     FixedLenFeature,
+    QuantizedFeature,
     RaggedFeature,
     RaggedRows,
     batch_size,
@@ -45,6 +46,10 @@ def ragged(value: object, spec: RaggedFeature) -> list[list[float]]:
         ({"x": FixedLenFeature([2], torch.int64, 0.5)}, ValueError, "default_value"),
         ({"x": RaggedFeature(torch.uint8, 4, 256)}, ValueError, "default_value"),
         ({"x": FixedLenFeature([2], torch.bool, 2)}, ValueError, "default_value"),
+        ({"x": QuantizedFeature([2], torch.int8)}, TypeError, "default_value torch.int8"),
+        ({"x": QuantizedFeature(16)}, TypeError, "shape 16"),
+        ({"x": QuantizedFeature("a")}, TypeError, "shape 'a'"),
+        ({"x": QuantizedFeature([2, 0])}, ValueError, "nothing to quantise"),
     ],
 )
 def test_wrong_specs_are_refused(specs: dict, error: type[Exception], message: str) -> None:

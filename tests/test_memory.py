@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -42,8 +44,33 @@ def test_what_a_step_takes_does_not_depend_on_the_rows():
     assert large.embeddings == 2**24 * (768 + 4)
 
 
-def test_what_cannot_be_predicted_is_refused():
-    with pytest.raises(ValueError, match="mean length"):
-        predict_bytes(10, 4, 2, specs={"tokens": RaggedFeature(torch.int32)})
-    with pytest.raises(ValueError, match="at least 1"):
-        predict_bytes(0, 4, 2)
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((10, 4, 2), {"specs": {"tokens": RaggedFeature(torch.int32)}}, r"missing \['tokens'\]"),
+        ((10, 4, 2), {"mean_lengths": {"tokens": 3}}, r"unknown \['tokens'\]"),
+        ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32, 9)}, "mean_lengths": {"x": 10}}, "from 0 to 9"),
+        ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": -1}}, "from 0 to inf"),
+        ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": math.nan}}, "is nan"),
+        ((10, 4, 2), {"specs": {"embedding": RaggedFeature(torch.int32)}}, "which the cache itself uses"),
+        ((10, 4, 2), {"embedding_dtype": torch.int32}, "floating point dtype or int8"),
+        ((10, 4, 11), {}, "larger than the cache's 10 rows"),
+        ((0, 4, 2), {}, "`cache_size` is 0"),
+        ((10, 4.0, 2), {}, "`dim` is 4.0"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(sizes: tuple, options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        predict_bytes(*sizes, **options)
+
+
+def test_a_dtype_is_no_string():
+    with pytest.raises(TypeError, match=r"`embedding_dtype` is 'int8'; expected a torch\.dtype"):
+        NegativeCacheLoss(lambda x: x, 4, embedding_dtype="int8")
+
+
+def test_features_on_disk_take_only_what_finds_them():
+    specs = {"row": FixedLenFeature([100], torch.int32), "tokens": RaggedFeature(torch.int32, 64)}
+    options = {"specs": specs, "mean_lengths": {"tokens": 10}}
+    assert predict_bytes(1000, 8, 4, **options, features_on_disk=True).features == 16 * 1000
+    assert predict_bytes(1000, 8, 4, **options).features == (16 + 400 + 60) * 1000

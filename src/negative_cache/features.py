@@ -68,6 +68,14 @@ Specs = Mapping[str, FeatureSpec]
 Features = Mapping[str, Tensor | Sequence[Tensor]]
 
 
+def check_embedding_dtype(dtype: torch.dtype) -> None:
+    """Raise unless embeddings can be stored as `dtype`."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`embedding_dtype` is {dtype!r}; expected a torch.dtype such as torch.int8.")
+    if not (dtype.is_floating_point or dtype == torch.int8):
+        raise ValueError(f"`embedding_dtype` is {dtype}; it must be a floating point dtype or int8.")
+
+
 def embedding_spec(dim: int, dtype: torch.dtype) -> FixedLenFeature | QuantizedFeature:
     """The spec of embeddings `[dim]` that are stored as `dtype`."""
     return QuantizedFeature([dim]) if dtype == torch.int8 else FixedLenFeature([dim], dtype)
@@ -127,6 +135,10 @@ def check_specs(specs: Specs) -> None:
             if spec.max_length is not None and spec.max_length < 1:
                 raise ValueError(f"specs[{key!r}] has max_length {spec.max_length}; it must be at least 1.")
         elif isinstance(spec, FixedLenFeature | QuantizedFeature):
+            if not isinstance(spec.shape, Sequence) or not all(hasattr(size, "__index__") for size in spec.shape):
+                raise TypeError(f"specs[{key!r}] has the shape {spec.shape!r}; expected a list of integers.")
+            if isinstance(spec.default_value, torch.dtype):
+                raise TypeError(f"specs[{key!r}] has the default_value {spec.default_value}; expected a number.")
             if isinstance(spec, QuantizedFeature) and 0 in spec.shape:
                 raise ValueError(f"specs[{key!r}] has the shape {list(spec.shape)}: there is nothing to quantise.")
             if any(size < 0 for size in spec.shape):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from negative_cache.cache import NegativeCache
-from negative_cache.features import RaggedFeature, Specs, embedding_spec
+from negative_cache.features import RaggedFeature, Specs, check_embedding_dtype, check_keys, embedding_spec
 from negative_cache.lookup import RowsOfIds
 from negative_cache.modules import EMBEDDING
 from negative_cache.retrieval.tiles import BLOCK, tile_bytes
@@ -41,6 +42,7 @@ def predict_bytes(
     mean_lengths: Mapping[str, float] | None = None,
     has_ids: bool = True,
     num_samples: int = 1,
+    features_on_disk: bool = False,
 ) -> Bytes:
     """Memory of a `NegativeCacheLoss` with a full cache, by counting the tensors that it would have.
 
@@ -54,27 +56,38 @@ def predict_bytes(
             the room in which such a feature is kept, or max_length per row where that is less.
         has_ids: Whether documents have ids.
         num_samples: Rows drawn per query.
+        features_on_disk: Whether features are in a `feature_folder`; only what finds them is counted then.
 
     Returns:
         `Bytes`. The step is that of the tiled pass on a CPU; that of the fused GPU kernel is smaller.
 
     Raises:
-        ValueError: A ragged feature without a mean length, sizes below 1, a feature named like the embedding.
+        ValueError: Sizes below 1, a batch larger than the cache, a dtype that a cache cannot have, mean lengths of
+            other features than the ragged ones or beyond their max_length, a feature named like the embedding.
     """
-    if min(cache_size, dim, batch_size) < 1:
-        raise ValueError(f"Sizes must be at least 1, got {cache_size} rows, {dim} dimensions, batch size {batch_size}.")
-    if specs is not None and EMBEDDING in specs:
-        raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses.")
+    for name, value in (("cache_size", cache_size), ("dim", dim), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be an integer, at least 1.")
+    if batch_size > cache_size:
+        raise ValueError(f"`batch_size` is {batch_size}, larger than the cache's {cache_size} rows.")
+    check_embedding_dtype(embedding_dtype)
     specs, mean_lengths = dict(specs or {}), dict(mean_lengths or {})
+    if EMBEDDING in specs:
+        raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses.")
+    ragged = {key: spec for key, spec in specs.items() if isinstance(spec, RaggedFeature)}
+    check_keys("mean_lengths", mean_lengths, list(ragged))
+    for key, spec in ragged.items():
+        longest = math.inf if spec.max_length is None else spec.max_length
+        if not 0 <= mean_lengths[key] <= longest or math.isinf(mean_lengths[key]):
+            raise ValueError(f"`mean_lengths[{key!r}]` is {mean_lengths[key]}; it must be from 0 to {longest}.")
     cache = NegativeCache.empty({EMBEDDING: embedding_spec(dim, embedding_dtype), **specs}, cache_size, "meta")
     by_part = {"embedding": 0, "feature": 0, "": 0}
     for name, buffer in cache.named_buffers():
         part = "embedding" if name.startswith("feature_embedding.") else "feature" if "feature_" in name else ""
-        by_part[part] += buffer.nbytes
-    for key, spec in specs.items():
-        if isinstance(spec, RaggedFeature):
-            if key not in mean_lengths:
-                raise ValueError(f"The feature {key!r} is ragged: give its mean length in `mean_lengths`.")
+        if not (features_on_disk and part == "feature" and name.endswith(".values")):
+            by_part[part] += buffer.nbytes
+    for key, spec in ragged.items():
+        if not features_on_disk:
             length = 1.5 * mean_lengths[key]
             if spec.max_length is not None:
                 length = min(length, spec.max_length)

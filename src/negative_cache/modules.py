@@ -19,6 +19,7 @@ from negative_cache.features import (
     Features,
     FeatureSpec,
     Specs,
+    check_embedding_dtype,
     embedding_spec,
     infer_specs,
     spec_from_json,
@@ -90,8 +91,7 @@ class NegativeCacheLoss(CacheHolder):
             raise ValueError(f"`top_k` is {top_k}; it must be from 1 to the cache's {cache_size} rows.")
         if num_samples < 1:
             raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1.")
-        if not (embedding_dtype.is_floating_point or embedding_dtype == torch.int8):
-            raise ValueError(f"`embedding_dtype` is {embedding_dtype}; it must be a floating point dtype or int8.")
+        check_embedding_dtype(embedding_dtype)
         if specs is not None and EMBEDDING in specs:
             raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses. Rename the feature.")
         if feature_folder is not None:

@@ -15,6 +15,7 @@ from negative_cache.retrieval.pool import RowPool
 
 # Rows that are converted before the product: as many as stay in a CPU core's cache.
 _CONVERTED_ELEMENTS = 2048 * 768
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class TileProduct:
@@ -73,7 +74,7 @@ class TileProduct:
 
 def multiplies_integers(device: torch.device) -> bool:
     """Whether int8 products are faster than float32 ones on this device; "meta" stands for the CPU."""
-    return device.type in ("cpu", "meta") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return device.type in ("cpu", "meta") and _HAS_AVX512
 
 
 def describe(pool: RowPool) -> str:

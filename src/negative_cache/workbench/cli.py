@@ -175,6 +175,9 @@ def memory(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a document.")] = 512,
     num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the cache.")] = 1,
+    features_on_disk: Annotated[
+        bool, typer.Option("--features-on-disk", help="Tokens are in a feature_folder.")
+    ] = False,
 ) -> None:
     """Predict the memory of a cache of text documents and of a step beside it, on each rank."""
     with _errors():
@@ -193,6 +196,7 @@ def memory(
             specs={"tokens": RaggedFeature(torch.int32, max_tokens)},
             mean_lengths={"tokens": mean_tokens},
             num_samples=num_samples,
+            features_on_disk=features_on_disk,
         )
     table = Table(title=f"{cache_size:,} documents, {dim} x {embedding_dtype}, on each of {ranks} rank(s)")
     table.add_column("")
