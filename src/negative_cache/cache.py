@@ -19,6 +19,7 @@ from negative_cache.features import (
     check_keys,
     is_free_to_read,
     is_loadable,
+    padded,
     select,
     spec_to_json,
 )
@@ -167,7 +168,7 @@ class NegativeCache(nn.Module):
 
     def read(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
         """Features of `rows [n]`: `[n, *shape]` each, ragged ones padded to the longest of these rows."""
-        return {key: self._columns[key].read(rows) for key in keys}
+        return padded(self.read_rows(rows, keys))
 
     def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
         """Features of `rows [n]` as `write` takes them."""

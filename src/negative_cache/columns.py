@@ -33,13 +33,13 @@ _ROWS_AT_ONCE = 8192
 
 # An arena that is full is rewritten with this much room over what is alive, so that a rewrite, which
 # costs one copy of the arena, comes only after a fixed share of it has been written.
-_ROOM = 1.5
+ROOM = 1.5
 
 
 class _Column(nn.Module):
     """Buffers that stay on `pinned_device`, where one is given, when the owner is moved.
 
-    With a file, the buffer named `in_file` is in there, and stays.
+    The values are in the buffer named `in_file`: with a file, that is in there, and stays.
     """
 
     in_file: ClassVar[str] = "values"
@@ -51,6 +51,12 @@ class _Column(nn.Module):
 
     def _apply(self: _Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Module:
         return self if self.pinned_device is not None else super()._apply(fn, recurse)  # type: ignore[misc]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the column is."""
+        stored: Tensor = getattr(self, self.in_file)
+        return stored.device
 
     def _expect(self, rows: Tensor) -> Tensor:
         """`rows [n]`, which are about to be read or written."""
@@ -97,10 +103,6 @@ class FixedColumn(_Column):
         self.default_value = default_value
         self.register_buffer("values", values.detach())
 
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
-
     def read(self, rows: Tensor) -> Tensor:
         """The values of `rows [n]`: `[n, *shape]`."""
         return self.values[self._expect(rows.to(self.device))]
@@ -133,10 +135,6 @@ class QuantizedColumn(_Column):
         values = torch.zeros([num_rows, *spec.shape], dtype=torch.int8, device=device) if file is None else file.tensor
         self.register_buffer("values", values)
         self.register_buffer("scales", torch.zeros(num_rows, dtype=torch.float32, device=device))
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         scales = self.scales
@@ -189,10 +187,6 @@ class RaggedColumn(_Column):
         self.register_buffer("arena", arena)
         self.register_buffer("offsets", torch.zeros(num_rows, dtype=torch.int64, device=device))
         self.register_buffer("lengths", torch.zeros(num_rows, dtype=torch.int64, device=device))
-
-    @property
-    def device(self) -> torch.device:
-        return self.arena.device
 
     @property
     def _slot(self) -> int:
@@ -258,7 +252,7 @@ class RaggedColumn(_Column):
     def _rewrite(self, incoming: int) -> None:
         """Copy what is alive to a new arena with room for `incoming` more values."""
         alive, starts = self._alive()
-        size = int(_ROOM * (len(alive) + incoming)) + incoming
+        size = int(ROOM * (len(alive) + incoming)) + incoming
         slots = len(self.offsets) * self._slot
         if 0 < slots <= size:
             arena = self.arena.new_zeros(slots)

@@ -96,11 +96,6 @@ class RowsOfIds(nn.Module):
         slots[-1] = -1
         self.register_buffer("slots", slots, persistent=False)
 
-    @staticmethod
-    def nbytes(num_rows: int) -> int:
-        """Bytes of the table for so many rows."""
-        return 4 * (max(num_rows // _MEAN_LOAD, 1) * _BUCKET + 1)
-
     def find(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """The row of each of `wanted [n]`, the highest of several: int64 `[n]`, -1 for none or a negative id.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from negative_cache.cache import NegativeCache
+from negative_cache.columns import ROOM
 from negative_cache.features import RaggedFeature, Specs, check_embedding_dtype, check_keys, embedding_spec
 from negative_cache.lookup import RowsOfIds
 from negative_cache.modules import EMBEDDING
@@ -88,12 +89,12 @@ def predict_bytes(
             by_part[part] += buffer.nbytes
     for key, spec in ragged.items():
         if not features_on_disk:
-            length = 1.5 * mean_lengths[key]
+            length = ROOM * mean_lengths[key]
             if spec.max_length is not None:
                 length = min(length, spec.max_length)
             by_part["feature"] += int(cache_size * length) * spec.dtype.itemsize
     if has_ids:
-        by_part[""] += RowsOfIds.nbytes(cache_size)
+        by_part[""] += RowsOfIds(cache.document_ids).slots.nbytes
     step = tile_bytes(batch_size, dim, cache_size, embedding_dtype)
     # float64 cumulative sums over the blocks of a tile and within one, their uniforms, and gathered numbers
     step += batch_size * num_samples * BLOCK * 8 * 6

@@ -215,25 +215,19 @@ def _group_maxima(tiles: Tiles, k: int) -> tuple[Tensor, Tensor]:
 
 def _maxima(tiles: Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
     """Best scores and rows `[groups, batch]` of groups of `length` rows from `start` on, several if they fit a tile."""
-    device, stop = tiles.buffer.device, start + groups * length
-    starts = torch.arange(start, stop, length, device=device)[:, None]
-    if groups * length <= tiles.tile_rows:
-        scores = tiles.scores(start, stop)
-        if scores is not None:
-            values, at = _first_maxima(scores.view(groups, length, tiles.batch))
-            return values, at.add_(starts)
+    stop = start + groups * length
+    starts = torch.arange(start, stop, length, device=tiles.buffer.device)[:, None]
     best = tiles.buffer.new_full((groups, tiles.batch), -torch.inf)
     rows = starts.repeat(1, tiles.batch)
-    if groups * length <= tiles.tile_rows:
-        return best, rows
-    for first in range(start, stop, tiles.tile_rows):  # of one group that is longer than a tile
-        scores = tiles.scores(first, min(first + tiles.tile_rows, stop))
+    for first in range(start, stop, tiles.tile_rows):  # several parts only of one group that is longer than a tile
+        end = min(first + tiles.tile_rows, stop)
+        scores = tiles.scores(first, end)
         if scores is None:
             continue
-        values, at = _first_maxima(scores[None])
+        values, at = _first_maxima(scores.view(groups, (end - first) // groups, tiles.batch))
         is_better = values > best
         best = torch.where(is_better, values, best)
-        rows = torch.where(is_better, first + at, rows)
+        rows = torch.where(is_better, first - start + starts + at, rows)
     return best, rows
 
 
