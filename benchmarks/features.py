@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> list[float]:
         "tokens": FixedLenFeature([options.length], dtype),
         "embedding": FixedLenFeature([EMBEDDING_DIM], torch.float32),
     }
-    cache = NegativeCache.empty(specs, options.items, embedding_key="embedding", feature_folder=folder)
+    cache = NegativeCache.empty(specs, options.items, scored_keys=["embedding"], feature_folder=folder)
     started = time.perf_counter()
     for number, rows in enumerate(torch.split(torch.arange(options.items), FILL)):
         cache.write(rows, items(rows, options.length, dtype))

@@ -26,7 +26,12 @@ from torch.multiprocessing.spawn import spawn
 from negative_cache import NegativeCacheLoss
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
-MESSAGES = ("integers", "queries", "results", "features", "embeddings")
+# What each call of torch.distributed in a step sends, in their order; of equal names the sum is shown.
+CALLS = (
+    *("integers", "integers", "documents", "queries", "results"),
+    *("weights", "weights", "weights", "features", "embeddings", "documents"),
+)
+MESSAGES = tuple(dict.fromkeys(CALLS))
 
 
 class Counter:
@@ -35,6 +40,7 @@ class Counter:
     def __init__(self) -> None:
         self.sent: list[int] = []
         self._wrap("all_gather", lambda parts, mine: mine.nbytes * (len(parts) - 1))
+        self._wrap("all_reduce", lambda total: 2 * total.nbytes * (dist.get_world_size() - 1) // dist.get_world_size())
         self._wrap("all_to_all_single", self._of_all_to_all)
 
     def _wrap(self, name: str, bytes_of: Callable[..., int]) -> None:
@@ -97,8 +103,13 @@ def measure(rank: int, world_size: int, options: argparse.Namespace, folder: str
     wire = int(LOOPBACK.read_text()) - wire if LOOPBACK.exists() else 0
     if rank == 0:
         print(f"{world_size:5}  {options.batch_size:14}  {1000 * statistics.median(times):8.1f}", end="")
-        per_call = [sum(counter.sent[i :: len(MESSAGES)]) / options.repeats for i in range(len(MESSAGES))]
-        shown = per_call if world_size > 1 else [0.0] * len(MESSAGES)
+        calls = len(counter.sent) // options.repeats
+        assert calls in (0, len(CALLS)), f"{calls} messages per step"
+        named = zip(CALLS * options.repeats, counter.sent, strict=False)
+        sent = dict.fromkeys(MESSAGES, 0.0)
+        for name, size in named:
+            sent[name] += size / options.repeats
+        shown = list(sent.values())
         print("".join(f"  {n / 1e3:10.1f}" for n in shown), end="")
         print(f"  {sum(shown) / 1e3:8.1f}  {wire / options.repeats / 1e3:10.1f}", flush=True)
     dist.destroy_process_group()

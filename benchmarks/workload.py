@@ -109,7 +109,9 @@ def make_workload(size: Size, device: torch.device, seed: int = 0) -> Workload:
     """A batch and a full cache of the given size."""
     torch.manual_seed(seed)
     encode = make_encoder(size, device)
-    loss_fn = NegativeCacheLoss(encode, size.rows, SCALE, embedding_dtype=size.torch_dtype, seed=seed)
+    loss_fn = NegativeCacheLoss(
+        encode, size.rows, SCALE, in_batch=False, shared=False, embedding_dtype=size.torch_dtype, seed=seed
+    )
     queries = unit_rows(size.batch, size.dim, device).requires_grad_()
     features = make_features(size.rows, size.batch, size.length, device)
     documents = encode(features)

@@ -103,7 +103,7 @@ def new_ragged(encoder: Encoder) -> NegativeCacheLoss:
     specs: Specs = {"row": FixedLenFeature([], torch.int64), "tokens": RaggedFeature(torch.int32, 32)}
     loss = NegativeCacheLoss(encoder, 256, seed=0, specs=specs)
     embedding_spec = FixedLenFeature([DIM], torch.float32)
-    loss.cache = NegativeCache.empty({"embedding": embedding_spec, **specs}, 256, GPU, embedding_key="embedding")
+    loss.cache = NegativeCache.empty({"embedding": embedding_spec, **specs}, 256, GPU, scored_keys=["embedding"])
     column = loss.cache.get_submodule("feature_tokens")
     column.arena = torch.zeros(256 * 32, dtype=torch.int32, device=GPU)
     return loss

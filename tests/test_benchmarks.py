@@ -121,7 +121,7 @@ def same_caches(num_rows: int = 64, dim: int = 16) -> tuple[NegativeCacheLoss, D
     def encode(features: dict[str, Tensor]) -> Tensor:
         return table[order[features["first"][:, 0].long()]]
 
-    loss_fn = NegativeCacheLoss(encode, num_rows, seed=0)
+    loss_fn = NegativeCacheLoss(encode, num_rows, in_batch=False, shared=False, seed=0)
     items = make_features(0, num_rows, 4, CPU)
     for row in range(num_rows):
         item = {key: value[row : row + 1] for key, value in items.items()}
@@ -232,8 +232,9 @@ def test_ranks():
     ended = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=100, check=True)
     rows = [line.split() for line in ended.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == [["1", "4"], ["1", "8"], ["2", "4"]]
-    integers, queries = (float(number) for number in rows[2][3:5])
-    assert (integers, queries) == (0.1, 0.3)  # 16 integers; 4 queries of 16 floats, and a number for each draw
+    integers, documents, queries = (float(number) for number in rows[2][3:6])
+    # 19 integers and 4 ids; 4 documents of 16 floats, twice; 4 queries of 16 floats with 9 uniforms and 2 scores each
+    assert (integers, documents, queries) == (0.2, 0.5, 0.6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")

@@ -15,6 +15,11 @@ from negative_cache.estimators import interpretable_loss, readable_loss, sampled
 BATCH, ROWS, FRESH = 4, 5, 3
 
 
+def own_draws_loss(positive, negative_scores, lse, fresh=None):
+    """`readable_loss` of draws that each query made for itself."""
+    return readable_loss(positive, negative_scores.mean(dim=1), lse, fresh)
+
+
 class Scores(NamedTuple):
     positive: Tensor  # [batch]
     rows: Tensor  # [batch, rows]: of the cache
@@ -68,7 +73,7 @@ def test_sampled_softmax_loss_has_the_exact_gradient_in_expectation(num_samples:
 def test_readable_loss_has_the_exact_gradient_in_expectation(num_samples: int, with_fresh: bool):
     scores = make_scores(with_fresh=with_fresh)
     expected = expected_gradients(
-        scores, lambda drawn, lse: readable_loss(scores.positive, drawn, lse, scores.fresh), num_samples
+        scores, lambda drawn, lse: own_draws_loss(scores.positive, drawn, lse, scores.fresh), num_samples
     )
     torch.testing.assert_close(expected, gradients(exact_loss(scores), scores), rtol=1e-12, atol=1e-14)
 
@@ -78,7 +83,7 @@ def test_readable_loss_has_the_exact_value_whatever_was_drawn(with_fresh: bool):
     scores = make_scores(with_fresh=with_fresh)
     lse = scores.rows.logsumexp(dim=1)
     for row in range(ROWS):
-        loss = readable_loss(scores.positive, scores.rows[:, [row]], lse, scores.fresh)
+        loss = own_draws_loss(scores.positive, scores.rows[:, [row]], lse, scores.fresh)
         torch.testing.assert_close(loss, exact_loss(scores), rtol=1e-13, atol=1e-14)
 
 
@@ -93,7 +98,7 @@ def test_both_losses_have_the_same_gradient_for_each_draw():
     scores = make_scores()
     lse = scores.rows.logsumexp(dim=1).detach()
     first = gradients(sampled_softmax_loss(scores.positive, scores.rows[:, [2, 4]], lse), scores)
-    second = gradients(readable_loss(scores.positive, scores.rows[:, [2, 4]], lse), scores)
+    second = gradients(own_draws_loss(scores.positive, scores.rows[:, [2, 4]], lse), scores)
     torch.testing.assert_close(first, second, rtol=1e-13, atol=0)
 
 
@@ -101,7 +106,7 @@ def test_the_lse_gets_no_gradient():
     """It comes from stale embeddings; the draws carry the gradient of that part."""
     scores = make_scores()
     lse = torch.zeros(BATCH, dtype=torch.float64, requires_grad=True)
-    loss = sampled_softmax_loss(scores.positive, scores.rows, lse) + readable_loss(scores.positive, scores.rows, lse)
+    loss = sampled_softmax_loss(scores.positive, scores.rows, lse) + own_draws_loss(scores.positive, scores.rows, lse)
     loss.sum().backward()
     assert lse.grad is None
 
@@ -114,12 +119,12 @@ def test_fresh_scores_of_minus_infinity_are_no_negatives():
     masked[0, 1] = masked[1] = -torch.inf
     masked.requires_grad_()
     lse, drawn = scores.rows.logsumexp(dim=1).detach(), scores.rows[:, :1]
-    loss = readable_loss(scores.positive, drawn, lse, masked)
+    loss = own_draws_loss(scores.positive, drawn, lse, masked)
     positive_grad, rows_grad, fresh_grad = torch.autograd.grad(loss.sum(), [scores.positive, scores.rows, masked])
-    without = readable_loss(scores.positive[:1], drawn[:1], lse[:1], scores.fresh[:1, [0, 2]])
+    without = own_draws_loss(scores.positive[:1], drawn[:1], lse[:1], scores.fresh[:1, [0, 2]])
     torch.testing.assert_close(loss[:1], without, rtol=1e-14, atol=0)
     torch.testing.assert_close(positive_grad[:1], torch.autograd.grad(without.sum(), scores.positive)[0][:1])
-    alone = readable_loss(scores.positive[1:2], drawn[1:2], lse[1:2])
+    alone = own_draws_loss(scores.positive[1:2], drawn[1:2], lse[1:2])
     torch.testing.assert_close(loss[1:2], alone, rtol=1e-14, atol=0)
     torch.testing.assert_close(rows_grad[1], torch.autograd.grad(alone.sum(), scores.rows)[0][1])
     assert fresh_grad[0, 1] == 0
@@ -135,8 +140,8 @@ def test_without_any_negative_the_loss_and_its_gradient_are_zero(dtype: torch.dt
     fresh = torch.full((2, 2), -torch.inf, dtype=dtype, requires_grad=True)
     losses = [
         sampled_softmax_loss(positive, drawn, nothing),
-        readable_loss(positive, drawn, nothing),
-        readable_loss(positive, drawn, nothing, fresh),
+        own_draws_loss(positive, drawn, nothing),
+        own_draws_loss(positive, drawn, nothing, fresh),
     ]
     for loss in losses:
         assert loss.tolist() == [0, 0]
@@ -148,7 +153,7 @@ def test_without_any_negative_the_loss_and_its_gradient_are_zero(dtype: torch.dt
 def test_only_fresh_negatives_are_the_plain_cross_entropy():
     scores = make_scores(with_fresh=True)
     nothing = torch.full((BATCH,), -torch.inf, dtype=torch.float64)
-    loss = readable_loss(scores.positive, scores.rows[:, :1] * 0, nothing, scores.fresh)
+    loss = own_draws_loss(scores.positive, scores.rows[:, :1] * 0, nothing, scores.fresh)
     assert scores.fresh is not None
     truth = torch.cat([scores.positive[:, None], scores.fresh], dim=1).logsumexp(dim=1) - scores.positive
     torch.testing.assert_close(loss, truth, rtol=1e-13, atol=1e-14)
@@ -167,13 +172,13 @@ def test_large_scores_overflow_nowhere(dtype: torch.dtype, difference: float):
     drawn = (positive.detach()[:, None] + difference).requires_grad_()
     lse = drawn.detach()[:, 0]
     fresh = torch.tensor([[-1e4, 1e4]], dtype=dtype, requires_grad=True)
-    for loss in (readable_loss(positive, drawn, lse), readable_loss(positive, drawn, lse, fresh)):
+    for loss in (own_draws_loss(positive, drawn, lse), own_draws_loss(positive, drawn, lse, fresh)):
         found = torch.autograd.grad(loss.sum(), [positive, drawn, fresh], allow_unused=True)
         assert bool(loss.isfinite().all())
         assert all(gradient is None or bool(gradient.isfinite().all()) for gradient in found)
     # -log pi of two equal scores is log 2, of one that is 1e4 above 1e4, of one that is 1e4 below 0.
     expected = {-1e4: 0.0, 0.0: math.log(2), 1e4: 1e4}[difference]
-    assert float(readable_loss(positive, drawn, lse).detach()) == pytest.approx(expected, rel=1e-6)
+    assert float(own_draws_loss(positive, drawn, lse).detach()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("with_fresh", [False, True])
@@ -185,7 +190,7 @@ def test_a_tiny_weight_keeps_its_relative_precision(with_fresh: bool):
     drawn = torch.zeros(3, 1, requires_grad=True)
     fresh = torch.zeros(3, 1) if with_fresh else None
     expected = torch.sigmoid(math.log(2 if with_fresh else 1) - margin.double())
-    losses = [readable_loss(positive, drawn, lse, fresh)]
+    losses = [own_draws_loss(positive, drawn, lse, fresh)]
     if not with_fresh:
         losses.append(sampled_softmax_loss(positive, drawn, lse))
     for loss in losses:

@@ -75,7 +75,7 @@ def test_1_unfilled_rows_are_invisible() -> None:
 def test_2_a_known_positive_is_no_negative_and_has_one_row() -> None:
     torch.manual_seed(0)
     encoder = Encoder(dim=DIM)
-    loss_fn = NegativeCacheLoss(encoder, cache_size=10, scale=20.0)
+    loss_fn = NegativeCacheLoss(encoder, cache_size=10, scale=20.0, in_batch=False, shared=False)
     items = {key: value for key, value in items_of(2).items() if key != "wide"}
     for _ in range(4):
         encoder.calls.clear()

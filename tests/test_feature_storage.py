@@ -117,7 +117,7 @@ def test_state_dict_loads_into_a_file_and_out_of_it(to_file: bool, starts_empty:
 def test_assigned_state_goes_into_the_file_too(tmp_path: Path) -> None:
     loss_fn = make_loss()
     train(loss_fn, range(4))
-    cache = NegativeCache.empty(loss_fn.cache.specs, 32, embedding_key="embedding", feature_folder=tmp_path)
+    cache = NegativeCache.empty(loss_fn.cache.specs, 32, scored_keys=["embedding"], feature_folder=tmp_path)
     cache.load_state_dict(loss_fn.cache.state_dict(), assign=True)
     for key in SPECS:
         column_in_file(cache, key)
@@ -215,7 +215,7 @@ def test_a_copy_is_as_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_moving_the_cache_leaves_the_file_where_it_is(tmp_path: Path) -> None:
     specs = {"embedding": FixedLenFeature([4], torch.float32), **SPECS}
-    cache = NegativeCache.empty(specs, 8, embedding_key="embedding", feature_folder=tmp_path).to("meta").half()
+    cache = NegativeCache.empty(specs, 8, scored_keys=["embedding"], feature_folder=tmp_path).to("meta").half()
     assert cache.device.type == "meta"
     assert cache.embeddings("embedding").dtype == torch.float16
     for key in SPECS:

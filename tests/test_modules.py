@@ -41,7 +41,9 @@ def queries_of(count: int, seed: int = 0) -> Tensor:
 
 
 def make_loss(encoder: Any = None, size: int = SIZE, scale: float = 5.0, **settings: Any) -> NegativeCacheLoss:
-    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, **settings})
+    """A loss as in the paper: each query has draws of its own, and no negatives from the batch."""
+    settings = {"seed": 0, "in_batch": False, "shared": False, **settings}
+    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **settings)
 
 
 def train(loss_fn: NegativeCacheLoss, ids: list[int], queries: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -710,7 +712,8 @@ def test_metrics_describe_the_last_step():
     loss_fn = make_loss()
     assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
     train(loss_fn, [1, 2])
-    assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 2 / SIZE}
+    nothing = {"interpretable_loss": 0.0, "positive_probability": 1.0, "cache_share": 0.0, "staleness": 0.0}
+    assert loss_fn.metrics() == {**nothing, "fill": 2 / SIZE}
     loss = train(loss_fn, [3, 4])
     assert loss_fn.metrics()["interpretable_loss"] == pytest.approx(loss.item())
     assert loss_fn.metrics()["staleness"] == pytest.approx(0, abs=1e-10)
@@ -742,7 +745,7 @@ def test_a_learnable_scale_is_a_parameter():
 
 
 def test_evaluation_takes_batches_larger_than_the_cache():
-    loss_fn = NegativeCacheLoss(lambda features: features["x"], cache_size=4)
+    loss_fn = NegativeCacheLoss(lambda features: features["x"], cache_size=4, in_batch=False)
     values = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
     loss_fn(values, values, {"x": values})
     many = torch.nn.functional.normalize(torch.randn(9, 3), dim=1)

@@ -464,7 +464,7 @@ def test_copies_are_independent_and_moves_take_everything_along() -> None:
 
 
 def test_features_may_stay_where_they_are_when_the_cache_moves() -> None:
-    cache = NegativeCache.empty(SPECS, 2, feature_device="cpu", embedding_key="embedding").to("meta")
+    cache = NegativeCache.empty(SPECS, 2, feature_device="cpu", scored_keys=["embedding"]).to("meta")
     assert cache.data["item"].device.type == "cpu"
     assert cache.data["embedding"].device.type == "meta"
     assert cache.device.type == "meta"

@@ -60,7 +60,7 @@ def retrieve_fused(queries: Tensor, pool: RowPool, *, excluded: Tensor | None = 
     """On the GPU, if there is one, and back."""
     excluded = None if excluded is None else excluded.to(DEVICE)
     found = fused.retrieve_fused(queries.to(DEVICE), moved(pool), excluded=excluded, **settings)
-    return type(found)(*(value.cpu() for value in found))
+    return type(found)(*(None if value is None else value.cpu() for value in found))
 
 
 def make(batch: int, rows: int, dim: int, dtype: torch.dtype, masks: bool = True) -> Case:
@@ -217,7 +217,7 @@ def test_numbers_of_samples_and_of_best_rows():
             settings = {"num_samples": num_samples, "num_top": num_top, "top_k": top_k}
             found = run(retrieve_fused, case, **settings)
             truth = run(retrieve_dense, case, **settings)
-            for a, b in zip(found, truth, strict=True):
+            for a, b in zip(found[:4], truth[:4], strict=True):
                 assert a.shape == b.shape
                 assert a.dtype == b.dtype
             visible = dense_scores(case.queries, case.pool, None, case.excluded) > -torch.inf

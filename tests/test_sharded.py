@@ -317,7 +317,7 @@ def test_loss_and_gradients_equal_one_process(world_size: int, tmp_path: Path):
 
 def check_errors_are_named_and_write_nothing(rank: int, world_size: int, folder: Path) -> None:
     model = Documents()
-    loss_fn = NegativeCacheLoss(model, 32, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(model, 32, in_batch=False, seed=0, process_group="world")
     good = torch.arange(BATCH) + 10 * rank
 
     def step(numbers: Tensor = good, factor: float = 1.0, encoder: Any = model) -> Tensor:

@@ -125,14 +125,17 @@ class OnAGpu:
 
 def test_a_gpu_without_triton_or_with_another_transform_gets_the_tiled_pass(monkeypatch: pytest.MonkeyPatch):
     pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
-    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh, 1)
+    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh, 1, None)
     assert said == (
         "tiled PyTorch, float32 rows: the score transform is no multiplication, which the fused kernel needs."
     )
     monkeypatch.setattr(fused, "_has_triton", lambda: False)
-    assert retrieval._why_not_fused(OnAGpu(), pool, None, 1) == "tiled PyTorch, float32 rows: Triton is not installed."
+    assert (
+        retrieval._why_not_fused(OnAGpu(), pool, None, 1, None)
+        == "tiled PyTorch, float32 rows: Triton is not installed."
+    )
     monkeypatch.undo()
     assert "at most 16 samples" in (fused.reason_against(torch.ones(1, 2), pool, 17) or "")
     several = RowPool([torch.ones(4, 2)] * 2, [torch.ones(4, dtype=torch.bool)] * 2)
     monkeypatch.setattr(fused, "_has_triton", lambda: True)
-    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None, 1) or "")
+    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None, 1, None) or "")

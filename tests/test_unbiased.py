@@ -166,6 +166,7 @@ def filled_loss(encoder: TableEncoder, **settings) -> Loss:
     queries, table = make_embeddings()
     specs = {"row": FixedLenFeature([], torch.int64)}
     size = NUM_ROWS + NUM_QUERIES * COPIES + 8
+    settings = {"in_batch": False, "shared": False, **settings}
     loss_fn = Loss(encoder, size, SCALE, specs=specs, embedding_dtype=torch.float64, seed=0, **settings)
     rows = torch.arange(NUM_ROWS)
     loss_fn(queries[:1].expand(NUM_ROWS, -1), table[:NUM_ROWS], {"row": rows}, rows)

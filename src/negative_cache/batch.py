@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from negative_cache.drawing import Asked, Rules
 from negative_cache.features import Features, Specs, concatenate
 from negative_cache.negative_cache import CacheManager, check_ids
 from negative_cache.negatives import check_finite
+
+# The cache's own columns beside a document's features: scored in each step.
+EMBEDDING, BIAS, GUIDE = SCORED = ("embedding", "negative_log_q", "guide_embedding")
 
 
 class Batch(NamedTuple):
@@ -25,6 +28,9 @@ class Batch(NamedTuple):
         new_embeddings: `[batch + m, dim]`, without gradient: documents and negatives.
         new_features: Their features.
         new_ids: int64 `[batch + m]`: their ids, -1 for unknown; or None.
+        log_q: `[batch + m]`: log of the probability with which each is met; or None.
+        guide_queries: `[batch, guide_dim]`; or None.
+        guide_documents: `[batch + m, guide_dim]`; or None.
     """
 
     queries: Tensor
@@ -34,13 +40,32 @@ class Batch(NamedTuple):
     new_embeddings: Tensor
     new_features: Features
     new_ids: Tensor | None
+    log_q: Tensor | None = None
+    guide_queries: Tensor | None = None
+    guide_documents: Tensor | None = None
 
     @property
-    def negative_ids(self) -> Tensor | None:
-        """int64 `[m]`: ids of the given negatives; None where there are none or they are unknown."""
-        if self.negatives is None or self.new_ids is None:
+    def new_items(self) -> dict[str, Any]:
+        """What goes into the cache."""
+        items = {EMBEDDING: self.new_embeddings, **self.new_features}
+        if self.log_q is not None:
+            items[BIAS] = -self.log_q
+        if self.guide_documents is not None:
+            items[GUIDE] = self.guide_documents
+        return items
+
+    def fresh(self, in_batch: bool) -> Tensor | None:
+        """The documents that are differentiated exactly as negatives, with gradient: those of the last `new_ids`."""
+        if not in_batch:
+            return self.negatives
+        return self.documents if self.negatives is None else torch.cat([self.documents, self.negatives])
+
+    @property
+    def guide(self) -> tuple[Tensor, Tensor] | None:
+        """A guide's embeddings of the queries and of their positives."""
+        if self.guide_queries is None or self.guide_documents is None:
             return None
-        return self.new_ids[len(self.queries) :]
+        return self.guide_queries, self.guide_documents[: len(self.queries)]
 
 
 class Step(NamedTuple):
@@ -78,16 +103,19 @@ def check_embeddings(queries: Tensor, documents: Tensor, negatives: Tensor | Non
 def make_batch(
     queries: Tensor,
     documents: Tensor,
-    features: Features,
+    document_features: Features,
     specs: Specs,
-    document_ids: Tensor | None,
-    positive_ids: Tensor | None,
-    negatives: Tensor | None,
-    negative_features: Features | None,
-    negative_ids: Tensor | None,
+    document_ids: Tensor | None = None,
+    positive_ids: Tensor | None = None,
+    negative_embeddings: Tensor | None = None,
+    negative_features: Features | None = None,
+    negative_ids: Tensor | None = None,
+    log_q: Tensor | None = None,
+    guide_queries: Tensor | None = None,
+    guide_documents: Tensor | None = None,
 ) -> Batch:
     """Put together what `NegativeCacheLoss` was given; see there. Embeddings are checked already."""
-    embeddings, ids = documents, document_ids
+    embeddings, features, ids, negatives = documents, document_features, document_ids, negative_embeddings
     if negatives is not None:
         embeddings, features, ids = _join(documents, features, ids, negatives, negative_features, negative_ids, specs)
     elif negative_features is not None or negative_ids is not None:
@@ -95,6 +123,14 @@ def make_batch(
     if ids is not None:
         check_ids("document_ids", ids, (len(embeddings),))
         ids = ids.to(queries.device, torch.int64)
+    count, device = len(embeddings), queries.device
+    if log_q is not None:
+        log_q = _extra("log_q", log_q, (count,), device)
+    if (guide_queries is None) != (guide_documents is None):
+        raise ValueError("`guide_queries` and `guide_documents` must be given together.")
+    if guide_queries is not None and guide_documents is not None:
+        guide_queries = _extra("guide_queries", guide_queries, (len(queries), guide_queries.shape[-1]), device)
+        guide_documents = _extra("guide_documents", guide_documents, (count, guide_queries.shape[1]), device)
     return Batch(
         queries=queries,
         documents=documents,
@@ -103,15 +139,23 @@ def make_batch(
         new_embeddings=embeddings.detach(),
         new_features=features,
         new_ids=ids,
+        log_q=log_q,
+        guide_queries=guide_queries,
+        guide_documents=guide_documents,
     )
 
 
-def mask_positives(scores: Tensor, positives: Tensor | None, negative_ids: Tensor | None) -> Tensor:
-    """-inf where a negative `[m]` is a known positive of the query, in scores `[batch, m]`."""
-    if positives is None or negative_ids is None:
-        return scores
-    is_positive = ((positives[:, :, None] == negative_ids) & (negative_ids >= 0)).any(dim=1)
-    return scores.masked_fill(is_positive, -torch.inf)
+def _extra(name: str, values: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers that come beside the embeddings, checked, as float32 without gradient."""
+    if values.shape != shape:
+        raise ValueError(
+            f"`{name}` has shape {list(values.shape)}; expected {list(shape)}, the documents of the batch and then "
+            "its negatives."
+        )
+    if not values.is_floating_point():
+        raise TypeError(f"`{name}` is {values.dtype}; expected a floating point dtype.")
+    check_finite(f"`{name}`", values)
+    return values.detach().to(device, torch.float32)
 
 
 def _join(

@@ -68,7 +68,7 @@ class NegativeCache(nn.Module):
         num_rows: int,
         device: torch.device | str = "cpu",
         feature_device: torch.device | str | None = None,
-        embedding_key: str | None = None,
+        scored_keys: Sequence[str] = (),
         feature_folder: str | Path | None = None,
     ) -> NegativeCache:
         """A cache of `num_rows` unfilled rows.
@@ -77,9 +77,9 @@ class NegativeCache(nn.Module):
             specs: Spec per feature.
             num_rows: Number of rows.
             device: Where the rows live.
-            feature_device: Where all features but `embedding_key` live, whatever `.to()` says; None for `device`.
-            embedding_key: The feature that stays on `device`.
-            feature_folder: Folder in which all features but `embedding_key` live, in files without a name.
+            feature_device: Where all features but `scored_keys` live, whatever `.to()` says; None for `device`.
+            scored_keys: The features that every step reads of all rows, and that stay on `device`.
+            feature_folder: Folder in which all features but `scored_keys` live, in files without a name.
 
         Raises:
             ValueError: The folder does not exist, or a ragged feature has no max_length.
@@ -87,7 +87,7 @@ class NegativeCache(nn.Module):
         """
         cache = cls.__new__(cls)
         nn.Module.__init__(cache)
-        columns = make_columns(specs, num_rows, torch.device(device), embedding_key, feature_device, feature_folder)
+        columns = make_columns(specs, num_rows, torch.device(device), scored_keys, feature_device, feature_folder)
         cache._fill_in(columns, num_rows, False, torch.device(device))
         return cache
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from negative_cache.batch import BIAS, EMBEDDING, GUIDE
 from negative_cache.cache import NegativeCache, state_of
 from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
 from negative_cache.features import embedding_spec, is_loadable, spec_from_json, spec_to_json
-from negative_cache.modules import EMBEDDING, NegativeCacheLoss
+from negative_cache.modules import NegativeCacheLoss
 from negative_cache.randomness import new_generator
 
 FORMAT = 1
@@ -288,6 +289,7 @@ def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
         mine = {key: spec_to_json(spec) for key, spec in (loss.specs or {}).items()}
         (dim,) = saved[EMBEDDING]["shape"] if loss.embedding_dim is None else [loss.embedding_dim]
         mine[EMBEDDING] = spec_to_json(embedding_spec(dim, loss.embedding_dtype))
+        mine |= {key: saved[key] for key in (BIAS, GUIDE) if key in saved}  # known at the first step
         if loss.specs is None:
             mine = {**saved, EMBEDDING: mine[EMBEDDING]}
     for key in sorted({*saved, *mine}):

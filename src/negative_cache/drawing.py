@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from negative_cache import estimators
 from negative_cache.cache import NegativeCache
-from negative_cache.negatives import RetrievalFn, draw_negatives, pool_of, read_pool
-from negative_cache.randomness import register
-from negative_cache.retrieval import ScoreTransform
+from negative_cache.negatives import Drawn, RetrievalFn, draw_negatives, pool_of, read_pool
+from negative_cache.randomness import register, uniforms
+from negative_cache.retrieval import Guide, Limits, RowPool, ScoreTransform
+from negative_cache.sharing import candidates_of, choose
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,13 @@ class Rules:
         retrieval_fn: Picks rows from scores; None for draws from the softmax.
         score_transform: Elementwise function of the dot products.
         top_k: Restrict the softmax to the best row of each of top_k groups.
-        num_samples: Draws per query; 0 for the logsumexp alone.
+        num_samples: Documents to encode per query; 0 for the logsumexp alone.
+        num_candidates: Rows drawn per query, which serve all queries, and of which those to encode are chosen; 0 if
+            each query is to have `num_samples` of its own.
         num_top: How many of each query's best rows to return beside.
         is_replicated: Every rank holds all rows; each looks at its part of them.
+        bias_key: The feature that is added to scores; None for nothing.
+        guide_key: The feature that holds embeddings of a guide; None for no guide.
     """
 
     embedding_key: str
@@ -38,8 +44,16 @@ class Rules:
     score_transform: ScoreTransform | None = None
     top_k: int | None = None
     num_samples: int = 1
+    num_candidates: int = 0
     num_top: int = 0
     is_replicated: bool = False
+    bias_key: str | None = None
+    guide_key: str | None = None
+
+    @property
+    def num_draws(self) -> int:
+        """Rows drawn per query."""
+        return self.num_candidates if self.num_candidates and self.num_samples else self.num_samples
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,34 @@ class Asked:
         positives: int64 `[batch, n]`: ids of documents that are no negatives of a query, -1 for none; or None.
         new_ids: int64 `[n]`: ids of the documents that will be inserted, -1 for unknown; or None.
         num_withheld: How many of the last `new_ids` no query may see in the cache.
+        ids_of_all: int64 `[n]`: `new_ids` of all ranks; None for this process alone.
+        positive_scores: `[batch]`; needed where rows are shared.
+        fresh_lse: `[batch]`: logsumexp of the scores of negatives that are not in the cache, -inf for none; needed
+            where rows are shared.
+        has_ceilings: Whether `ceilings` will be given.
+        ceilings: `[batch]`: rows with a higher score are no negatives of a query; None for no limit.
+        guide_queries: `[batch, guide_dim]`, where there is a guide.
+        guide_ceilings: `[batch]`: the same for products with the guide's rows.
     """
 
     queries: Tensor
     positives: Tensor | None = None
     new_ids: Tensor | None = None
     num_withheld: int = 0
+    ids_of_all: Tensor | None = None
+    positive_scores: Tensor | None = None
+    fresh_lse: Tensor | None = None
+    has_ceilings: bool = False
+    ceilings: Tensor | None = None
+    guide_queries: Tensor | None = None
+    guide_ceilings: Tensor | None = None
+
+    def limits(self, guide_rows: RowPool | None) -> Limits | None:
+        """What makes a row too good to be a negative."""
+        guide = None
+        if self.guide_queries is not None and self.guide_ceilings is not None and guide_rows is not None:
+            guide = Guide(self.guide_queries, guide_rows, self.guide_ceilings)
+        return None if guide is None and self.ceilings is None else Limits(self.ceilings, guide)
 
 
 @dataclass(frozen=True)
@@ -81,11 +117,16 @@ class Negatives(abc.ABC):
     Attributes:
         lse: `[batch]`: logsumexp of the scores of each query's negatives, -inf where it has none.
         is_valid: bool `[batch]`: whether the query has any; the documents of one without are another's.
-        count: Drawn documents, `batch * num_samples`; 0 if no query of any rank has a negative.
+        count: Documents to encode here; 0 if no query of any rank has a negative.
         features: Their features, `[count, ...]` each.
         cached: Their cached embeddings, `[count, dim]`.
+        weights: `[batch, n]`: with which each encoded document, of all ranks, serves each query; None where each query
+            has the mean of `count / batch` documents of its own.
+        correction: `[batch, dim]`: a vector whose product with the query is to be added to the weighted sum of products
+            with the documents; its mean is 0. None for nothing.
         top_features: For each query the features `[k, ...]` of its best rows, best first.
         withheld_ids: int64 `[m]`: ids of the given negatives, of all ranks; None where they are unknown.
+        num_limited: int64 `[batch]`: how many rows the limits hid; None without limits.
     """
 
     lse: Tensor
@@ -93,8 +134,15 @@ class Negatives(abc.ABC):
     count: int
     features: dict[str, Tensor]
     cached: Tensor
+    weights: Tensor | None
+    correction: Tensor | None
     top_features: list[dict[str, Tensor]]
     withheld_ids: Tensor | None
+    num_limited: Tensor | None
+
+    def of_all(self, fresh: Tensor) -> Tensor:
+        """The new embeddings of all ranks, with gradient, in the order of `weights`; `fresh` itself if not shared."""
+        return fresh
 
     @abc.abstractmethod
     def give_back(
@@ -123,18 +171,18 @@ class HereNegatives(Negatives):
 
     Attributes:
         rows: int64 `[count]`: the drawn rows, numbered through them.
+        is_update: bool `[count]`: which of them count; None for all.
     """
 
     rows: Tensor
+    is_update: Tensor | None
 
     def give_back(
         self, fresh: Tensor, new_embeddings: Tensor | None = None, error: Exception | None = None
     ) -> tuple[Returned | None, Returned | None]:
         if error is not None:
             raise error
-        if not self.count:
-            return None, None
-        return Returned(fresh, self.rows, self.is_valid.repeat_interleave(self.count // len(self.lse))), None
+        return (Returned(fresh, self.rows, self.is_update) if self.count else None), None
 
 
 @torch.no_grad()
@@ -145,8 +193,10 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
     if asked.num_withheld and asked.new_ids is not None:
         withheld_ids = asked.new_ids[-asked.num_withheld :]
     withheld = None if withheld_ids is None else caches[0].find(withheld_ids)
-    pool = pool_of(caches, rules.embedding_key, withheld)
+    pool = pool_of(caches, rules.embedding_key, withheld, rules.bias_key)
+    limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
     positives = asked.positives
+    excluded = None if positives is None else caches[0].find(positives.flatten()).view(positives.shape)
     drawn = draw_negatives(
         asked.queries,
         pool,
@@ -154,21 +204,57 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         generator=rules.generator,
         retrieval_fn=rules.retrieval_fn,
         score_transform=rules.score_transform,
-        excluded=None if positives is None else caches[0].find(positives.flatten()).view(positives.shape),
+        excluded=excluded,
         top_k=rules.top_k,
-        num_samples=rules.num_samples,
+        num_samples=rules.num_draws,
         num_top=rules.num_top,
+        limits=limits,
     )
-    rows = drawn.rows.flatten()
+    if rules.num_candidates and len(drawn.rows):
+        rows, is_update, weights, correction = _share(rules, asked, pool, drawn, excluded, limits)
+    else:
+        rows, weights, correction = drawn.rows.flatten(), None, None
+        is_update = drawn.is_valid.repeat_interleave(drawn.rows.shape[1])
     return HereNegatives(
         lse=drawn.lse,
         is_valid=drawn.is_valid,
         count=len(rows),
         features=read_pool(caches, rows, rules.data_keys) if len(rows) else {},
         cached=pool.gather(rows),
+        weights=weights,
+        correction=correction,
         top_features=[read_pool(caches, top[top >= 0], rules.data_keys) for top in drawn.top_rows]
         if rules.num_top
         else [],
         withheld_ids=withheld_ids,
+        num_limited=drawn.num_limited,
         rows=rows,
+        is_update=is_update,
     )
+
+
+def _share(
+    rules: Rules, asked: Asked, pool: RowPool, drawn: Drawn, excluded: Tensor | None, limits: Limits | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows to encode `[n]`, which of them count, their weights `[batch, n]`, and the correction `[batch, dim]`."""
+    candidates = candidates_of(
+        asked.queries,
+        pool,
+        drawn.lse,
+        drawn.rows.flatten(),
+        drawn.is_valid.repeat_interleave(rules.num_candidates),
+        rules.num_candidates,
+        rules.score_transform,
+        excluded,
+        limits,
+        drawn.group_rows,
+    )
+    assert asked.positive_scores is not None
+    assert asked.fresh_lse is not None
+    shares = estimators.cache_share(asked.positive_scores, drawn.lse, asked.fresh_lse)
+    count = rules.num_samples * len(asked.queries)
+    uniform = uniforms((), rules.generator, drawn.lse.device)
+    chosen = choose(*candidates.sizes(shares, asked.queries), count, uniform)
+    weights = candidates.weights[:, chosen.at] * chosen.factors
+    correction = candidates.weights @ candidates.cached - weights @ candidates.cached[chosen.at]
+    return candidates.rows[chosen.at], chosen.is_chosen, weights, correction

@@ -1,9 +1,17 @@
-"""From scores and samples to losses: pure functions.
+"""From scores and samples to weights and losses: pure functions.
 
-Notation: `s_pos` the positive's score, `lse` the logsumexp of the negatives' scores, rho the softmax over
-the negatives alone. The exact loss is `softplus(lse - s_pos)`, its gradient
-`(1 - pi) * (E_{j ~ rho}[grad s_j] - grad s_pos)` with `1 - pi = sigmoid(lse - s_pos)`
-(Lindgren et al., NeurIPS 2021). An average over m draws from rho estimates the expectation without bias.
+Notation: `s_pos` the positive's score, `lse` the logsumexp of the negatives' scores, rho_i the softmax over the
+negatives of query i alone. The exact loss is `softplus(lse - s_pos)`, its gradient
+`(1 - pi) * (E_{j ~ rho_i}[grad s_ij] - grad s_pos)` with `1 - pi = sigmoid(lse - s_pos)`
+(Lindgren et al., NeurIPS 2021). Every estimator here replaces the expectation by a sum over a few documents,
+`sum_k V_ik grad s_ik`, whose mean over the draws is the expectation:
+
+- own draws: V_ik = 1/m for the m documents that query i drew from rho_i (the paper's, m = 1);
+- shared draws: every document serves every query, by the balance heuristic (Veach, Guibas 1995), `balance_weights`;
+- two-phase sampling (Neyman 1938): many shared draws, of which a few are chosen to be encoded, each with a
+  probability p_k in proportion to what it contributes: V_ik = W_ik / p_k, `inclusion_probabilities` and
+  `systematic_sample`. What was not chosen still serves the queries by its cached embedding, as a control variate:
+  `sum_j W_ij c_j - sum_k V_ik c_k` has the mean 0 and nearly cancels the choice's error in the gradient of the query.
 """
 
 from __future__ import annotations
@@ -50,7 +58,7 @@ def sampled_softmax_loss(positive_scores: Tensor, negative_scores: Tensor, lse: 
 
 
 def readable_loss(
-    positive_scores: Tensor, negative_scores: Tensor, lse: Tensor, fresh_scores: Tensor | None = None
+    positive_scores: Tensor, drawn_scores: Tensor, lse: Tensor, fresh_scores: Tensor | None = None
 ) -> Tensor:
     """A loss with the value of the exact one and, in expectation, its gradient.
 
@@ -59,20 +67,117 @@ def readable_loss(
 
     Args:
         positive_scores: `[batch]`, with gradient.
-        negative_scores: `[batch, m]`: scores of rows drawn from the cache's softmax, with gradient.
+        drawn_scores: `[batch]`, with gradient: the weighted sum of drawn scores, whose gradient is in expectation that
+            of `lse`; its value does not matter.
         lse: `[batch]`: logsumexp over the cache, without gradient.
         fresh_scores: `[batch, n]`, with gradient; -inf where a document is no negative of the query.
 
     Returns:
         `[batch]`.
     """
-    drawn = negative_scores.mean(dim=1)
-    all_negatives = lse.detach() + (drawn - drawn.detach())  # the value of lse, the gradient of the draws
+    all_negatives = lse.detach() + (drawn_scores - drawn_scores.detach())  # value of lse, gradient of the draws
     if fresh_scores is not None:
         # logsumexp of nothing but -inf has no gradient, of very small numbers it has the gradient 0
         floor = torch.finfo(all_negatives.dtype).min / 4
         all_negatives = torch.cat([fresh_scores, all_negatives[:, None]], dim=1).clamp(min=floor).logsumexp(dim=1)
     return softplus(all_negatives - positive_scores)
+
+
+def cache_share(positive_scores: Tensor, lse: Tensor, fresh_lse: Tensor) -> Tensor:
+    """The factor of rho in the gradient of the loss: the softmax weight of all cached rows together.
+
+    Args:
+        positive_scores: `[batch]`.
+        lse: `[batch]`: logsumexp over the cache; -inf where there is nothing, then the share is 0.
+        fresh_lse: `[batch]`: logsumexp over negatives that are differentiated exactly; -inf for none.
+
+    Returns:
+        `[batch]`, without gradient.
+    """
+    everything = torch.logaddexp(torch.logaddexp(lse, fresh_lse), positive_scores)
+    return (lse - everything).exp().detach()
+
+
+def balance_weights(log_probabilities: Tensor, counts: Tensor, num_samples: int) -> Tensor:
+    """Weights with which documents drawn for all queries estimate the expectation of each: the balance heuristic.
+
+    `W_ij = n_j rho_i(j) / (num_samples * sum_l rho_l(j))`, where n_j is how often j was drawn, num_samples times from
+    each rho_l. `sum_j W_ij f(j)` has the mean `E_{j ~ rho_i}[f(j)]`, and no weight of a single draw is above
+    1 / num_samples.
+
+    Args:
+        log_probabilities: `[batch, n]`: log rho_i(j); -inf where j is no negative of query i.
+        counts: int64 `[n]`: n_j; 0 for a column that is to be ignored.
+        num_samples: Draws per query.
+
+    Returns:
+        `[batch, n]`.
+    """
+    probabilities = log_probabilities.exp()
+    total = num_samples * probabilities.sum(dim=0)
+    return probabilities * (counts / total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
+def importance(weights: Tensor, shares: Tensor, queries: Tensor) -> Tensor:
+    """How much each document adds to the gradient of the batch: `sqrt(sum_i (a_i W_ij |q_i|)^2)`.
+
+    Args:
+        weights: `[batch, n]`: W.
+        shares: `[batch]`: a, see `cache_share`.
+        queries: `[batch, dim]`.
+
+    Returns:
+        `[n]`.
+    """
+    factors = shares * queries.norm(dim=1).to(shares.dtype)
+    return (weights * factors[:, None]).square().sum(dim=0).sqrt()
+
+
+def inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
+    """Probabilities `min(1, t * size)` with the sum `count`, or 1 where there are no more than `count` sizes above 0.
+
+    Args:
+        sizes: `[n]`, at least 0.
+        count: How many are to be chosen, at least 1.
+
+    Returns:
+        float64 `[n]`; 0 for a size of 0.
+    """
+    ordered, order = sizes.double().sort(descending=True)
+    rest = ordered.flip(0).cumsum(0).flip(0)  # the sum from here on
+    left = count - torch.arange(len(sizes), device=sizes.device)
+    # The first that is not certain: if the larger ones are, t is what is left over the sum from here on.
+    is_fair = (left > 0) & (left * ordered <= rest) & (ordered > 0)
+    first = torch.where(is_fair.any(), is_fair.to(torch.uint8).argmax(), min(count, len(sizes)))
+    at = first.clamp(max=len(sizes) - 1)[None]  # one number as an index would be waited for
+    factor = left.gather(0, at) / rest.gather(0, at).clamp(min=torch.finfo(torch.float64).tiny)
+    is_certain = torch.arange(len(sizes), device=sizes.device) < first
+    chances = torch.where(is_certain, (ordered > 0).double(), (ordered * factor).clamp(max=1.0))
+    return torch.zeros_like(chances).scatter(0, order, chances)
+
+
+def systematic_sample(probabilities: Tensor, count: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose elements, each with its own probability and at most once: a grid of step 1 over the running sum.
+
+    Elements that are alike should stand side by side: then each neighbourhood gets its share.
+
+    Args:
+        probabilities: float64 `[n]`: from 0 to 1, with a sum of at most `count`.
+        count: Number of grid points.
+        uniform: float64 `[]` in [0, 1): where the grid begins.
+
+    Returns:
+        Positions, int64 `[count]` in rising order, and whether each of them counts: a grid point behind the sum of
+        all probabilities does not (its position is that of the likeliest element).
+    """
+    cumulative = probabilities.cumsum(0)
+    # The sum of probabilities that are meant to fill the grid may fall short of it by rounding.
+    total = torch.where((count - cumulative[-1]).abs() < 1e-6, count, cumulative[-1].round())
+    points = torch.arange(count, device=cumulative.device) + uniform
+    is_chosen = points < total
+    scale = cumulative[-1] / total.clamp(min=1)
+    at = torch.searchsorted(cumulative, points * scale, right=True).clamp(max=len(cumulative) - 1)
+    return torch.where(is_chosen, at, probabilities.argmax()), is_chosen
 
 
 def staleness(cached: Tensor, fresh: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class Told(NamedTuple):
     is_replicated: int
     top_k: int  # -1 for all rows
     num_samples: int
+    num_candidates: int
     num_top: int
+    limits: int  # which of ceilings and a guide are given, as bits
 
 
 NUM_TOLD = len(Told._fields)
@@ -43,6 +45,8 @@ _MUST_AGREE = {
     "is_replicated": "`use_cross_replica`",
     "top_k": "`top_k`",
     "num_samples": "`num_samples`",
+    "num_candidates": "`shared` and `num_candidates`",
+    "limits": "margins or a guide",
     "num_top": "`return_topk`",
 }
 
@@ -72,6 +76,8 @@ def tell(
         is_replicated=rules.is_replicated,
         top_k=-1 if rules.top_k is None else rules.top_k,
         num_samples=rules.num_samples,
+        num_candidates=rules.num_candidates,
+        limits=int(asked.has_ceilings) + 2 * (asked.guide_queries is not None),
         num_top=rules.num_top,
     )
     return [int(number) for number in told]

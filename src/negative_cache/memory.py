@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from negative_cache.batch import EMBEDDING
 from negative_cache.cache import NegativeCache
 from negative_cache.columns import ROOM
 from negative_cache.features import RaggedFeature, Specs, check_embedding_dtype, check_keys, embedding_spec
 from negative_cache.lookup import RowsOfIds
-from negative_cache.modules import EMBEDDING
 from negative_cache.retrieval.tiles import BLOCK, tile_bytes
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,38 +11,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from negative_cache import estimators
-from negative_cache.batch import Batch, Step, check_embeddings, make_batch, mask_positives
-from negative_cache.cache import CacheHolder, NegativeCache, state_of
-from negative_cache.distributed import Ranks, separate, shard_sizes, world
+from negative_cache.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, Step, check_embeddings, make_batch
+from negative_cache.distributed import separate, shard_sizes
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.features import (
     Features,
     FeatureSpec,
+    FixedLenFeature,
     Specs,
-    check_embedding_dtype,
     embedding_spec,
     infer_specs,
-    spec_from_json,
 )
+from negative_cache.health import Health, staleness_by_age
+from negative_cache.holder import RanksCache
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode
+from negative_cache.objective import Margins, Scores, compute_loss, gather_fresh, score_batch, weigh_cache
 from negative_cache.randomness import new_generator
+from negative_cache.refreshing import check_room, refresh
 from negative_cache.retrieval import Scale
-from negative_cache.sharded import draw_from_ranks
-from negative_cache.table import check_feature_folder
-
-EMBEDDING = "embedding"
+from negative_cache.settings import check_settings
+from negative_cache.sharded import draw_from_ranks, share_ids
 
 
-class NegativeCacheLoss(CacheHolder):
+class NegativeCacheLoss(RanksCache):
     """Cross-entropy of each query's positive against all cached documents, at the price of one more encoding.
 
     With `s(q, d) = scale * <q, d>`, the loss is `-s(q, positive) + logsumexp(s(q, positive), {s(q, row)})`
-    over the filled rows that are no known positives of the query. Its value is computed from the cached
-    embeddings; its gradient is the exact one in expectation over the rows drawn (Lindgren et al., NeurIPS
-    2021). After the loss the drawn rows get their new embeddings and the batch's documents replace the
+    over the filled rows and the batch's other documents, each document once, that are no known positives of the query.
+    Its value is computed from the cached embeddings; its gradient is the exact one in expectation over the rows drawn.
+    By default the batch's documents are differentiated exactly and what is encoded serves every query (see
+    docs/how-it-works.md); `in_batch=False, shared=False` is the method of Lindgren et al. (NeurIPS 2021).
+    After the loss the encoded rows get their new embeddings and the batch's documents replace the
     oldest rows. In eval mode, or where gradients are switched off, nothing is written.
 
     `state_dict` holds the cache, a learnable scale and the state of the generator, but not the encoder.
@@ -52,7 +54,18 @@ class NegativeCacheLoss(CacheHolder):
         scale: Factor of the dot products, the inverse temperature. Normalise embeddings for the usual 20.
         learnable_scale: Make the scale a parameter (its logarithm, `log_scale`).
         top_k: Restrict the softmax to the best row of each of top_k groups of rows: faster on a GPU, approximate.
-        num_samples: Rows drawn and encoded per query.
+        num_samples: Cached documents encoded per query.
+        in_batch: Whether the batch's documents are negatives of its other queries, differentiated exactly.
+        shared: Whether an encoded document serves all queries; if not, each query has `num_samples` of its own.
+        num_candidates: Rows drawn per query from which those to encode are chosen, where they are shared; None for 8,
+            or twice `num_samples` if that is more.
+        absolute_margin: A document whose similarity (before the scale) is above that of the positive less this is taken
+            for a false negative, and no query's negative; None for no such limit.
+        relative_margin: The same above the positive's similarity less this share of it: 0.05 means 95 %.
+        guide_margin: Where a guide's embeddings are given: the same by its similarities, less this.
+        warmup_fill: Share of filled rows from which cached documents count in full; with fewer their weight in the
+            softmax is less, in proportion.
+        refresh_per_step: Rows encoded anew in each step, without gradient, in turn.
         use_lru: Replace the least recently used rows; if False, the first that came.
         specs: Spec per document feature. Without it they are taken from the first batch, see `infer_specs`:
             other inputs than a transformer's then keep the shape that they have there.
@@ -74,6 +87,14 @@ class NegativeCacheLoss(CacheHolder):
         learnable_scale: bool = False,
         top_k: int | None = None,
         num_samples: int = 1,
+        in_batch: bool = True,
+        shared: bool = True,
+        num_candidates: int | None = None,
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
+        guide_margin: float = 0.0,
+        warmup_fill: float = 0.0,
+        refresh_per_step: int = 0,
         use_lru: bool = True,
         specs: Specs | None = None,
         embedding_dtype: torch.dtype = torch.float32,
@@ -82,38 +103,41 @@ class NegativeCacheLoss(CacheHolder):
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        super().__init__()
-        if cache_size < 1:
-            raise ValueError(f"`cache_size` is {cache_size}; it must be at least 1.")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"`scale` is {scale}; it must be a positive number.")
-        if top_k is not None and not 1 <= top_k <= cache_size:
-            raise ValueError(f"`top_k` is {top_k}; it must be from 1 to the cache's {cache_size} rows.")
-        if num_samples < 1:
-            raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1.")
-        check_embedding_dtype(embedding_dtype)
-        if specs is not None and EMBEDDING in specs:
-            raise ValueError(f"`specs` has the key {EMBEDDING!r}, which the cache itself uses. Rename the feature.")
-        if feature_folder is not None:
-            check_feature_folder(feature_folder, feature_device, specs or {})
+        num_candidates = max(8, 2 * num_samples) if num_candidates is None else num_candidates
+        check_settings(
+            cache_size=cache_size,
+            scale=scale,
+            top_k=top_k,
+            num_samples=num_samples,
+            num_candidates=num_candidates,
+            warmup_fill=warmup_fill,
+            refresh_per_step=refresh_per_step,
+            absolute_margin=absolute_margin,
+            relative_margin=relative_margin,
+            guide_margin=guide_margin,
+            embedding_dtype=embedding_dtype,
+            specs=specs,
+            feature_folder=feature_folder,
+            feature_device=feature_device,
+        )
+        super().__init__(
+            cache_size, specs, embedding_dtype, feature_device, feature_folder, new_generator(seed), process_group
+        )
         # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
         self._document_encoder = (document_encoder,)
-        self.cache_size = cache_size
         self.top_k = top_k
         self.num_samples = num_samples
+        self.in_batch = in_batch
+        self.shared = shared
+        self.num_candidates = num_candidates
+        self.margins = Margins(absolute_margin, relative_margin)
+        self.guide_margins = Margins(guide_margin)
+        self.warmup_fill = warmup_fill
+        self.refresh_per_step = refresh_per_step
         self.use_lru = use_lru
-        self.embedding_dtype = embedding_dtype
-        self.feature_device = feature_device
-        self.feature_folder = feature_folder
-        self.generator = new_generator(seed)
-        self._first_state = self.generator.get_state()
-        self._process_group = process_group
-        self._ranks: Ranks | None = None
-        self.embedding_dim: int | None = None  # where it is known before the first step
-        self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self._fixed_scale = scale
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
-        self._last: dict[str, Tensor] = {}
+        self.log_scale = nn.Parameter(torch.tensor(scale).log()) if learnable_scale else None
+        self.health = Health()
 
     @property
     def document_encoder(self) -> DocumentEncoder:
@@ -123,35 +147,6 @@ class NegativeCacheLoss(CacheHolder):
     @document_encoder.setter
     def document_encoder(self, encoder: DocumentEncoder) -> None:
         self._document_encoder = (encoder,)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("document_encoder", "cache"):  # nn.Module would register a module, and never reach the property
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def cache(self) -> NegativeCache | None:
-        """This rank's rows; None before the first step."""
-        return self._held.get("cache")
-
-    @cache.setter
-    def cache(self, cache: NegativeCache) -> None:
-        self._held["cache"] = cache
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The processes that share the cache; None for this one alone."""
-        if self._process_group != "world":
-            return self._process_group
-        return world()
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that share the cache."""
-        if self._ranks is None or self._ranks.group is not self.process_group:
-            self._ranks = Ranks(self.process_group)
-        return self._ranks
 
     @property
     def scale(self) -> Tensor | float:
@@ -168,6 +163,10 @@ class NegativeCacheLoss(CacheHolder):
         negative_embeddings: Tensor | None = None,
         negative_features: Features | None = None,
         negative_ids: Tensor | None = None,
+        *,
+        log_q: Tensor | None = None,
+        guide_queries: Tensor | None = None,
+        guide_documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the mean loss of a batch, then update the cache.
 
@@ -182,20 +181,29 @@ class NegativeCacheLoss(CacheHolder):
                 the batch (but of those they are known positives of), differentiated exactly.
             negative_features: Their features; needed with `negative_embeddings`.
             negative_ids: int `[m]`: their ids.
+            log_q: `[batch + m]`: log of the probability with which a training pair has the document (or, for the last
+                m, with which a given negative is it). Then negatives, of which popular ones are in the batch and the
+                cache more often than others, stand for all documents alike: `s - log(n q)`, n the number of
+                negatives. Give it in every step or in none. Not with ids, by which a document has only one row.
+            guide_queries: `[batch, guide_dim]`: another model's embeddings of the queries. Documents that are, in the
+                eyes of that model, more similar to the query than its positive less `guide_margin` are not its
+                negatives.
+            guide_documents: `[batch + m, guide_dim]`: its embeddings of the documents and then the given negatives,
+                kept in the cache. Give both in every step or in none.
 
         Returns:
-            Scalar, with gradient to all embeddings, the encoder and the scale; 0 while the cache is empty.
+            Scalar, with gradient to all embeddings, the encoder and the scale.
 
         Raises:
             ValueError: Wrong keys, shapes, sizes, devices or ids, or values that are not finite; the cache
                 is as it was then.
             TypeError: Wrong dtypes.
         """
-        device = query_embeddings.device
+        device, ranks = query_embeddings.device, self.ranks
 
         def prepare() -> tuple[Step, list[int]]:
             check_embeddings(query_embeddings, document_embeddings, negative_embeddings)
-            specs = self.specs or infer_specs(document_features) if self.cache is None else self._feature_specs()
+            specs = self._specs_for(document_features)
             batch = make_batch(
                 query_embeddings,
                 document_embeddings,
@@ -206,92 +214,125 @@ class NegativeCacheLoss(CacheHolder):
                 negative_embeddings,
                 negative_features,
                 negative_ids,
+                log_q,
+                guide_queries,
+                guide_documents,
             )
             step = self._prepare(batch, specs)
             if ranks.size == 1:
                 return step, []
-            needs_gradient = negative_embeddings is not None and negative_embeddings.requires_grad
+            own = batch.fresh(self.in_batch)
+            needs_gradient = own is not None and own.requires_grad
             return step, tell(step.rules, [step.cache], step.asked, step.is_writing, needs_gradient)
 
-        ranks = self.ranks
         step, table = ranks.meet(self.step_number, device, prepare, NUM_TOLD)
         batch, cache = step.batch, step.cache
         meeting = Meeting(table) if ranks.size > 1 else None
+        scale = self.scale
+        if self.log_scale is not None:
+            scale = ranks.average_gradient(self.log_scale.to(device)).exp()
+        asked = replace(step.asked, ids_of_all=share_ids(ranks, meeting, step.asked))
+        fresh = gather_fresh(ranks, meeting, batch, asked, self.in_batch)
+        scores = score_batch(batch, scale, fresh, self.margins, self.guide_margins)
+        asked = replace(
+            asked,
+            positive_scores=scores.positive.detach(),
+            fresh_lse=scores.fresh_lse,
+            ceilings=scores.ceilings,
+            guide_ceilings=scores.guide_ceilings,
+        )
         negatives: Negatives
         if meeting is None:
-            negatives = draw_here(step.rules, [cache], step.asked)
+            negatives = draw_here(step.rules, [cache], asked)
         else:
-            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], step.asked, self.step_number)
-        fresh, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
+            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], asked, self.step_number)
+        encoded, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
         written_dtype = cache.specs[EMBEDDING].dtype
         if negatives.count:
             try:
-                fresh = encode(self.document_encoder, negatives.features, negatives.count, fresh.shape[1])
-                check_finite(f"The new embeddings, as {self.embedding_dtype},", fresh.to(written_dtype))
+                encoded = encode(self.document_encoder, negatives.features, negatives.count, encoded.shape[1])
+                check_finite(f"The new embeddings, as {self.embedding_dtype},", encoded.to(written_dtype))
             except Exception as caught:
                 error = caught
         updated, refreshed = None, None
         if step.is_writing:  # else nothing was drawn
-            stored = fresh.detach().to(written_dtype)
+            stored = encoded.detach().to(written_dtype)
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
-        loss = self._loss(batch, negatives, fresh, ranks, meeting)
+        loss = self._loss(step, scale, scores, negatives, encoded)
         if step.is_writing:
             self._write(step, negatives.new_items_mask(), updated, refreshed)
         mean = loss.mean()
         return mean if meeting is None else mean * meeting.weight(ranks.rank)
 
     def metrics(self) -> dict[str, float]:
-        """Health of the last training step; waits for the device.
+        """Health of the last training step; waits for the device. Warns once of what is going wrong, with advice.
 
         Returns:
-            `interpretable_loss` (mean of `-log` of the positive's probability), `staleness` (mean squared distance
-            of the drawn rows' cached and new embeddings, relative), `fill` (share of filled rows). Over several ranks
-            all of it is of this rank's queries and rows alone.
+            `interpretable_loss` (mean of `-log` of the positive's probability), `positive_probability` (its mean),
+            `cache_share` (mean softmax weight of all cached documents together), `fill` (share of filled rows),
+            `staleness` (mean squared distance of encoded rows' cached and new embeddings, relative),
+            `staleness_youngest` and `staleness_oldest` (of the quarter of them written last, and longest ago), `age`
+            (their mean age in steps), `effective_negatives` (the inverse of the mean sum of squares of the cache's
+            softmax), `near_duplicates` (softmax weight of cached documents that are nearly equal to the positive),
+            `masked` (share of filled rows that margins or the guide hid), `gradient_norm_ratio` (of the gradients of
+            the query embeddings and of the documents', after the backward pass). What a step does not have is left
+            out. Over several ranks all of it is of this rank's queries and rows alone.
 
         Raises:
             ValueError: Embeddings that were not finite were kept out of the cache since the last call.
         """
-        if self.cache is None:
-            return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
-        rejected = int(self.cache.num_rejected)
-        if rejected:
-            self.cache.num_rejected.zero_()
-            raise ValueError(
-                f"{rejected} embeddings that were not finite were kept out of the cache; look for a learning "
-                "rate that is too high or an overflow in half precision."
-            )
-        last = {key: float(value) for key, value in self._last.items()}
-        return {**last, "fill": int(self.cache.num_filled) / self.cache.num_rows}
+        return self.health.read(self.cache)
 
-    def _loss(self, batch: Batch, negatives: Negatives, fresh: Tensor, ranks: Ranks, meeting: Meeting | None) -> Tensor:
+    @torch.no_grad()
+    def fill_from(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Encode documents, such as a whole corpus, into the cache before training.
+
+        Args:
+            batches: Dicts of `document_features`, `document_ids` (int `[n]`, at least 0) and, where steps have them,
+                `log_q` and `guide_documents`, as in a call. On several ranks each gives its own part of the documents,
+                and keeps it.
+
+        Returns:
+            How many rows of this rank are filled then.
+
+        Raises:
+            ValueError: More documents than rows, or what a call would raise.
+        """
+        for batch in batches:
+            embeddings = self.document_encoder(dict(batch["document_features"]))
+            check_embeddings(embeddings, embeddings, None)
+            guide = batch.get("guide_documents")
+            specs = self._specs_for(batch["document_features"])
+            made = make_batch(embeddings, embeddings, specs=specs, guide_queries=guide, **batch)
+            step = self._prepare(made, specs)
+            check_room(step.cache, batch["document_ids"])
+            step.manager.update_cache_(step.cache, new_items=made.new_items, document_ids=made.new_ids)
+            self.cache = step.cache
+        return 0 if self.cache is None else int(self.cache.num_filled)
+
+    def _loss(self, step: Step, scale: Tensor | float, scores: Scores, negatives: Negatives, encoded: Tensor) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
-        queries, scale = batch.queries, self.scale
-        if self.log_scale is not None:
-            scale = ranks.average_gradient(self.log_scale.to(queries.device)).exp()
-        positive_scores = scale * estimators.dot(queries, batch.documents)
-        fresh_scores, given = None, self._given(batch, positive_scores.dtype, ranks, meeting)
-        if given is not None:
-            with torch.autocast(queries.device.type, enabled=False):
-                fresh_scores = scale * (queries.to(given.dtype) @ given.T)
-            fresh_scores = mask_positives(fresh_scores, batch.positives, negatives.withheld_ids)
-        staleness = positive_scores.new_zeros(())
-        if negatives.count:
-            negative_scores = scale * estimators.dot(queries[:, None], fresh.view(len(queries), -1, queries.shape[1]))
-            staleness = estimators.staleness(negatives.cached, fresh).mean()
-        else:
-            negative_scores = positive_scores[:, None] * 0
-        loss = estimators.readable_loss(positive_scores, negative_scores, negatives.lse, fresh_scores)
-        if self.training and torch.is_grad_enabled():
-            self._last = {"interpretable_loss": loss.detach().mean(), "staleness": staleness.detach()}
-        return loss
+        batch = step.batch
+        log_weight, scores = weigh_cache(step.cache, scores, self.warmup_fill, batch.log_q is not None)
+        everything = negatives.of_all(encoded)
+        outcome = compute_loss(batch.queries, batch.documents, scale, scores, negatives, everything, log_weight)
+        if step.is_writing:
+            self.health.take(outcome.diagnostics)
+            if negatives.num_limited is not None:
+                self.health.add({"num_limited": negatives.num_limited.float().mean()})
+            given = [] if batch.negatives is None else [batch.negatives]
+            self.health.watch(batch.queries, [batch.documents, *given, encoded])
+        return outcome.loss
 
     def _write(
         self, step: Step, new_items_mask: Tensor | None, updated: Returned | None, refreshed: Returned | None
     ) -> None:
         """New embeddings into their rows, the batch's documents over the oldest ones."""
+        if updated is not None and len(updated.rows):
+            self.health.add(staleness_by_age(step.cache, EMBEDDING, updated))
         step.manager.update_cache_(
             step.cache,
-            new_items={EMBEDDING: step.batch.new_embeddings, **step.batch.new_features},
+            new_items=step.batch.new_items,
             new_items_mask=new_items_mask,
             document_ids=step.batch.new_ids,
             updated_item_data=None if updated is None else {EMBEDDING: updated.embeddings},
@@ -302,29 +343,23 @@ class NegativeCacheLoss(CacheHolder):
         )
         if self.cache is None:
             self.cache = step.cache
+        if self.refresh_per_step:
+            share = shard_sizes(self.refresh_per_step, self.ranks.size)[self.ranks.rank]
+            refresh(step.cache, EMBEDDING, step.rules.data_keys, self.document_encoder, share)
 
-    def _given(self, batch: Batch, dtype: torch.dtype, ranks: Ranks, meeting: Meeting | None) -> Tensor | None:
-        """The given negatives of all ranks; None where there are none."""
-        given = None if batch.negatives is None else batch.negatives.to(dtype)
-        if meeting is None or not any(meeting.num_withheld):
-            return given
-        if given is None:
-            given = batch.queries.new_empty(0, batch.queries.shape[1], dtype=dtype)
-        if meeting.needs_gradient and not given.requires_grad:  # all ranks take part in the backward pass, or none
-            given = given.detach().requires_grad_()
-        return ranks.gather_with_gradient(given, meeting.num_withheld)
-
-    def _feature_specs(self) -> dict[str, Any]:
-        assert self.cache is not None
-        return {key: spec for key, spec in self.cache.specs.items() if key != EMBEDDING}
-
-    def step_number(self) -> int:
-        """How many steps have updated the cache; waits for the device."""
-        return 0 if self.cache is None else int(self.cache.step)
+    def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
+        """The specs of documents: the cache's, or what is known before there is one."""
+        if self.cache is None:
+            return self.specs or infer_specs(document_features)
+        return {key: spec for key, spec in self.cache.specs.items() if key not in SCORED}
 
     def _prepare(self, batch: Batch, specs: Specs) -> Step:
         """Checks of the batch against the cache; a new cache is kept only once it has been written."""
         all_specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(batch.queries.shape[1], self.embedding_dtype)}
+        if batch.log_q is not None:
+            all_specs[BIAS] = FixedLenFeature([], torch.float32)
+        if batch.guide_documents is not None:
+            all_specs[GUIDE] = FixedLenFeature([batch.guide_documents.shape[1]], torch.float32)
         all_specs.update(specs)
         cache = self.cache
         if cache is None:
@@ -340,11 +375,13 @@ class NegativeCacheLoss(CacheHolder):
             raise ValueError(
                 f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have {dim}."
             )
+        for key, name in ((BIAS, "log_q"), (GUIDE, "guide_documents")):
+            if (key in cache.specs) != (key in all_specs):
+                raise ValueError(f"`{name}` must be given in every step or in none; the cache was made the other way.")
         manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
         is_writing = self.training and torch.is_grad_enabled()
         if is_writing:
-            items = {EMBEDDING: batch.new_embeddings, **batch.new_features}
-            manager.check_new_items(cache, items, batch.new_ids)
+            manager.check_new_items(cache, batch.new_items, batch.new_ids)
         rules = Rules(
             EMBEDDING,
             list(specs),
@@ -352,29 +389,20 @@ class NegativeCacheLoss(CacheHolder):
             score_transform=Scale(self.scale.detach() if isinstance(self.scale, Tensor) else self.scale),
             top_k=self.top_k,
             num_samples=self.num_samples if is_writing else 0,
+            num_candidates=self.num_candidates if self.shared else 0,
+            bias_key=None if batch.log_q is None else BIAS,
+            guide_key=None if batch.guide_queries is None else GUIDE,
         )
+        fresh = batch.fresh(self.in_batch)
         asked = Asked(
             batch.queries.detach(),
             batch.positives,
             batch.new_ids,
-            0 if batch.negatives is None else len(batch.negatives),
+            0 if fresh is None else len(fresh),
+            has_ceilings=self.margins != Margins(),
+            guide_queries=batch.guide_queries,
         )
         return Step(batch, manager, cache, rules, asked, is_writing)
-
-    def _new_cache(self, specs: Specs, device: torch.device) -> NegativeCache:
-        """An empty cache of this rank's share of the rows."""
-        num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
-        if num_rows == 0:
-            raise ValueError(f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it.")
-        return NegativeCache.empty(specs, num_rows, device, self.feature_device, EMBEDDING, self.feature_folder)
-
-    def get_extra_state(self) -> Tensor:
-        """The generator's state, uint8."""
-        return self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue the draws where the saved run stopped."""
-        self.generator.set_state(state.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):
@@ -383,13 +411,4 @@ class NegativeCacheLoss(CacheHolder):
                 if self.log_scale is None
                 else "The scale of this loss is learnable, that of the saved one is not."
             )
-        if self.cache is None and prefix + "cache.filled" in state_dict:
-            saved = state_of(state_dict, prefix + "cache.")
-            (dim,) = saved["specs"].pop(EMBEDDING)["shape"]
-            specs = {key: spec_from_json(spec) for key, spec in saved["specs"].items()}
-            specs = {**(self.specs or specs), EMBEDDING: embedding_spec(dim, self.embedding_dtype)}
-            device = state_dict[prefix + "cache.filled"].device
-            cache = self._new_cache(specs, device)
-            cache.check_loadable(state_dict, prefix + "cache.")
-            self.cache = cache
         super()._load_from_state_dict(state_dict, prefix, *args)

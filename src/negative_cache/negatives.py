@@ -22,7 +22,7 @@ from negative_cache.features import (
     to_device,
 )
 from negative_cache.logs import say_once
-from negative_cache.retrieval import RowPool, ScoreTransform, retrieve
+from negative_cache.retrieval import Limits, RowPool, ScoreTransform, retrieve
 from negative_cache.retrieval.reference import dense_scores, exact_top_k
 from negative_cache.retrieval.streaming import mine_groups
 from negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
@@ -40,12 +40,16 @@ class Drawn(NamedTuple):
             has any negative.
         is_valid: bool `[batch]` (or `[0]`): False for a query without negatives; its rows are another query's.
         top_rows: int64 `[batch, num_top]`: the best rows, -1 where there are not so many.
+        group_rows: See `Retrieved`.
+        num_limited: See `Retrieved`.
     """
 
     lse: Tensor
     rows: Tensor
     is_valid: Tensor
     top_rows: Tensor
+    group_rows: Tensor | None = None
+    num_limited: Tensor | None = None
 
 
 def is_max_score(retrieval_fn: RetrievalFn | None) -> bool:
@@ -58,13 +62,19 @@ def is_softmax(retrieval_fn: RetrievalFn | None) -> bool:
     return retrieval_fn is None or (isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0)
 
 
-def pool_of(caches: Sequence[NegativeCache], embedding_key: str, withheld: Tensor | None = None) -> RowPool:
+def pool_of(
+    caches: Sequence[NegativeCache],
+    embedding_key: str,
+    withheld: Tensor | None = None,
+    bias_key: str | None = None,
+) -> RowPool:
     """The rows of several caches as one pool.
 
     Args:
         caches: In the order of the row numbers.
         embedding_key: The feature that is scored.
         withheld: int64 `[n]`: rows of the first cache that no query may see; -1 for none.
+        bias_key: The feature that is added to scores; None for nothing.
     """
     candidates = [cache.filled for cache in caches]
     if withheld is not None:
@@ -72,7 +82,8 @@ def pool_of(caches: Sequence[NegativeCache], embedding_key: str, withheld: Tenso
         visible[withheld] = False  # -1 is the element added at the end
         candidates[0] = visible[:-1]
     stored = [cache.stored(embedding_key) for cache in caches]
-    return RowPool([values for values, _ in stored], candidates, [scales for _, scales in stored])
+    biases = [] if bias_key is None else [cache.stored(bias_key)[0] for cache in caches]
+    return RowPool([values for values, _ in stored], candidates, [scales for _, scales in stored], biases)
 
 
 @torch.no_grad()
@@ -88,6 +99,7 @@ def draw_negatives(
     top_k: int | None = None,
     num_samples: int = 1,
     num_top: int = 0,
+    limits: Limits | None = None,
 ) -> Drawn:
     """Draw rows for each query from the softmax over its candidates, or as `retrieval_fn` says.
 
@@ -102,10 +114,12 @@ def draw_negatives(
         top_k: Restrict the softmax to the best row of each of top_k groups.
         num_samples: Draws per query.
         num_top: How many of the best rows to return beside.
+        limits: What makes a row too good to be a negative; not with a retrieval function of one's own.
     """
+    group_rows, num_limited = None, None
     is_max = is_max_score(retrieval_fn)
     if is_max or is_softmax(retrieval_fn) or not has_rows:
-        lse, rows, top_rows, _ = retrieve(
+        lse, rows, top_rows, _, group_rows, num_limited = retrieve(
             queries,
             pool,
             generator=generator,
@@ -114,6 +128,7 @@ def draw_negatives(
             top_k=top_k,
             num_samples=num_samples,
             num_top=max(num_top, int(is_max)),
+            limits=limits,
         )
         rows = top_rows[:, :1].clamp(min=0) if is_max else rows
         top_rows = top_rows[:, :num_top]
@@ -122,10 +137,10 @@ def draw_negatives(
         lse, rows, top_rows = _retrieve_custom(queries, pool, retrieval_fn, score_transform, excluded, top_k, num_top)
     is_valid = lse > -torch.inf
     if not has_rows or num_samples == 0 or (is_free_to_read(lse) and not bool(is_valid.any())):
-        return Drawn(lse, rows[:0], is_valid[:0], top_rows)
+        return Drawn(lse, rows[:0], is_valid[:0], top_rows, group_rows, num_limited)
     # A query without negatives gets a row that is safe to encode; its weight is 0 and nothing is written.
     safe = rows[is_valid.to(torch.uint8).argmax(dim=0, keepdim=True), :1]  # a number would be waited for
-    return Drawn(lse, torch.where(is_valid[:, None], rows, safe), is_valid, top_rows)
+    return Drawn(lse, torch.where(is_valid[:, None], rows, safe), is_valid, top_rows, group_rows, num_limited)
 
 
 def _retrieve_custom(

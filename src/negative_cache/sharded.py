@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.choosing import Draws, choose_together
 from negative_cache.distributed import Ranks, bytes_of, choose_shard, pack_rows, shard_sizes, unpack_rows
 from negative_cache.drawing import Asked, Negatives, Returned, Rules
 from negative_cache.features import RaggedFeature, RaggedRows, padded, select
@@ -24,6 +26,7 @@ from negative_cache.negatives import common_specs, is_max_score, lengths_of, poo
 from negative_cache.randomness import uniforms
 from negative_cache.retrieval import Retrieved, retrieve
 from negative_cache.retrieval.reference import exact_top_k
+from negative_cache.sharing import candidates_of
 
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
@@ -80,34 +83,45 @@ def draw_from_ranks(
     In distribution this equals `draw_here` on one process that has all rows and all queries. All ranks call
     it with the same rules. Ids are those of the first cache of each rank.
     """
-    queries, num_samples, batch = asked.queries, rules.num_samples, len(asked.queries)
-    uniform = uniforms((batch, num_samples), rules.generator, queries.device)
-    all_uniform, positives, new_ids, all_queries = _share_queries(ranks, meeting, asked, uniform)
-    withheld_ids = _withheld(meeting, new_ids)
+    queries, batch = asked.queries, len(asked.queries)
+    uniform = uniforms((batch, rules.num_draws + 1), rules.generator, queries.device)
+    of_all, all_uniform = _share_queries(ranks, meeting, asked, uniform)
+    new_ids = queries.new_empty(0, dtype=torch.int64) if of_all.new_ids is None else of_all.new_ids
+    withheld_ids = withheld(meeting, new_ids)
     found = caches[0].find(new_ids) if len(new_ids) else new_ids
-    shard = _search_shard(ranks, meeting, rules, caches, all_queries, positives, withheld_ids)
+    search = _Search(ranks, meeting, rules, caches, of_all, withheld_ids)
+    shard = search.result
     candidates = torch.cat([shard.rows.flatten(), shard.top_rows.flatten()])
     ragged = [key for key in sorted(rules.data_keys) if isinstance(caches[0].specs[key], RaggedFeature)]
     longest = [lengths_of(caches, candidates.clamp(min=0), key).amax() for key in ragged if len(candidates)]
     widths = torch.stack(longest) if longest else torch.zeros(len(ragged), dtype=torch.int64, device=queries.device)
-    told = [shard.lse.double(), shard.top_scores.double(), found, widths]
+    limited = torch.zeros_like(found[:0]) if shard.num_limited is None else shard.num_limited
+    told = [shard.lse.double(), shard.top_scores.double(), found, widths, limited]
     results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
     # Who sends what is found out on the CPU, on every rank alike.
-    lse, top_scores, found, widths = (
+    lse, top_scores, found, widths, limited = (
         value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
     )
     entries = _plan(rules, meeting, lse, top_scores, all_uniform.cpu())
     start = sum(meeting.batches[: ranks.rank])
+    own = slice(start, start + batch)
     none = torch.empty(0, dtype=torch.int64, device=queries.device)
-    merged = lse.logsumexp(dim=0)[start : start + batch].to(queries.device, shard.lse.dtype)
+    merged = lse.logsumexp(dim=0).to(queries.device, shard.lse.dtype)
+    weights, correction = None, None
+    if rules.num_candidates and len(entries.query):
+        entries, weights, correction = search.choose(entries, merged, all_uniform[0, -1])
     negatives = _FromRanks(
-        lse=merged,
-        is_valid=merged > -torch.inf,
+        lse=merged[own],
+        is_valid=merged[own] > -torch.inf,
         count=0,
         features={},
         cached=queries.new_empty(0, queries.shape[1]),
+        weights=weights,
+        correction=correction,
         top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
         withheld_ids=withheld_ids,
+        num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
+        is_shared=rules.num_candidates > 0,
         ranks=ranks,
         meeting=meeting,
         entries=entries,
@@ -122,21 +136,34 @@ def draw_from_ranks(
     return negatives
 
 
-def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor) -> list[Tensor]:
-    """Uniforms, known positives, ids of new documents, and queries of all ranks."""
+def share_ids(ranks: Ranks, meeting: Meeting | None, asked: Asked) -> Tensor | None:
+    """Ids of the new documents of all ranks: int64 `[n]`, -1 for unknown; None where there is one process."""
+    if meeting is None:
+        return None
+    new_ids = asked.new_ids
+    if not any(meeting.num_new):
+        return torch.empty(0, dtype=torch.int64, device=asked.queries.device)
+    if new_ids is None:
+        new_ids = torch.full((num_new(asked),), NO_ID, dtype=torch.int64, device=asked.queries.device)
+    return ranks.gather([new_ids], [[count] for count in meeting.num_new])[0]
+
+
+def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor) -> tuple[Asked, Tensor]:
+    """What all ranks ask, and their uniforms."""
     device, width = asked.queries.device, max(meeting.num_positives)
     positives = asked.positives
     if positives is None:
         positives = torch.full((len(asked.queries), 0), -1, dtype=torch.int64, device=device)
     positives = torch.nn.functional.pad(positives, (0, width - positives.shape[1]), value=-1)
-    new_ids = asked.new_ids
-    if new_ids is None:
-        new_ids = torch.full((num_new(asked),), NO_ID, dtype=torch.int64, device=device)
-    sizes = [[batch, batch, new, batch] for batch, new in zip(meeting.batches, meeting.num_new, strict=True)]
-    return ranks.gather([uniform, positives, new_ids, asked.queries], sizes)
+    optional = ("positive_scores", "fresh_lse", "ceilings", "guide_queries", "guide_ceilings")
+    given: dict[str, Any] = {name: getattr(asked, name) for name in optional if getattr(asked, name) is not None}
+    told = [uniform, positives, asked.queries, *given.values()]
+    result = ranks.gather(told, [[batch] * len(told) for batch in meeting.batches])
+    others: dict[str, Any] = dict(zip(given, result[3:], strict=True))
+    return Asked(result[2], result[1] if width else None, asked.ids_of_all, **others), result[0]
 
 
-def _withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
+def withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
     """The ids that no query may see, of all ranks."""
     if not any(meeting.num_withheld):
         return None
@@ -144,46 +171,118 @@ def _withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
     return torch.cat([part[len(part) - n :] for part, n in zip(parts, meeting.num_withheld, strict=True)])
 
 
-def _search_shard(
-    ranks: Ranks,
-    meeting: Meeting,
-    rules: Rules,
-    caches: Sequence[NegativeCache],
-    queries: Tensor,
-    positives: Tensor,
-    withheld_ids: Tensor | None,
-) -> Retrieved:
+class _Search:
     """This rank's part of the answer to all queries; rows are numbered through its caches."""
-    pool = pool_of(caches, rules.embedding_key, None if withheld_ids is None else caches[0].find(withheld_ids))
-    first, num_rows = 0, meeting.num_rows
-    if rules.is_replicated:
-        num_rows = shard_sizes(pool.num_rows, ranks.size)
-        first = sum(num_rows[: ranks.rank])
-        pool = pool.slice(first, first + num_rows[ranks.rank])
-    is_max = is_max_score(rules.retrieval_fn)
-    num_top = max(rules.num_top, int(is_max))
-    batch, device = len(queries), queries.device
-    rows = torch.zeros(batch, rules.num_samples, dtype=torch.int64, device=device)
-    top_rows = torch.full((batch, num_top), -1, device=device)
-    top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
-    lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
-    if meeting.told[ranks.rank].has_rows and pool.num_rows:
-        result = retrieve(
-            queries,
-            pool,
-            generator=rules.generator,
-            score_transform=rules.score_transform,
-            excluded=caches[0].find(positives.flatten()).view(positives.shape) if positives.numel() else None,
-            top_k=None if rules.top_k is None else top_k_of_shard(rules.top_k, num_rows, ranks.rank),
-            num_samples=rules.num_samples,
-            num_top=num_top,
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        meeting: Meeting,
+        rules: Rules,
+        caches: Sequence[NegativeCache],
+        asked: Asked,
+        withheld_ids: Tensor | None,
+    ) -> None:
+        self.ranks, self.meeting, self.rules, self.asked = ranks, meeting, rules, asked
+        hidden = None if withheld_ids is None else caches[0].find(withheld_ids)
+        self.pool = pool_of(caches, rules.embedding_key, hidden, rules.bias_key)
+        self.limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
+        positives = asked.positives
+        self.excluded = None if positives is None else caches[0].find(positives.flatten()).view(positives.shape)
+        self.result = self._search()
+
+    def _search(self) -> Retrieved:
+        ranks, rules, meeting, pool = self.ranks, self.rules, self.meeting, self.pool
+        first, num_rows = 0, meeting.num_rows
+        if rules.is_replicated:
+            num_rows = shard_sizes(pool.num_rows, ranks.size)
+            first = sum(num_rows[: ranks.rank])
+            pool = pool.slice(first, first + num_rows[ranks.rank])
+        is_max = is_max_score(rules.retrieval_fn)
+        num_top = max(rules.num_top, int(is_max))
+        batch, device = len(self.asked.queries), self.asked.queries.device
+        rows = torch.zeros(batch, rules.num_draws, dtype=torch.int64, device=device)
+        top_rows = torch.full((batch, num_top), -1, device=device)
+        top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
+        lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
+        num_limited = None if self.limits is None else torch.zeros(batch, dtype=torch.int64, device=device)
+        group_rows = None
+        if meeting.told[ranks.rank].has_rows and pool.num_rows:
+            result = retrieve(
+                self.asked.queries,
+                pool,
+                generator=rules.generator,
+                score_transform=rules.score_transform,
+                excluded=self.excluded,
+                top_k=None if rules.top_k is None else top_k_of_shard(rules.top_k, num_rows, ranks.rank),
+                num_samples=rules.num_draws,
+                num_top=num_top,
+                limits=self.limits,
+            )
+            lse, rows, found = result.lse, result.rows + first, result.top_rows.shape[1]
+            group_rows, num_limited = result.group_rows, result.num_limited
+            top_scores[:, :found] = result.top_scores
+            top_rows[:, :found] = torch.where(result.top_rows >= 0, result.top_rows + first, -1)
+        if is_max and rules.num_draws:
+            rows = top_rows[:, :1].clamp(min=0)
+        return Retrieved(lse, rows, top_rows, top_scores, group_rows, num_limited)
+
+    def choose(self, entries: _Entries, lse: Tensor, uniform: Tensor) -> tuple[_Entries, Tensor, Tensor]:
+        """Choose the documents to encode from the draws; then each rank has its part of them.
+
+        Args:
+            entries: The draws, and the best rows.
+            lse: `[batch of all]`: of all shards.
+            uniform: float64 `[]`.
+
+        Returns:
+            The entries with the chosen ones for the draws, their weights `[batch, n]`, and the correction.
+        """
+        rules, asked, meeting = self.rules, self.asked, self.meeting
+        draws = Draws(
+            *(values[: entries.num_draws] for values in (entries.owner, entries.candidate, entries.is_update))
         )
-        lse, rows, found = result.lse, result.rows + first, result.top_rows.shape[1]
-        top_scores[:, :found] = result.top_scores
-        top_rows[:, :found] = torch.where(result.top_rows >= 0, result.top_rows + first, -1)
-    if is_max and rules.num_samples:
-        rows = top_rows[:, :1].clamp(min=0)
-    return Retrieved(lse, rows, top_rows, top_scores)
+        mine = (draws.owner == self.ranks.rank).nonzero().squeeze(1)
+        device = lse.device
+        candidates = candidates_of(
+            asked.queries,
+            self.pool,
+            lse,
+            self.result.rows.flatten()[draws.candidate[mine].to(device)],
+            draws.is_drawn[mine].to(device),
+            rules.num_candidates,
+            rules.score_transform,
+            self.excluded,
+            self.limits,
+            self.result.group_rows,
+        )
+        assert asked.positive_scores is not None
+        assert asked.fresh_lse is not None
+        count = rules.num_samples * len(asked.queries)
+        shared = choose_together(
+            self.ranks,
+            meeting,
+            draws,
+            candidates,
+            asked.queries,
+            asked.positive_scores,
+            asked.fresh_lse,
+            lse,
+            count,
+            uniform,
+        )
+        parts = torch.tensor([rules.num_samples * batch for batch in meeting.batches])
+        asker = torch.repeat_interleave(torch.arange(self.ranks.size), parts)
+        tops = slice(entries.num_draws, None)
+        chosen = _Entries(
+            query=torch.cat([torch.full_like(shared.at, -1), entries.query[tops]]),
+            asker=torch.cat([asker, entries.asker[tops]]),
+            owner=torch.cat([draws.owner[shared.at], entries.owner[tops]]),
+            candidate=torch.cat([draws.candidate[shared.at], entries.candidate[tops]]),
+            is_update=torch.cat([shared.is_chosen, entries.is_update[tops]]),
+            num_draws=len(shared.at),
+        )
+        return chosen, shared.weights, shared.correction
 
 
 def _plan(rules: Rules, meeting: Meeting, lse: Tensor, top_scores: Tensor, uniform: Tensor) -> _Entries:
@@ -192,11 +291,11 @@ def _plan(rules: Rules, meeting: Meeting, lse: Tensor, top_scores: Tensor, unifo
     Args:
         lse: `[ranks, batch of all]`.
         top_scores: `[ranks, batch of all, num_top or 1]`.
-        uniform: `[batch of all, num_samples]`.
+        uniform: `[batch of all, draws + 1]`.
     """
     num_ranks, batch = lse.shape
-    num_samples, num_top = rules.num_samples, top_scores.shape[2]
-    owner = choose_shard(lse, uniform)
+    num_samples, num_top = rules.num_draws, top_scores.shape[2]
+    owner = choose_shard(lse, uniform[:, :num_samples])
     if is_max_score(rules.retrieval_fn) and num_samples:
         best = top_scores[:, :, 0].max(dim=0)
         owner = torch.where(best.values > -torch.inf, best.indices, -1)[:, None]
@@ -233,8 +332,10 @@ class _FromRanks(Negatives):
         found: int64 `[ranks, n]`: their rows on each rank, -1 where they have none.
         has_ids: Whether this rank gave ids.
         step: Says the current step, for an error's message.
+        is_shared: Whether every document serves the queries of all ranks.
     """
 
+    is_shared: bool
     ranks: Ranks
     meeting: Meeting
     entries: _Entries
@@ -243,6 +344,13 @@ class _FromRanks(Negatives):
     found: Tensor
     has_ids: bool
     step: Callable[[], int]
+
+    def of_all(self, fresh: Tensor) -> Tensor:
+        if not self.is_shared or not self.entries.num_draws:
+            return fresh
+        return self.ranks.gather_with_gradient(
+            fresh, _counts(self.entries.asker[: self.entries.num_draws], self.ranks.size)
+        )
 
     def bring(self, rules: Rules, caches: Sequence[NegativeCache], widths: dict[str, int]) -> None:
         """Send the chosen rows to the ranks of their queries, and take in what arrives."""

@@ -19,17 +19,17 @@ def make_columns(
     specs: Specs,
     num_rows: int,
     device: torch.device,
-    embedding_key: str | None = None,
+    scored_keys: Sequence[str] = (),
     feature_device: torch.device | str | None = None,
     feature_folder: str | Path | None = None,
 ) -> dict[str, Column]:
-    """Empty columns; all but that of `embedding_key` are where `feature_device` or `feature_folder` say.
+    """Empty columns; all but those of `scored_keys` are where `feature_device` or `feature_folder` say.
 
     Raises:
         ValueError: See `check_feature_folder`.
         OSError: The folder's disk has not enough room.
     """
-    features = {key: spec for key, spec in specs.items() if key != embedding_key}
+    features = {key: spec for key, spec in specs.items() if key not in scored_keys}
     pinned = None if feature_device is None else torch.device(feature_device)
     if feature_folder is not None:
         check_feature_folder(feature_folder, feature_device, features)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from negative_cache.logs import say_once
-from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform
+from negative_cache.retrieval.pool import Guide, Limits, Retrieved, RowPool, ScoreTransform
 from negative_cache.retrieval.product import describe
 from negative_cache.retrieval.streaming import retrieve_streaming
 from negative_cache.retrieval.transform import Scale, factor_of
 
-__all__ = ["Retrieved", "RowPool", "Scale", "ScoreTransform", "retrieve"]
+__all__ = ["Guide", "Limits", "Retrieved", "RowPool", "Scale", "ScoreTransform", "retrieve"]
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def retrieve(
     top_k: int | None = None,
     num_samples: int = 1,
     num_top: int = 0,
+    limits: Limits | None = None,
 ) -> Retrieved:
     """Score all rows against all queries, without gradient, and sample from each query's softmax.
 
@@ -41,6 +42,7 @@ def retrieve(
         top_k: Number of groups; None for all rows.
         num_samples: Independent draws per query.
         num_top: How many of the best rows to return; with top_k they are chosen among its rows.
+        limits: What makes a row too good to be a negative.
 
     Returns:
         `Retrieved`.
@@ -53,7 +55,7 @@ def retrieve(
         factor = factor_of(score_transform, queries.device, pool.score_dtype)
         if factor is not None:
             queries, score_transform = queries.to(pool.score_dtype) * factor, None
-        reason = _why_not_fused(queries, pool, score_transform, num_samples)
+        reason = _why_not_fused(queries, pool, score_transform, num_samples, limits)
         say_once(f"Retrieval on {queries.device.type}: " + (reason or "fused kernel (Triton)."))
         if reason is None:
             from negative_cache.retrieval.triton import retrieve_fused
@@ -76,11 +78,12 @@ def retrieve(
             top_k=top_k,
             num_samples=num_samples,
             num_top=num_top,
+            limits=limits,
         )
 
 
 def _why_not_fused(
-    queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None, num_samples: int
+    queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None, num_samples: int, limits: Limits | None
 ) -> str | None:
     """What runs in place of the fused kernel, and why; None if that can run."""
     tiled = f"tiled PyTorch, {describe(pool)}"
@@ -88,6 +91,8 @@ def _why_not_fused(
         return f"{tiled}."
     if score_transform is not None:
         return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
+    if limits is not None or pool.biases:
+        return f"{tiled}: the fused kernel knows no margins, guides or corrections."
     from negative_cache.retrieval.triton import reason_against
 
     reason = reason_against(queries, pool, num_samples)

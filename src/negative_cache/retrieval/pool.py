@@ -20,11 +20,13 @@ class RowPool(NamedTuple):
         embeddings: Tensors `[num_rows, dim]`, concatenated in thought: row numbers run through all of them.
         candidates: bool `[num_rows]` each; False rows are invisible.
         scales: float32 `[num_rows]` for a tensor of int8 rows, which are multiplied with them; None for others.
+        biases: float32 `[num_rows]` each: what is added to the scores of a row; empty for nothing.
     """
 
     embeddings: Sequence[Tensor]
     candidates: Sequence[Tensor]
     scales: Sequence[Tensor | None] = ()
+    biases: Sequence[Tensor] = ()
 
     @property
     def num_rows(self) -> int:
@@ -43,14 +45,22 @@ class RowPool(NamedTuple):
     def slice(self, start: int, stop: int) -> RowPool:
         """A range of the rows, as views."""
         pieces: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        biases: list[Tensor] = []
         offset = 0
-        for (part, scales), candidates in zip(self.parts, self.candidates, strict=True):
+        for number, ((part, scales), candidates) in enumerate(zip(self.parts, self.candidates, strict=True)):
             low, high = max(start - offset, 0), min(stop - offset, len(part))
             if low < high or (start == stop and not pieces):
                 at = slice(low, max(low, high))
                 pieces.append((part[at], candidates[at], None if scales is None else scales[at]))
+                biases.extend(bias[at] for bias in self.biases[number : number + 1])
             offset += len(part)
-        return RowPool(*zip(*pieces, strict=True))
+        embeddings, visible, scales_of_parts = zip(*pieces, strict=True)
+        return RowPool(embeddings, visible, scales_of_parts, biases)
+
+    def select(self, rows: Tensor) -> RowPool:
+        """`rows [n]` as a pool of their own, in which all are candidates."""
+        biases = [torch.cat(list(self.biases))[rows]] if self.biases else []
+        return RowPool([self.gather(rows)], [torch.ones_like(rows, dtype=torch.bool)], biases=biases)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Embeddings of `rows [n]`: `[n, dim]`, int8 ones multiplied with their scales."""
@@ -65,6 +75,37 @@ class RowPool(NamedTuple):
         return gathered
 
 
+class Guide(NamedTuple):
+    """Products of other embeddings, by which a row may be taken for a false negative.
+
+    Attributes:
+        queries: `[batch, guide_dim]`.
+        rows: The guide's embeddings of all rows.
+        ceilings: `[batch]`: rows with a larger product are hidden from the query.
+    """
+
+    queries: Tensor
+    rows: RowPool
+    ceilings: Tensor
+
+
+class Limits(NamedTuple):
+    """What makes a row too good to be a negative of a query.
+
+    Attributes:
+        ceilings: `[batch]`: rows with a larger score (before biases) are hidden from the query; None for no limit.
+        guide: The same by other embeddings.
+    """
+
+    ceilings: Tensor | None = None
+    guide: Guide | None = None
+
+    def select(self, rows: Tensor) -> Limits:
+        """The limits for `rows [n]` alone, as numbered in `RowPool.select`."""
+        guide = None if self.guide is None else self.guide._replace(rows=self.guide.rows.select(rows))
+        return self._replace(guide=guide)
+
+
 class Retrieved(NamedTuple):
     """What one pass over the pool gives for `batch` queries.
 
@@ -76,12 +117,17 @@ class Retrieved(NamedTuple):
         top_rows: int64 `[batch, num_top]`: the highest scoring rows in falling order, -1 where there are
             not so many candidates.
         top_scores: `[batch, num_top]`: their scores, -inf where there are not so many candidates.
+        group_rows: int64 `[batch, top_k]`: the best row of each group, arbitrary for one without candidates; None
+            without top_k.
+        num_limited: int64 `[batch]`: how many candidates the limits hide; None without limits.
     """
 
     lse: Tensor
     rows: Tensor
     top_rows: Tensor
     top_scores: Tensor
+    group_rows: Tensor | None = None
+    num_limited: Tensor | None = None
 
 
 def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:
@@ -91,6 +137,13 @@ def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:
         The length of the shorter groups, and how many groups are longer by one.
     """
     return num_rows // num_groups, num_rows % num_groups
+
+
+def group_of(rows: Tensor, num_rows: int, num_groups: int) -> Tensor:
+    """The group of each of `rows [n]`: int64 `[n]`."""
+    size, num_longer = group_bounds(num_rows, num_groups)
+    boundary = num_longer * (size + 1)
+    return torch.where(rows < boundary, rows // (size + 1), num_longer + (rows - boundary) // size)
 
 
 def check_queries(queries: Tensor, pool: RowPool, top_k: int | None) -> None:

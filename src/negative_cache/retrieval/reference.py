@@ -7,7 +7,15 @@ from torch import Tensor
 
 from negative_cache.features import dequantize
 from negative_cache.randomness import uniforms
-from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
+from negative_cache.retrieval.pool import (
+    Limits,
+    Retrieved,
+    RowPool,
+    ScoreTransform,
+    check_queries,
+    group_bounds,
+    group_of,
+)
 
 
 def dense_scores(
@@ -15,6 +23,7 @@ def dense_scores(
     pool: RowPool,
     score_transform: ScoreTransform | None = None,
     excluded: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Tensor:
     """`score_transform(queries @ rows.T)`, with -inf where a row may not be retrieved.
 
@@ -23,18 +32,59 @@ def dense_scores(
         pool: The rows.
         score_transform: Elementwise function of the dot products.
         excluded: int64 `[batch, n]`: rows that are invisible to one query; -1 for none.
+        limits: What makes a row too good to be a negative.
 
     Returns:
         `[batch, num_rows]` in the pool's score dtype.
     """
-    parts = [rows if scales is None else dequantize(rows, scales) for rows, scales in pool.parts]
-    embeddings = torch.cat([part.to(pool.score_dtype) for part in parts])
-    scores = queries.to(pool.score_dtype) @ embeddings.T
+    scores = _products(queries, pool)
     if score_transform is not None:
         scores = score_transform(scores)
+    scores = scores.masked_fill(_is_limited(scores, limits), -torch.inf) if limits is not None else scores
+    if pool.biases:
+        scores = scores + torch.cat(list(pool.biases))
     scores = scores.masked_fill(~torch.cat(list(pool.candidates)), -torch.inf)
     if excluded is not None:
         scores = exclude(scores, excluded, 0)
+    return scores
+
+
+def _products(queries: Tensor, pool: RowPool) -> Tensor:
+    parts = [rows if scales is None else dequantize(rows, scales) for rows, scales in pool.parts]
+    return queries.to(pool.score_dtype) @ torch.cat([part.to(pool.score_dtype) for part in parts]).T
+
+
+def _is_limited(scores: Tensor, limits: Limits) -> Tensor:
+    """bool `[batch, num_rows]`: what the limits hide."""
+    is_hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if limits.ceilings is not None:
+        is_hidden = scores > limits.ceilings[:, None]
+    if limits.guide is not None:
+        is_hidden |= _products(limits.guide.queries, limits.guide.rows) > limits.guide.ceilings[:, None]
+    return is_hidden
+
+
+def scores_of(
+    queries: Tensor,
+    pool: RowPool,
+    rows: Tensor,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    limits: Limits | None = None,
+    group_rows: Tensor | None = None,
+) -> Tensor:
+    """The scores of `rows [n]` for all queries, -inf where the pass does not count a row: `[batch, n]`.
+
+    Args:
+        group_rows: See `Retrieved`: with top_k only the best row of each group counts.
+    """
+    limits = None if limits is None else limits.select(rows)
+    scores = dense_scores(queries, pool.select(rows), score_transform, limits=limits)
+    if excluded is not None:
+        scores = scores.masked_fill((excluded[:, :, None] == rows).any(dim=1), -torch.inf)
+    if group_rows is not None:
+        groups = group_of(rows, pool.num_rows, group_rows.shape[1])
+        scores = scores.masked_fill(group_rows[:, groups] != rows, -torch.inf)
     return scores
 
 
@@ -112,11 +162,17 @@ def retrieve_dense(
     top_k: int | None = None,
     num_samples: int = 1,
     num_top: int = 0,
+    limits: Limits | None = None,
 ) -> Retrieved:
     """See `negative_cache.retrieval.retrieve`, which this equals in distribution."""
     check_queries(queries, pool, top_k)
-    scores = dense_scores(queries, pool, score_transform, excluded)
+    scores = dense_scores(queries, pool, score_transform, excluded, limits)
     rows = torch.arange(pool.num_rows, device=scores.device).expand_as(scores)
+    num_limited = None
+    if limits is not None:
+        raw = _products(queries, pool)
+        is_hidden = _is_limited(raw if score_transform is None else score_transform(raw), limits)
+        num_limited = (is_hidden & torch.cat(list(pool.candidates))).sum(dim=1)
     if top_k is not None:
         scores, rows = grouped_top_k(scores, top_k)
     top_scores, top = exact_top_k(scores, min(num_top, scores.shape[1]))
@@ -125,4 +181,6 @@ def retrieve_dense(
         rows=rows.gather(1, sample(scores, num_samples, generator)),
         top_rows=torch.where(top_scores > -torch.inf, rows.gather(1, top), -1),
         top_scores=top_scores,
+        group_rows=None if top_k is None else rows,
+        num_limited=num_limited,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.randomness import uniforms
-from negative_cache.retrieval.pool import Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
+from negative_cache.retrieval.pool import Limits, Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
 from negative_cache.retrieval.product import narrow_products
 from negative_cache.retrieval.reference import exact_top_k, inverse_cdf, sample
 from negative_cache.retrieval.tiles import BLOCK, Tiles
@@ -24,6 +24,7 @@ def retrieve_streaming(
     top_k: int | None = None,
     num_samples: int = 1,
     num_top: int = 0,
+    limits: Limits | None = None,
     tile_rows: int | None = None,
 ) -> Retrieved:
     """See `negative_cache.retrieval.retrieve`.
@@ -33,14 +34,14 @@ def retrieve_streaming(
     """
     check_queries(queries, pool, top_k)
     with narrow_products(pool):
-        tiles = Tiles(queries, pool, score_transform, excluded, tile_rows)
+        tiles = Tiles(queries, pool, score_transform, excluded, tile_rows, limits)
         if top_k is not None:
             scores, rows = _group_maxima(tiles, top_k)
             drawn = rows.gather(1, sample(scores, num_samples, generator))
             lse = scores.logsumexp(dim=1)
             top_scores, top = exact_top_k(scores, min(num_top, top_k))
             top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
-            return Retrieved(lse, drawn, top_rows, top_scores)
+            return Retrieved(lse, drawn, top_rows, top_scores, rows, tiles.num_limited)
         reservoir = _Reservoir(tiles, num_samples, generator)
         best = _Best(tiles, min(num_top, pool.num_rows))
         for start in range(0, pool.num_rows, tiles.tile_rows):
@@ -50,7 +51,8 @@ def retrieve_streaming(
                     best.add(first, chunk)
                     reservoir.add_(first - start, chunk)
             reservoir.draw(start, min(start + tiles.tile_rows, pool.num_rows))
-        return Retrieved(reservoir.lse.to(pool.score_dtype), reservoir.rows, best.rows(), best.top_scores)
+        lse = reservoir.lse.to(pool.score_dtype)
+        return Retrieved(lse, reservoir.rows, best.rows(), best.top_scores, None, tiles.num_limited)
 
 
 def mine_groups(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.features import is_free_to_read
-from negative_cache.retrieval.pool import RowPool, ScoreTransform
+from negative_cache.retrieval.pool import Limits, RowPool, ScoreTransform
 from negative_cache.retrieval.product import TileProduct
 
 # On a CPU a chunk of scores is read several times: it should stay in a core's cache, and be long enough for the product
@@ -29,6 +29,7 @@ class Tiles:
         score_transform: Elementwise function of the dot products.
         excluded: int64 `[batch, n]`: rows that are invisible to one query; -1 for none.
         tile_rows: Rows per tile.
+        limits: What makes a row too good to be a negative.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Tiles:
         score_transform: ScoreTransform | None = None,
         excluded: Tensor | None = None,
         tile_rows: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.pool = pool
         self.batch = len(queries)
@@ -53,6 +55,12 @@ class Tiles:
         self.product = TileProduct(queries, pool, self.chunk_rows)
         # One row more than a tile has: what is excluded elsewhere is written there.
         self.buffer = torch.empty(self.tile_rows + 1, self.batch, dtype=pool.score_dtype, device=queries.device)
+        self.limits = None if limits is None else _Limiter(limits, self.batch, self.chunk_rows)
+
+    @property
+    def num_limited(self) -> Tensor | None:
+        """int64 `[batch]`: how many candidates the limits hid so far."""
+        return None if self.limits is None else self.limits.count
 
     def chunks_of(self, start: int) -> Iterator[tuple[int, int]]:
         """First row and end of each chunk of the tile that begins at row `start`."""
@@ -78,6 +86,10 @@ class Tiles:
             done += len(rows)
         if self.score_transform is not None:
             scores.copy_(self.score_transform(scores))
+        if self.limits is not None:
+            self.limits.hide(scores, tile, start)
+        if tile.biases:
+            scores += torch.cat(list(tile.biases))[:, None]
         if not is_all:
             hidden = ~torch.cat(list(tile.candidates))
             if self.is_free:
@@ -109,6 +121,34 @@ class _Excluded:
             return
         inside = (self.rows >= start) & (self.rows < stop)
         buffer.scatter_(0, torch.where(inside, self.rows - (start - at), len(buffer) - 1), -torch.inf)
+
+
+class _Limiter:
+    """Hides what is too good to be a negative, and counts it."""
+
+    def __init__(self, limits: Limits, batch: int, chunk_rows: int) -> None:
+        self.ceilings, self.guide = limits.ceilings, limits.guide
+        device = self.guide.queries.device if self.ceilings is None and self.guide else None
+        device = self.ceilings.device if self.ceilings is not None else device
+        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.guide is not None:
+            dtype = self.guide.rows.score_dtype
+            self.product = TileProduct(self.guide.queries, self.guide.rows, chunk_rows)
+            self.buffer = torch.empty(0, batch, dtype=dtype, device=device)
+
+    def hide(self, scores: Tensor, tile: RowPool, start: int) -> None:
+        """Put -inf in the scores `[rows, batch]` of a tile that begins at row `start`."""
+        is_hidden = torch.zeros_like(scores, dtype=torch.bool) if self.ceilings is None else scores > self.ceilings
+        if self.guide is not None:
+            if len(self.buffer) < len(scores):
+                self.buffer = self.buffer.new_empty(scores.shape)
+            opinions, done = self.buffer[: len(scores)], 0
+            for rows, scales in self.guide.rows.slice(start, start + len(scores)).parts:
+                self.product(rows, scales, opinions[done : done + len(rows)])
+                done += len(rows)
+            is_hidden |= opinions > self.guide.ceilings
+        self.count += (is_hidden & torch.cat(list(tile.candidates))[:, None]).sum(dim=0)
+        scores.masked_fill_(is_hidden, -torch.inf)
 
 
 def _rows(elements: int, batch: int) -> int:

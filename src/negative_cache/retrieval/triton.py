@@ -205,14 +205,15 @@ def _best_of_groups(
     scores, part = best.view(shape).max(dim=2)
     blocks = chosen.view(shape).gather(2, part[..., None]).squeeze(2).long()
     top_scores, top = exact_top_k(scores, min(num_top, top_k))
-    groups = torch.cat([sample(scores, num_samples, generator), top], dim=1)
-    starts, stops = segments.bounds(groups, blocks.gather(1, groups), tiling.block_n)
+    drawn = sample(scores, num_samples, generator)
+    starts, stops = segments.bounds(torch.arange(top_k, device=blocks.device).expand_as(blocks), blocks, tiling.block_n)
     rows = _pick(operands, tiling, starts, stops, None)
     return Retrieved(
         lse=scores.double().logsumexp(1).float(),
-        rows=rows[:, :num_samples],
-        top_rows=torch.where(top_scores > -torch.inf, rows[:, num_samples:], -1),
+        rows=rows.gather(1, drawn),
+        top_rows=torch.where(top_scores > -torch.inf, rows.gather(1, top), -1),
         top_scores=top_scores,
+        group_rows=rows,
     )
 
 

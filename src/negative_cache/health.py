@@ -1,0 +1,138 @@
+"""How a run is doing: numbers that a step leaves behind, read when they are logged, and advice when they are bad."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from negative_cache import estimators
+from negative_cache.cache import NegativeCache
+from negative_cache.drawing import Returned
+
+# A relative squared distance of 0.5 is that of unit vectors with a cosine of 0.75: what was drawn is no more what the
+# softmax was computed from. One of two encoders that gets ten times the gradient of the other leaves it behind.
+STALE, UNEVEN = 0.5, 10.0
+
+logger = logging.getLogger("negative_cache")
+
+
+class Health:
+    """Numbers of the last training step, as tensors on their device; nothing waits until `read`."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._has_warned: set[str] = set()
+
+    def take(self, diagnostics: dict[str, Tensor]) -> None:
+        """Begin a step with its diagnostics."""
+        self._latest = dict(diagnostics)
+
+    def add(self, diagnostics: dict[str, Tensor]) -> None:
+        """More of the same step."""
+        self._latest |= diagnostics
+
+    def watch(self, queries: Tensor, documents: list[Tensor]) -> None:
+        """Note the norms of the gradients that the next backward pass gives to the two sides."""
+        if torch.compiler.is_compiling():
+            return
+        self._gradients = {}
+        for side, tensors in (("queries", [queries]), ("documents", documents)):
+            for tensor in tensors:
+                if tensor.requires_grad and len(tensor):
+                    tensor.register_hook(self._note(side))  # type: ignore[no-untyped-call]
+
+    def _note(self, side: str):  # type: ignore[no-untyped-def]
+        found = self._gradients  # of this step: a later one has a dict of its own
+
+        def note(gradient: Tensor) -> None:
+            square = gradient.detach().float().square().sum()
+            found[side] = found[side] + square if side in found else square
+
+        return note
+
+    def read(self, cache: NegativeCache | None) -> dict[str, float]:
+        """All numbers; waits for the device. Warns, once for each, of what is going wrong.
+
+        Raises:
+            ValueError: Embeddings that were not finite were kept out of the cache since the last call.
+        """
+        if cache is None:
+            return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
+        _check_rejected(cache)
+        num_filled = int(cache.num_filled)
+        latest = {key: float(value) for key, value in self._latest.items()}
+        numbers = {"staleness": 0.0, **latest, "fill": num_filled / cache.num_rows}
+        if "num_limited" in numbers:
+            numbers["masked"] = numbers.pop("num_limited") / max(num_filled, 1)
+        if len(self._gradients) == 2:
+            queries, documents = (float(self._gradients[side]) for side in ("queries", "documents"))
+            if documents > 0:
+                numbers["gradient_norm_ratio"] = (queries / documents) ** 0.5
+        self._warn(numbers)
+        return numbers
+
+    def _warn(self, numbers: dict[str, float]) -> None:
+        staleness, ratio = numbers.get("staleness", 0.0), numbers.get("gradient_norm_ratio", 1.0)
+        if staleness > STALE:
+            self._warn_once(
+                "staleness",
+                f"Cached embeddings are far from what the encoder makes now: staleness {staleness:.2f}, above {STALE}. "
+                "What is drawn are no longer the hard negatives. Lower the learning rate, warm it up for longer, set "
+                "refresh_per_step, or use a smaller cache.",
+            )
+        if not 1 / UNEVEN < ratio < UNEVEN:
+            side, other = ("queries", "documents") if ratio > 1 else ("documents", "queries")
+            self._warn_once(
+                "ratio",
+                f"The gradient of the {side}' embeddings is {max(ratio, 1 / max(ratio, 1e-12)):.0f} times that of the "
+                f"{other}'. One encoder will leave the other behind: lower its learning rate, clip gradients, use more "
+                "num_samples, or train in both directions.",
+            )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._has_warned:
+            self._has_warned.add(what)
+            logger.warning(message)
+
+
+def _check_rejected(cache: NegativeCache) -> None:
+    rejected = int(cache.num_rejected)
+    if rejected:
+        cache.num_rejected.zero_()
+        raise ValueError(
+            f"{rejected} embeddings that were not finite were kept out of the cache; look for a learning "
+            "rate that is too high or an overflow in half precision."
+        )
+
+
+@torch.no_grad()
+def staleness_by_age(cache: NegativeCache, embedding_key: str, updated: Returned) -> dict[str, Tensor]:
+    """Staleness of the rows that are about to be updated, by how long ago they were written.
+
+    Returns:
+        `staleness` (mean), `staleness_youngest` and `staleness_oldest` (means over the quarter of these rows written
+        last, and that written longest ago), `age` (mean, in steps).
+    """
+    rows = updated.rows
+    cached = cache.read(rows, [embedding_key])[embedding_key]
+    staleness = estimators.staleness(cached, updated.embeddings.to(torch.promote_types(cached.dtype, torch.float32)))
+    counts = torch.ones_like(staleness) if updated.mask is None else updated.mask.to(staleness.dtype)
+    age = (cache.step + 1 - cache.written[rows]).to(staleness.dtype)
+    order = age.argsort(stable=True)
+    sorted_counts, sorted_staleness = counts[order], staleness[order]
+    total = counts.sum()
+    until = sorted_counts.cumsum(0)
+    edge = (total / 4).ceil()
+
+    def mean(weights: Tensor) -> Tensor:
+        return (weights * sorted_staleness).sum() / weights.sum().clamp(min=1)
+
+    return {
+        "staleness": mean(sorted_counts),
+        "staleness_youngest": mean(sorted_counts * (until <= edge)),
+        "staleness_oldest": mean(sorted_counts * (until > total - edge)),
+        "age": (counts * age).sum() / total.clamp(min=1),
+    }

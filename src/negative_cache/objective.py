@@ -1,0 +1,274 @@
+"""The loss of a batch from its embeddings and what was drawn, and the numbers that tell how a run is doing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from negative_cache import estimators
+from negative_cache.batch import Batch
+from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.distributed import Ranks
+from negative_cache.drawing import Asked, Negatives
+from negative_cache.lookup import is_last_of_equal
+from negative_cache.meeting import Meeting
+from negative_cache.sharded import withheld
+
+NEAR_DUPLICATE = 0.99  # cosine with the positive from which a drawn document counts as a copy of it
+
+
+class Fresh(NamedTuple):
+    """Documents of the batch that are negatives of other queries, of all ranks.
+
+    Attributes:
+        embeddings: `[n, dim]`, with gradient.
+        ids: int64 `[n]`, -1 for unknown.
+        first_own: The column of the first query's positive, if the positives are among them; -1 if not.
+        biases: `[n]`: what is added to their scores; None for nothing.
+        guide: `[n, guide_dim]`: a guide's embeddings; None without a guide.
+    """
+
+    embeddings: Tensor
+    ids: Tensor
+    first_own: int
+    biases: Tensor | None = None
+    guide: Tensor | None = None
+
+
+def gather_fresh(ranks: Ranks, meeting: Meeting | None, batch: Batch, asked: Asked, in_batch: bool) -> Fresh | None:
+    """The documents of all ranks that are differentiated exactly as negatives; None where there are none. Collective.
+
+    Args:
+        ranks: The processes that share the cache.
+        meeting: What they told each other; None for one process.
+        batch: This rank's.
+        asked: With the ids of all ranks.
+        in_batch: Whether the batch's documents are among them.
+    """
+    own, count = batch.fresh(in_batch), asked.num_withheld
+    guide = None if batch.guide_documents is None else batch.guide_documents[len(batch.guide_documents) - count :]
+    log_q = None if batch.log_q is None else batch.log_q[len(batch.log_q) - count :]
+    ids = None if asked.new_ids is None else asked.new_ids[len(asked.new_ids) - count :]
+    first_own = 0
+    if meeting is not None and asked.ids_of_all is not None:
+        if not any(meeting.num_withheld):
+            return None
+        ids = withheld(meeting, asked.ids_of_all)
+        extras = {"guide": guide, "log_q": log_q}
+        given = {name: value for name, value in extras.items() if value is not None}
+        sizes = [[number] * len(given) for number in meeting.num_withheld]
+        all_given = dict(zip(given, ranks.gather(list(given.values()), sizes), strict=True)) if given else {}
+        guide, log_q = all_given.get("guide"), all_given.get("log_q")
+        own = batch.queries.new_empty(0, batch.queries.shape[1]) if own is None else own
+        if meeting.needs_gradient and not own.requires_grad:  # all ranks take part in the backward pass, or none
+            own = own.detach().requires_grad_()
+        own = ranks.gather_with_gradient(own, meeting.num_withheld)
+        first_own = sum(meeting.num_withheld[: ranks.rank])
+    if own is None:
+        return None
+    if ids is None:
+        ids = torch.full((len(own),), NO_ID, dtype=torch.int64, device=own.device)
+    return Fresh(own, ids, first_own if in_batch else -1, None if log_q is None else -log_q, guide)
+
+
+class Margins(NamedTuple):
+    """From which similarity on a document is taken for a false negative, given that of the positive, p.
+
+    Attributes:
+        absolute: Above `p - absolute`; None for no such limit.
+        relative: Above `p - relative * |p|`: 0.05 is 95 % of the positive (NV-Retriever); None for no such limit.
+    """
+
+    absolute: float | None = None
+    relative: float | None = None
+
+    def ceilings(self, similarities: Tensor) -> Tensor | None:
+        """The highest similarity of a negative, from those of the positives `[batch]`; None without a limit."""
+        limits = []
+        if self.absolute is not None:
+            limits.append(similarities - self.absolute)
+        if self.relative is not None:
+            limits.append(similarities - self.relative * similarities.abs())
+        return torch.stack(limits).amin(dim=0) if limits else None
+
+
+class Scores(NamedTuple):
+    """Scores of a batch before anything is drawn.
+
+    Attributes:
+        positive: `[batch]`, with gradient.
+        fresh: `[batch, n]`, with gradient, -inf where a document is no negative of the query; None for none.
+        ceilings: `[batch]`: scores above which a row is taken for a false negative; None for no limit.
+        guide_ceilings: `[batch]`: the same for a guide.
+    """
+
+    positive: Tensor
+    fresh: Tensor | None
+    ceilings: Tensor | None
+    guide_ceilings: Tensor | None
+
+    @property
+    def fresh_lse(self) -> Tensor:
+        """`[batch]`: logsumexp of the fresh scores, without gradient; -inf where there are none."""
+        if self.fresh is None:
+            return torch.full_like(self.positive, -torch.inf).detach()
+        return self.fresh.detach().logsumexp(dim=1)
+
+
+def score_batch(
+    batch: Batch, scale: Tensor | float, fresh: Fresh | None, margins: Margins, guide_margins: Margins
+) -> Scores:
+    """Score the queries against their positives and the fresh negatives.
+
+    Args:
+        batch: The queries and their positives, with gradient.
+        scale: Factor of the dot products.
+        fresh: Negatives to differentiate exactly; or None.
+        margins: What makes a document too good to be a negative.
+        guide_margins: The same for a guide's similarities.
+    """
+    queries, guide = batch.queries, batch.guide
+    similarities = estimators.dot(queries, batch.documents)
+    ceilings = margins.ceilings(similarities.detach())
+    if ceilings is not None:
+        ceilings = ceilings * (scale.detach() if isinstance(scale, Tensor) else scale)
+    guide_ceilings = None if guide is None else guide_margins.ceilings(estimators.dot(*guide))
+    scores = None
+    if fresh is not None and len(fresh.embeddings):
+        embeddings = fresh.embeddings.to(similarities.dtype)
+        with torch.autocast(queries.device.type, enabled=False):
+            scores = scale * (queries.to(embeddings.dtype) @ embeddings.T)
+        hidden = _hidden(len(queries), batch.positives, fresh)
+        if ceilings is not None:
+            hidden = hidden | (scores.detach() > ceilings[:, None])
+        if guide is not None and guide_ceilings is not None and fresh.guide is not None:
+            hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
+        scores = scores if fresh.biases is None else scores + fresh.biases
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return Scores(scale * similarities, scores, ceilings, guide_ceilings)
+
+
+def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
+    """bool `[batch or 1, n]`: which fresh documents do not count for a query: its positives, and repeated ones."""
+    ids, count = fresh.ids, len(fresh.ids)
+    is_known = ids >= 0
+    is_first = is_last_of_equal(ids.flip(0), is_known.flip(0)).flip(0)
+    hidden = (is_known & ~is_first).expand(batch, count)
+    if positives is not None:
+        hidden = hidden | ((positives[:, :, None] == ids) & is_known).any(dim=1)
+    if fresh.first_own >= 0:
+        column = torch.arange(count, device=ids.device)
+        own = fresh.first_own + torch.arange(batch, device=ids.device)
+        hidden = hidden | (column == own[:, None])
+    return hidden
+
+
+def weigh_cache(
+    cache: NegativeCache, scores: Scores, warmup_fill: float, is_corrected: bool
+) -> tuple[Tensor | float, Scores]:
+    """What is added to the scores of all cached rows, and the scores of the batch with what is added to those.
+
+    Args:
+        cache: This rank's rows.
+        scores: See `score_batch`.
+        warmup_fill: Share of filled rows from which they count in full; 0 for always.
+        is_corrected: Whether scores are `s - log q`: each negative is then one of n draws from q.
+    """
+    log_weight: Tensor | float = 0.0
+    if warmup_fill:
+        log_weight = (cache.num_filled / (warmup_fill * cache.num_rows)).clamp(max=1.0).log()
+    if is_corrected:
+        count = cache.num_filled + (0 if scores.fresh is None else scores.fresh.shape[1])
+        shift = -count.clamp(min=1).log()
+        log_weight = log_weight + shift
+        if scores.fresh is not None:
+            scores = scores._replace(fresh=scores.fresh + shift)
+    return log_weight, scores
+
+
+class Outcome(NamedTuple):
+    """The loss of a batch, and what is told about it.
+
+    Attributes:
+        loss: `[batch]`, with gradient.
+        diagnostics: Name -> scalar without gradient, on the device.
+    """
+
+    loss: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+def compute_loss(
+    queries: Tensor,
+    documents: Tensor,
+    scale: Tensor | float,
+    scores: Scores,
+    negatives: Negatives,
+    fresh: Tensor,
+    log_weight: Tensor | float = 0.0,
+) -> Outcome:
+    """The loss from the new embeddings of what was drawn.
+
+    Args:
+        queries: `[batch, dim]`, with gradient.
+        documents: `[batch, dim]`: the positives.
+        scale: Factor of the dot products.
+        scores: See `score_batch`.
+        negatives: What was drawn.
+        fresh: `[n, dim]`, with gradient: the embeddings of the encoded documents, in the order of `negatives.weights`.
+        log_weight: Is added to the scores of all cached rows.
+    """
+    lse = negatives.lse + log_weight
+    positive, drawn = scores.positive, scores.positive * 0
+    diagnostics = {}
+    if len(fresh):
+        weights = negatives.weights
+        with torch.autocast(queries.device.type, enabled=False):
+            products = _products(queries, fresh, weights is not None)
+            if weights is None:
+                weights = torch.full_like(products, 1 / products.shape[1])
+            drawn = (weights * products).sum(dim=1)
+            if negatives.correction is not None:
+                drawn = drawn + estimators.dot(queries, negatives.correction)
+            drawn = scale * drawn
+            with torch.no_grad():
+                probabilities = (scale * products - negatives.lse[:, None]).clamp(max=0.0).exp()
+                normalize = torch.nn.functional.normalize
+                cosines = _products(normalize(documents), normalize(fresh), negatives.weights is not None)
+                copies = cosines >= NEAR_DUPLICATE
+                diagnostics = _drawn_diagnostics(negatives.is_valid, weights, probabilities, copies)
+    loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
+    with torch.no_grad():
+        share = estimators.cache_share(positive, lse, scores.fresh_lse)
+        diagnostics |= {
+            "interpretable_loss": loss.detach().mean(),
+            "positive_probability": (-loss.detach()).exp().mean(),
+            "cache_share": share.mean(),
+        }
+    return Outcome(loss, diagnostics)
+
+
+def _products(queries: Tensor, documents: Tensor, is_shared: bool) -> Tensor:
+    """Products with all documents, `[batch, n]`; or with each query's own ones, `[batch, n / batch]`."""
+    if not is_shared:
+        return estimators.dot(queries[:, None], documents.view(len(queries), -1, queries.shape[1]))
+    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
+    return queries.to(dtype) @ documents.to(dtype).T
+
+
+def _drawn_diagnostics(
+    has_negatives: Tensor, weights: Tensor, probabilities: Tensor, copies: Tensor
+) -> dict[str, Tensor]:
+    """What the encoded documents tell: effective number of negatives, and the share of copies of positives."""
+    total = has_negatives.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(has_negatives, (weights * values).sum(dim=1), 0).sum() / total
+
+    concentration = mean(probabilities)
+    return {
+        "effective_negatives": 1 / concentration.clamp(min=torch.finfo(concentration.dtype).tiny),
+        "near_duplicates": mean(copies),
+    }

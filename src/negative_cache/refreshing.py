@@ -1,0 +1,37 @@
+"""Encoding cached documents anew without gradient: a few in each step, or a whole corpus before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from negative_cache.cache import NegativeCache
+from negative_cache.negatives import DocumentEncoder, encode, read_pool
+
+
+@torch.no_grad()
+def refresh(
+    cache: NegativeCache, embedding_key: str, data_keys: Sequence[str], encoder: DocumentEncoder, count: int
+) -> None:
+    """Encode `count` filled rows anew, in turn: each row once in `num_filled / count` steps. Ages stay as they are."""
+    if not cache.has_rows() or count == 0:
+        return
+    turn = torch.arange(count, device=cache.device) + cache.step * count
+    rows = turn % cache.num_filled.clamp(min=1)
+    embeddings = encode(encoder, read_pool([cache], rows, data_keys), count, cache.stored(embedding_key)[0].shape[1])
+    stored = embeddings.to(cache.specs[embedding_key].dtype)
+    mask = stored.isfinite().all(dim=1) & cache.filled[rows]
+    cache.write(rows, {embedding_key: stored}, mask, resets_age=False)
+
+
+def check_room(cache: NegativeCache, document_ids: Tensor) -> None:
+    """Raise unless documents `[n]` can all be put in without any being pushed out."""
+    room = cache.num_rows - int(cache.num_filled)
+    num_new = int((cache.find(document_ids.to(cache.device, torch.int64)) < 0).sum())
+    if num_new > room:
+        raise ValueError(
+            f"The documents do not fit: the cache has {cache.num_rows} rows on this rank, {room} of them free, and "
+            f"{num_new} more documents come. Use a larger cache_size, or leave fill_from out."
+        )

@@ -1,0 +1,123 @@
+"""Documents that serve every query of a batch: which of the drawn rows are encoded, and with which weights.
+
+Rows are drawn for each query from its own softmax, several of them. A row counts for all queries, by the balance
+heuristic. Few of them are chosen to be encoded, each at most once, with a probability in proportion to what it adds to
+the gradient; those that were not chosen serve the queries by their cached embeddings. See `estimators`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from negative_cache import estimators
+from negative_cache.features import is_free_to_read
+from negative_cache.retrieval import Limits, RowPool, ScoreTransform
+from negative_cache.retrieval.reference import scores_of
+
+
+class Candidates(NamedTuple):
+    """Rows drawn for `batch` queries.
+
+    Attributes:
+        rows: int64 `[n]`; each counts once.
+        positions: int64 `[n]`: where each stands among the draws.
+        weights: `[batch, n]`: with which each row serves each query; 0 for a column that repeats another.
+        log_probabilities: `[batch, n]`: log of the softmax of each query.
+        cached: `[n, dim]`: the rows' embeddings, in the dtype of the weights.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    weights: Tensor
+    log_probabilities: Tensor
+    cached: Tensor
+
+    def sizes(self, shares: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """How much each row adds to the batch's gradient, `[n]`, and the query that it adds most to, int64 `[n]`."""
+        sizes = estimators.importance(self.weights, shares, queries)
+        return sizes, (self.weights * shares[:, None]).argmax(dim=0)
+
+
+class Choice(NamedTuple):
+    """Which candidates are encoded.
+
+    Attributes:
+        at: int64 `[count]`: their columns.
+        is_chosen: bool `[count]`: whether each counts; one that does not stands for nothing.
+        factors: `[count]`: one over the probability of being chosen, 0 where it does not count.
+    """
+
+    at: Tensor
+    is_chosen: Tensor
+    factors: Tensor
+
+
+def candidates_of(
+    queries: Tensor,
+    pool: RowPool,
+    lse: Tensor,
+    rows: Tensor,
+    is_drawn: Tensor,
+    num_samples: int,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    limits: Limits | None = None,
+    group_rows: Tensor | None = None,
+) -> Candidates:
+    """Weigh the rows that were drawn from a pool.
+
+    Args:
+        queries: `[batch, dim]`: all queries of the step.
+        pool: The rows.
+        lse: `[batch]`: logsumexp of the scores of each query's negatives, in this pool and elsewhere.
+        rows: int64 `[n]`: the draws.
+        is_drawn: bool `[n]`: which of them count.
+        num_samples: Draws per query.
+        score_transform, excluded, limits, group_rows: See `retrieve`; as the rows were drawn.
+    """
+    counts, positions = count_equal(rows, is_drawn), torch.arange(len(rows), device=rows.device)
+    if is_free_to_read(rows):
+        positions = counts.nonzero().squeeze(1)
+        rows, counts = rows[positions], counts[positions]
+    scores = scores_of(queries, pool, rows, score_transform, excluded, limits, group_rows)
+    has_negatives = (lse > -torch.inf)[:, None]
+    log_probabilities = torch.where(has_negatives, scores - torch.where(has_negatives, lse[:, None], 0), -torch.inf)
+    weights = estimators.balance_weights(log_probabilities, counts, num_samples)
+    return Candidates(rows, positions, weights, log_probabilities, pool.gather(rows).to(weights.dtype))
+
+
+def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True) -> Choice:
+    """Choose `count` candidates to be encoded.
+
+    Args:
+        sizes: `[n]`: how much each adds to the batch's gradient.
+        query: int64 `[n]`: the query that it adds most to; each query's candidates get their share of the choice.
+        count: How many.
+        uniform: float64 `[]` in [0, 1).
+        is_trimmed: Whether, where that can be known for free, the choice has no entries that do not count.
+    """
+    chances = estimators.inclusion_probabilities(sizes, count)
+    order = query.argsort(stable=True)
+    at, is_chosen = estimators.systematic_sample(chances[order], count, uniform)
+    if is_trimmed and is_free_to_read(at):
+        at, is_chosen = at[is_chosen], is_chosen[is_chosen]
+    at = order[at]
+    chance = torch.where(is_chosen, chances[at], 1.0)
+    return Choice(at, is_chosen, (is_chosen / chance).to(sizes.dtype))
+
+
+def count_equal(rows: Tensor, mask: Tensor) -> Tensor:
+    """How often each of `rows [n]` occurs where `mask [n]` is True: int64 `[n]`, 0 but at its first occurrence."""
+    count = len(rows)
+    if count == 0:
+        return rows
+    index = torch.arange(count, device=rows.device)
+    keys = torch.where(mask, rows, -1 - index)  # what does not count equals nothing
+    ordered, order = keys.sort(stable=True)
+    is_new = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    group = is_new.cumsum(0) - 1
+    sizes = torch.zeros_like(rows).index_add(0, group, mask[order].to(rows.dtype))
+    return torch.zeros_like(rows).scatter(0, order, torch.where(is_new, sizes[group], 0))
