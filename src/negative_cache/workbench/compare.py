@@ -30,6 +30,21 @@ FIXED_FIELDS = {
 }  # fmt: skip
 
 
+def parse_losses(text: str) -> tuple[str, ...]:
+    """Losses that are separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_rates(text: str | None) -> tuple[float, ...] | None:
+    """Learning rates that are separated by commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RunError(f"--learning-rates is {text!r}; expected numbers, separated by commas.") from None
+
+
 class Watcher(Protocol):
     """Is told how a comparison goes on."""
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -158,6 +159,7 @@ def _measure_and_send(sender: Connection, job: Job) -> None:
             last = time.monotonic()
             sender.send(("step", step, steps))
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         message: tuple[str, Any] = ("record", measure(job, on_step))
@@ -184,11 +186,8 @@ class _Watch(TrainerCallback):
         self._rows = 0
         self._queries = 0
         self._passes = 2 if isinstance(loss, CachedMultipleNegativesRankingLoss) else 1
-        hooked = (
-            model.register_forward_pre_hook(self._count_rows),
-            loss.register_forward_pre_hook(self._count_queries),
-        )
-        self._hooks = hooked
+        count_rows = model.register_forward_pre_hook(self._count_rows)
+        self._hooks = [count_rows, loss.register_forward_pre_hook(self._count_queries)]
 
     @property
     def documents(self) -> int:
@@ -234,7 +233,7 @@ class _Watch(TrainerCallback):
         self._rows += _num_rows(arguments[0])
 
     def _count_queries(self, loss: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self._queries += _num_rows(list(arguments[0])[0])
+        self._queries += _num_rows(next(iter(arguments[0])))
 
 
 def _num_rows(features: dict[str, Tensor]) -> int:
