@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -167,12 +166,10 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     for split in ("train", "dev", "test"):
         about[f"{split}_queries"] = len(data.judged(split))
     result = _begin(comparison, about)
-    _make_untrained(comparison, data)
-    plan = _Plan(comparison, watcher)
+    plan = _Plan(comparison, data, watcher)
     for spec in comparison.losses:
         result["losses"][spec] = plan.run(spec)
         write_json(Path(comparison.output) / RESULT, result)
-    shutil.rmtree(Path(comparison.output) / "untrained", ignore_errors=True)
     return result
 
 
@@ -197,30 +194,29 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    result = {"configuration": configuration, "data": about, "losses": {}}
+    result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": {}}
     write_json(path, result)
     return result
 
 
-def _make_untrained(comparison: Comparison, data: RetrievalData) -> None:
-    """Models from scratch, one per seed, with which all losses begin; each text counts once for the tokenizer."""
-    if comparison.model not in LEARNING_RATES:
+def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
+    """The model from scratch with which all losses begin; each text counts once for its tokenizer."""
+    folder = comparison.untrained(seed)
+    if comparison.model not in LEARNING_RATES or folder.exists():
         return
     columns = data.training_columns()
     texts = list(dict.fromkeys([*columns["anchor"], *columns["positive"]]))
-    for seed in range(comparison.seeds):
-        folder = comparison.untrained(seed)
-        if not folder.exists():
-            beside = folder.with_name(f"{folder.name}.partial")
-            load_model(comparison.model, texts, seed).save_pretrained(str(beside), create_model_card=False)
-            beside.rename(folder)
+    beside = folder.with_name(f"{folder.name}.partial")
+    load_model(comparison.model, texts, seed).save_pretrained(str(beside), create_model_card=False)
+    beside.rename(folder)
 
 
 class _Plan:
     """Runs one loss after the other, and knows how many runs are left."""
 
-    def __init__(self, comparison: Comparison, watcher: Watcher) -> None:
+    def __init__(self, comparison: Comparison, data: RetrievalData, watcher: Watcher) -> None:
         self.comparison = comparison
+        self.data = data
         self.watcher = watcher
         self.num_left = len(comparison.losses) * (len(comparison.rates()) + comparison.seeds - 1)
 
@@ -247,6 +243,8 @@ class _Plan:
         name = f"{spec}, rate {rate:g}, seed {seed}"
         self.watcher.begin(name, self.num_left)
         saved = saved_record(job)
+        if saved is None:
+            _make_untrained(self.comparison, self.data, seed)
         record = saved or measure_apart(job, self.watcher.step)
         self.num_left -= 1
         self.watcher.end(name, record, saved is not None)

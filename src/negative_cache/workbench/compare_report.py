@@ -7,9 +7,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from negative_cache.workbench.compare import MAX_EXTENSIONS
 
 # Okabe and Ito's colours, told apart with any colour vision; each series has its own marker besides.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -17,11 +20,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUALITIES = {"mrr@10": "MRR@10", "ndcg@10": "nDCG@10", "recall@100": "Recall@100"}
 COLUMNS = ("loss", "rate", *QUALITIES.values(), "seconds", "documents encoded", "peak memory")
 WIDTH_OF_A_FILE = 160  # columns where the output is no terminal
+AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 NOTE = (
     "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the one of {rates} "
-    "that is best on the dev split with seed 0; where that was the first or last one, up to two more were tried. "
-    "Seconds are of training alone. Documents encoded: every time the encoder met a document in training; gradient "
-    "caching encodes each twice."
+    "that is best on the dev split with seed 0; where that was the first or last one, up to {extensions} more were "
+    "tried. Seconds are of training alone. Documents encoded: every time the encoder met a document in training; "
+    "gradient caching encodes each twice."
 )
 
 
@@ -51,13 +55,7 @@ class RunBar:
 
     def end(self, name: str, record: dict[str, Any], was_there: bool) -> None:
         """A run has ended."""
-        self.console.print(
-            f"{name}: MRR@10 dev {record['dev']['mrr@10']:.4f} test {record['test']['mrr@10']:.4f}, "
-            f"{record['steps']:,} steps in {record['seconds']:.1f} s, "
-            f"{record['documents_encoded']:,} documents encoded, peak {_bytes(record['peak_memory_bytes'])}{' (was there)' if was_there else ''}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.console.print(f"{name}: {_line(record)}{' (was there)' if was_there else ''}", **AS_IT_IS)
 
 
 def title_of(result: dict[str, Any]) -> str:
@@ -76,7 +74,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
     for row in _rows(result):
         table.add_row(*row)
-    console.print(table, width=None if console.is_terminal else WIDTH_OF_A_FILE)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
+    console.print(table)
 
 
 def write_report(result: dict[str, Any], command: str) -> list[Path]:
@@ -87,8 +87,11 @@ def write_report(result: dict[str, Any], command: str) -> list[Path]:
     """
     folder = Path(result["configuration"]["output"])
     options = result["configuration"]
-    rates = sorted({run["learning_rate"] for loss in result["losses"].values() for run in loss["sweep"]})
-    note = NOTE.format(seeds=options["seeds"], rates=", ".join(f"{rate:g}" for rate in rates))
+    note = NOTE.format(
+        extensions=MAX_EXTENSIONS,
+        seeds=options["seeds"],
+        rates=", ".join(f"{rate:g}" for rate in result["learning_rates"]),
+    )
     heading = " | ".join(COLUMNS)
     lines = [
         f"# {title_of(result)}",
@@ -159,6 +162,8 @@ def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
             zorder=3,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value / 1e6:,g} M")
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
@@ -180,6 +185,14 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
         costs = [f"{found['seconds']['mean']:,.1f}", f"{found['documents_encoded']['mean']:,.0f}"]
         rows.append([name, rate, *qualities, *costs, _bytes(found["peak_memory_bytes"]["mean"])])
     return rows
+
+
+def _line(record: dict[str, Any]) -> str:
+    dev, test = record["dev"]["mrr@10"], record["test"]["mrr@10"]
+    return (
+        f"MRR@10 dev {dev:.4f} test {test:.4f}, {record['steps']:,} steps in {record['seconds']:.1f} s, "
+        f"{record['documents_encoded']:,} documents encoded, peak {_bytes(record['peak_memory_bytes'])}"
+    )
 
 
 def _bytes(number: float) -> str:
