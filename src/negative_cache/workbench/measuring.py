@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import evaluate_splits
-from negative_cache.workbench.models import load_model
+from negative_cache.workbench.models import load_model, remember_tokens
 from negative_cache.workbench.training import RECORD, make_trainer, peak_memory_bytes, write_json
 
 # Shares of the steps after which the quality is measured for a curve; that after the last step is measured anyway.
@@ -100,6 +100,7 @@ def measure(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = load_model(config.model, columns["positive"], config.seed)
+    remember_tokens(model, [*data.queries.values(), *data.corpus.values()])
     trainer = make_trainer(folder, config, columns, model, _step_of(on_step), report_to=[])
     watch = _Watch(folder, model, trainer.loss, POINTS if job.has_curve else ())
     trainer.add_callback(watch)
