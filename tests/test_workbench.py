@@ -213,7 +213,6 @@ def test_the_tiny_transformer_trains_with_the_other_losses(beir, tmp_path, loss)
     ("args", "message"),
     [
         (["--loss", "triplet"], "expected one of"),
-        (["--loss", "gradcache"], "does not work with"),
         (["--batch-size", "0"], "must be positive"),
         (["--epochs", "nan"], "must be positive"),
         (["--scale", "-5"], "must be positive"),

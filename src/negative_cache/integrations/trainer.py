@@ -64,9 +64,10 @@ class NegativeCacheTrainerMixin:
             save_checkpoint(loss, _folder(output_dir, name, loss))
 
     def _restore(self, checkpoint_path: str) -> None:
-        if not (Path(checkpoint_path) / FOLDER).is_dir():
+        losses = cache_losses(self.loss)
+        if losses and not (Path(checkpoint_path) / FOLDER).is_dir():
             raise CheckpointError(f"{checkpoint_path} was saved by a trainer without NegativeCacheTrainerMixin.")
-        for name, loss in cache_losses(self.loss).items():
+        for name, loss in losses.items():
             try:
                 load_checkpoint(loss, _folder(checkpoint_path, name, loss))
             except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, search."""
+"""The command line: train, compare, evaluate, search, memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,11 @@ QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in 
 PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
 EmbeddingDtype = Annotated[str, typer.Option(help="Cached embeddings as float32, bfloat16, float16 or int8.")]
 
+LOSS_HELP = (
+    "negative-cache, in-batch, gradcache (in-batch with a large --batch-size, in little memory; for a static model the "
+    "same as in-batch) or memory-bank (in-batch and a queue of --cache-size stale embeddings, none encoded anew)."
+)
+
 METRIC_NAMES = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100")
 
 
@@ -44,7 +51,7 @@ def train(
     data: Data,
     output: Annotated[str, typer.Option(help="New folder for the trained model and run.json.")],
     model: Model = "static",
-    loss: Annotated[str, typer.Option(help="negative-cache, in-batch or gradcache.")] = "negative-cache",
+    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "negative-cache",
     cache_size: Annotated[int, typer.Option(help="Documents in the cache.")] = 16_384,
     batch_size: Annotated[int, typer.Option(help="Queries per step, on each rank.")] = 64,
     epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 3.0,
@@ -98,6 +105,62 @@ def train(
     console.print(
         f"{record['steps']} steps in {record['seconds']:.1f} s. Model and run.json are in {output}", soft_wrap=True
     )
+
+
+@app.command()
+def compare(
+    data: Data,
+    output: Annotated[str, typer.Option(help="Folder of the results; the same command goes on with what is there.")],
+    model: Model = "static",
+    losses: Annotated[
+        str, typer.Option(help="Separated by commas; NAME:field=value:field=value sets options of one loss.")
+    ] = "in-batch,gradcache,memory-bank,negative-cache",
+    batch_size: Annotated[int, typer.Option(help="Queries per step.")] = 64,
+    epochs: Annotated[float, typer.Option(help="Passes over the training pairs.")] = 3.0,
+    seeds: Annotated[int, typer.Option(help="Runs per loss with its best learning rate.")] = 3,
+    cache_size: Annotated[int, typer.Option(help="Documents in the cache, or in the memory bank's queue.")] = 16_384,
+    scale: Annotated[float, typer.Option(help="Factor of the similarities (1 / temperature).")] = 20.0,
+    num_samples: Annotated[int, typer.Option(help="Cached documents that negative-cache encodes per query.")] = 1,
+    embedding_dtype: EmbeddingDtype = "float32",
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Separated by commas. Default: 0.4, 1 and 2.5 times the model's usual one.")
+    ] = None,
+    gradcache_factor: Annotated[int, typer.Option(help="The batch of gradcache is so many times as large.")] = 16,
+    query_column: QueryColumn = None,
+    positive_column: PositiveColumn = None,
+) -> None:
+    """Train with several losses and compare quality, time and memory, each at its best learning rate."""
+    with _errors():
+        _quiet()
+        with console.status("Loading libraries ..."):
+            from negative_cache.workbench.compare import Comparison, parse_losses, parse_rates
+            from negative_cache.workbench.compare import compare as compare_losses
+            from negative_cache.workbench.compare_report import RunBar, show, write_report
+            from negative_cache.workbench.data import load_data
+        comparison = Comparison(
+            data=data,
+            model=model,
+            losses=parse_losses(losses),
+            output=output,
+            batch_size=batch_size,
+            epochs=epochs,
+            seeds=seeds,
+            cache_size=cache_size,
+            scale=scale,
+            num_samples=num_samples,
+            embedding_dtype=embedding_dtype,
+            learning_rates=parse_rates(learning_rates),
+            gradcache_factor=gradcache_factor,
+            query_column=query_column,
+            positive_column=positive_column,
+        )
+        with console.status(f"Reading {data} ..."):
+            loaded = load_data(data, query_column, positive_column)
+        with RunBar(console) as bar:
+            result = compare_losses(comparison, loaded, bar)
+        written = write_report(result, shlex.join(["negative-cache", *sys.argv[1:]]))
+    show(result, console)
+    console.print("Written:", *written, soft_wrap=True)
 
 
 @app.command()

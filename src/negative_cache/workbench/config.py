@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-LOSSES = ("negative-cache", "in-batch", "gradcache")
+LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -20,9 +20,9 @@ class RunConfig:
     Attributes:
         data: See `load_data`.
         model: See `load_model`.
-        loss: negative-cache, in-batch or gradcache.
+        loss: One of `LOSSES`.
         output: Folder that the trained model is written to; must not exist.
-        cache_size: Rows of the cache.
+        cache_size: Rows of the cache, or of the memory bank's queue.
         batch_size: Queries per step, on each rank.
         epochs: Passes over the training pairs.
         max_steps: Stop after so many steps; None for all epochs.
@@ -59,11 +59,6 @@ class RunConfig:
         if self.embedding_dtype not in EMBEDDING_DTYPES:
             raise RunError(
                 f"--embedding-dtype is {self.embedding_dtype!r}; expected one of {', '.join(EMBEDDING_DTYPES)}."
-            )
-        if self.loss == "gradcache" and self.model == "static":
-            raise RunError(
-                "--loss gradcache does not work with --model static: sentence-transformers' cached losses refuse "
-                "StaticEmbedding. Use in-batch with a larger --batch-size, which costs the same."
             )
         for name in ("cache_size", "batch_size", "num_samples", "epochs", "scale"):
             if not 0 < getattr(self, name) < math.inf:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
@@ -46,7 +48,9 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
         ModelError: The model cannot be loaded.
     """
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     set_seed(seed)
     if name == "static":
         return SentenceTransformer(modules=[StaticEmbedding(train_tokenizer(texts), embedding_dim=STATIC_DIM)])
@@ -61,6 +65,35 @@ def load_trained(name: str) -> SentenceTransformer:
         return SentenceTransformer(name)
     except Exception as error:
         raise ModelError(f"Cannot load the model {name!r}: {error}") from error
+
+
+def remember_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:
+    """Tokenize `texts` once for all, if the model is static: that takes as long as all else it does with them."""
+    if isinstance(model[0], StaticEmbedding):
+        model[0].tokenizer = _RememberingTokenizer(model[0].tokenizer)
+        model[0].tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+
+class _Ids(NamedTuple):
+    ids: array[int]
+
+
+class _RememberingTokenizer:
+    """A tokenizer that tokenizes each text once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, _Ids] = {}
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[_Ids]:
+        """As `Tokenizer.encode_batch`; `StaticEmbedding`, the one caller, never asks for special tokens."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        encodings = self._tokenizer.encode_batch(missing, add_special_tokens=add_special_tokens)
+        self._known.update((text, _Ids(array("i", found.ids))) for text, found in zip(missing, encodings, strict=True))
+        return [self._known[text] for text in texts]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""One training run: sentence-transformers' trainer with one of three losses, and a record of what happened."""
+"""One training run: sentence-transformers' trainer with one of the losses, and a record of what happened."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -32,12 +34,14 @@ from negative_cache.workbench import processes
 from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation import evaluate, make_evaluator
+from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
 
 GRADCACHE_MINI_BATCH = 32
 LOG_STEPS = 10
 
-_INITIAL, _BEFORE, _RECORD = "initial", "before.json", "run.json"
+RECORD = "run.json"
+_INITIAL, _BEFORE, _QUEUE = "initial", "before.json", "memory_bank.safetensors"
 
 logger = logging.getLogger("negative_cache")
 
@@ -53,9 +57,9 @@ def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
     output = Path(config.output)
     if not output.exists():
         return {}
-    if not (resume and (output / _RECORD).is_file()):
+    if not (resume and (output / RECORD).is_file()):
         raise RunError(f"The output folder {config.output!r} exists. Choose another, or remove it.")
-    record: dict[str, Any] = json.loads((output / _RECORD).read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((output / RECORD).read_text(encoding="utf-8"))
     _check_same(f"{config.output!r} has a finished run", record["configuration"], config)
     return record
 
@@ -88,11 +92,13 @@ def run(
     if config.eval_steps is not None and not data.qrels.get("dev"):
         raise DataError(f"{data.name} has no dev split to evaluate on; leave --eval-steps out.")
     is_first = processes.start() == 0
+    if config.loss == "memory-bank" and processes.count() > 1:
+        raise RunError("--loss memory-bank works in one process alone: ranks do not share its queue.")
     output = Path(config.output)
     folder = output.with_name(f"{output.name}.partial")
     if is_first and folder.exists():
         _check_same_run(folder, config, resume)
-    is_trained = (folder / _RECORD).exists()  # stopped between the last step and the end
+    is_trained = (folder / RECORD).exists()  # stopped between the last step and the end
     processes.wait()
     try:
         if not is_trained:
@@ -106,7 +112,7 @@ def run(
             _clear(folder)
             folder.rename(output)
     except BaseException:
-        is_lost = last_complete_checkpoint(folder) is None and not (folder / _RECORD).exists()
+        is_lost = last_complete_checkpoint(folder) is None and not (folder / RECORD).exists()
         if is_first and is_lost:
             shutil.rmtree(folder, ignore_errors=True)
         elif is_first:
@@ -121,11 +127,9 @@ def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[s
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
     folder.mkdir(parents=True)
     model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
-    if config.loss == "gradcache" and isinstance(model[0], StaticEmbedding):
-        raise RunError("--loss gradcache does not work with StaticEmbedding models; use in-batch.")
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
     before = evaluate(model, data, "test")
-    _write_json(
+    write_json(
         folder / _BEFORE, {"configuration": _configuration(config), "ranks": processes.count(), "before": before}
     )
 
@@ -134,7 +138,7 @@ def _check_same_run(folder: Path, config: RunConfig, resume: bool) -> None:
     """Raise unless the unfinished run in the folder may be continued with this configuration."""
     if not resume:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
-    for path in (folder / _RECORD, folder / _BEFORE):
+    for path in (folder / RECORD, folder / _BEFORE):
         if path.exists():
             saved = json.loads(path.read_text(encoding="utf-8"))
             _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], config)
@@ -169,20 +173,10 @@ def _train(
     data: RetrievalData,
     columns: dict[str, list[Any]],
     progress: Progress | None,
-) -> _Trainer:
+) -> RunTrainer:
     model = load_trained(str(folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
-    model.model_card_data.widget = [
-        {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
-    ]
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(folder, config),
-        train_dataset=_dataset(columns),
-        loss=make_loss(config, model),
-        evaluator=make_evaluator(data, "dev") if config.eval_steps is not None else None,
-        callbacks=[_ProgressCallback(progress)] if progress else None,
-    )
-    _silence(trainer)
+    evaluator = make_evaluator(data, "dev") if config.eval_steps is not None else None
+    trainer = make_trainer(folder, config, columns, model, progress, evaluator)
     checkpoint = last_complete_checkpoint(folder)
     trainer.resumed_from = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
     started = time.perf_counter()
@@ -192,7 +186,7 @@ def _train(
 
 
 def _finish(
-    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: _Trainer
+    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: RunTrainer
 ) -> None:
     """Evaluate, write the model and, last, `run.json`."""
     model = trainer.model
@@ -213,7 +207,7 @@ def _finish(
         "after": after,
         "history": trainer.state.log_history,
     }
-    _write_json(folder / _RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def _clear(folder: Path) -> None:
@@ -223,15 +217,46 @@ def _clear(folder: Path) -> None:
     (folder / _BEFORE).unlink(missing_ok=True)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is there whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
+def make_trainer(
+    folder: Path,
+    config: RunConfig,
+    columns: dict[str, list[Any]],
+    model: SentenceTransformer,
+    progress: Progress | None = None,
+    evaluator: Any = None,
+    report_to: Sequence[str] = ("tensorboard",),
+) -> RunTrainer:
+    """The trainer of a run, which writes to `folder` and tells `progress` of its steps."""
+    model.model_card_data.widget = [
+        {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
+    ]
+    trainer = RunTrainer(
+        model=model,
+        args=_arguments(folder, config, report_to),
+        train_dataset=_dataset(columns),
+        loss=make_loss(config, model),
+        evaluator=evaluator,
+        callbacks=[_ProgressCallback(progress)] if progress else None,
+    )
+    _silence(trainer)
+    return trainer
+
+
 def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
-    """The loss that a configuration names."""
-    if config.loss == "in-batch":
+    """The loss that a configuration names.
+
+    The embeddings of a static model are nothing to recompute: its gradient cache is the plain loss of the large batch.
+    """
+    if config.loss == "memory-bank":
+        return MemoryBankLoss(model, config.cache_size, config.scale)
+    if config.loss == "in-batch" or (config.loss == "gradcache" and isinstance(model[0], StaticEmbedding)):
         return MultipleNegativesRankingLoss(model, scale=config.scale, gather_across_devices=processes.count() > 1)
     if config.loss == "gradcache":
         return CachedMultipleNegativesRankingLoss(
@@ -256,12 +281,15 @@ def peak_memory_bytes() -> int:
     """Most memory that was in use: of the GPU's allocator if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
+        return int(found[1]) * 1024  # ru_maxrss would be at least what the process that started this one had
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class _Trainer(NegativeCacheTrainer):
-    """Adds the cache's metrics to what is logged."""
+class RunTrainer(NegativeCacheTrainer):
+    """Adds the cache's metrics to what is logged, and a memory bank's queue to checkpoints."""
 
     resumed_from = 0
     seconds = 0.0
@@ -273,6 +301,16 @@ class _Trainer(NegativeCacheTrainer):
             logs["cache/staleness"] = metrics["staleness"]
             logs["cache/fill"] = metrics["fill"]
         super().log(logs, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if isinstance(self.loss, MemoryBankLoss):
+            save_file(self.loss.queue_state(), Path(output_dir) / _QUEUE)
+
+    def _restore(self, checkpoint_path: str) -> None:
+        super()._restore(checkpoint_path)
+        if isinstance(self.loss, MemoryBankLoss):
+            self.loss.load_queue_state(load_file(Path(checkpoint_path) / _QUEUE))
 
 
 class _ProgressCallback(TrainerCallback):
@@ -289,7 +327,7 @@ class _ProgressCallback(TrainerCallback):
         self.progress(state.global_step, state.max_steps, self.latest)
 
 
-def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingArguments:
+def _arguments(folder: Path, config: RunConfig, report_to: Sequence[str]) -> SentenceTransformerTrainingArguments:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -309,7 +347,7 @@ def _arguments(folder: Path, config: RunConfig) -> SentenceTransformerTrainingAr
         eval_strategy="no" if config.eval_steps is None else "steps",
         eval_steps=config.eval_steps,
         logging_steps=LOG_STEPS,
-        report_to=["tensorboard"],
+        report_to=list(report_to),
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -323,7 +361,7 @@ def _dataset(columns: dict[str, list[Any]]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _silence(trainer: _Trainer) -> None:
+def _silence(trainer: RunTrainer) -> None:
     """Logs go to our progress bar, not to the terminal."""
     from transformers.trainer_callback import PrinterCallback
 
