@@ -22,7 +22,7 @@ from negative_cache import (
 )
 from negative_cache.distributed import Ranks, choose_shard, pack_rows, shard_sizes, unpack_rows
 from negative_cache.features import RaggedRows
-from negative_cache.sharded import top_k_of_shard
+from negative_cache.shard_search import top_k_of_shard
 from stats import ALPHA, chi_square, mean_gradient
 from support import assert_same_state, run_ranks, snapshot
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from negative_cache.cache import NO_ID, NegativeCache
 from negative_cache.drawing import Asked, Rules
-from negative_cache.features import Features, Specs, concatenate
+from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, concatenate, embedding_spec
 from negative_cache.negative_cache import CacheManager, check_ids
 from negative_cache.negatives import check_finite
 
@@ -53,6 +53,21 @@ class Batch(NamedTuple):
         if self.guide_documents is not None:
             items[GUIDE] = self.guide_documents
         return items
+
+    def scored_specs(self, embedding_dtype: torch.dtype) -> dict[str, FeatureSpec]:
+        """Specs of the columns that every step reads of all rows."""
+        specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(self.queries.shape[1], embedding_dtype)}
+        if self.log_q is not None:
+            specs[BIAS] = FixedLenFeature([], torch.float32)
+        if self.guide_documents is not None:
+            specs[GUIDE] = FixedLenFeature([self.guide_documents.shape[1]], torch.float32)
+        return specs
+
+    def check_extras(self, specs: Specs) -> None:
+        """Raise unless the batch has what a cache of these specs keeps, and nothing else."""
+        for key, name, value in ((BIAS, "log_q", self.log_q), (GUIDE, "guide_documents", self.guide_documents)):
+            if (key in specs) != (value is not None):
+                raise ValueError(f"`{name}` must be given in every step or in none; the cache was made the other way.")
 
     def fresh(self, in_batch: bool) -> Tensor | None:
         """The documents that are differentiated exactly as negatives, with gradient: those of the last `new_ids`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from negative_cache import estimators
 from negative_cache.distributed import Ranks
 from negative_cache.meeting import Meeting
-from negative_cache.sharing import Candidates, Choice, choose
+from negative_cache.sharing import Candidates, Choice, Serving, choose
 
 
 class Draws(NamedTuple):
@@ -33,14 +33,12 @@ class Shared(NamedTuple):
     Attributes:
         at: int64 `[count]`: positions among the draws, on the CPU, the same on all ranks.
         is_chosen: bool `[count]`: whether each counts.
-        weights: `[batch, count]`: with which each serves the queries of this rank.
-        correction: `[batch, dim]`, see `Negatives`.
+        serving: How they serve the queries of this rank, see `Negatives`.
     """
 
     at: Tensor
     is_chosen: Tensor
-    weights: Tensor
-    correction: Tensor
+    serving: list[Serving]
 
 
 def choose_together(
@@ -99,18 +97,14 @@ def _columns(
     column_of = torch.zeros(num_mine, dtype=torch.int64, device=device)
     column_of[candidates.positions] = torch.arange(len(candidates.rows), device=device)
     columns = column_of[place[choice.at[mine]].to(device)]
-    factors = choice.factors[mine].to(device, candidates.weights.dtype)
-    weights = candidates.weights[:, columns] * factors
-    correction = candidates.weights @ candidates.cached - weights @ candidates.cached[columns]
     start = sum(meeting.batches[: ranks.rank])
     own = slice(start, start + meeting.batches[ranks.rank])
-    (gathered,) = ranks.gather([weights.T.contiguous()], [[size] for size in chosen_sizes])
-    return Shared(
-        at=choice.at,
-        is_chosen=choice.is_chosen,
-        weights=gathered[chosen_order.argsort().to(device)][:, own].T,
-        correction=ranks.sum(correction)[own],
-    )
+    back = chosen_order.argsort().to(device)
+    serving = []
+    for weights, correction in candidates.serve(columns, choice.factors[mine].to(device, candidates.weights.dtype)):
+        (gathered,) = ranks.gather([weights.T.contiguous()], [[size] for size in chosen_sizes])
+        serving.append(Serving(gathered[back][:, own].T, ranks.sum(correction)[own]))
+    return Shared(choice.at, choice.is_chosen, serving)
 
 
 def _by_owner(owner: Tensor, num_ranks: int) -> tuple[Tensor, list[int]]:

@@ -14,7 +14,7 @@ from negative_cache.cache import NegativeCache
 from negative_cache.negatives import Drawn, RetrievalFn, draw_negatives, pool_of, read_pool
 from negative_cache.randomness import register, uniforms
 from negative_cache.retrieval import Guide, Limits, RowPool, ScoreTransform
-from negative_cache.sharing import candidates_of, choose
+from negative_cache.sharing import Serving, candidates_of, choose
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Rules:
         is_replicated: Every rank holds all rows; each looks at its part of them.
         bias_key: The feature that is added to scores; None for nothing.
         guide_key: The feature that holds embeddings of a guide; None for no guide.
+        dims: Truncated dimensions that have losses of their own; where rows are shared.
     """
 
     embedding_key: str
@@ -49,6 +50,7 @@ class Rules:
     is_replicated: bool = False
     bias_key: str | None = None
     guide_key: str | None = None
+    dims: tuple[int, ...] = ()
 
     @property
     def num_draws(self) -> int:
@@ -120,10 +122,9 @@ class Negatives(abc.ABC):
         count: Documents to encode here; 0 if no query of any rank has a negative.
         features: Their features, `[count, ...]` each.
         cached: Their cached embeddings, `[count, dim]`.
-        weights: `[batch, n]`: with which each encoded document, of all ranks, serves each query; None where each query
-            has the mean of `count / batch` documents of its own.
-        correction: `[batch, dim]`: a vector whose product with the query is to be added to the weighted sum of products
-            with the documents; its mean is 0. None for nothing.
+        serving: How the encoded documents, of all ranks, serve each query: for the whole embeddings, and then for each
+            of `Rules.dims`. Empty where each query has the mean of `count / batch` documents of its own.
+        lse_of_dims: `[batch]` for each of `Rules.dims`: as `lse`, estimated.
         top_features: For each query the features `[k, ...]` of its best rows, best first.
         withheld_ids: int64 `[m]`: ids of the given negatives, of all ranks; None where they are unknown.
         num_limited: int64 `[batch]`: how many rows the limits hid; None without limits.
@@ -134,14 +135,14 @@ class Negatives(abc.ABC):
     count: int
     features: dict[str, Tensor]
     cached: Tensor
-    weights: Tensor | None
-    correction: Tensor | None
+    serving: list[Serving]
+    lse_of_dims: list[Tensor]
     top_features: list[dict[str, Tensor]]
     withheld_ids: Tensor | None
     num_limited: Tensor | None
 
     def of_all(self, fresh: Tensor) -> Tensor:
-        """The new embeddings of all ranks, with gradient, in the order of `weights`; `fresh` itself if not shared."""
+        """The new embeddings of all ranks, with gradient, in the order of `serving`; `fresh` itself if not shared."""
         return fresh
 
     @abc.abstractmethod
@@ -211,9 +212,10 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         limits=limits,
     )
     if rules.num_candidates and len(drawn.rows):
-        rows, is_update, weights, correction = _share(rules, asked, pool, drawn, excluded, limits)
+        rows, is_update, serving, lse_of_dims = _share(rules, asked, pool, drawn, excluded, limits)
     else:
-        rows, weights, correction = drawn.rows.flatten(), None, None
+        rows = drawn.rows.flatten()
+        serving, lse_of_dims = [], [drawn.lse for _ in rules.dims]
         is_update = drawn.is_valid.repeat_interleave(drawn.rows.shape[1])
     return HereNegatives(
         lse=drawn.lse,
@@ -221,8 +223,8 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         count=len(rows),
         features=read_pool(caches, rows, rules.data_keys) if len(rows) else {},
         cached=pool.gather(rows),
-        weights=weights,
-        correction=correction,
+        serving=serving,
+        lse_of_dims=lse_of_dims,
         top_features=[read_pool(caches, top[top >= 0], rules.data_keys) for top in drawn.top_rows]
         if rules.num_top
         else [],
@@ -235,8 +237,8 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
 
 def _share(
     rules: Rules, asked: Asked, pool: RowPool, drawn: Drawn, excluded: Tensor | None, limits: Limits | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows to encode `[n]`, which of them count, their weights `[batch, n]`, and the correction `[batch, dim]`."""
+) -> tuple[Tensor, Tensor, list[Serving], list[Tensor]]:
+    """Rows to encode `[n]`, which of them count, and `Negatives.serving` and `.lse_of_dims`."""
     candidates = candidates_of(
         asked.queries,
         pool,
@@ -248,6 +250,7 @@ def _share(
         excluded,
         limits,
         drawn.group_rows,
+        rules.dims,
     )
     assert asked.positive_scores is not None
     assert asked.fresh_lse is not None
@@ -255,6 +258,5 @@ def _share(
     count = rules.num_samples * len(asked.queries)
     uniform = uniforms((), rules.generator, drawn.lse.device)
     chosen = choose(*candidates.sizes(shares, asked.queries), count, uniform)
-    weights = candidates.weights[:, chosen.at] * chosen.factors
-    correction = candidates.weights @ candidates.cached - weights @ candidates.cached[chosen.at]
-    return candidates.rows[chosen.at], chosen.is_chosen, weights, correction
+    serving = candidates.serve(chosen.at, chosen.factors)
+    return candidates.rows[chosen.at], chosen.is_chosen, serving, [level.lse for level in candidates.levels]

@@ -118,6 +118,31 @@ def balance_weights(log_probabilities: Tensor, counts: Tensor, num_samples: int)
     return probabilities * (counts / total.clamp(min=torch.finfo(total.dtype).tiny))
 
 
+def truncate(embeddings: Tensor, dim: int) -> Tensor:
+    """The first `dim` components of `[..., n]`, brought to the length of the whole vectors; zeros for the rest."""
+    is_kept = torch.arange(embeddings.shape[-1], device=embeddings.device) < dim
+    kept = torch.where(is_kept, embeddings, 0)
+    norm = kept.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(embeddings.dtype).tiny)
+    return kept * (embeddings.norm(dim=-1, keepdim=True) / norm)
+
+
+def reweigh(log_proposals: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights for another softmax than the one that was drawn from: self-normalised importance sampling.
+
+    With `u_j` such that `sum_j u_j f(j)` has the mean `sum over all rows of f`, `Z_i = sum_j u_j exp(s_ij)` estimates
+    the normaliser, and `u_j exp(s_ij) / Z_i` the softmax. The ratio has a bias that falls with the number of documents.
+
+    Args:
+        log_proposals: `[n]`: log u_j; -inf for a column that is to be ignored.
+        scores: `[batch, n]`: -inf where j is no negative of query i.
+
+    Returns:
+        `log Z [batch]`, and `log(u_j exp(s_ij)) [batch, n]`.
+    """
+    logits = scores + log_proposals
+    return logits.logsumexp(dim=1), logits
+
+
 def importance(weights: Tensor, shares: Tensor, queries: Tensor) -> Tensor:
     """How much each document adds to the gradient of the batch: `sqrt(sum_i (a_i W_ij |q_i|)^2)`.
 

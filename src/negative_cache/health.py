@@ -26,9 +26,11 @@ class Health:
         self._gradients: dict[str, Tensor] = {}
         self._has_warned: set[str] = set()
 
-    def take(self, diagnostics: dict[str, Tensor]) -> None:
-        """Begin a step with its diagnostics."""
+    def take(self, diagnostics: dict[str, Tensor], num_limited: Tensor | None = None) -> None:
+        """Begin a step with its diagnostics, and how many rows were hidden from each query `[batch]`."""
         self._latest = dict(diagnostics)
+        if num_limited is not None:
+            self._latest["num_limited"] = num_limited.float().mean()
 
     def add(self, diagnostics: dict[str, Tensor]) -> None:
         """More of the same step."""

@@ -12,13 +12,15 @@ from torch import Tensor
 from negative_cache.batch import EMBEDDING, SCORED
 from negative_cache.cache import CacheHolder, NegativeCache, state_of
 from negative_cache.distributed import Ranks, shard_sizes, world
-from negative_cache.features import FeatureSpec, Specs, embedding_spec, spec_from_json
+from negative_cache.features import Features, FeatureSpec, Specs, embedding_spec, infer_specs, spec_from_json
+from negative_cache.negatives import DocumentEncoder
 
 
 class RanksCache(CacheHolder):
     """Holds this rank's rows of a cache, the generator of its draws, and what is known before there are rows.
 
     Args:
+        document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`.
         cache_size: Rows of all ranks.
         specs: Spec per document feature; None for those of the first batch.
         embedding_dtype, feature_device, feature_folder, process_group: See `NegativeCacheLoss`.
@@ -27,6 +29,7 @@ class RanksCache(CacheHolder):
 
     def __init__(
         self,
+        document_encoder: DocumentEncoder,
         cache_size: int,
         specs: Specs | None,
         embedding_dtype: torch.dtype,
@@ -36,6 +39,8 @@ class RanksCache(CacheHolder):
         process_group: dist.ProcessGroup | Literal["world"] | None,
     ) -> None:
         super().__init__()
+        # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
+        self._document_encoder = (document_encoder,)
         self.cache_size = cache_size
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self.embedding_dtype = embedding_dtype
@@ -46,6 +51,15 @@ class RanksCache(CacheHolder):
         self._first_state = generator.get_state()
         self._process_group = process_group
         self._ranks: Ranks | None = None
+
+    @property
+    def document_encoder(self) -> DocumentEncoder:
+        """The encoder of drawn rows; may be replaced at any time."""
+        return self._document_encoder[0]
+
+    @document_encoder.setter
+    def document_encoder(self, encoder: DocumentEncoder) -> None:
+        self._document_encoder = (encoder,)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("document_encoder", "cache"):  # nn.Module would register a module, and never reach the property
@@ -75,6 +89,12 @@ class RanksCache(CacheHolder):
         if self._ranks is None or self._ranks.group is not self.process_group:
             self._ranks = Ranks(self.process_group)
         return self._ranks
+
+    def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
+        """The specs of documents: the cache's, or what is known before there is one."""
+        if self.cache is None:
+            return self.specs or infer_specs(document_features)
+        return {key: spec for key, spec in self.cache.specs.items() if key not in SCORED}
 
     def step_number(self) -> int:
         """How many steps have updated the cache; waits for the device."""

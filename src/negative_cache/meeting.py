@@ -32,6 +32,7 @@ class Told(NamedTuple):
     num_samples: int
     num_candidates: int
     num_top: int
+    dims: int  # a checksum
     limits: int  # which of ceilings and a guide are given, as bits
 
 
@@ -46,6 +47,7 @@ _MUST_AGREE = {
     "top_k": "`top_k`",
     "num_samples": "`num_samples`",
     "num_candidates": "`shared` and `num_candidates`",
+    "dims": "`matryoshka_dims`",
     "limits": "margins or a guide",
     "num_top": "`return_topk`",
 }
@@ -77,6 +79,7 @@ def tell(
         top_k=-1 if rules.top_k is None else rules.top_k,
         num_samples=rules.num_samples,
         num_candidates=rules.num_candidates,
+        dims=zlib.crc32(str(rules.dims).encode()),
         limits=int(asked.has_ceilings) + 2 * (asked.guide_queries is not None),
         num_top=rules.num_top,
     )

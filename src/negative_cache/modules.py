@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,23 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from negative_cache.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, Step, check_embeddings, make_batch
+from negative_cache import objective
+from negative_cache.batch import BIAS, EMBEDDING, GUIDE, Batch, Step, check_embeddings, make_batch
 from negative_cache.distributed import separate, shard_sizes
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.features import (
     Features,
-    FeatureSpec,
-    FixedLenFeature,
     Specs,
-    embedding_spec,
-    infer_specs,
 )
 from negative_cache.health import Health, staleness_by_age
 from negative_cache.holder import RanksCache
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode
-from negative_cache.objective import Margins, Scores, compute_loss, gather_fresh, score_batch, weigh_cache
 from negative_cache.randomness import new_generator
 from negative_cache.refreshing import check_room, refresh
 from negative_cache.retrieval import Scale
@@ -63,6 +59,9 @@ class NegativeCacheLoss(RanksCache):
             for a false negative, and no query's negative; None for no such limit.
         relative_margin: The same above the positive's similarity less this share of it: 0.05 means 95 %.
         guide_margin: Where a guide's embeddings are given: the same by its similarities, less this.
+        matryoshka_dims: Add the losses of embeddings that are cut to so many first components (and brought to their old
+            length); from the same encoded documents, weighed for the shorter embeddings by importance sampling. In
+            evaluation only the whole embeddings count.
         warmup_fill: Share of filled rows from which cached documents count in full; with fewer their weight in the
             softmax is less, in proportion.
         refresh_per_step: Rows encoded anew in each step, without gradient, in turn.
@@ -93,6 +92,7 @@ class NegativeCacheLoss(RanksCache):
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
         guide_margin: float = 0.0,
+        matryoshka_dims: Sequence[int] = (),
         warmup_fill: float = 0.0,
         refresh_per_step: int = 0,
         use_lru: bool = True,
@@ -110,6 +110,8 @@ class NegativeCacheLoss(RanksCache):
             top_k=top_k,
             num_samples=num_samples,
             num_candidates=num_candidates,
+            shared=shared,
+            matryoshka_dims=matryoshka_dims,
             warmup_fill=warmup_fill,
             refresh_per_step=refresh_per_step,
             absolute_margin=absolute_margin,
@@ -120,33 +122,22 @@ class NegativeCacheLoss(RanksCache):
             feature_folder=feature_folder,
             feature_device=feature_device,
         )
-        super().__init__(
-            cache_size, specs, embedding_dtype, feature_device, feature_folder, new_generator(seed), process_group
-        )
-        # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
-        self._document_encoder = (document_encoder,)
+        generator, stored = new_generator(seed), (embedding_dtype, feature_device, feature_folder)
+        super().__init__(document_encoder, cache_size, specs, *stored, generator, process_group)
         self.top_k = top_k
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
         self.num_candidates = num_candidates
-        self.margins = Margins(absolute_margin, relative_margin)
-        self.guide_margins = Margins(guide_margin)
+        self.margins = objective.Margins(absolute_margin, relative_margin)
+        self.guide_margins = objective.Margins(guide_margin)
+        self.matryoshka_dims = tuple(matryoshka_dims)
         self.warmup_fill = warmup_fill
         self.refresh_per_step = refresh_per_step
         self.use_lru = use_lru
         self._fixed_scale = scale
         self.log_scale = nn.Parameter(torch.tensor(scale).log()) if learnable_scale else None
         self.health = Health()
-
-    @property
-    def document_encoder(self) -> DocumentEncoder:
-        """The encoder of drawn rows; may be replaced at any time."""
-        return self._document_encoder[0]
-
-    @document_encoder.setter
-    def document_encoder(self, encoder: DocumentEncoder) -> None:
-        self._document_encoder = (encoder,)
 
     @property
     def scale(self) -> Tensor | float:
@@ -232,8 +223,8 @@ class NegativeCacheLoss(RanksCache):
         if self.log_scale is not None:
             scale = ranks.average_gradient(self.log_scale.to(device)).exp()
         asked = replace(step.asked, ids_of_all=share_ids(ranks, meeting, step.asked))
-        fresh = gather_fresh(ranks, meeting, batch, asked, self.in_batch)
-        scores = score_batch(batch, scale, fresh, self.margins, self.guide_margins)
+        fresh = objective.gather_fresh(ranks, meeting, batch, asked, self.in_batch)
+        scores = objective.score_batch(batch, scale, fresh, self.margins, self.guide_margins)
         asked = replace(
             asked,
             positive_scores=scores.positive.detach(),
@@ -258,7 +249,7 @@ class NegativeCacheLoss(RanksCache):
         if step.is_writing:  # else nothing was drawn
             stored = encoded.detach().to(written_dtype)
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
-        loss = self._loss(step, scale, scores, negatives, encoded)
+        loss = self._loss(step, scale, scores, fresh, negatives, encoded)
         if step.is_writing:
             self._write(step, negatives.new_items_mask(), updated, refreshed)
         mean = loss.mean()
@@ -310,16 +301,22 @@ class NegativeCacheLoss(RanksCache):
             self.cache = step.cache
         return 0 if self.cache is None else int(self.cache.num_filled)
 
-    def _loss(self, step: Step, scale: Tensor | float, scores: Scores, negatives: Negatives, encoded: Tensor) -> Tensor:
+    def _loss(
+        self,
+        step: Step,
+        scale: Tensor | float,
+        scores: objective.Scores,
+        fresh: objective.Fresh | None,
+        negatives: Negatives,
+        encoded: Tensor,
+    ) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
         batch = step.batch
-        log_weight, scores = weigh_cache(step.cache, scores, self.warmup_fill, batch.log_q is not None)
-        everything = negatives.of_all(encoded)
-        outcome = compute_loss(batch.queries, batch.documents, scale, scores, negatives, everything, log_weight)
+        log_weight, scores = objective.weigh_cache(step.cache, scores, self.warmup_fill, batch.log_q is not None)
+        dims, everything = step.rules.dims, negatives.of_all(encoded)
+        outcome = objective.compute_loss(batch, scale, scores, fresh, negatives, everything, dims, log_weight)
         if step.is_writing:
-            self.health.take(outcome.diagnostics)
-            if negatives.num_limited is not None:
-                self.health.add({"num_limited": negatives.num_limited.float().mean()})
+            self.health.take(outcome.diagnostics, negatives.num_limited)
             given = [] if batch.negatives is None else [batch.negatives]
             self.health.watch(batch.queries, [batch.documents, *given, encoded])
         return outcome.loss
@@ -347,20 +344,9 @@ class NegativeCacheLoss(RanksCache):
             share = shard_sizes(self.refresh_per_step, self.ranks.size)[self.ranks.rank]
             refresh(step.cache, EMBEDDING, step.rules.data_keys, self.document_encoder, share)
 
-    def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
-        """The specs of documents: the cache's, or what is known before there is one."""
-        if self.cache is None:
-            return self.specs or infer_specs(document_features)
-        return {key: spec for key, spec in self.cache.specs.items() if key not in SCORED}
-
     def _prepare(self, batch: Batch, specs: Specs) -> Step:
         """Checks of the batch against the cache; a new cache is kept only once it has been written."""
-        all_specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(batch.queries.shape[1], self.embedding_dtype)}
-        if batch.log_q is not None:
-            all_specs[BIAS] = FixedLenFeature([], torch.float32)
-        if batch.guide_documents is not None:
-            all_specs[GUIDE] = FixedLenFeature([batch.guide_documents.shape[1]], torch.float32)
-        all_specs.update(specs)
+        all_specs = {**batch.scored_specs(self.embedding_dtype), **specs}
         cache = self.cache
         if cache is None:
             cache = self._new_cache(all_specs, batch.queries.device)
@@ -375,9 +361,7 @@ class NegativeCacheLoss(RanksCache):
             raise ValueError(
                 f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have {dim}."
             )
-        for key, name in ((BIAS, "log_q"), (GUIDE, "guide_documents")):
-            if (key in cache.specs) != (key in all_specs):
-                raise ValueError(f"`{name}` must be given in every step or in none; the cache was made the other way.")
+        batch.check_extras(cache.specs)
         manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
         is_writing = self.training and torch.is_grad_enabled()
         if is_writing:
@@ -392,6 +376,7 @@ class NegativeCacheLoss(RanksCache):
             num_candidates=self.num_candidates if self.shared else 0,
             bias_key=None if batch.log_q is None else BIAS,
             guide_key=None if batch.guide_queries is None else GUIDE,
+            dims=self.matryoshka_dims if is_writing else (),
         )
         fresh = batch.fresh(self.in_batch)
         asked = Asked(
@@ -399,7 +384,7 @@ class NegativeCacheLoss(RanksCache):
             batch.positives,
             batch.new_ids,
             0 if fresh is None else len(fresh),
-            has_ceilings=self.margins != Margins(),
+            has_ceilings=self.margins != objective.Margins(),
             guide_queries=batch.guide_queries,
         )
         return Step(batch, manager, cache, rules, asked, is_writing)

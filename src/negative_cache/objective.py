@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from negative_cache.drawing import Asked, Negatives
 from negative_cache.lookup import is_last_of_equal
 from negative_cache.meeting import Meeting
 from negative_cache.sharded import withheld
+from negative_cache.sharing import Serving
 
 NEAR_DUPLICATE = 0.99  # cosine with the positive from which a drawn document counts as a copy of it
 
@@ -102,12 +104,14 @@ class Scores(NamedTuple):
         fresh: `[batch, n]`, with gradient, -inf where a document is no negative of the query; None for none.
         ceilings: `[batch]`: scores above which a row is taken for a false negative; None for no limit.
         guide_ceilings: `[batch]`: the same for a guide.
+        hidden: bool `[batch, n]`: which fresh documents do not count for a query; None for none.
     """
 
     positive: Tensor
     fresh: Tensor | None
     ceilings: Tensor | None
     guide_ceilings: Tensor | None
+    hidden: Tensor | None = None
 
     @property
     def fresh_lse(self) -> Tensor:
@@ -135,11 +139,9 @@ def score_batch(
     if ceilings is not None:
         ceilings = ceilings * (scale.detach() if isinstance(scale, Tensor) else scale)
     guide_ceilings = None if guide is None else guide_margins.ceilings(estimators.dot(*guide))
-    scores = None
+    scores, hidden = None, None
     if fresh is not None and len(fresh.embeddings):
-        embeddings = fresh.embeddings.to(similarities.dtype)
-        with torch.autocast(queries.device.type, enabled=False):
-            scores = scale * (queries.to(embeddings.dtype) @ embeddings.T)
+        scores = _fresh_scores(queries, fresh.embeddings, scale)
         hidden = _hidden(len(queries), batch.positives, fresh)
         if ceilings is not None:
             hidden = hidden | (scores.detach() > ceilings[:, None])
@@ -147,7 +149,14 @@ def score_batch(
             hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
         scores = scores if fresh.biases is None else scores + fresh.biases
         scores = scores.masked_fill(hidden, -torch.inf)
-    return Scores(scale * similarities, scores, ceilings, guide_ceilings)
+    return Scores(scale * similarities, scores, ceilings, guide_ceilings, hidden)
+
+
+def _fresh_scores(queries: Tensor, documents: Tensor, scale: Tensor | float) -> Tensor:
+    """`[batch, n]`, in at least float32."""
+    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
+    with torch.autocast(queries.device.type, enabled=False):
+        return scale * (queries.to(dtype) @ documents.to(dtype).T)
 
 
 def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
@@ -201,53 +210,76 @@ class Outcome(NamedTuple):
 
 
 def compute_loss(
-    queries: Tensor,
-    documents: Tensor,
+    batch: Batch,
     scale: Tensor | float,
     scores: Scores,
+    fresh: Fresh | None,
     negatives: Negatives,
-    fresh: Tensor,
+    encoded: Tensor,
+    dims: Sequence[int] = (),
     log_weight: Tensor | float = 0.0,
 ) -> Outcome:
-    """The loss from the new embeddings of what was drawn.
+    """The loss from the new embeddings of what was drawn, and what is told about it.
 
     Args:
-        queries: `[batch, dim]`, with gradient.
-        documents: `[batch, dim]`: the positives.
+        batch: The queries and their positives, with gradient.
         scale: Factor of the dot products.
         scores: See `score_batch`.
+        fresh: The batch's negatives.
         negatives: What was drawn.
-        fresh: `[n, dim]`, with gradient: the embeddings of the encoded documents, in the order of `negatives.weights`.
+        encoded: `[n, dim]`, with gradient: what was drawn, encoded anew, in the order of `negatives.serving`.
+        dims: Add the losses of embeddings that are cut to so many components.
         log_weight: Is added to the scores of all cached rows.
     """
-    lse = negatives.lse + log_weight
-    positive, drawn = scores.positive, scores.positive * 0
-    diagnostics = {}
-    if len(fresh):
-        weights = negatives.weights
-        with torch.autocast(queries.device.type, enabled=False):
-            products = _products(queries, fresh, weights is not None)
-            if weights is None:
-                weights = torch.full_like(products, 1 / products.shape[1])
-            drawn = (weights * products).sum(dim=1)
-            if negatives.correction is not None:
-                drawn = drawn + estimators.dot(queries, negatives.correction)
-            drawn = scale * drawn
-            with torch.no_grad():
-                probabilities = (scale * products - negatives.lse[:, None]).clamp(max=0.0).exp()
-                normalize = torch.nn.functional.normalize
-                cosines = _products(normalize(documents), normalize(fresh), negatives.weights is not None)
-                copies = cosines >= NEAR_DUPLICATE
-                diagnostics = _drawn_diagnostics(negatives.is_valid, weights, probabilities, copies)
+    lse, positive = negatives.lse + log_weight, scores.positive
+    drawn, diagnostics = positive * 0, {}
+    if len(encoded):
+        drawn = scale * _drawn_products(batch.queries, encoded, negatives.serving[0] if negatives.serving else None)
+        diagnostics = _drawn_diagnostics(batch.queries, batch.documents, scale, encoded, negatives)
     loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
     with torch.no_grad():
-        share = estimators.cache_share(positive, lse, scores.fresh_lse)
         diagnostics |= {
             "interpretable_loss": loss.detach().mean(),
             "positive_probability": (-loss.detach()).exp().mean(),
-            "cache_share": share.mean(),
+            "cache_share": estimators.cache_share(positive, lse, scores.fresh_lse).mean(),
         }
-    return Outcome(loss, diagnostics)
+    shorter = _truncated_losses(dims, batch, scale, scores, fresh, negatives, encoded, log_weight)
+    return Outcome(sum(shorter, loss), diagnostics)
+
+
+def _truncated_losses(
+    dims: Sequence[int],
+    batch: Batch,
+    scale: Tensor | float,
+    scores: Scores,
+    fresh: Fresh | None,
+    negatives: Negatives,
+    encoded: Tensor,
+    log_weight: Tensor | float,
+) -> list[Tensor]:
+    """The losses `[batch]` of embeddings that are cut to each of `dims`; arguments as in `compute_loss`."""
+    losses = []
+    for number, dim in enumerate(dims):
+        queries, documents = (estimators.truncate(side, dim) for side in (batch.queries, batch.documents))
+        positive, others = scale * estimators.dot(queries, documents), None
+        if fresh is not None and scores.fresh is not None and scores.hidden is not None:
+            others = _fresh_scores(queries, estimators.truncate(fresh.embeddings, dim), scale)
+            others = others.masked_fill(scores.hidden, -torch.inf)
+        drawn = positive * 0
+        if len(encoded):
+            serving = negatives.serving[1 + number]
+            drawn = scale * _drawn_products(queries, estimators.truncate(encoded, dim), serving)
+        losses.append(estimators.readable_loss(positive, drawn, negatives.lse_of_dims[number] + log_weight, others))
+    return losses
+
+
+def _drawn_products(queries: Tensor, fresh: Tensor, serving: Serving | None) -> Tensor:
+    """The weighted sum of products with the encoded documents, whose mean is the expectation: `[batch]`."""
+    with torch.autocast(queries.device.type, enabled=False):
+        products = _products(queries, fresh, serving is not None)
+        if serving is None:
+            return products.mean(dim=1)
+        return (serving.weights * products).sum(dim=1) + estimators.dot(queries, serving.correction)
 
 
 def _products(queries: Tensor, documents: Tensor, is_shared: bool) -> Tensor:
@@ -258,11 +290,19 @@ def _products(queries: Tensor, documents: Tensor, is_shared: bool) -> Tensor:
     return queries.to(dtype) @ documents.to(dtype).T
 
 
+@torch.no_grad()
 def _drawn_diagnostics(
-    has_negatives: Tensor, weights: Tensor, probabilities: Tensor, copies: Tensor
+    queries: Tensor, documents: Tensor, scale: Tensor | float, fresh: Tensor, negatives: Negatives
 ) -> dict[str, Tensor]:
     """What the encoded documents tell: effective number of negatives, and the share of copies of positives."""
+    is_shared, has_negatives = bool(negatives.serving), negatives.is_valid
     total = has_negatives.sum().clamp(min=1)
+    with torch.autocast(queries.device.type, enabled=False):
+        products = _products(queries, fresh, is_shared)
+        weights = negatives.serving[0].weights if is_shared else torch.full_like(products, 1 / products.shape[1])
+        probabilities = (scale * products - negatives.lse[:, None]).clamp(max=0.0).exp()
+        normalize = torch.nn.functional.normalize
+        copies = _products(normalize(documents), normalize(fresh), is_shared) >= NEAR_DUPLICATE
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(has_negatives, (weights * values).sum(dim=1), 0).sum() / total

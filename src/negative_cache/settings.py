@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ def check_settings(
     top_k: int | None,
     num_samples: int,
     num_candidates: int,
+    shared: bool,
+    matryoshka_dims: Sequence[int],
     warmup_fill: float,
     refresh_per_step: int,
     absolute_margin: float | None,
@@ -43,6 +46,10 @@ def check_settings(
             f"`num_candidates` is {num_candidates}; it must be at least `num_samples`, {num_samples}, which are chosen "
             "from them."
         )
+    if matryoshka_dims and not shared:
+        raise ValueError("`matryoshka_dims` needs shared=True: shorter embeddings use what was drawn for all queries.")
+    if any(dim < 1 for dim in matryoshka_dims):
+        raise ValueError(f"`matryoshka_dims` is {list(matryoshka_dims)}; expected numbers of components, at least 1.")
     if not 0 <= warmup_fill <= 1:
         raise ValueError(f"`warmup_fill` is {warmup_fill}; it must be a share of the cache's rows, from 0 to 1.")
     if not 0 <= refresh_per_step <= cache_size:

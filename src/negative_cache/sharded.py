@@ -16,57 +16,16 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NO_ID, NegativeCache
-from negative_cache.choosing import Draws, choose_together
-from negative_cache.distributed import Ranks, bytes_of, choose_shard, pack_rows, shard_sizes, unpack_rows
+from negative_cache.distributed import Ranks, bytes_of, pack_rows, unpack_rows
 from negative_cache.drawing import Asked, Negatives, Returned, Rules
+from negative_cache.entries import Entries, plan
 from negative_cache.features import RaggedFeature, RaggedRows, padded, select
 from negative_cache.lookup import is_last_of_equal
 from negative_cache.meeting import Meeting, num_new
-from negative_cache.negatives import common_specs, is_max_score, lengths_of, pool_of, read_items, read_pool
+from negative_cache.negatives import common_specs, lengths_of, read_items, read_pool
 from negative_cache.randomness import uniforms
-from negative_cache.retrieval import Retrieved, retrieve
-from negative_cache.retrieval.reference import exact_top_k
-from negative_cache.sharing import candidates_of
-
-
-def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
-    """How many of top_k groups lie in one shard: in proportion to its rows, at least one where it has any."""
-    ends = [round(top_k * sum(num_rows[: r + 1]) / max(sum(num_rows), 1)) for r in range(len(num_rows))]
-    share = ends[rank] - (ends[rank - 1] if rank else 0)
-    return min(max(share, 1), num_rows[rank])
-
-
-@dataclass
-class _Entries:
-    """The rows that travel from owners to the ranks of their queries: first the draws, then the best rows.
-
-    Both are in the order of the queries of all ranks. Every rank has the same list.
-
-    Attributes:
-        query: int64 `[n]`: the query, numbered through all ranks.
-        asker: int64 `[n]`: the rank of the query.
-        owner: int64 `[n]`: the rank that has the row.
-        candidate: int64 `[n]`: which of the owner's candidate rows it is.
-        is_update: bool `[n]`: whether its new embedding goes back.
-        num_draws: How many entries are draws.
-    """
-
-    query: Tensor
-    asker: Tensor
-    owner: Tensor
-    candidate: Tensor
-    is_update: Tensor
-    num_draws: int
-
-    def of_owner(self, rank: int) -> Tensor:
-        """Positions of the entries that a rank has, by asker."""
-        at = (self.owner == rank).nonzero().squeeze(1)
-        return at[self.asker[at].argsort(stable=True)]
-
-    def of_asker(self, rank: int) -> Tensor:
-        """Positions of the entries that a rank wants, by owner."""
-        at = (self.asker == rank).nonzero().squeeze(1)
-        return at[self.owner[at].argsort(stable=True)]
+from negative_cache.shard_search import Search
+from negative_cache.sharing import Serving
 
 
 @torch.no_grad()
@@ -89,7 +48,7 @@ def draw_from_ranks(
     new_ids = queries.new_empty(0, dtype=torch.int64) if of_all.new_ids is None else of_all.new_ids
     withheld_ids = withheld(meeting, new_ids)
     found = caches[0].find(new_ids) if len(new_ids) else new_ids
-    search = _Search(ranks, meeting, rules, caches, of_all, withheld_ids)
+    search = Search(ranks, meeting, rules, caches, of_all, withheld_ids)
     shard = search.result
     candidates = torch.cat([shard.rows.flatten(), shard.top_rows.flatten()])
     ragged = [key for key in sorted(rules.data_keys) if isinstance(caches[0].specs[key], RaggedFeature)]
@@ -102,22 +61,23 @@ def draw_from_ranks(
     lse, top_scores, found, widths, limited = (
         value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
     )
-    entries = _plan(rules, meeting, lse, top_scores, all_uniform.cpu())
+    entries = plan(rules, meeting, lse, top_scores, all_uniform.cpu())
     start = sum(meeting.batches[: ranks.rank])
     own = slice(start, start + batch)
     none = torch.empty(0, dtype=torch.int64, device=queries.device)
     merged = lse.logsumexp(dim=0).to(queries.device, shard.lse.dtype)
-    weights, correction = None, None
+    serving: list[Serving] = []
+    lse_of_dims = [merged[own] for _ in rules.dims]
     if rules.num_candidates and len(entries.query):
-        entries, weights, correction = search.choose(entries, merged, all_uniform[0, -1])
+        entries, serving, lse_of_dims = search.choose(entries, merged, all_uniform[0, -1])
     negatives = _FromRanks(
         lse=merged[own],
         is_valid=merged[own] > -torch.inf,
         count=0,
         features={},
         cached=queries.new_empty(0, queries.shape[1]),
-        weights=weights,
-        correction=correction,
+        serving=serving,
+        lse_of_dims=lse_of_dims,
         top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
         withheld_ids=withheld_ids,
         num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
@@ -171,157 +131,6 @@ def withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
     return torch.cat([part[len(part) - n :] for part, n in zip(parts, meeting.num_withheld, strict=True)])
 
 
-class _Search:
-    """This rank's part of the answer to all queries; rows are numbered through its caches."""
-
-    def __init__(
-        self,
-        ranks: Ranks,
-        meeting: Meeting,
-        rules: Rules,
-        caches: Sequence[NegativeCache],
-        asked: Asked,
-        withheld_ids: Tensor | None,
-    ) -> None:
-        self.ranks, self.meeting, self.rules, self.asked = ranks, meeting, rules, asked
-        hidden = None if withheld_ids is None else caches[0].find(withheld_ids)
-        self.pool = pool_of(caches, rules.embedding_key, hidden, rules.bias_key)
-        self.limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
-        positives = asked.positives
-        self.excluded = None if positives is None else caches[0].find(positives.flatten()).view(positives.shape)
-        self.result = self._search()
-
-    def _search(self) -> Retrieved:
-        ranks, rules, meeting, pool = self.ranks, self.rules, self.meeting, self.pool
-        first, num_rows = 0, meeting.num_rows
-        if rules.is_replicated:
-            num_rows = shard_sizes(pool.num_rows, ranks.size)
-            first = sum(num_rows[: ranks.rank])
-            pool = pool.slice(first, first + num_rows[ranks.rank])
-        is_max = is_max_score(rules.retrieval_fn)
-        num_top = max(rules.num_top, int(is_max))
-        batch, device = len(self.asked.queries), self.asked.queries.device
-        rows = torch.zeros(batch, rules.num_draws, dtype=torch.int64, device=device)
-        top_rows = torch.full((batch, num_top), -1, device=device)
-        top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
-        lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
-        num_limited = None if self.limits is None else torch.zeros(batch, dtype=torch.int64, device=device)
-        group_rows = None
-        if meeting.told[ranks.rank].has_rows and pool.num_rows:
-            result = retrieve(
-                self.asked.queries,
-                pool,
-                generator=rules.generator,
-                score_transform=rules.score_transform,
-                excluded=self.excluded,
-                top_k=None if rules.top_k is None else top_k_of_shard(rules.top_k, num_rows, ranks.rank),
-                num_samples=rules.num_draws,
-                num_top=num_top,
-                limits=self.limits,
-            )
-            lse, rows, found = result.lse, result.rows + first, result.top_rows.shape[1]
-            group_rows, num_limited = result.group_rows, result.num_limited
-            top_scores[:, :found] = result.top_scores
-            top_rows[:, :found] = torch.where(result.top_rows >= 0, result.top_rows + first, -1)
-        if is_max and rules.num_draws:
-            rows = top_rows[:, :1].clamp(min=0)
-        return Retrieved(lse, rows, top_rows, top_scores, group_rows, num_limited)
-
-    def choose(self, entries: _Entries, lse: Tensor, uniform: Tensor) -> tuple[_Entries, Tensor, Tensor]:
-        """Choose the documents to encode from the draws; then each rank has its part of them.
-
-        Args:
-            entries: The draws, and the best rows.
-            lse: `[batch of all]`: of all shards.
-            uniform: float64 `[]`.
-
-        Returns:
-            The entries with the chosen ones for the draws, their weights `[batch, n]`, and the correction.
-        """
-        rules, asked, meeting = self.rules, self.asked, self.meeting
-        draws = Draws(
-            *(values[: entries.num_draws] for values in (entries.owner, entries.candidate, entries.is_update))
-        )
-        mine = (draws.owner == self.ranks.rank).nonzero().squeeze(1)
-        device = lse.device
-        candidates = candidates_of(
-            asked.queries,
-            self.pool,
-            lse,
-            self.result.rows.flatten()[draws.candidate[mine].to(device)],
-            draws.is_drawn[mine].to(device),
-            rules.num_candidates,
-            rules.score_transform,
-            self.excluded,
-            self.limits,
-            self.result.group_rows,
-        )
-        assert asked.positive_scores is not None
-        assert asked.fresh_lse is not None
-        count = rules.num_samples * len(asked.queries)
-        shared = choose_together(
-            self.ranks,
-            meeting,
-            draws,
-            candidates,
-            asked.queries,
-            asked.positive_scores,
-            asked.fresh_lse,
-            lse,
-            count,
-            uniform,
-        )
-        parts = torch.tensor([rules.num_samples * batch for batch in meeting.batches])
-        asker = torch.repeat_interleave(torch.arange(self.ranks.size), parts)
-        tops = slice(entries.num_draws, None)
-        chosen = _Entries(
-            query=torch.cat([torch.full_like(shared.at, -1), entries.query[tops]]),
-            asker=torch.cat([asker, entries.asker[tops]]),
-            owner=torch.cat([draws.owner[shared.at], entries.owner[tops]]),
-            candidate=torch.cat([draws.candidate[shared.at], entries.candidate[tops]]),
-            is_update=torch.cat([shared.is_chosen, entries.is_update[tops]]),
-            num_draws=len(shared.at),
-        )
-        return chosen, shared.weights, shared.correction
-
-
-def _plan(rules: Rules, meeting: Meeting, lse: Tensor, top_scores: Tensor, uniform: Tensor) -> _Entries:
-    """Choose the owner of each draw, and of each of the best rows.
-
-    Args:
-        lse: `[ranks, batch of all]`.
-        top_scores: `[ranks, batch of all, num_top or 1]`.
-        uniform: `[batch of all, draws + 1]`.
-    """
-    num_ranks, batch = lse.shape
-    num_samples, num_top = rules.num_draws, top_scores.shape[2]
-    owner = choose_shard(lse, uniform[:, :num_samples])
-    if is_max_score(rules.retrieval_fn) and num_samples:
-        best = top_scores[:, :, 0].max(dim=0)
-        owner = torch.where(best.values > -torch.inf, best.indices, -1)[:, None]
-    owner = owner.flatten()
-    query, candidate = torch.arange(batch).repeat_interleave(num_samples), torch.arange(batch * num_samples)
-    is_update = owner >= 0
-    if bool(is_update.any()):  # a query without negatives gets another's document, so that every rank encodes
-        first = int(is_update.to(torch.uint8).argmax())
-        candidate = torch.where(is_update, candidate, first)
-        owner = torch.where(is_update, owner, owner[first])
-    else:
-        query, candidate, owner, is_update = query[:0], candidate[:0], owner[:0], is_update[:0]
-    num_draws = len(query)
-    if rules.num_top:
-        # the best of all ranks' best: equal scores in the order of ranks, which is that of rows
-        scores, at = exact_top_k(top_scores.transpose(0, 1).flatten(1), rules.num_top)
-        top_query, slot = (scores > -torch.inf).nonzero().unbind(dim=1)
-        at = at[top_query, slot]
-        query = torch.cat([query, top_query])
-        owner = torch.cat([owner, at // num_top])
-        candidate = torch.cat([candidate, batch * num_samples + top_query * num_top + at % num_top])
-        is_update = torch.cat([is_update, torch.zeros(len(top_query), dtype=torch.bool)])
-    asker = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(meeting.batches))
-    return _Entries(query, asker[query], owner, candidate, is_update, num_draws)
-
-
 @dataclass
 class _FromRanks(Negatives):
     """Drawn from the caches of all ranks.
@@ -338,7 +147,7 @@ class _FromRanks(Negatives):
     is_shared: bool
     ranks: Ranks
     meeting: Meeting
-    entries: _Entries
+    entries: Entries
     candidates: Tensor
     new_ids: Tensor
     found: Tensor

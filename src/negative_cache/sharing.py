@@ -7,6 +7,8 @@ the gradient; those that were not chosen serve the queries by their cached embed
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,32 @@ from negative_cache.retrieval import Limits, RowPool, ScoreTransform
 from negative_cache.retrieval.reference import scores_of
 
 
+class Level(NamedTuple):
+    """Candidates as seen by truncated embeddings.
+
+    Attributes:
+        lse: `[batch]`: an estimate of the logsumexp of the scores of each query's negatives.
+        weights: `[batch, n]`.
+        cached: `[n, dim]`: truncated.
+    """
+
+    lse: Tensor
+    weights: Tensor
+    cached: Tensor
+
+
+class Serving(NamedTuple):
+    """How encoded documents serve the queries.
+
+    Attributes:
+        weights: `[batch, n]`: with which each document's score counts.
+        correction: `[batch, dim]`: a vector of mean 0 whose product with the query is added.
+    """
+
+    weights: Tensor
+    correction: Tensor
+
+
 class Candidates(NamedTuple):
     """Rows drawn for `batch` queries.
 
@@ -27,6 +55,7 @@ class Candidates(NamedTuple):
         weights: `[batch, n]`: with which each row serves each query; 0 for a column that repeats another.
         log_probabilities: `[batch, n]`: log of the softmax of each query.
         cached: `[n, dim]`: the rows' embeddings, in the dtype of the weights.
+        levels: The same for truncated embeddings.
     """
 
     rows: Tensor
@@ -34,11 +63,23 @@ class Candidates(NamedTuple):
     weights: Tensor
     log_probabilities: Tensor
     cached: Tensor
+    levels: tuple[Level, ...] = ()
 
     def sizes(self, shares: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """How much each row adds to the batch's gradient, `[n]`, and the query that it adds most to, int64 `[n]`."""
         sizes = estimators.importance(self.weights, shares, queries)
         return sizes, (self.weights * shares[:, None]).argmax(dim=0)
+
+    def serve(self, at: Tensor, factors: Tensor) -> list[Serving]:
+        """How the columns `at [n]`, that were chosen with probabilities `1 / factors [n]`, serve each query.
+
+        For the whole embeddings, and then for each level.
+        """
+        result = []
+        for weights, cached in [(self.weights, self.cached), *((level.weights, level.cached) for level in self.levels)]:
+            chosen = weights[:, at] * factors
+            result.append(Serving(chosen, weights @ cached - chosen @ cached[at]))
+        return result
 
 
 class Choice(NamedTuple):
@@ -66,6 +107,8 @@ def candidates_of(
     excluded: Tensor | None = None,
     limits: Limits | None = None,
     group_rows: Tensor | None = None,
+    dims: Sequence[int] = (),
+    merge: Callable[[Tensor], Tensor] | None = None,
 ) -> Candidates:
     """Weigh the rows that were drawn from a pool.
 
@@ -77,6 +120,8 @@ def candidates_of(
         is_drawn: bool `[n]`: which of them count.
         num_samples: Draws per query.
         score_transform, excluded, limits, group_rows: See `retrieve`; as the rows were drawn.
+        dims: Truncated dimensions to weigh the rows for too.
+        merge: From logsumexps of this pool's rows `[batch]` to those of all pools; None if this is the only one.
     """
     counts, positions = count_equal(rows, is_drawn), torch.arange(len(rows), device=rows.device)
     if is_free_to_read(rows):
@@ -86,7 +131,18 @@ def candidates_of(
     has_negatives = (lse > -torch.inf)[:, None]
     log_probabilities = torch.where(has_negatives, scores - torch.where(has_negatives, lse[:, None], 0), -torch.inf)
     weights = estimators.balance_weights(log_probabilities, counts, num_samples)
-    return Candidates(rows, positions, weights, log_probabilities, pool.gather(rows).to(weights.dtype))
+    cached = pool.gather(rows).to(weights.dtype)
+    log_proposals = counts.log() - math.log(num_samples) - log_probabilities.logsumexp(dim=0)
+    levels = []
+    for dim in dims:
+        short = estimators.truncate(cached, dim)
+        products = estimators.truncate(queries.to(short.dtype), dim) @ short.T
+        products = products if score_transform is None else score_transform(products)
+        partial, logits = estimators.reweigh(log_proposals, products.masked_fill(scores == -torch.inf, -torch.inf))
+        total = partial if merge is None else merge(partial)
+        level_weights = torch.where(has_negatives, logits - total[:, None], -torch.inf).exp().nan_to_num(0.0)
+        levels.append(Level(total, level_weights, short))
+    return Candidates(rows, positions, weights, log_probabilities, cached, tuple(levels))
 
 
 def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True) -> Choice:

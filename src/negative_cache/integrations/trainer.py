@@ -17,13 +17,15 @@ from negative_cache.distributed import Ranks, world
 from negative_cache.modules import NegativeCacheLoss
 
 FOLDER = "negative_cache"
+_TAGS = {"interpretable_loss": "interpretable_prediction_loss"}
 
 
 class NegativeCacheTrainerMixin:
     """Saves every cache of the trainer's loss in each checkpoint folder, and restores it on resume.
 
     Put it before the trainer's class: `class MyTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer)`. The
-    losses may be wrapped in others, or be in a dict. `save_total_limit` applies to the caches as to all else.
+    losses may be wrapped in others, or be in a dict. `save_total_limit` applies to the caches as to all else. The
+    caches' metrics are logged beside the loss.
     """
 
     loss: Any
@@ -55,6 +57,16 @@ class NegativeCacheTrainerMixin:
         except _AlreadyTrainedError:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, 0.0, {})
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """What the trainer logs while it trains, and the metrics of each cache beside it, as `cache/...`."""
+        if "loss" in logs:
+            losses = cache_losses(self.loss)
+            for name, loss in losses.items():
+                prefix = "cache" if len(losses) == 1 else f"cache/{name}"
+                for metric, value in loss.metrics().items():
+                    logs[f"{prefix}/{_TAGS.get(metric, metric)}"] = value
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The trainer calls this after it has saved the model, before it writes trainer_state.json (by which a

@@ -60,6 +60,16 @@ def train(
     scale: Annotated[float, typer.Option(help="Factor of the similarities (1 / temperature).")] = 20.0,
     top_k: Annotated[int | None, typer.Option(help="Only the best row of each of k groups of the cache.")] = None,
     num_samples: Annotated[int, typer.Option(help="Cached documents encoded per query.")] = 1,
+    in_batch: Annotated[bool, typer.Option(help="Documents of the batch are negatives of its other queries.")] = True,
+    shared: Annotated[bool, typer.Option(help="What is encoded serves every query of the batch.")] = True,
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="No negatives above the positive's similarity less this.")
+    ] = None,
+    relative_margin: Annotated[
+        float | None, typer.Option(help="No negatives above (1 - this) of the positive's similarity.")
+    ] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Also documents against cached queries.")] = False,
+    refresh_per_step: Annotated[int, typer.Option(help="Cached documents encoded anew per step, no gradient.")] = 0,
     embedding_dtype: EmbeddingDtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Evaluate on the dev split every so many steps.")] = None,
@@ -88,6 +98,12 @@ def train(
             scale=scale,
             top_k=top_k,
             num_samples=num_samples,
+            in_batch=in_batch,
+            shared=shared,
+            absolute_margin=absolute_margin,
+            relative_margin=relative_margin,
+            symmetric=symmetric,
+            refresh_per_step=refresh_per_step,
             embedding_dtype=embedding_dtype,
             seed=seed,
             eval_steps=eval_steps,

@@ -30,6 +30,14 @@ class RunConfig:
         scale: Factor of the similarities, the same for all losses.
         top_k: See `NegativeCacheRankingLoss`.
         num_samples: See `NegativeCacheRankingLoss`.
+        in_batch: See there.
+        shared: See there; with in_batch=False, shared=False is the paper's estimator.
+        num_candidates: See there.
+        absolute_margin: See there.
+        relative_margin: See there.
+        symmetric: See there.
+        refresh_per_step: See there.
+        use_lru: See there.
         embedding_dtype: How the cache stores embeddings: float32, bfloat16, float16 or int8.
         seed: Seed of weights, data order and draws.
         eval_steps: Evaluate on the dev split every so many steps; None for never.
@@ -48,6 +56,14 @@ class RunConfig:
     scale: float = 20.0
     top_k: int | None = None
     num_samples: int = 1
+    in_batch: bool = True
+    shared: bool = True
+    num_candidates: int | None = None
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    symmetric: bool = False
+    refresh_per_step: int = 0
+    use_lru: bool = True
     embedding_dtype: str = "float32"
     seed: int = 0
     eval_steps: int | None = None

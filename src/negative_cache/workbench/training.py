@@ -271,6 +271,14 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         scale=config.scale,
         top_k=config.top_k,
         num_samples=config.num_samples,
+        in_batch=config.in_batch,
+        shared=config.shared,
+        num_candidates=config.num_candidates,
+        absolute_margin=config.absolute_margin,
+        relative_margin=config.relative_margin,
+        symmetric=config.symmetric,
+        refresh_per_step=config.refresh_per_step,
+        use_lru=config.use_lru,
         embedding_dtype=getattr(torch, config.embedding_dtype),
         seed=config.seed,
         gather_across_devices=processes.count() > 1,
@@ -293,14 +301,6 @@ class RunTrainer(NegativeCacheTrainer):
 
     resumed_from = 0
     seconds = 0.0
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.loss, NegativeCacheRankingLoss) and "loss" in logs:
-            metrics = self.loss.metrics()
-            logs["cache/interpretable_prediction_loss"] = metrics["interpretable_loss"]
-            logs["cache/staleness"] = metrics["staleness"]
-            logs["cache/fill"] = metrics["fill"]
-        super().log(logs, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
