@@ -1,8 +1,8 @@
 """A two-tower recommender: users and items with features, and items that some thousand times more people know.
 
-What people take depends on their taste and on how popular an item is. Negatives come from the batch and the cache, where
-popular items are often: uncorrected, they are held against popular items. `log_q` corrects for that. The table shows
-how often one of the ten best items of a user is the one that was taken, on held-out pairs. Takes some ten seconds.
+What people take depends on their taste and on how popular an item is. Negatives come from the batch and the cache,
+where popular items are often: uncorrected, that is held against them. `log_q` corrects for it. The table shows how
+often one of the ten best items of a user is the one that was taken, on held-out pairs. Takes some ten seconds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ NUM_ITEMS, NUM_TASTES, NUM_PAIRS, BATCH, STEPS = 5_000, 8, 40_000, 128, 500
 
 
 def make_data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of items `[items, tastes]`, and pairs: features of users `[pairs, tastes]`, the items they took `[pairs]`."""
+    """Features of items `[items, tastes]` and of users `[pairs, tastes]`, and the items that these took `[pairs]`."""
     generator = torch.Generator().manual_seed(seed)
     items = torch.randn(NUM_ITEMS, NUM_TASTES, generator=generator)
     popularity = 1.0 / torch.arange(1, NUM_ITEMS + 1)
     users = torch.randn(NUM_PAIRS, NUM_TASTES, generator=generator)
-    taken = [
-        ((part @ items.T).exp() * popularity).multinomial(1, generator=generator).squeeze(1) for part in users.split(4096)
-    ]
-    return items, users, torch.cat(taken)
+    weights = [(part @ items.T).exp() * popularity for part in users.split(4096)]
+    return items, users, torch.cat([part.multinomial(1, generator=generator).squeeze(1) for part in weights])
 
 
 class Tower(nn.Module):
@@ -71,7 +69,8 @@ def main() -> None:
     items, users, taken = make_data()
     held_out = slice(NUM_PAIRS - 4_000, None)
     seen = slice(0, NUM_PAIRS - 4_000)
-    print(f"{NUM_ITEMS:,} items, the first tenth of them taken in {float((taken < NUM_ITEMS // 10).float().mean()):.0%}")
+    share = float((taken < NUM_ITEMS // 10).float().mean())
+    print(f"{NUM_ITEMS:,} items, of which a tenth is taken {share:.0%} of the time")
     most_popular = torch.bincount(taken[seen], minlength=NUM_ITEMS).topk(10).indices
     popular = float((taken[held_out][:, None] == most_popular).any(dim=1).float().mean())
     print(f"{'ten most popular items':24} hit rate@10 {popular:.3f}")
