@@ -62,11 +62,8 @@ class Health:
         if cache is None:
             return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
         _check_rejected(cache)
-        num_filled = int(cache.num_filled)
         latest = {key: float(value) for key, value in self._latest.items()}
-        numbers = {"staleness": 0.0, **latest, "fill": num_filled / cache.num_rows}
-        if "num_limited" in numbers:
-            numbers["masked"] = numbers.pop("num_limited") / max(num_filled, 1)
+        numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if len(self._gradients) == 2:
             queries, documents = (float(self._gradients[side]) for side in ("queries", "documents"))
             if documents > 0:

@@ -313,13 +313,16 @@ class NegativeCacheLoss(RanksCache):
     def _loss(self, step: Step, scale: Tensor | float, scores: Scores, negatives: Negatives, encoded: Tensor) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
         batch = step.batch
-        log_weight, scores = weigh_cache(step.cache, scores, self.warmup_fill, batch.log_q is not None)
+        num_filled = step.cache.num_filled if negatives.num_filled is None else negatives.num_filled
+        log_weight, scores = weigh_cache(
+            num_filled, self.cache_size, scores, self.warmup_fill, batch.log_q is not None
+        )
         everything = negatives.of_all(encoded)
         outcome = compute_loss(batch.queries, batch.documents, scale, scores, negatives, everything, log_weight)
         if step.is_writing:
             self.health.take(outcome.diagnostics)
             if negatives.num_limited is not None:
-                self.health.add({"num_limited": negatives.num_limited.float().mean()})
+                self.health.add({"masked": negatives.num_limited.float().mean() / num_filled.clamp(min=1)})
             given = [] if batch.negatives is None else [batch.negatives]
             self.health.watch(batch.queries, [batch.documents, *given, encoded])
         return outcome.loss
