@@ -1,9 +1,4 @@
-"""`NegativeCacheLoss` with shared documents as an estimator: its mean gradient against that of the dense loss.
-
-The cached embeddings are stale: not what the encoder makes. The exact gradient then has the softmax of the cached
-embeddings and the scores of new ones: `sum_k softmax_k grad s_k - grad s_positive`, with the batch's documents among
-the k.
-"""
+"""`NegativeCacheLoss` with shared documents as an estimator: its mean gradient against that of the dense loss."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dense import Exact, Problem, exact
 from negative_cache import FixedLenFeature, NegativeCacheLoss, drawing, estimators
 from negative_cache.sharing import choose
 from stats import ALPHA, mean_gradient
@@ -34,61 +30,15 @@ QUERIES = 0.7 * torch.randn(BATCH, DIM, generator=_GENERATOR, dtype=torch.float6
 TABLE = 0.8 * torch.randn(NUM_DOCUMENTS, DIM, generator=_GENERATOR, dtype=torch.float64)
 STALE = TABLE[:NUM_ROWS] + 0.4 * torch.randn(NUM_ROWS, DIM, generator=_GENERATOR, dtype=torch.float64)
 
+PROBLEM = Problem(QUERIES, TABLE, DOCUMENTS, GIVEN, POSITIVES, STALE, SCALE)
+GROUPS = [row * 4 // CACHE_SIZE for row in range(NUM_ROWS)]  # the cache's 20 rows in 4 groups
+
 
 class Found(NamedTuple):
     """Gradients to queries, documents, given negatives, table and logarithm of the scale, `[passes, n]`; and values."""
 
     gradients: Tensor
     values: Tensor
-
-
-class Exact(NamedTuple):
-    gradient: Tensor
-    value: Tensor
-
-
-def exact(
-    with_ids: bool = True,
-    in_batch: bool = True,
-    top_k: int | None = None,
-    stale: Tensor = STALE,
-    is_fresh: bool = False,
-    counts_twice: bool = False,
-    positives: Tensor = POSITIVES,
-) -> Exact:
-    """Row by row from the dense formulas; the last three make mistakes that the test must notice."""
-    leaves = [x.clone().requires_grad_() for x in (QUERIES, TABLE[DOCUMENTS], TABLE[GIVEN], TABLE, SCALE.log())]
-    queries, documents, given, table, log_scale = leaves
-    scale = log_scale.exp()
-    ids = torch.cat([DOCUMENTS, GIVEN]) if with_ids else torch.full((BATCH + len(GIVEN),), -1)
-    fresh = torch.cat([documents, given]) if in_batch else given
-    ids = ids if in_batch else ids[BATCH:]
-    total, losses = torch.zeros((), dtype=torch.float64), []
-    for query in range(BATCH):
-        own = {*positives[query].tolist(), int(DOCUMENTS[query])} if with_ids else set()
-        seen: set[int] = set()
-        columns = []
-        for column, document in enumerate(ids.tolist()):
-            is_repeated = document >= 0 and document in seen and not counts_twice
-            is_own = in_batch and column == query
-            if not (is_repeated or is_own or document in own - {-1}):
-                columns.append(column)
-            seen.add(document)
-        rows = [row for row in range(NUM_ROWS) if not with_ids or row not in own | (set() if counts_twice else seen)]
-        cached = torch.full((CACHE_SIZE,), -torch.inf, dtype=torch.float64)
-        cached[rows] = SCALE * stale[rows].double() @ QUERIES[query]
-        if top_k is not None:  # the best row of each of equal groups
-            groups = cached.view(top_k, -1)
-            cached = torch.where(groups == groups.amax(1, keepdim=True), groups, -torch.inf).flatten()
-        cached = cached[:NUM_ROWS]
-        positive = scale * queries[query] @ documents[query]
-        scores = torch.cat([positive[None], scale * fresh[columns] @ queries[query], cached])
-        live = torch.cat([scores[: 1 + len(columns)], scale * table[:NUM_ROWS] @ queries[query]])
-        losses.append((scores.logsumexp(0) - scores[0]).detach())
-        weights = (live if is_fresh else scores).detach().softmax(0)
-        total = total + (weights * live).sum() - positive
-    gradients = torch.autograd.grad(total / BATCH, leaves)
-    return Exact(torch.cat([gradient.flatten() for gradient in gradients]), torch.stack(losses).mean())
 
 
 class Encoder:
@@ -148,7 +98,7 @@ def check(found: Found, truth: Exact) -> None:
 
 
 def test_the_default_is_unbiased_and_its_value_exact(default: Found):
-    check(default, exact())
+    check(default, exact(PROBLEM))
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -163,13 +113,25 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
 def test_other_settings_are_unbiased(settings: dict[str, Any]):
-    truth = {key: settings[key] for key in ("with_ids", "in_batch", "top_k") if key in settings}
-    check(collect(**settings), exact(**truth))
+    truth = {key: settings[key] for key in ("with_ids", "in_batch") if key in settings}
+    check(collect(**settings), exact(PROBLEM, groups=GROUPS if "top_k" in settings else None, **truth))
 
 
 def test_what_cannot_be_looked_at_is_unbiased():
     with as_on_a_gpu():
-        check(collect(), exact())
+        check(collect(), exact(PROBLEM))
+
+
+def test_the_oracle_has_the_gradient_of_its_value():
+    """Where cached embeddings are not stale: by differences of the value."""
+    fresh, step = PROBLEM._replace(stale=TABLE[:NUM_ROWS]), 1e-6
+    gradient = exact(fresh).gradient
+    for at in range(QUERIES.numel()):
+        shift = (
+            torch.zeros(QUERIES.numel(), dtype=torch.float64).index_fill_(0, torch.tensor(at), step).view_as(QUERIES)
+        )
+        up, down = (exact(fresh._replace(queries=QUERIES + sign * shift)).value for sign in (1, -1))
+        torch.testing.assert_close((up - down) / (2 * step), gradient[at], rtol=1e-6, atol=1e-9)
 
 
 # What the test must notice
@@ -178,15 +140,19 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "the cache's softmax of new embeddings": {"is_fresh": True},
     "the batch's documents are left out": {"in_batch": False},
     "documents count twice": {"counts_twice": True},
-    "known positives are negatives": {"positives": torch.full_like(POSITIVES, -1)},
     "no ids": {"with_ids": False},
-    "groups of rows": {"top_k": 4},
+    "groups of rows": {"groups": GROUPS},
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_another_gradient_is_rejected(default: Found, mistake: dict[str, Any]):
-    assert mean_gradient(default.gradients, exact(**mistake).gradient) < ALPHA
+    assert mean_gradient(default.gradients, exact(PROBLEM, **mistake).gradient) < ALPHA
+
+
+def test_known_positives_that_count_are_rejected(default: Found):
+    forgetful = PROBLEM._replace(positives=torch.full_like(POSITIVES, -1))
+    assert mean_gradient(default.gradients, exact(forgetful).gradient) < ALPHA
 
 
 def without_factors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +186,7 @@ def with_a_lost_row(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("break_it", [without_factors, without_counts, with_a_wrong_share, with_a_lost_row])
 def test_a_broken_estimator_is_rejected(break_it: Any, monkeypatch: pytest.MonkeyPatch):
     break_it(monkeypatch)
-    assert mean_gradient(collect(100).gradients, exact().gradient) < ALPHA
+    assert mean_gradient(collect(100).gradients, exact(PROBLEM).gradient) < ALPHA
 
 
 # Noise
