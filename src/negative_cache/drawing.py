@@ -258,6 +258,6 @@ def _share(
     count = rules.num_samples * len(asked.queries)
     uniform = uniforms((), rules.generator, drawn.lse.device)
     chosen = choose(*candidates.sizes(shares, asked.queries), count, uniform)
-    weights = candidates.weights[:, chosen.at] * chosen.factors
+    weights = candidates.weights[:, chosen.at] * chosen.factors.to(candidates.weights.dtype)
     correction = candidates.weights @ candidates.cached - weights @ candidates.cached[chosen.at]
     return candidates.rows[chosen.at], chosen.is_chosen, weights, correction
