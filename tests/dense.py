@@ -7,6 +7,7 @@ the k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ class Problem(NamedTuple):
         positives: int64 `[batch, n]`: further positives, filled up with -1.
         stale: float64 `[num_rows, dim]`: the cache's embeddings of the first documents.
         scale: float64 `[]`.
+        log_q: float64 `[num_documents]`: log of the probability with which each is met; None without a correction.
     """
 
     queries: Tensor
@@ -34,6 +36,7 @@ class Problem(NamedTuple):
     positives: Tensor
     stale: Tensor
     scale: Tensor
+    log_q: Tensor | None = None
 
 
 class Exact(NamedTuple):
@@ -93,11 +96,18 @@ def exact(
             best = {group: max(float(s) for s, g in zip(cached, groups, strict=True) if g == group) for group in groups}
             is_best = [float(s) == best[g] for s, g in zip(cached, groups, strict=True)]
             cached = cached.masked_fill(~torch.tensor(is_best), -torch.inf)
+        shift = torch.zeros(len(columns) + num_rows, dtype=torch.float64)
+        if problem.log_q is not None:
+            members = torch.cat([problem.documents, problem.given])[-len(fresh) :][columns]
+            shift = -problem.log_q[torch.cat([members, torch.arange(num_rows)])]
+            shift = shift - math.log(num_rows + len(fresh) - in_batch)
         positive = scale * queries[query] @ documents[query]
         batch_scores = torch.cat([positive[None], scale * fresh[columns] @ queries[query]])
         cached_scores = scale * table[:num_rows] @ queries[query]
+        shift = torch.cat([positive.new_zeros(1), shift])
         live = torch.cat([batch_scores, cached_scores])
         scores = live.detach() if is_fresh else torch.cat([batch_scores.detach(), cached])
+        scores = scores + shift
         losses.append(scores.logsumexp(0) - scores[0])
         total = total + (scores.softmax(0) * live).sum() - positive
     gradients = torch.autograd.grad(total / batch, leaves)

@@ -18,6 +18,7 @@ from support import assert_same_state, snapshot
 SCALE = 1.5
 Q = torch.tensor([1 / 1, 1 / 2, 1 / 3], dtype=torch.float64)  # Zipf's law
 Q = Q / Q.sum()
+LOG_Q = Q.log()
 ITEMS = torch.tensor([[0.9, -0.3], [-1.0, 0.4], [0.2, 1.1]], dtype=torch.float64)
 QUERIES = torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)  # orthogonal
 SPECS = {"item": FixedLenFeature([], torch.int64)}
@@ -28,7 +29,7 @@ def make_loss(cache_size: int = 4, **settings: Any) -> NegativeCacheLoss:
     return NegativeCacheLoss(lambda f: ITEMS[f["item"]].clone().requires_grad_(), cache_size, SCALE, **settings)
 
 
-def step(loss_fn: NegativeCacheLoss, items: Tensor, log_q: Tensor | None = Q.log()) -> tuple[Tensor, Tensor]:
+def step(loss_fn: NegativeCacheLoss, items: Tensor, log_q: Tensor | None = LOG_Q) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and its documents as a leaf."""
     documents = ITEMS[items].clone().requires_grad_()
     queries = QUERIES[: len(items)] if len(items) <= 2 else QUERIES.repeat(len(items), 1)[: len(items)]
@@ -65,10 +66,10 @@ TRUTH = (SCALE * QUERIES @ ITEMS.T).exp().sum(1)
 
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_the_mean_of_the_corrected_partition_is_that_of_all_documents(in_batch: bool):
-    torch.testing.assert_close(mean_partition(Q.log(), in_batch), TRUTH, rtol=1e-6, atol=0)  # log q is float32
+    torch.testing.assert_close(mean_partition(LOG_Q, in_batch), TRUTH, rtol=1e-6, atol=0)  # log q is float32
 
 
-@pytest.mark.parametrize("log_q", [None, -Q.log(), Q.log() / 2, torch.zeros(3)])
+@pytest.mark.parametrize("log_q", [None, -LOG_Q, LOG_Q / 2, torch.zeros(3)])
 def test_without_the_right_correction_it_is_another(log_q: Tensor | None):
     assert float((mean_partition(log_q) / TRUTH - 1).abs().max()) > 0.05
 
@@ -86,10 +87,10 @@ def trained(**settings: Any) -> NegativeCacheLoss:
 @pytest.mark.parametrize("first", [True, False])
 def test_it_is_given_in_every_step_or_in_none(first: bool):
     loss_fn, items = make_loss(), torch.tensor([0, 1])
-    step(loss_fn, items, Q.log() if first else None)
+    step(loss_fn, items, LOG_Q if first else None)
     before = snapshot(loss_fn)
     with pytest.raises(ValueError, match="`log_q` must be given in every step or in none"):
-        step(loss_fn, items, None if first else Q.log())
+        step(loss_fn, items, None if first else LOG_Q)
     assert_same_state(before, snapshot(loss_fn))
 
 
@@ -125,7 +126,7 @@ def test_it_is_saved_with_the_cache(with_specs: bool, how: str, tmp_path: Path):
     filled = loaded.cache.filled
     items = loaded.cache.data["item"][filled]
     assert len(items) == 6
-    torch.testing.assert_close(loaded.cache.data[BIAS][filled], -Q.log()[items].float(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded.cache.data[BIAS][filled], -LOG_Q[items].float(), rtol=0, atol=0)
     for loss_fn in (saved, loaded):
         loss_fn.eval()
     both = [step(loss_fn, torch.tensor([2, 1]))[0] for loss_fn in (saved, loaded)]
@@ -140,7 +141,7 @@ def test_it_stays_exact_where_embeddings_are_rounded_and_features_in_files(tmp_p
     assert values.dtype == torch.float32
     assert scales is None
     filled = cache.filled
-    assert torch.equal(values[filled], -Q.log()[cache.data["item"][filled]].float())
+    assert torch.equal(values[filled], -LOG_Q[cache.data["item"][filled]].float())
     # the loss is that of the rounded embeddings with the correction, n = 6 rows and one other document
     loss_fn.eval()
     loss, _ = step(loss_fn, torch.tensor([2, 1]))

@@ -50,19 +50,21 @@ class Encoder:
         return self.output
 
 
-def filled_loss(encoder: Any, with_ids: bool = True, **settings: Any) -> NegativeCacheLoss:
+def filled_loss(encoder: Any, with_ids: bool = True, log_q: Tensor | None = None, **settings: Any) -> NegativeCacheLoss:
     """A loss whose cache holds the stale embeddings of the first documents."""
     specs = {"row": FixedLenFeature([], torch.int64)}
     settings = {"embedding_dtype": torch.float64, "specs": specs, "seed": 0, "learnable_scale": True, **settings}
     loss_fn = NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, **settings)
     rows, ids = torch.arange(NUM_ROWS), torch.arange(NUM_ROWS)
-    loss_fn(STALE, STALE, {"row": rows}, ids if with_ids else None)
+    log_q = None if log_q is None else log_q[rows]
+    loss_fn(STALE, STALE, {"row": rows}, ids if with_ids else None, log_q=log_q)
     return loss_fn
 
 
-def collect(passes: int = PASSES, with_ids: bool = True, **settings: Any) -> Found:
+def collect(passes: int = PASSES, with_ids: bool = True, log_q: Tensor | None = None, **settings: Any) -> Found:
     encoder = Encoder()
-    loss_fn = filled_loss(encoder, with_ids, **settings)
+    loss_fn = filled_loss(encoder, with_ids, log_q, **settings)
+    new_log_q = None if log_q is None else log_q[torch.cat([DOCUMENTS, GIVEN])]
     cache = loss_fn.cache
     gradients, values = [], []
     for _ in range(passes):
@@ -76,6 +78,7 @@ def collect(passes: int = PASSES, with_ids: bool = True, **settings: Any) -> Fou
             negative_embeddings=leaves[2],
             negative_features={"row": GIVEN},
             negative_ids=GIVEN if with_ids else None,
+            log_q=new_log_q,
         )
         loss_fn.log_scale.grad = None
         loss.backward()
@@ -115,6 +118,15 @@ CASES: dict[str, dict[str, Any]] = {
 def test_other_settings_are_unbiased(settings: dict[str, Any]):
     truth = {key: settings[key] for key in ("with_ids", "in_batch") if key in settings}
     check(collect(**settings), exact(PROBLEM, groups=GROUPS if "top_k" in settings else None, **truth))
+
+
+def test_corrected_scores_are_unbiased():
+    log_q = torch.rand(NUM_DOCUMENTS, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log().float()
+    found = collect(with_ids=False, log_q=log_q)
+    truth = exact(PROBLEM._replace(log_q=log_q.double()), with_ids=False)
+    torch.testing.assert_close(found.values, truth.value.expand_as(found.values), rtol=1e-6, atol=0)  # log is float32
+    assert mean_gradient(found.gradients, truth.gradient) > ALPHA
+    assert mean_gradient(found.gradients, exact(PROBLEM, with_ids=False).gradient) < ALPHA
 
 
 def test_what_cannot_be_looked_at_is_unbiased():
