@@ -314,9 +314,7 @@ class NegativeCacheLoss(RanksCache):
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
         batch = step.batch
         num_filled = step.cache.num_filled if negatives.num_filled is None else negatives.num_filled
-        log_weight, scores = weigh_cache(
-            num_filled, self.cache_size, scores, self.warmup_fill, batch.log_q is not None
-        )
+        log_weight, scores = weigh_cache(num_filled, self.cache_size, scores, self.warmup_fill, batch.log_q is not None)
         everything = negatives.of_all(encoded)
         outcome = compute_loss(batch.queries, batch.documents, scale, scores, negatives, everything, log_weight)
         if step.is_writing:

@@ -146,7 +146,8 @@ def score_batch(
         if ceilings is not None:
             hidden = hidden | (scores.detach() > ceilings[:, None])
         if guide is not None and guide_ceilings is not None and fresh.guide is not None:
-            hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
+            with torch.autocast(queries.device.type, enabled=False):
+                hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
         scores = scores if fresh.biases is None else scores + fresh.biases
         scores = scores.masked_fill(hidden, -torch.inf)
         num_fresh = len(embeddings) - (fresh.first_own >= 0)
