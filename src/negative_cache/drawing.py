@@ -128,6 +128,7 @@ class Negatives(abc.ABC):
         top_features: For each query the features `[k, ...]` of its best rows, best first.
         withheld_ids: int64 `[m]`: ids of the given negatives, of all ranks; None where they are unknown.
         num_limited: int64 `[batch]`: how many rows the limits hid; None without limits.
+        num_filled: int64 `[]`: the filled rows of all ranks; None where those of this process are all.
     """
 
     lse: Tensor
@@ -140,6 +141,7 @@ class Negatives(abc.ABC):
     top_features: list[dict[str, Tensor]]
     withheld_ids: Tensor | None
     num_limited: Tensor | None
+    num_filled: Tensor | None
 
     def of_all(self, fresh: Tensor) -> Tensor:
         """The new embeddings of all ranks, with gradient, in the order of `serving`; `fresh` itself if not shared."""
@@ -230,6 +232,7 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         else [],
         withheld_ids=withheld_ids,
         num_limited=drawn.num_limited,
+        num_filled=None,
         rows=rows,
         is_update=is_update,
     )

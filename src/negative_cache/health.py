@@ -26,11 +26,11 @@ class Health:
         self._gradients: dict[str, Tensor] = {}
         self._has_warned: set[str] = set()
 
-    def take(self, diagnostics: dict[str, Tensor], num_limited: Tensor | None = None) -> None:
-        """Begin a step with its diagnostics, and how many rows were hidden from each query `[batch]`."""
+    def take(self, diagnostics: dict[str, Tensor], num_limited: Tensor | None, num_filled: Tensor) -> None:
+        """Begin a step with its diagnostics, and how many of the filled rows were hidden from each query `[batch]`."""
         self._latest = dict(diagnostics)
         if num_limited is not None:
-            self._latest["num_limited"] = num_limited.float().mean()
+            self._latest["masked"] = num_limited.float().mean() / num_filled.clamp(min=1)
 
     def add(self, diagnostics: dict[str, Tensor]) -> None:
         """More of the same step."""
@@ -64,11 +64,8 @@ class Health:
         if cache is None:
             return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
         _check_rejected(cache)
-        num_filled = int(cache.num_filled)
         latest = {key: float(value) for key, value in self._latest.items()}
-        numbers = {"staleness": 0.0, **latest, "fill": num_filled / cache.num_rows}
-        if "num_limited" in numbers:
-            numbers["masked"] = numbers.pop("num_limited") / max(num_filled, 1)
+        numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if len(self._gradients) == 2:
             queries, documents = (float(self._gradients[side]) for side in ("queries", "documents"))
             if documents > 0:

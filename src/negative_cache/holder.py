@@ -120,7 +120,8 @@ class RanksCache(CacheHolder):
             saved = state_of(state_dict, prefix + "cache.")
             (dim,) = saved["specs"].pop(EMBEDDING)["shape"]
             specs = {key: spec_from_json(spec) for key, spec in saved["specs"].items()}
-            specs = {**(self.specs or specs), EMBEDDING: embedding_spec(dim, self.embedding_dtype)}
+            scored = {key: spec for key, spec in specs.items() if key in SCORED}  # known at the first step
+            specs = {**(self.specs or specs), **scored, EMBEDDING: embedding_spec(dim, self.embedding_dtype)}
             device = state_dict[prefix + "cache.filled"].device
             cache = self._new_cache(specs, device)
             cache.check_loadable(state_dict, prefix + "cache.")

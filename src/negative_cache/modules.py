@@ -122,8 +122,8 @@ class NegativeCacheLoss(RanksCache):
             feature_folder=feature_folder,
             feature_device=feature_device,
         )
-        generator, stored = new_generator(seed), (embedding_dtype, feature_device, feature_folder)
-        super().__init__(document_encoder, cache_size, specs, *stored, generator, process_group)
+        stored = (embedding_dtype, feature_device, feature_folder)
+        super().__init__(document_encoder, cache_size, specs, *stored, new_generator(seed), process_group)
         self.top_k = top_k
         self.num_samples = num_samples
         self.in_batch = in_batch
@@ -176,11 +176,10 @@ class NegativeCacheLoss(RanksCache):
                 m, with which a given negative is it). Then negatives, of which popular ones are in the batch and the
                 cache more often than others, stand for all documents alike: `s - log(n q)`, n the number of
                 negatives. Give it in every step or in none. Not with ids, by which a document has only one row.
-            guide_queries: `[batch, guide_dim]`: another model's embeddings of the queries. Documents that are, in the
-                eyes of that model, more similar to the query than its positive less `guide_margin` are not its
-                negatives.
-            guide_documents: `[batch + m, guide_dim]`: its embeddings of the documents and then the given negatives,
-                kept in the cache. Give both in every step or in none.
+            guide_queries: `[batch, guide_dim]`: another model's embeddings of the queries. What is to that model more
+                similar to the query than its positive less `guide_margin` is not its negative.
+            guide_documents: `[batch + m, guide_dim]`: its embeddings of documents and given negatives, kept in the
+                cache. Give both in every step or in none.
 
         Returns:
             Scalar, with gradient to all embeddings, the encoder and the scale.
@@ -245,7 +244,7 @@ class NegativeCacheLoss(RanksCache):
                 check_finite(f"The new embeddings, as {self.embedding_dtype},", encoded.to(written_dtype))
             except Exception as caught:
                 error = caught
-        updated, refreshed = None, None
+        updated = refreshed = None
         if step.is_writing:  # else nothing was drawn
             stored = encoded.detach().to(written_dtype)
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
@@ -312,11 +311,14 @@ class NegativeCacheLoss(RanksCache):
     ) -> Tensor:
         """Loss `[batch]` with gradient, from the new embeddings `[count, dim]` of what was drawn."""
         batch = step.batch
-        log_weight, scores = objective.weigh_cache(step.cache, scores, self.warmup_fill, batch.log_q is not None)
+        num_filled = step.cache.num_filled if negatives.num_filled is None else negatives.num_filled
+        log_weight, scores = objective.weigh_cache(
+            num_filled, self.cache_size, scores, self.warmup_fill, batch.log_q is not None
+        )
         dims, everything = step.rules.dims, negatives.of_all(encoded)
         outcome = objective.compute_loss(batch, scale, scores, fresh, negatives, everything, dims, log_weight)
         if step.is_writing:
-            self.health.take(outcome.diagnostics, negatives.num_limited)
+            self.health.take(outcome.diagnostics, negatives.num_limited, num_filled)
             given = [] if batch.negatives is None else [batch.negatives]
             self.health.watch(batch.queries, [batch.documents, *given, encoded])
         return outcome.loss
@@ -391,9 +393,6 @@ class NegativeCacheLoss(RanksCache):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):
-            raise ValueError(
-                "The scale of the saved loss is learnable, that of this one is not."
-                if self.log_scale is None
-                else "The scale of this loss is learnable, that of the saved one is not."
-            )
+            saved, mine = ("is", "is not") if self.log_scale is None else ("is not", "is")
+            raise ValueError(f"The scale of the saved loss {saved} learnable, that of this one {mine}.")
         super()._load_from_state_dict(state_dict, prefix, *args)

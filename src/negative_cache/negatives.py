@@ -217,8 +217,14 @@ def lengths_of(caches: Sequence[NegativeCache], rows: Tensor, key: str) -> Tenso
     return result
 
 
-def encode(document_encoder: DocumentEncoder, features: dict[str, Tensor], count: int, dim: int) -> Tensor:
-    """Run the document encoder on drawn rows and check what it returns: `[count, dim]`, with gradient."""
+def encode(
+    document_encoder: DocumentEncoder, features: dict[str, Tensor], count: int, dim: int, must_be_finite: bool = True
+) -> Tensor:
+    """Run the document encoder on rows and check what it returns: `[count, dim]`, with gradient.
+
+    Args:
+        must_be_finite: Whether to raise for values that are not finite.
+    """
     embeddings = document_encoder(features)
     if not isinstance(embeddings, Tensor):
         raise TypeError(
@@ -226,7 +232,8 @@ def encode(document_encoder: DocumentEncoder, features: dict[str, Tensor], count
         )
     if embeddings.shape != (count, dim):
         raise ValueError(f"The document encoder returned shape {list(embeddings.shape)}; expected [{count}, {dim}].")
-    check_finite("The document encoder's output", embeddings)
+    if must_be_finite:
+        check_finite("The document encoder's output", embeddings)
     return embeddings
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.batch import Batch
-from negative_cache.cache import NO_ID, NegativeCache
+from negative_cache.cache import NO_ID
 from negative_cache.distributed import Ranks
 from negative_cache.drawing import Asked, Negatives
 from negative_cache.lookup import is_last_of_equal
@@ -104,14 +104,18 @@ class Scores(NamedTuple):
         fresh: `[batch, n]`, with gradient, -inf where a document is no negative of the query; None for none.
         ceilings: `[batch]`: scores above which a row is taken for a false negative; None for no limit.
         guide_ceilings: `[batch]`: the same for a guide.
+        num_fresh: How many fresh documents each query has beside its own.
         hidden: bool `[batch, n]`: which fresh documents do not count for a query; None for none.
+        added: `[n]`: what the fresh scores have beside products; None for nothing.
     """
 
     positive: Tensor
     fresh: Tensor | None
     ceilings: Tensor | None
     guide_ceilings: Tensor | None
+    num_fresh: int = 0
     hidden: Tensor | None = None
+    added: Tensor | None = None
 
     @property
     def fresh_lse(self) -> Tensor:
@@ -139,17 +143,20 @@ def score_batch(
     if ceilings is not None:
         ceilings = ceilings * (scale.detach() if isinstance(scale, Tensor) else scale)
     guide_ceilings = None if guide is None else guide_margins.ceilings(estimators.dot(*guide))
-    scores, hidden = None, None
+    scores, hidden, num_fresh = None, None, 0
     if fresh is not None and len(fresh.embeddings):
         scores = _fresh_scores(queries, fresh.embeddings, scale)
         hidden = _hidden(len(queries), batch.positives, fresh)
         if ceilings is not None:
             hidden = hidden | (scores.detach() > ceilings[:, None])
         if guide is not None and guide_ceilings is not None and fresh.guide is not None:
-            hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
+            with torch.autocast(queries.device.type, enabled=False):
+                hidden = hidden | (guide[0] @ fresh.guide.T > guide_ceilings[:, None])
         scores = scores if fresh.biases is None else scores + fresh.biases
         scores = scores.masked_fill(hidden, -torch.inf)
-    return Scores(scale * similarities, scores, ceilings, guide_ceilings, hidden)
+        num_fresh = len(fresh.embeddings) - (fresh.first_own >= 0)
+    added = None if fresh is None else fresh.biases
+    return Scores(scale * similarities, scores, ceilings, guide_ceilings, num_fresh, hidden, added)
 
 
 def _fresh_scores(queries: Tensor, documents: Tensor, scale: Tensor | float) -> Tensor:
@@ -175,25 +182,26 @@ def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
 
 
 def weigh_cache(
-    cache: NegativeCache, scores: Scores, warmup_fill: float, is_corrected: bool
+    num_filled: Tensor, num_rows: int, scores: Scores, warmup_fill: float, is_corrected: bool
 ) -> tuple[Tensor | float, Scores]:
     """What is added to the scores of all cached rows, and the scores of the batch with what is added to those.
 
     Args:
-        cache: This rank's rows.
+        num_filled: int64 `[]`: the filled rows of all ranks.
+        num_rows: All rows of all ranks.
         scores: See `score_batch`.
         warmup_fill: Share of filled rows from which they count in full; 0 for always.
         is_corrected: Whether scores are `s - log q`: each negative is then one of n draws from q.
     """
     log_weight: Tensor | float = 0.0
     if warmup_fill:
-        log_weight = (cache.num_filled / (warmup_fill * cache.num_rows)).clamp(max=1.0).log()
+        log_weight = (num_filled / (warmup_fill * num_rows)).clamp(max=1.0).log()
     if is_corrected:
-        count = cache.num_filled + (0 if scores.fresh is None else scores.fresh.shape[1])
-        shift = -count.clamp(min=1).log()
+        shift = -(num_filled + scores.num_fresh).clamp(min=1).log()
         log_weight = log_weight + shift
         if scores.fresh is not None:
-            scores = scores._replace(fresh=scores.fresh + shift)
+            added = shift if scores.added is None else scores.added + shift
+            scores = scores._replace(fresh=scores.fresh + shift, added=added)
     return log_weight, scores
 
 
@@ -264,6 +272,7 @@ def _truncated_losses(
         positive, others = scale * estimators.dot(queries, documents), None
         if fresh is not None and scores.fresh is not None and scores.hidden is not None:
             others = _fresh_scores(queries, estimators.truncate(fresh.embeddings, dim), scale)
+            others = others if scores.added is None else others + scores.added
             others = others.masked_fill(scores.hidden, -torch.inf)
         drawn = positive * 0
         if len(encoded):

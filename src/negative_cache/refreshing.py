@@ -15,15 +15,20 @@ from negative_cache.negatives import DocumentEncoder, encode, read_pool
 def refresh(
     cache: NegativeCache, embedding_key: str, data_keys: Sequence[str], encoder: DocumentEncoder, count: int
 ) -> None:
-    """Encode `count` filled rows anew, in turn: each row once in `num_filled / count` steps. Ages stay as they are."""
+    """Encode `count` filled rows anew, in turn: each row once in `num_filled / count` steps. Ages stay as they are.
+
+    What is not finite is kept out and counted: the step is written already, so it is too late to raise.
+    """
     if not cache.has_rows() or count == 0:
         return
     turn = torch.arange(count, device=cache.device) + cache.step * count
     rows = turn % cache.num_filled.clamp(min=1)
-    embeddings = encode(encoder, read_pool([cache], rows, data_keys), count, cache.stored(embedding_key)[0].shape[1])
+    dim = cache.stored(embedding_key)[0].shape[1]
+    embeddings = encode(encoder, read_pool([cache], rows, data_keys), count, dim, must_be_finite=False)
     stored = embeddings.to(cache.specs[embedding_key].dtype)
-    mask = stored.isfinite().all(dim=1) & cache.filled[rows]
-    cache.write(rows, {embedding_key: stored}, mask, resets_age=False)
+    is_finite, is_filled = stored.isfinite().all(dim=1), cache.filled[rows]
+    cache.num_rejected += (is_filled & ~is_finite).sum()
+    cache.write(rows, {embedding_key: stored}, is_filled & is_finite, resets_age=False)
 
 
 def check_room(cache: NegativeCache, document_ids: Tensor) -> None:

@@ -55,10 +55,11 @@ def draw_from_ranks(
     longest = [lengths_of(caches, candidates.clamp(min=0), key).amax() for key in ragged if len(candidates)]
     widths = torch.stack(longest) if longest else torch.zeros(len(ragged), dtype=torch.int64, device=queries.device)
     limited = torch.zeros_like(found[:0]) if shard.num_limited is None else shard.num_limited
-    told = [shard.lse.double(), shard.top_scores.double(), found, widths, limited]
+    filled = torch.stack([cache.num_filled for cache in caches])
+    told = [shard.lse.double(), shard.top_scores.double(), found, widths, limited, filled]
     results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
     # Who sends what is found out on the CPU, on every rank alike.
-    lse, top_scores, found, widths, limited = (
+    lse, top_scores, found, widths, limited, filled = (
         value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
     )
     entries = plan(rules, meeting, lse, top_scores, all_uniform.cpu())
@@ -81,6 +82,7 @@ def draw_from_ranks(
         top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
         withheld_ids=withheld_ids,
         num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
+        num_filled=filled.sum().to(queries.device),
         is_shared=rules.num_candidates > 0,
         ranks=ranks,
         meeting=meeting,

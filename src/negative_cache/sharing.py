@@ -77,7 +77,7 @@ class Candidates(NamedTuple):
         """
         result = []
         for weights, cached in [(self.weights, self.cached), *((level.weights, level.cached) for level in self.levels)]:
-            chosen = weights[:, at] * factors
+            chosen = weights[:, at] * factors.to(weights.dtype)
             result.append(Serving(chosen, weights @ cached - chosen @ cached[at]))
         return result
 
@@ -138,6 +138,7 @@ def candidates_of(
         short = estimators.truncate(cached, dim)
         products = estimators.truncate(queries.to(short.dtype), dim) @ short.T
         products = products if score_transform is None else score_transform(products)
+        products = products if not pool.biases else products + torch.cat(list(pool.biases))[rows]
         partial, logits = estimators.reweigh(log_proposals, products.masked_fill(scores == -torch.inf, -torch.inf))
         total = partial if merge is None else merge(partial)
         level_weights = torch.where(has_negatives, logits - total[:, None], -torch.inf).exp().nan_to_num(0.0)
