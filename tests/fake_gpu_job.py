@@ -121,6 +121,9 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
     def ids() -> Tensor:
         return torch.zeros(BATCH, dtype=torch.int64, device=GPU)
 
+    def guide() -> Tensor:
+        return torch.zeros(BATCH, 4, device=GPU)
+
     def tokens() -> Tensor:
         return torch.ones(BATCH, WIDTH, dtype=torch.int32, device=GPU)
 
@@ -145,6 +148,12 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
             negative_embeddings=lambda: encoder({"row": ids()}),
             negative_features=lambda: {"row": ids()},
         ),
+        "own draws": steps(new(in_batch=False, shared=False), encoder),
+        "margins": steps(new(absolute_margin=0.1, relative_margin=0.05), encoder, document_ids=ids),
+        "margins and top_k": steps(new(absolute_margin=0.1, top_k=16), encoder),
+        "guide": steps(new(), encoder, guide_queries=guide, guide_documents=guide),
+        "correction": steps(new(), encoder, log_q=lambda: torch.zeros(BATCH, device=GPU)),
+        "warm-up and refresh": steps(new(warmup_fill=0.5, refresh_per_step=3), encoder),
         "handler": handler_steps(encoder, losses[0]),
         "handler with top_k": handler_steps(encoder, losses[1]),
         "features on the host": steps(new(feature_device="cpu"), encoder),

@@ -16,6 +16,7 @@ from negative_cache import NegativeCacheLoss
 from support import as_on_a_gpu, snapshot
 
 KINDS = ("plain", "ids", "int8", "top_k", "samples and scale", "given negatives", "handler", "handler with top_k")
+SHARED_KINDS = ("own draws", "margins", "margins and top_k", "guide", "correction", "warm-up and refresh")
 
 registration = pytest.importorskip("torch.utils.backend_registration")
 
@@ -32,20 +33,28 @@ def test_the_host_never_waits_for_the_device():
     assert len(waits.pop("ragged")) == 1  # how wide the drawn documents are
     on_the_host = waits.pop("features on the host")
     assert sum(on_the_host.values()) <= 5, on_the_host
-    assert waits == {kind: {} for kind in KINDS}
+    assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
 
 
-def make_step(dtype: torch.dtype):
+EVERYTHING = {"absolute_margin": 0.1, "guide_margin": 0.1, "warmup_fill": 0.5, "refresh_per_step": 3, "top_k": 32}
+
+
+def make_step(dtype: torch.dtype, is_everything: bool):
     torch.manual_seed(0)
     table = torch.randn(1000, 16).requires_grad_()
 
     def encode(features: dict[str, Tensor]) -> Tensor:
         return normalize(embedding(features["row"], table), dim=1)
 
-    loss_fn = NegativeCacheLoss(encode, 256, embedding_dtype=dtype, seed=0)
+    settings = EVERYTHING if is_everything else {}
+    loss_fn = NegativeCacheLoss(encode, 256, embedding_dtype=dtype, seed=0, **settings)
 
     def step(rows: Tensor) -> Tensor:
-        return loss_fn(encode({"row": rows + 1}), encode({"row": rows}), {"row": rows}, document_ids=rows)
+        given = {"document_ids": rows}
+        if is_everything:
+            guide = encode({"row": rows}).detach()
+            given = {"log_q": -rows / 900, "guide_queries": guide.roll(1), "guide_documents": guide}
+        return loss_fn(encode({"row": rows + 1}), encode({"row": rows}), {"row": rows}, **given)
 
     return table, loss_fn, step
 
@@ -61,12 +70,15 @@ def train(table: Tensor, step, count: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.bfloat16])
-def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("dtype", "is_everything"),
+    [(torch.float32, False), (torch.int8, False), (torch.bfloat16, False), (torch.float32, True)],
+)
+def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtype, is_everything: bool):
     torch.compiler.reset()
     results = []
     for is_compiled in (False, True):
-        table, loss_fn, step = make_step(dtype)
+        table, loss_fn, step = make_step(dtype, is_everything)
         train(table, step, 1)  # the first step makes the cache
         if is_compiled:
             losses = train(table, torch.compile(step, fullgraph=True, backend="aot_eager"), 40)
