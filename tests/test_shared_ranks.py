@@ -164,6 +164,9 @@ def check_differing_settings(rank: int, given: Problem) -> None:
         ({"num_candidates": 4 + rank}, "`shared` and `num_candidates`"),
         ({"num_samples": 1 + rank, "num_candidates": 4}, "`num_samples`"),
         ({"absolute_margin": 0.1 if rank else None}, "margins or a guide"),
+        ({"absolute_margin": 0.1 + rank}, "settings such as `in_batch`"),
+        ({"in_batch": rank == 0}, "settings such as `in_batch`"),
+        ({"refresh_per_step": rank}, "settings such as `in_batch`"),
     ):
         loss_fn = make_loss(Encoder(given.table), "world", **settings)
         with pytest.raises(ValueError, match=f"The ranks differ in {what}"):

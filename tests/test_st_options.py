@@ -126,7 +126,7 @@ def test_a_corpus_fills_the_cache(name, request, capsys):
     assert int(cache.num_filled) == 24  # the documents went into their own rows
     assert cache.age[:4].tolist() == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="do not fit"):
-        loss.fill_from([f"something new {n}" for n in range(20)], show_progress_bar=False)
+        loss.fill_from(ANCHORS, show_progress_bar=False)
 
 
 def test_a_corpus_without_ids_is_known_by_its_tokens(static):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Rules:
         bias_key: The feature that is added to scores; None for nothing.
         guide_key: The feature that holds embeddings of a guide; None for no guide.
         dims: Truncated dimensions that have losses of their own; where rows are shared.
+        settings: What else has to be the same on all ranks.
     """
 
     embedding_key: str
@@ -51,6 +53,7 @@ class Rules:
     bias_key: str | None = None
     guide_key: str | None = None
     dims: tuple[int, ...] = ()
+    settings: tuple[Any, ...] = ()
 
     @property
     def num_draws(self) -> int:

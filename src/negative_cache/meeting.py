@@ -32,7 +32,7 @@ class Told(NamedTuple):
     num_samples: int
     num_candidates: int
     num_top: int
-    dims: int  # a checksum
+    settings: int  # a checksum
     limits: int  # which of ceilings and a guide are given, as bits
 
 
@@ -47,8 +47,8 @@ _MUST_AGREE = {
     "top_k": "`top_k`",
     "num_samples": "`num_samples`",
     "num_candidates": "`shared` and `num_candidates`",
-    "dims": "`matryoshka_dims`",
     "limits": "margins or a guide",
+    "settings": "settings such as `in_batch`, margins, `matryoshka_dims`, `warmup_fill` or `refresh_per_step`",
     "num_top": "`return_topk`",
 }
 
@@ -79,7 +79,7 @@ def tell(
         top_k=-1 if rules.top_k is None else rules.top_k,
         num_samples=rules.num_samples,
         num_candidates=rules.num_candidates,
-        dims=zlib.crc32(str(rules.dims).encode()),
+        settings=zlib.crc32(str((rules.dims, rules.settings)).encode()),
         limits=int(asked.has_ceilings) + 2 * (asked.guide_queries is not None),
         num_top=rules.num_top,
     )

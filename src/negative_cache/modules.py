@@ -25,7 +25,7 @@ from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
 from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
-from negative_cache.refreshing import check_room, refresh
+from negative_cache.refreshing import check_filling, check_room, refresh
 from negative_cache.retrieval import Scale
 from negative_cache.settings import check_settings
 from negative_cache.sharded import draw_from_ranks, share_ids
@@ -279,23 +279,24 @@ class NegativeCacheLoss(RanksCache):
 
         Args:
             batches: Dicts of `document_features`, `document_ids` (int `[n]`, at least 0) and, where steps have them,
-                `log_q` and `guide_documents`, as in a call. On several ranks each gives its own part of the documents,
-                and keeps it.
+                `log_q` and `guide_documents`, as in a call. Each rank gives and keeps its own part of the documents.
 
         Returns:
             How many rows of this rank are filled then.
 
         Raises:
-            ValueError: More documents than rows, or what a call would raise.
+            ValueError: More documents than rows (those before are in then), or what a call would raise.
         """
+        begin = self.step_number()
         for batch in batches:
+            check_filling(batch)
             embeddings = self.document_encoder(dict(batch["document_features"]))
             check_embeddings(embeddings, embeddings, None)
-            guide = batch.get("guide_documents")
-            specs = self._specs_for(batch["document_features"])
+            specs, guide = self._specs_for(batch["document_features"]), batch.get("guide_documents")
             made = make_batch(embeddings, embeddings, specs=specs, guide_queries=guide, **batch)
             step = self._prepare(made, specs)
             check_room(step.cache, batch["document_ids"])
+            step.cache.step.fill_(begin)  # all of it is one step, the same on all ranks
             step.manager.update_cache_(step.cache, new_items=made.new_items, document_ids=made.new_ids)
             self.cache = step.cache
         return 0 if self.cache is None else int(self.cache.num_filled)
@@ -379,6 +380,7 @@ class NegativeCacheLoss(RanksCache):
             bias_key=None if batch.log_q is None else BIAS,
             guide_key=None if batch.guide_queries is None else GUIDE,
             dims=self.matryoshka_dims if is_writing else (),
+            settings=(self.in_batch, self.margins, self.guide_margins, self.warmup_fill, self.refresh_per_step),
         )
         fresh = batch.fresh(self.in_batch)
         asked = Asked(

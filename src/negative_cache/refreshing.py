@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,20 @@ def refresh(
     cache.write(rows, {embedding_key: stored}, is_filled & is_finite, resets_age=False)
 
 
+def check_filling(batch: Mapping[str, Any]) -> None:
+    """Raise unless a batch of documents has features and ids."""
+    missing = {"document_features", "document_ids"} - set(batch)
+    if missing:
+        raise ValueError(f"A batch has the keys {sorted(batch)}; it must have {sorted(missing)} too.")
+    ids = batch["document_ids"]
+    if len(ids) and int(ids.min()) < 0:
+        raise ValueError(f"`document_ids` has the value {int(ids.min())}; every document needs an id of 0 or more.")
+
+
 def check_room(cache: NegativeCache, document_ids: Tensor) -> None:
     """Raise unless documents `[n]` can all be put in without any being pushed out."""
     room = cache.num_rows - int(cache.num_filled)
-    num_new = int((cache.find(document_ids.to(cache.device, torch.int64)) < 0).sum())
+    num_new = int((cache.find(torch.unique(document_ids).to(cache.device, torch.int64)) < 0).sum())
     if num_new > room:
         raise ValueError(
             f"The documents do not fit: the cache has {cache.num_rows} rows on this rank, {room} of them free, and "

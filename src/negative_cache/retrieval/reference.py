@@ -172,7 +172,10 @@ def retrieve_dense(
     if limits is not None:
         raw = _products(queries, pool)
         is_hidden = _is_limited(raw if score_transform is None else score_transform(raw), limits)
-        num_limited = (is_hidden & torch.cat(list(pool.candidates))).sum(dim=1)
+        counts = torch.cat(list(pool.candidates)).expand_as(raw)
+        if excluded is not None:
+            counts = exclude(counts.to(raw.dtype), excluded, 0) > 0
+        num_limited = (is_hidden & counts).sum(dim=1)
     if top_k is not None:
         scores, rows = grouped_top_k(scores, top_k)
     top_scores, top = exact_top_k(scores, min(num_top, scores.shape[1]))

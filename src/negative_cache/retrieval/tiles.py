@@ -86,6 +86,8 @@ class Tiles:
             done += len(rows)
         if self.score_transform is not None:
             scores.copy_(self.score_transform(scores))
+        if self.excluded is not None and self.limits is not None:  # what is hidden anyway is not counted
+            self.excluded.hide(self.buffer, start, stop, at)
         if self.limits is not None:
             self.limits.hide(scores, tile, start)
         if tile.biases:
@@ -96,7 +98,7 @@ class Tiles:
                 scores.index_fill_(0, hidden.nonzero().squeeze(1), -torch.inf)
             else:
                 scores.masked_fill_(hidden[:, None], -torch.inf)
-        if self.excluded is not None:
+        if self.excluded is not None and self.limits is None:
             self.excluded.hide(self.buffer, start, stop, at)
         return scores
 
@@ -147,7 +149,8 @@ class _Limiter:
                 self.product(rows, scales, opinions[done : done + len(rows)])
                 done += len(rows)
             is_hidden |= opinions > self.guide.ceilings
-        self.count += (is_hidden & torch.cat(list(tile.candidates))[:, None]).sum(dim=0)
+        counts = torch.cat(list(tile.candidates))[:, None] & (scores > -torch.inf)
+        self.count += (is_hidden & counts).sum(dim=0)
         scores.masked_fill_(is_hidden, -torch.inf)
 
 
