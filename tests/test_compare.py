@@ -1,0 +1,171 @@
+"""Losses compared by the command line: real runs on a small data set, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from negative_cache.workbench.cli import app
+from negative_cache.workbench.compare import Comparison, _best, _extensions, parse_losses, parse_rates, summary
+from negative_cache.workbench.config import RunError
+
+WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
+SIZES = {"train": 72, "dev": 24, "test": 24}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A query has some words of its document."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data")
+    documents = {f"d{n}": rng.sample(WORDS, 12) for n in range(sum(SIZES.values()))}
+    lines = [json.dumps({"_id": key, "text": " ".join(words)}) for key, words in documents.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"_id": f"q{key}", "text": " ".join(words[:4])}) for key, words in documents.items()]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    (folder / "qrels").mkdir()
+    names = iter(documents)
+    for split, size in SIZES.items():
+        rows = [f"q{name}\t{name}\t1" for name in (next(names) for _ in range(size))]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows))
+    return folder
+
+
+def options(data: Path, output: Path, losses: str, *more: str) -> list[str]:
+    given = ["--data", str(data), "--losses", losses, "--output", str(output), "--batch-size", "8", "--epochs", "2"]
+    return ["compare", *given, "--cache-size", "64", "--learning-rates", "0.05", *more]
+
+
+def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "out"
+    losses = "in-batch,gradcache:batch_size=24,memory-bank,negative-cache:num_samples=2"
+    monkeypatch.setattr(sys, "argv", ["negative-cache", "compare", "--losses", losses])  # what the report names
+    ended = CliRunner().invoke(app, options(data, output, losses, "--seeds", "2"))
+    assert ended.exit_code == 0, ended.output
+    result = json.loads((output / "compare.json").read_text())
+    assert list(result["losses"]) == parse_losses_of(losses)
+    steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "negative-cache:num_samples=2": 18}
+    for name, loss in result["losses"].items():
+        assert [run["seed"] for run in loss["runs"]] == [0, 1]
+        assert {run["steps"] for run in loss["runs"]} == {steps[name]}
+        scores = [run["test"]["mrr@10"] for run in loss["runs"]]
+        assert loss["summary"]["mrr@10"]["mean"] == pytest.approx(sum(scores) / 2)
+        assert loss["summary"]["mrr@10"]["mean"] > 0.3  # of 120 documents; by chance 0.02
+        assert loss["curve"][-1]["test"] == loss["runs"][-1]["test"]
+        assert [point["step"] for point in loss["curve"]] == sorted({point["step"] for point in loss["curve"]})
+        if name.startswith("negative-cache"):  # after the first step, two more documents per query
+            assert loss["runs"][0]["documents_encoded"] > 2 * 144
+            assert loss["runs"][0]["documents_encoded"] <= 3 * 144
+        else:
+            assert loss["runs"][0]["documents_encoded"] == 144
+    text = (output / "compare.md").read_text()
+    assert all(f"| {name} |" in text for name in result["losses"])
+    assert f"negative-cache compare --losses {losses}" in text
+    for name in ("quality-seconds.png", "quality-documents.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(output.rglob("*.safetensors")) or all("untrained" in str(p) for p in output.rglob("*.safetensors"))
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    assert len(before) == 8
+    again = CliRunner().invoke(app, options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
+    assert again.exit_code == 0, again.output
+    after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    assert {path: after[path] for path in before} == before  # what was there was not run again
+    assert len(after) == 10
+    other = CliRunner().invoke(app, [*options(data, output, losses), "--scale", "10"])
+    assert other.exit_code == 2
+    assert "scale was 20.0, is 10.0" in " ".join(other.output.split())
+
+
+def parse_losses_of(text: str) -> list[str]:
+    return list(parse_losses(text))
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "message"),
+    [
+        ("in-batch,unknown", [], "unknown"),
+        ("in-batch,in-batch", [], "each once"),
+        ("negative-cache:cache_sise=3", [], "field=value"),
+        ("negative-cache:cache_size=many", [], "must be int"),
+        ("negative-cache:shared=maybe", [], "must be bool"),
+        ("negative-cache:epochs=3", [], "field=value"),
+        ("in-batch", ["--seeds", "0"], "must be positive"),
+        ("in-batch", ["--learning-rates", "0.1,fast"], "expected numbers"),
+        ("in-batch", ["--learning-rates", "0.1,0.05"], "the smallest first"),
+    ],
+)
+def test_mistakes_are_refused_at_the_door(losses, more, message, data: Path, tmp_path: Path):
+    ended = CliRunner().invoke(app, [*options(data, tmp_path / "out", losses), *more])
+    assert ended.exit_code == 2
+    assert message in " ".join(ended.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_folder_is_not_touched(data: Path, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("keep")
+    ended = CliRunner().invoke(app, options(data, tmp_path, "in-batch"))
+    assert ended.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_data_without_a_dev_split_are_refused(data: Path, tmp_path: Path):
+    for path in (*data.glob("*.jsonl"), *data.glob("qrels/t*.tsv")):
+        target = tmp_path / "data" / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    ended = CliRunner().invoke(app, options(tmp_path / "data", tmp_path / "out", "in-batch"))
+    assert ended.exit_code == 2
+    assert "'dev'" in ended.output
+
+
+def record(score: float, seconds: float = 1.0) -> dict:
+    metrics = {"mrr@10": score, "ndcg@10": score, "recall@100": score}
+    return {
+        "dev": metrics, "test": metrics, "seconds": seconds, "documents_encoded": 3, "peak_memory_bytes": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "extended"),
+    [
+        ([1, 3, 2], []),
+        ([1, 2, 3], [0.8, 1.6]),  # still rising after two more
+        ([3, 2, 1], [0.05, 0.025]),
+        ([2], []),
+    ],
+)
+def test_the_grid_of_rates_grows_where_the_best_is_at_its_edge(scores: list[float], extended: list[float]):
+    sweep = {0.1 * 2**n: record(score) for n, score in enumerate(scores)}
+    found = []
+    for rate in _extensions(sweep):
+        found.append(rate)
+        sweep[rate] = record(max(scores) + len(found))
+    assert found == pytest.approx(extended)
+
+
+def test_of_equal_rates_the_smaller_one_is_taken():
+    assert _best({0.2: record(1.0), 0.1: record(1.0), 0.4: record(0.5)}) == 0.1
+
+
+def test_the_spread_is_the_sample_standard_deviation():
+    found = summary([record(0.1, 1), record(0.3, 2), record(0.2, 3)])
+    assert found["mrr@10"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1)}
+    assert found["seconds"]["mean"] == 2
+    assert summary([record(0.1)])["mrr@10"]["std"] is None
+
+
+def test_every_loss_has_the_same_but_for_itself():
+    comparison = Comparison("d", "static", ("in-batch", "gradcache", "negative-cache:top_k=4"), "out")
+    plain, large, grouped = (comparison.config(name) for name in comparison.losses)
+    assert large == replace(plain, loss="gradcache", batch_size=16 * plain.batch_size)
+    assert grouped == replace(plain, loss="negative-cache", top_k=4)
+    assert comparison.rates() == [0.02, 0.05, 0.125]
+    assert parse_rates("0.1, 0.2") == (0.1, 0.2)
+    with pytest.raises(RunError, match="positive"):
+        Comparison("d", "static", ("in-batch",), "out", gradcache_factor=0)
