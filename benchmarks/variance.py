@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import estimators_tried as tried
@@ -20,6 +21,7 @@ from benchmarks.stages import Corpus, Stage, load_corpus, train
 from benchmarks.timing import progress
 from negative_cache import estimators
 
+LARGEST_SHOWN = 3.0  # in the plot; what is more is written at its edge
 PAPER, DEFAULT = "paper: own draws", "two-phase (default)"
 
 
@@ -53,28 +55,28 @@ ESTIMATORS: dict[str, Estimator] = {
     "two-phase, 4 per query": Estimator({"num_samples": 4}, is_main=True),
     "Gumbel top-1 of each query": Estimator(tried=tried.gumbel_top_k),
     "Gumbel top-4 of each query": Estimator(tried=partial(tried.gumbel_top_k, count=4)),
-    "shared draws + expected query gradient": Estimator(tried=tried.shared_draws, is_main=True),
+    "shared draws + expected query": Estimator(tried=tried.shared_draws, is_main=True),
     "two-phase, no control variate": Estimator(tried=partial(tried.two_phase, control=None)),
-    "two-phase + expected query gradient": Estimator(tried=partial(tried.two_phase, control="rows"), is_main=True),
-    "two-phase, order: random": Estimator(tried=partial(tried.two_phase, order=tried.at_random)),
-    "two-phase, order: query, then similarity": Estimator(
+    "two-phase + expected query": Estimator(tried=partial(tried.two_phase, control="rows"), is_main=True),
+    "two-phase, random order": Estimator(tried=partial(tried.two_phase, order=tried.at_random)),
+    "two-phase, order by similarity too": Estimator(
         tried=partial(tried.two_phase, order=tried.by_query_and_similarity)
     ),
     "two-phase, size: sum": Estimator(tried=partial(tried.two_phase, sizes=tried.sum_size)),
     "two-phase, size: norm": Estimator(tried=partial(tried.two_phase, sizes=tried.norm_size)),
     "two-phase, size: tangent": Estimator(tried=partial(tried.two_phase, sizes=tried.tangent_size)),
-    "two-phase, stratified draws": Estimator(tried=partial(tried.two_phase, uniforms=tried.stratified)),
-    "two-phase, stratified draws, size: tangent": Estimator(
-        tried=partial(tried.two_phase, uniforms=tried.stratified, sizes=tried.tangent_size)
+    "two-phase, 16 candidates, size: tangent": Estimator(
+        tried=partial(tried.two_phase, num_candidates=16, sizes=tried.tangent_size)
     ),
-    "two-phase, 16 stratified candidates, size: tangent": Estimator(
+    "two-phase, 32 candidates, size: tangent": Estimator(
+        tried=partial(tried.two_phase, num_candidates=32, sizes=tried.tangent_size)
+    ),
+    "two-phase, stratified draws": Estimator(tried=partial(tried.two_phase, uniforms=tried.stratified)),
+    "two-phase, 16 stratified, size: tangent": Estimator(
         tried=partial(tried.two_phase, num_candidates=16, uniforms=tried.stratified, sizes=tried.tangent_size)
     ),
-    "two-phase, 32 stratified candidates, size: tangent": Estimator(
-        tried=partial(tried.two_phase, num_candidates=32, uniforms=tried.stratified, sizes=tried.tangent_size)
-    ),
-    "all rows + expected query gradient": Estimator(tried=partial(tried.two_phase, num_candidates=None)),
-    "all rows + expected query gradient, size: tangent": Estimator(
+    "all rows + expected query": Estimator(tried=partial(tried.two_phase, num_candidates=None)),
+    "all rows + expected query, size: tangent": Estimator(
         tried=partial(tried.two_phase, num_candidates=None, sizes=tried.tangent_size)
     ),
 }
@@ -88,8 +90,9 @@ COLUMNS = {
     "ratio_error": "+-",
     "bias": "bias",
     "documents": "documents",
-    "cost_ratio": "variance x documents / paper's",
+    "cost_ratio": "x documents / paper's",
     "step_ms": "step, ms",
+    "time_ratio": "x ms / paper's",
 }
 CASE_COLUMNS = {
     **KEYS,
@@ -140,8 +143,8 @@ def _note(rows: list[Row], given: VarianceSizes) -> str:
         f"{given.batches} batches x {given.repeats} steps; +- is the standard error of the ratio over batches. Bias: "
         "squared distance of the mean gradient to the exact one, relative to its expectation without bias: 1, with a "
         f"standard error of {spread:.2f} for a row. Documents: distinct cached documents encoded per step. The step: "
-        "with encoder and backward pass; of the library's estimators alone, as the others are written over a dense "
-        "softmax."
+        "with the encoder, which costs next to nothing here, and the backward pass; of the library's estimators alone, "
+        "as the others are written over a dense softmax."
     )
 
 
@@ -166,22 +169,22 @@ def _measure(corpus: Corpus, stage: Stage, case: Case, given: VarianceSizes, see
 
 
 def _row(case: Case, name: str, errors: list[Errors], paper: list[Errors]) -> Row:
-    variance, documents = _mean(errors, "variance"), _mean(errors, "documents")
-    base, base_documents = _mean(paper, "variance"), _mean(paper, "documents")
-    ratios = [mine.variance / its.variance for mine, its in zip(errors, paper, strict=True)]
     is_library = ESTIMATORS[name].settings is not None
+    variance, ratio = _mean(errors, "variance"), _mean(errors, "variance") / _mean(paper, "variance")
+    ratios = [mine.variance / its.variance for mine, its in zip(errors, paper, strict=True)]
     return {
         **_keys(case),
         "estimator": name,
         "where": "library" if is_library else "tried",
         "variance": variance,
-        "ratio": variance / base,
+        "ratio": ratio,
         "ratio_error": _standard_error(ratios),
         "bias": _mean(errors, "bias"),
         "bias_error": _standard_error([error.bias for error in errors]),
-        "documents": documents,
-        "cost_ratio": variance * documents / (base * base_documents),
-        "step_ms": statistics.median(time for error in errors for time in error.step_ms) if is_library else None,
+        "documents": _mean(errors, "documents"),
+        "cost_ratio": ratio * _mean(errors, "documents") / _mean(paper, "documents"),
+        "step_ms": _median_ms(errors) if is_library else None,
+        "time_ratio": ratio * _median_ms(errors) / _median_ms(paper) if is_library else None,
         "is_complete": case.is_complete,
     }
 
@@ -225,6 +228,10 @@ def _mean(errors: list[Errors], key: str) -> float:
     return statistics.mean(getattr(error, key) for error in errors)
 
 
+def _median_ms(errors: list[Errors]) -> float:
+    return statistics.median(time for error in errors for time in error.step_ms)
+
+
 def _standard_error(values: list[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
@@ -252,6 +259,8 @@ def _plot(rows: list[Row], name: str, figure: Figure) -> None:
             xs, ys = [row["variance"] for row in mine], [names.index(str(row["estimator"])) for row in mine]
             axes.plot(xs, ys, marker, color=colour, alpha=0.85, label=stage)
         axes.set_xscale("log")
+        axes.set_xlim(right=LARGEST_SHOWN)
+        _write_beyond(axes, [row for row in complete if row["batch"] == size], names)
         style(axes, f"B={size}", "variance of the gradient, relative (log scale)", "")
         axes.axhline(_num_library() - 0.5, color="#888888", linewidth=0.8)
     panels[0].set_yticks(range(len(names)), names)
@@ -263,6 +272,15 @@ def _plot(rows: list[Row], name: str, figure: Figure) -> None:
         f"Variance of the gradient of one step around the exact one ({name}, N={complete[0]['rows']:,}); "
         "bold: in the library"
     )
+
+
+def _write_beyond(axes: Axes, rows: list[Row], names: list[str]) -> None:
+    """The values that the axis ends before."""
+    for name in names:
+        values = [float(row["variance"] or 0) for row in rows if row["estimator"] == name]
+        beyond = ", ".join(f"{value:.2g}" for value in values if value > LARGEST_SHOWN)
+        if beyond:
+            axes.text(LARGEST_SHOWN, names.index(name), f"{beyond} →", ha="right", va="center", fontsize=8)
 
 
 def _num_library() -> int:
