@@ -5,6 +5,7 @@
   scale       time against the number of rows
   memory      peak extra memory against the number of rows
   end-to-end  a training step of a transformer against plain in-batch negatives
+  variance    how far the gradient of one step is from the exact one, for each estimator
 
 Prints a table, and writes it as CSV beside a plot. First the operations are checked against the dense reference; if
 a check fails, nothing is measured and the exit code is 1. Several processes are measured by
@@ -18,6 +19,7 @@ import importlib
 import multiprocessing
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from benchmarks.report import Report
 from benchmarks.sizes import SETS
 from benchmarks.timing import progress
 
-COMMANDS = ("step", "peers", "scale", "memory", "end-to-end")
+COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "variance")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--sizes", choices=list(SETS), help="default: gpu where there is one, else full")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="folder of CSV files and plots")
+    parser.add_argument("--data", help="of variance: a data set, as of `negative-cache train`; default: python-code")
     options = parser.parse_args(arguments)
+    if options.data is not None and options.command != "variance":
+        parser.error("--data is for variance.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.sizes == "gpu" and device.type != "cuda":
         parser.error("--sizes gpu needs a GPU; full is for a CPU.")
@@ -46,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--output {options.output} cannot be made: {error}")
     sizes = SETS[options.sizes or ("gpu" if device.type == "cuda" else "full")]
+    if options.data is not None:
+        sizes = replace(sizes, variance=replace(sizes.variance, data=options.data))
     progress("Checking the operations against the dense reference ...")
     problems = checks.failures(sizes.step, device)
     if problems:

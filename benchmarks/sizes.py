@@ -14,6 +14,7 @@ MEMORY_TARGET_MB = 24  # of a step at batch 128, whatever the rows
 SLOPE_TARGET = 1.2  # time per row beyond that of the bare product
 PASS_TARGET = 1.15  # the fused pass on a GPU, beyond the bare product
 END_TO_END_TARGET = 1.6  # a training step, beyond plain in-batch
+VARIANCE_TARGETS = {64: 0.4, 256: 0.25}  # by batch: of the default's gradient, beside the paper's
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,60 @@ class TrainingSizes:
 
 
 @dataclass(frozen=True)
+class Case:
+    """Where estimators are compared.
+
+    Attributes:
+        stage: Of the training.
+        batch: Queries.
+        rows: Rows of the cache.
+        scale: Factor of the dot products.
+        is_stale: Whether the rows are as training left them, not encoded anew.
+        is_complete: Whether all estimators are measured, or only the main ones.
+    """
+
+    stage: str
+    batch: int
+    rows: int
+    scale: float = 20.0
+    is_stale: bool = False
+    is_complete: bool = False
+
+
+@dataclass(frozen=True)
+class VarianceSizes:
+    """Errors of gradients at several moments of a training.
+
+    Attributes:
+        data: A data set of `load_data`; None for invented texts.
+        batch: Pairs of a training step.
+        stages: Name -> after how many training steps.
+        cases: What is measured.
+        batches: In each case, each with other pairs.
+        repeats: Steps of each estimator on each batch.
+    """
+
+    data: str | None
+    batch: int
+    stages: dict[str, int]
+    cases: tuple[Case, ...]
+    batches: int
+    repeats: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the cache of the training."""
+        return max(case.rows for case in self.cases)
+
+
+@dataclass(frozen=True)
 class SizeSet:
     """What each command measures.
 
     Attributes:
-        step, scale, memory, peers, end_to_end: By command.
+        step, scale, memory, peers, end_to_end, variance: By command.
         repeats: Rounds of which the median is taken.
-        is_judged: Whether the targets of scale, memory and end-to-end are about these sizes.
+        is_judged: Whether the targets of scale, memory, end-to-end and variance are about these sizes.
     """
 
     step: tuple[Size, ...]
@@ -110,6 +158,7 @@ class SizeSet:
     memory: tuple[Size, ...]
     peers: PeerSizes
     end_to_end: TrainingSizes
+    variance: VarianceSizes
     repeats: int
     is_judged: bool = True
 
@@ -124,10 +173,29 @@ def over(size: Size, rows: Sequence[int], dtypes: Sequence[str]) -> tuple[Size, 
     )
 
 
+def variance_sizes(batches: Sequence[int], rows: int, stages: dict[str, int]) -> VarianceSizes:
+    """All stages, with a fresh and a stale cache; more rows at the last one, other scales at the one in the middle."""
+    early, middle, late = stages
+    return VarianceSizes(
+        data="python-code",
+        batch=64,
+        stages=stages,
+        cases=(
+            *(Case(stage, batch, rows, is_complete=True) for stage in (early, middle, late) for batch in batches),
+            *(Case(stage, batch, rows, is_stale=True) for stage in (early, middle, late) for batch in batches),
+            *(Case(late, batch, 2 * rows) for batch in batches),
+            *(Case(middle, batches[0], rows, scale) for scale in (5.0, 50.0)),
+        ),
+        batches=4,
+        repeats=8,
+    )
+
+
 _DTYPES = ("float32", "bfloat16", "int8")
 _POWERS = tuple(2**n for n in range(14, 21))
 _TOP_K_TARGETS = {"float32": 0.6, "bfloat16": 0.35, "int8": 0.3}
 _ALL_ROWS_TARGETS = {"float32": 0.5, "bfloat16": None, "int8": 0.3}
+_STAGES = {"early": 130, "middle": 340, "late": 1000}  # one epoch of python-code has 339 steps; 130 fill 8,192 rows
 _CPU = Size(batch=128, rows=2**17, dim=768, top_k=64, dtype="float32")
 _GPU = replace(_CPU, dtype="bfloat16", target=0.15)
 _TINY = Size(batch=32, rows=1024, dim=64, top_k=16, dtype="float32", length=8)
@@ -144,6 +212,7 @@ SETS = {
         end_to_end=TrainingSizes(
             batch=32, length=64, hidden=256, layers=4, rows=2**17, dtypes=("float32", "int8"), use_minilm=True
         ),
+        variance=variance_sizes((64, 256), 8192, _STAGES),
         repeats=7,
     ),
     "gpu": SizeSet(
@@ -159,6 +228,7 @@ SETS = {
         end_to_end=TrainingSizes(
             batch=128, length=64, hidden=768, layers=12, rows=2**17, dtypes=("bfloat16", "int8"), use_minilm=True
         ),
+        variance=variance_sizes((64, 256), 8192, _STAGES),
         repeats=15,
     ),
     "tiny": SizeSet(
@@ -168,6 +238,18 @@ SETS = {
         peers=PeerSizes(batch=8, negatives=(32,), hidden=32, layers=1, length=8, seconds=60),
         end_to_end=TrainingSizes(
             batch=8, length=8, hidden=32, layers=1, rows=256, dtypes=("float32", "int8"), use_minilm=False
+        ),
+        variance=VarianceSizes(
+            data=None,
+            batch=16,
+            stages={"early": 6, "late": 12},
+            cases=(
+                Case("early", 8, 64, is_complete=True),
+                Case("late", 16, 64, is_complete=True),
+                Case("late", 8, 96, is_stale=True),
+            ),
+            batches=2,
+            repeats=3,
         ),
         repeats=2,
         is_judged=False,

@@ -1,0 +1,212 @@
+"""Estimators that were tried and are not in the library, over the dense softmax of all rows.
+
+Each is a function of a `Situation` and a generator that returns a `Sample`: documents to encode, with which weights
+they serve each query, and what else is added to the query's side. The sum of the weighted gradients has the mean
+`E_{j ~ rho_i}[grad s_ij]` of each query, as in `negative_cache.estimators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negative_cache import estimators
+
+
+class Situation(NamedTuple):
+    """A batch and all rows of its cache.
+
+    Attributes:
+        probabilities: `[batch, n]`: rho, the softmax over the rows; 0 where a row is no negative of a query.
+        shares: `[batch]`: the softmax weight of all rows together, see `estimators.cache_share`.
+        queries: `[batch, dim]`, without gradient.
+        cached: `[n, dim]`.
+    """
+
+    probabilities: Tensor
+    shares: Tensor
+    queries: Tensor
+    cached: Tensor
+
+
+class Sample(NamedTuple):
+    """What is encoded.
+
+    Attributes:
+        rows: int64 `[count]`.
+        weights: `[batch, count]`.
+        correction: `[batch, dim]`: is added to the weighted sum of documents in the gradient of the query.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    correction: Tensor
+
+
+class Candidates(NamedTuple):
+    """Rows that may be encoded.
+
+    Attributes:
+        weights: `[batch, n]`: with which they estimate the expectation of each query.
+        shares, queries: See `Situation`.
+        cached: `[n, dim]`.
+    """
+
+    weights: Tensor
+    shares: Tensor
+    queries: Tensor
+    cached: Tensor
+
+    @property
+    def contributions(self) -> Tensor:
+        """`[batch, n]`: the factor of each row's gradient in that of the batch's loss."""
+        return self.weights * self.shares[:, None]
+
+
+Sizes = Callable[[Candidates], Tensor]
+Order = Callable[[Candidates, Tensor, torch.Generator], Tensor]
+Uniforms = Callable[[int, int, torch.Generator], Tensor]
+
+
+def gumbel_top_k(situation: Situation, generator: torch.Generator, count: int = 1) -> Sample:
+    """Each query draws `count` rows of its own without replacement, weighed by a threshold (Kool et al., 2019).
+
+    The rows are the best of the scores with Gumbel noise. The next one is the threshold: that a row is above it has
+    the probability `q = 1 - exp(-exp(log rho - threshold))`, and its weight is `rho / q`.
+    """
+    probabilities = situation.probabilities
+    uniform = torch.rand(probabilities.shape, generator=generator, dtype=torch.float64)
+    noisy = probabilities.double().log() - (-uniform.to(probabilities.device).log()).log()
+    best, rows = noisy.topk(count + 1, dim=1)
+    rows = rows[:, :count]
+    own = probabilities.gather(1, rows).double()
+    weights = own / -torch.expm1(-(own.log() - best[:, count:]).exp())
+    return Sample(rows.flatten(), on_diagonal(weights.to(probabilities.dtype)), torch.zeros_like(situation.queries))
+
+
+def shared_draws(situation: Situation, generator: torch.Generator, count: int = 1) -> Sample:
+    """Every draw serves all queries (balance heuristic); the query's side has its expectation over all rows."""
+    drawn = draw(situation.probabilities, independent(len(situation.queries), count, generator))
+    rows, weights = _share(situation.probabilities, drawn, count)
+    expected = situation.probabilities @ situation.cached
+    return Sample(rows, weights, expected - weights @ situation.cached[rows])
+
+
+def independent(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """Uniforms of independent draws: `[batch, count]`."""
+    return torch.rand(batch, count, generator=generator, dtype=torch.float64)
+
+
+def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """Uniforms of draws of which each query has one in each of `count` parts of its softmax."""
+    return (torch.arange(count) + independent(batch, count, generator)) / count
+
+
+def sum_size(candidates: Candidates) -> Tensor:
+    """The sum of what a row contributes to each query."""
+    return candidates.contributions.sum(dim=0)
+
+
+def root_size(candidates: Candidates) -> Tensor:
+    """The root of the sum of squares of what a row contributes: the library's."""
+    return estimators.importance(candidates.weights, candidates.shares, candidates.queries)
+
+
+def norm_size(candidates: Candidates) -> Tensor:
+    """The norm of the gradient with respect to the row's embedding."""
+    return (candidates.contributions.T @ candidates.queries).norm(dim=1)
+
+
+def tangent_size(candidates: Candidates) -> Tensor:
+    """The same without the part along the embedding, which an encoder that normalises does not pass on."""
+    gradient, along = candidates.contributions.T @ candidates.queries, candidates.cached
+    return (gradient - (gradient * along).sum(dim=1, keepdim=True) * along).norm(dim=1)
+
+
+def by_query(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows that add most to the same query side by side: the library's."""
+    return candidates.contributions.argmax(dim=0).argsort(stable=True)
+
+
+def by_query_and_similarity(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """The same, those of a query by their similarity to it."""
+    query = candidates.contributions.argmax(dim=0)
+    similar = estimators.dot(candidates.cached, candidates.queries[query]).argsort()
+    return similar[query[similar].argsort(stable=True)]
+
+
+def at_random(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """No order."""
+    return torch.randperm(len(sizes), generator=generator).to(sizes.device)
+
+
+def two_phase(
+    situation: Situation,
+    generator: torch.Generator,
+    num_candidates: int | None = 8,
+    sizes: Sizes = root_size,
+    order: Order = by_query,
+    control: Literal["candidates", "rows"] | None = "candidates",
+    uniforms: Uniforms = independent,
+) -> Sample:
+    """As many documents as queries, chosen among the draws of all, or among all rows, by a systematic sample.
+
+    Args:
+        situation: The batch.
+        generator: Source of randomness.
+        num_candidates: Draws per query; None for all rows with their probabilities as weights.
+        sizes: In proportion to what the choice is made.
+        order: In which the systematic sample goes through them.
+        control: What serves the queries by cached embeddings: the candidates, all rows, or nothing.
+        uniforms: Of the draws.
+    """
+    rows, candidates = _first_phase(situation, generator, num_candidates, uniforms)
+    count = len(situation.queries)
+    size = sizes(candidates)
+    chances = estimators.inclusion_probabilities(size, count)
+    ordered = order(candidates, size, generator)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64).to(chances.device)
+    at, is_chosen = estimators.systematic_sample(chances[ordered], count, uniform)
+    at = ordered[at[is_chosen]]
+    weights = (candidates.weights[:, at] / chances[at]).to(situation.cached.dtype)
+    correction = torch.zeros_like(situation.queries)
+    if control is not None:
+        all_weights, cached = situation.probabilities, situation.cached
+        if control == "candidates":
+            all_weights, cached = candidates.weights, candidates.cached
+        correction = all_weights @ cached - weights @ candidates.cached[at]
+    return Sample(rows[at], weights, correction)
+
+
+def _first_phase(
+    situation: Situation, generator: torch.Generator, num_candidates: int | None, uniforms: Uniforms
+) -> tuple[Tensor, Candidates]:
+    """The rows among which those to encode are chosen: int64 `[n]`, and what they contribute."""
+    probabilities, shares, queries, cached = situation
+    if num_candidates is None:
+        return torch.arange(len(cached), device=cached.device), Candidates(probabilities, shares, queries, cached)
+    drawn = draw(probabilities, uniforms(len(queries), num_candidates, generator))
+    rows, weights = _share(probabilities, drawn, num_candidates)
+    return rows, Candidates(weights, shares, queries, cached[rows])
+
+
+def _share(probabilities: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distinct rows of `count` draws per query, and the weights with which they serve each: `[n]`, `[batch, n]`."""
+    rows, counts = torch.unique(drawn, return_counts=True)
+    return rows, estimators.balance_weights(probabilities[:, rows].log(), counts, count)
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Rows drawn by inverse CDF: int64 `[batch * count]` from `[batch, n]` and uniforms `[batch, count]`."""
+    cumulative = probabilities.double().cumsum(dim=1)
+    points = uniform.to(cumulative) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True).clamp(max=probabilities.shape[1] - 1).flatten()
+
+
+def on_diagonal(weights: Tensor) -> Tensor:
+    """`[batch, batch * m]` from the weights `[batch, m]` with which documents serve the query that drew them."""
+    batch, count = weights.shape
+    return (torch.eye(batch, device=weights.device)[:, :, None] * weights).view(batch, batch * count)

@@ -1,0 +1,236 @@
+"""The gradient of the loss with respect to the table of token embeddings: the exact one, and errors of estimates."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.estimators_tried import Sample, Situation
+from benchmarks.sizes import Case
+from benchmarks.stages import NUMBER, SPECS, Corpus, Stage, encode
+from benchmarks.timing import synchronise
+from negative_cache import NegativeCacheLoss, estimators
+
+CHUNK = 2048  # documents encoded at once
+
+Step = Callable[[], Tensor]
+Tried = Callable[[Situation, torch.Generator], Sample]
+
+
+class Batch(NamedTuple):
+    """Pairs and a full cache at some moment of a training.
+
+    Attributes:
+        corpus: The texts.
+        table: `[vocabulary, dim]`, with gradient.
+        pairs: int64 `[batch]`: numbers of the pairs; each has a document of its own.
+        rows: int64 `[n]`: numbers of the cached documents.
+        cached: `[n, dim]`: their embeddings.
+        scale: Factor of the dot products.
+    """
+
+    corpus: Corpus
+    table: Tensor
+    pairs: Tensor
+    rows: Tensor
+    cached: Tensor
+    scale: float
+
+    @property
+    def positives(self) -> Tensor:
+        """int64 `[batch, n]`: numbers of the documents that are no negatives of each query, its own first."""
+        return self.corpus.positives[self.pairs]
+
+    @property
+    def documents(self) -> Tensor:
+        """int64 `[batch]`: number of each pair's document."""
+        return self.positives[:, 0]
+
+    def encode(self) -> tuple[Tensor, Tensor]:
+        """Embeddings of the queries and of their documents: `[batch, dim]`, with gradient."""
+        queries = encode(self.table, self.corpus.queries, self.pairs)
+        return queries, self.encode_documents(self.documents)
+
+    def encode_documents(self, numbers: Tensor) -> Tensor:
+        """`[n, dim]`, with gradient."""
+        return encode(self.table, self.corpus.documents, numbers)
+
+
+def make_batch(corpus: Corpus, stage: Stage, case: Case, seed: int) -> Batch:
+    """Random pairs without a document in common, and the rows that were written last."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(corpus.positives), generator=generator).to(corpus.positives.device)
+    numbers, place = corpus.positives[order, 0], torch.arange(len(order), device=order.device)
+    first = torch.full((int(numbers.max()) + 1,), len(order), device=order.device)
+    first.scatter_reduce_(0, numbers, place, "amin")
+    pairs = order[first[numbers] == place][: case.batch]
+    batch = Batch(corpus, stage.table, pairs, stage.rows[: case.rows], stage.cached[: case.rows], case.scale)
+    return batch if case.is_stale else batch._replace(cached=encode_all(batch))
+
+
+@torch.no_grad()
+def encode_all(batch: Batch) -> Tensor:
+    """All rows encoded anew: `[n, dim]`."""
+    return torch.cat([batch.encode_documents(part) for part in torch.split(batch.rows, CHUNK)])
+
+
+class Objective:
+    """The loss of a batch with all rows in sight.
+
+    Args:
+        batch: The pairs and the cache.
+        in_batch: Whether the batch's documents are negatives of its other queries, differentiated exactly.
+    """
+
+    def __init__(self, batch: Batch, in_batch: bool) -> None:
+        self.batch, self.in_batch = batch, in_batch
+        positives, own = batch.positives, batch.documents
+        self._is_hidden_in_batch = (positives[:, :, None] == own).any(dim=1)
+        hidden = (positives[:, :, None] == batch.rows).any(dim=1)
+        if in_batch:
+            hidden = hidden | torch.isin(batch.rows, own)
+        with torch.no_grad():
+            queries, documents = batch.encode()
+            scores = (batch.scale * queries @ batch.cached.T).masked_fill(hidden, -torch.inf)
+            self.lse = scores.logsumexp(dim=1)
+            fresh = self._fresh_scores(queries, documents)
+            fresh_lse = torch.full_like(self.lse, -torch.inf) if fresh is None else fresh.logsumexp(dim=1)
+            shares = estimators.cache_share(self._positive_scores(queries, documents), self.lse, fresh_lse)
+        self.situation = Situation(scores.softmax(dim=1), shares, queries, batch.cached)
+
+    def loss(self, queries: Tensor, documents: Tensor, drawn: Tensor) -> Tensor:
+        """The mean loss, whose gradient through the cached documents is that of `drawn [batch]`."""
+        positive, fresh = self._positive_scores(queries, documents), self._fresh_scores(queries, documents)
+        return estimators.readable_loss(positive, self.batch.scale * drawn, self.lse, fresh).mean()
+
+    def exact_gradient(self) -> Tensor:
+        """With every row encoded anew, and the softmax of the cached embeddings, as all estimators have it."""
+        batch, (probabilities, shares, _, _) = self.batch, self.situation
+        expected = probabilities @ encode_all(batch)
+        queries, documents = batch.encode()
+        loss = self.loss(queries, documents, estimators.dot(queries, expected))
+        (gradient,) = torch.autograd.grad(loss, batch.table, retain_graph=True)
+        factors = batch.scale / len(batch.pairs) * shares[:, None] * probabilities
+        of_embeddings = factors.T @ queries.detach()
+        for numbers, part in zip(torch.split(batch.rows, CHUNK), torch.split(of_embeddings, CHUNK), strict=True):
+            gradient += torch.autograd.grad(batch.encode_documents(numbers), batch.table, part)[0]
+        return gradient
+
+    def _positive_scores(self, queries: Tensor, documents: Tensor) -> Tensor:
+        return self.batch.scale * estimators.dot(queries, documents)
+
+    def _fresh_scores(self, queries: Tensor, documents: Tensor) -> Tensor | None:
+        if not self.in_batch:
+            return None
+        return (self.batch.scale * queries @ documents.T).masked_fill(self._is_hidden_in_batch, -torch.inf)
+
+
+@dataclass
+class Estimate:
+    """An estimator at work on a batch.
+
+    Attributes:
+        step: Gives the loss.
+        prepare: Called before each step, and not timed.
+        count: Distinct cached documents that were encoded so far.
+    """
+
+    step: Step
+    prepare: Callable[[], None]
+    count: int = 0
+
+
+def of_library(batch: Batch, seed: int, settings: Mapping[str, Any]) -> Estimate:
+    """`NegativeCacheLoss` on a cache that is in each step as in the first."""
+    places = torch.full((int(batch.rows.max()) + 1,), -1, device=batch.rows.device)
+    places[batch.rows] = torch.arange(len(batch.rows), device=batch.rows.device)
+    loss_fn = NegativeCacheLoss(
+        lambda features: batch.cached[places[features[NUMBER]]],
+        len(batch.rows),
+        batch.scale,
+        specs=SPECS,
+        seed=seed,
+        **settings,
+    )
+    loss_fn.fill_from([{"document_features": {NUMBER: batch.rows}, "document_ids": batch.rows}])
+    cache = loss_fn.cache
+    assert cache is not None
+
+    def encode_drawn(features: dict[str, Tensor]) -> Tensor:
+        estimate.count += len(torch.unique(features[NUMBER]))
+        return batch.encode_documents(features[NUMBER])
+
+    def prepare() -> None:
+        loss_fn.cache = copy.deepcopy(cache)
+
+    def step() -> Tensor:
+        queries, documents = batch.encode()
+        numbers = batch.documents
+        loss: Tensor = loss_fn(queries, documents, {NUMBER: numbers}, numbers, batch.positives)
+        return loss
+
+    loss_fn.document_encoder = encode_drawn
+    estimate = Estimate(step, prepare)
+    return estimate
+
+
+def of_tried(objective: Objective, seed: int, function: Tried) -> Estimate:
+    """A function of `estimators_tried`, with in-batch negatives if the objective has them."""
+    batch, generator = objective.batch, torch.Generator().manual_seed(seed)
+
+    def step() -> Tensor:
+        queries, documents = batch.encode()
+        sample = function(objective.situation, generator)
+        estimate.count += len(torch.unique(sample.rows))
+        products = queries @ batch.encode_documents(batch.rows[sample.rows]).T
+        drawn = (sample.weights * products).sum(dim=1) + estimators.dot(queries, sample.correction)
+        return objective.loss(queries, documents, drawn)
+
+    estimate = Estimate(step, lambda: None)
+    return estimate
+
+
+class Errors(NamedTuple):
+    """Of an estimator on a batch.
+
+    Attributes:
+        variance: Mean squared distance to the exact gradient, relative to its squared norm.
+        bias: Squared distance of the mean gradient to the exact one, relative to its expectation without bias: near 1
+            for an unbiased estimator.
+        documents: Cached documents encoded per step.
+        step_ms: Milliseconds of each step, with its encoder and backward pass.
+    """
+
+    variance: float
+    bias: float
+    documents: float
+    step_ms: list[float]
+
+
+def measure(estimate: Estimate, table: Tensor, exact: Tensor, repeats: int) -> Errors:
+    """Repeat a step with other draws."""
+    times, squares, total = [], 0.0, torch.zeros_like(exact)
+    for _ in range(repeats):
+        estimate.prepare()
+        synchronise(table.device)
+        started = time.perf_counter()
+        (gradient,) = torch.autograd.grad(estimate.step(), table)
+        synchronise(table.device)
+        times.append(1000 * (time.perf_counter() - started))
+        error = gradient.sub_(exact)
+        squares += float(_square(error))
+        total += error
+    of_mean = float(_square(total)) / repeats**2
+    spread = (squares - repeats * of_mean) / (repeats - 1)  # around the mean gradient
+    bias = repeats * of_mean / spread if spread > 0 else float("nan")
+    return Errors(squares / repeats / float(_square(exact)), bias, estimate.count / repeats, times)
+
+
+def _square(values: Tensor) -> Tensor:
+    return values.flatten().dot(values.flatten())
