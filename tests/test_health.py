@@ -12,7 +12,7 @@ from torch import Tensor
 
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
 from negative_cache.drawing import Returned
-from negative_cache.health import Health, staleness_by_age
+from negative_cache.health import PATIENCE, Health, staleness_by_age
 from support import as_on_a_gpu
 
 DIM, SCALE, NUM_ROWS, SIZE = 3, 2.0, 6, 10
@@ -232,20 +232,20 @@ def warnings_of(caplog: pytest.LogCaptureFixture, act: Callable[[], Any]) -> lis
 def test_good_numbers_give_no_warning(caplog: pytest.LogCaptureFixture):
     loss_fn = filled_loss(TABLE[:NUM_ROWS])
     step(loss_fn)
-    assert warnings_of(caplog, loss_fn.metrics) == []
+    assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
 
 
 def test_stale_embeddings_give_one_warning_with_advice(caplog: pytest.LogCaptureFixture):
     loss_fn = filled_loss(-TABLE[:NUM_ROWS])
     step(loss_fn)
-    (message,) = warnings_of(caplog, loss_fn.metrics)
+    (message,) = warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)])
     assert "staleness 4.00" in message
     assert "learning rate" in message
     assert "refresh_per_step" in message
     loss_fn.cache.write(torch.arange(NUM_ROWS), {"embedding": -TABLE[:NUM_ROWS]})
     step(loss_fn)
     assert loss_fn.metrics()["staleness"] > 0.5
-    assert warnings_of(caplog, loss_fn.metrics) == []
+    assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ def test_an_uneven_gradient_gives_one_warning_with_advice(
     loss_fn = filled_loss(TABLE[:NUM_ROWS])
     loss_fn._fixed_scale = SCALE / factor
     step(loss_fn, factor * QUERIES)
-    (message,) = warnings_of(caplog, loss_fn.metrics)
+    (message,) = warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)])
     assert f"The gradient of the {larger}' embeddings is" in message
     assert f"times that of the {smaller}'" in message
     assert "learning rate" in message
     step(loss_fn, factor * QUERIES)
-    assert warnings_of(caplog, loss_fn.metrics) == []
+    assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
 
 
 @pytest.mark.parametrize(
@@ -276,4 +276,17 @@ def test_where_warnings_begin(staleness: float, ratio: float, count: int, caplog
     health.watch(queries, [documents])
     (ratio * queries + documents).sum().backward()
     assert health.read(cache)["gradient_norm_ratio"] == pytest.approx(ratio)
+    assert caplog.records == []  # one bad reading is none
+    for _ in range(2 * PATIENCE):
+        health.read(cache)
     assert len(caplog.records) == count
+
+
+def test_bad_readings_with_a_good_one_between_them_give_no_warning(caplog: pytest.LogCaptureFixture):
+    cache, health = make_cache([0])[0], Health()
+    for staleness in [0.9] * (PATIENCE - 1) + [0.1] + [0.9] * (PATIENCE - 1):
+        health.take({"staleness": torch.tensor(staleness)}, None, torch.tensor(1))
+        health.read(cache)
+    assert caplog.records == []
+    health.read(cache)
+    assert len(caplog.records) == 1

@@ -14,6 +14,7 @@ from negative_cache.drawing import Returned
 # A relative squared distance of 0.5 is that of unit vectors with a cosine of 0.75: what was drawn is no more what the
 # softmax was computed from. One of two encoders that gets ten times the gradient of the other leaves it behind.
 STALE, UNEVEN = 0.5, 10.0
+PATIENCE = 3  # readings in a row: a model from scratch moves far in its first steps
 
 logger = logging.getLogger("negative_cache")
 
@@ -24,7 +25,7 @@ class Health:
     def __init__(self) -> None:
         self._latest: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._has_warned: set[str] = set()
+        self._readings = {"staleness": 0, "ratio": 0}  # bad ones in a row; a warning came if there are enough
 
     def take(self, diagnostics: dict[str, Tensor], num_limited: Tensor | None, num_filled: Tensor) -> None:
         """Begin a step with its diagnostics, and how many of the filled rows were hidden from each query `[batch]`."""
@@ -75,26 +76,26 @@ class Health:
 
     def _warn(self, numbers: dict[str, float]) -> None:
         staleness, ratio = numbers.get("staleness", 0.0), numbers.get("gradient_norm_ratio", 1.0)
-        if staleness > STALE:
-            self._warn_once(
-                "staleness",
+        if self._is_time_to_warn("staleness", staleness > STALE):
+            logger.warning(
                 f"Cached embeddings are far from what the encoder makes now: staleness {staleness:.2f}, above {STALE}. "
                 "What is drawn are no longer the hard negatives. Lower the learning rate, warm it up for longer, set "
-                "refresh_per_step, or use a smaller cache.",
+                "refresh_per_step, or use a smaller cache."
             )
-        if not 1 / UNEVEN < ratio < UNEVEN:
+        if self._is_time_to_warn("ratio", not 1 / UNEVEN < ratio < UNEVEN):
             side, other = ("queries", "documents") if ratio > 1 else ("documents", "queries")
-            self._warn_once(
-                "ratio",
+            logger.warning(
                 f"The gradient of the {side}' embeddings is {max(ratio, 1 / max(ratio, 1e-12)):.0f} times that of the "
                 f"{other}'. One encoder will leave the other behind: lower its learning rate, clip gradients, use more "
-                "num_samples, or train in both directions.",
+                "num_samples, or train in both directions."
             )
 
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._has_warned:
-            self._has_warned.add(what)
-            logger.warning(message)
+    def _is_time_to_warn(self, what: str, is_bad: bool) -> bool:
+        """Whether a reading is the last of so many bad ones in a row, for the first time."""
+        if self._readings[what] < PATIENCE:
+            self._readings[what] = self._readings[what] + 1 if is_bad else 0
+            return self._readings[what] == PATIENCE
+        return False
 
 
 def _check_rejected(cache: NegativeCache) -> None:
