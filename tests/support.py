@@ -135,3 +135,15 @@ POSITIVES = [
     f"{topic} has been studied by people who like {topic} " + "very " * i + "much" for i, topic in enumerate(TOPICS)
 ]
 HARD = [f"an essay that mentions {topic} once" for topic in TOPICS]
+
+
+class TableEncoder:
+    """The embedding of a document is its row of a table; keeps the last output, whose gradient is per draw."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def __call__(self, features: dict[str, Tensor]) -> Tensor:
+        self.rows = features["row"]
+        self.output = self.table[self.rows].clone().requires_grad_()
+        return self.output

@@ -15,7 +15,7 @@ from torch import Tensor
 from dense import Problem, exact
 from negative_cache import FixedLenFeature, NegativeCacheLoss
 from stats import ALPHA, mean_gradient
-from support import run_ranks
+from support import TableEncoder, run_ranks
 
 DIM, NUM_ROWS, NUM_DOCUMENTS, CACHE_SIZE = 3, 12, 20, 40
 # Document 12 is on both ranks, 0 and 4 are in the cache too; rank 1 alone gives negatives, of which 2 is in the cache.
@@ -40,19 +40,7 @@ def part(values: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
     return values[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
 
 
-class Encoder:
-    """The embedding of a document is its row of a table; keeps the last output and its rows."""
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def __call__(self, features: dict[str, Tensor]) -> Tensor:
-        self.rows = features["row"]
-        self.output = self.table[self.rows].clone().requires_grad_()
-        return self.output
-
-
-def make_loss(encoder: Encoder, ranks: str | None, **settings: Any) -> NegativeCacheLoss:
+def make_loss(encoder: TableEncoder, ranks: str | None, **settings: Any) -> NegativeCacheLoss:
     settings = {"embedding_dtype": torch.float64, "learnable_scale": True, "seed": 3, **settings}
     specs = {"row": FixedLenFeature([], torch.int64)}
     return NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, specs=specs, process_group=ranks, **settings)
@@ -90,7 +78,7 @@ def call(
 
 
 def check_unbiased(rank: int, given: Problem) -> None:
-    encoder = Encoder(given.table)
+    encoder = TableEncoder(given.table)
     loss_fn = make_loss(encoder, "world")
     fill(loss_fn, given, ROWS, rank)
     cache, truth = loss_fn.cache, exact(given)
@@ -143,7 +131,7 @@ def check_values_equal_one_process(rank: int, given: Problem) -> None:
     for settings, extras in [({}, {}), *cases]:
         values = []
         for group, sizes, batches, at in (("world", ROWS, BATCHES, rank), (None, [NUM_ROWS], [8], 0)):
-            loss_fn = make_loss(Encoder(given.table), group, **settings)
+            loss_fn = make_loss(TableEncoder(given.table), group, **settings)
             fill(loss_fn, given, sizes, at, **{k: v for k, v in extras.items() if k != "guide_queries"})
             loss, _ = call(loss_fn, given, batches, at, **extras)  # in training: the value is exact all the same
             values.append(loss.detach().clone())
@@ -168,11 +156,11 @@ def check_differing_settings(rank: int, given: Problem) -> None:
         ({"in_batch": rank == 0}, "settings such as `in_batch`"),
         ({"refresh_per_step": rank}, "settings such as `in_batch`"),
     ):
-        loss_fn = make_loss(Encoder(given.table), "world", **settings)
+        loss_fn = make_loss(TableEncoder(given.table), "world", **settings)
         with pytest.raises(ValueError, match=f"The ranks differ in {what}"):
             call(loss_fn, given, BATCHES, rank)
         assert loss_fn.cache is None
-    loss_fn = make_loss(Encoder(given.table), "world")
+    loss_fn = make_loss(TableEncoder(given.table), "world")
     with pytest.raises(ValueError, match="The ranks differ in the cached features"):
         call(loss_fn, given, BATCHES, rank, **(guided if rank else {}))
     call(loss_fn, given, BATCHES, rank)

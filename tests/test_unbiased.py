@@ -16,6 +16,7 @@ from torch import Tensor
 from negative_cache import CacheClassificationLoss, FixedLenFeature, GumbelMaxRetrievalFn, NegativeCache, drawing
 from negative_cache import NegativeCacheLoss as Loss
 from stats import ALPHA, mean_gradient
+from support import TableEncoder
 
 NUM_ROWS, DIM, SCALE = 12, 3, 2.0
 NUM_QUERIES, COPIES = 2, 1000
@@ -37,18 +38,6 @@ def make_embeddings() -> tuple[Tensor, Tensor]:
     queries = 0.7 * torch.randn(NUM_QUERIES, DIM, generator=generator, dtype=torch.float64)
     table = 0.8 * torch.randn(NUM_ROWS + 3, DIM, generator=generator, dtype=torch.float64)
     return queries, table
-
-
-class TableEncoder:
-    """The embedding of a document is its row of a table; keeps the last output, whose gradient is per draw."""
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def __call__(self, features: dict[str, Tensor]) -> Tensor:
-        self.rows = features["row"]
-        self.output = self.table[self.rows].clone().requires_grad_()
-        return self.output
 
 
 def exact(query: int, negatives: list[int], top_k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,13 @@ class Batch(NamedTuple):
             specs[GUIDE] = FixedLenFeature([self.guide_documents.shape[1]], torch.float32)
         return specs
 
-    def check_extras(self, specs: Specs) -> None:
-        """Raise unless the batch has what a cache of these specs keeps, and nothing else."""
+    def check_extras(self, specs: Specs, dims: Sequence[int] = ()) -> None:
+        """Raise unless the batch has just what a cache of these specs keeps, and more dimensions than `dims`."""
+        if any(dim >= self.queries.shape[1] for dim in dims):
+            raise ValueError(
+                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {self.queries.shape[1]} dimensions, "
+                "and are counted anyway: give smaller numbers."
+            )
         for key, name, value in ((BIAS, "log_q", self.log_q), (GUIDE, "guide_documents", self.guide_documents)):
             if (key in specs) != (value is not None):
                 raise ValueError(f"`{name}` must be given in every step or in none; the cache was made the other way.")

@@ -151,3 +151,11 @@ def is_last_of_equal(values: Tensor, valid: Tensor) -> Tensor:
     is_last = torch.ones_like(valid)
     is_last[:-1] = ordered[1:] != ordered[:-1]
     return torch.empty_like(valid).scatter_(0, order, is_last) & valid
+
+
+def is_in_row(values: Tensor, sets: Tensor) -> Tensor:
+    """Which of `values [n]` are in each row of `sets [batch, m]`: bool `[batch, n]`."""
+    found = torch.zeros(len(sets), len(values), dtype=torch.bool, device=values.device)
+    for column in sets.T:  # one after the other: all at once would take m times the memory
+        found |= column[:, None] == values
+    return found

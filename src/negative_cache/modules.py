@@ -364,7 +364,7 @@ class NegativeCacheLoss(RanksCache):
             raise ValueError(
                 f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have {dim}."
             )
-        batch.check_extras(cache.specs)
+        batch.check_extras(cache.specs, self.matryoshka_dims)
         manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
         is_writing = self.training and torch.is_grad_enabled()
         if is_writing:

@@ -13,7 +13,7 @@ from negative_cache.batch import Batch
 from negative_cache.cache import NO_ID
 from negative_cache.distributed import Ranks
 from negative_cache.drawing import Asked, Negatives
-from negative_cache.lookup import is_last_of_equal
+from negative_cache.lookup import is_in_row, is_last_of_equal
 from negative_cache.meeting import Meeting
 from negative_cache.sharded import withheld
 from negative_cache.sharing import Serving
@@ -173,7 +173,7 @@ def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
     is_first = is_last_of_equal(ids.flip(0), is_known.flip(0)).flip(0)
     hidden = (is_known & ~is_first).expand(batch, count)
     if positives is not None:
-        hidden = hidden | ((positives[:, :, None] == ids) & is_known).any(dim=1)
+        hidden = hidden | (is_in_row(ids, positives) & is_known)
     if fresh.first_own >= 0:
         column = torch.arange(count, device=ids.device)
         own = fresh.first_own + torch.arange(batch, device=ids.device)

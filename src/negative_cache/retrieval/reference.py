@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.features import dequantize
+from negative_cache.lookup import is_in_row
 from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import (
     Limits,
@@ -81,7 +82,7 @@ def scores_of(
     limits = None if limits is None else limits.select(rows)
     scores = dense_scores(queries, pool.select(rows), score_transform, limits=limits)
     if excluded is not None:
-        scores = scores.masked_fill((excluded[:, :, None] == rows).any(dim=1), -torch.inf)
+        scores = scores.masked_fill(is_in_row(rows, excluded), -torch.inf)
     if group_rows is not None:
         groups = group_of(rows, pool.num_rows, group_rows.shape[1])
         scores = scores.masked_fill(group_rows[:, groups] != rows, -torch.inf)
