@@ -66,10 +66,11 @@ class Batch(NamedTuple):
 
     def check_extras(self, specs: Specs, dims: Sequence[int] = ()) -> None:
         """Raise unless the batch has just what a cache of these specs keeps, and more dimensions than `dims`."""
-        if any(dim >= self.queries.shape[1] for dim in dims):
+        width = self.queries.shape[1]
+        if any(dim >= width for dim in dims):
             raise ValueError(
-                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {self.queries.shape[1]} dimensions, "
-                "and are counted anyway: give smaller numbers."
+                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {width} dimensions, and are counted "
+                "anyway: give smaller numbers."
             )
         for key, name, value in ((BIAS, "log_q", self.log_q), (GUIDE, "guide_documents", self.guide_documents)):
             if (key in specs) != (value is not None):
