@@ -69,8 +69,8 @@ class Batch(NamedTuple):
         width = self.queries.shape[1]
         if any(dim >= width for dim in dims):
             raise ValueError(
-                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {width} dimensions, and are counted "
-                "anyway: give smaller numbers."
+                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {width} dimensions, which are "
+                "counted anyway: give smaller numbers."
             )
         for key, name, value in ((BIAS, "log_q", self.log_q), (GUIDE, "guide_documents", self.guide_documents)):
             if (key in specs) != (value is not None):

@@ -25,7 +25,7 @@ NOTE = (
     "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the one of {rates} "
     "that is best on the dev split with seed 0; where that was the first or last one, up to {extensions} more were "
     "tried. Seconds are of training alone. Documents encoded: every time the encoder met a document in training; "
-    "gradient caching encodes each twice."
+    "gradient caching encodes each twice (with a static model once, as it needs no cache)."
 )
 
 
