@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from negative_cache import FixedLenFeature, NegativeCacheLoss
 from negative_cache.estimators import reweigh, truncate
 from stats import ALPHA, mean_gradient
-from support import TableEncoder
+from support import TableEncoder, as_on_a_gpu
 
 NUM_ROWS, DIM, SCALE, BATCH = 12, 6, 3.0, 3
 
@@ -122,3 +123,17 @@ def test_evaluation_counts_the_whole_embeddings_alone():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         NegativeCacheLoss(lambda f: f["x"], 8, **settings)
+
+
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_queries_without_any_negative_have_no_loss(on_a_gpu):
+    """A margin hides everything: the loss is 0 and finite, also where nothing can be looked at."""
+    loss_fn, _, table = made((2,), 8)
+    loss_fn.margins = loss_fn.margins._replace(absolute=3.0)
+    numbers = torch.arange(NUM_ROWS, NUM_ROWS + BATCH)
+    queries = unit(BATCH, 4).requires_grad_()
+    with as_on_a_gpu() if on_a_gpu else contextlib.nullcontext():
+        value = loss_fn(queries, table[numbers], {"row": numbers}, numbers)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert bool((queries.grad == 0).all())

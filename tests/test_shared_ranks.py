@@ -40,7 +40,7 @@ def part(values: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
     return values[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
 
 
-def make_loss(encoder: TableEncoder, ranks: str | None, **settings: Any) -> NegativeCacheLoss:
+def make_loss(encoder: Any, ranks: str | None, **settings: Any) -> NegativeCacheLoss:
     settings = {"embedding_dtype": torch.float64, "learnable_scale": True, "seed": 3, **settings}
     specs = {"row": FixedLenFeature([], torch.int64)}
     return NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, specs=specs, process_group=ranks, **settings)
@@ -169,9 +169,23 @@ def check_differing_settings(rank: int, given: Problem) -> None:
     call(loss_fn, given, BATCHES, rank)[0].backward()
 
 
+def check_refresh_is_together(rank: int, given: Problem) -> None:
+    """All ranks encode in each step, however few rows are refreshed: a wrapped encoder waits for the others."""
+    calls = []
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        calls.append(len(features["row"]))
+        return given.table[features["row"]]
+
+    loss_fn = make_loss(encode, "world", refresh_per_step=1)
+    call(loss_fn, given, BATCHES, rank)
+    assert calls == [1]
+
+
 def check(rank: int, world_size: int, folder: Path) -> None:
     given = problem()
     check_differing_settings(rank, given)
+    check_refresh_is_together(rank, given)
     check_values_equal_one_process(rank, given)
     check_unbiased(rank, given)
 

@@ -142,3 +142,20 @@ def test_the_model_card_says_what_was_set(static, guide):
     assert config["guide"]
     assert config["num_candidates"] == 12
     assert config["shared"] is True
+
+
+def test_autocast_changes_no_weights(static):
+    """Everything about drawn documents is float32, whatever the encoder computes in."""
+    loss = NegativeCacheRankingLoss(static, 32, seed=0)
+    steps(loss, static)
+    found = []
+    original = loss.cache_loss._loss
+
+    def seen(step, scale, scores, fresh, negatives, encoded):
+        found.extend(value.dtype for serving in negatives.serving for value in serving)
+        return original(step, scale, scores, fresh, negatives, encoded)
+
+    loss.cache_loss._loss = seen
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(columns(static, ANCHORS[:4], POSITIVES[:4]), None).backward()
+    assert found == [torch.float32, torch.float32]

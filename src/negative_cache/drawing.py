@@ -124,12 +124,11 @@ class Negatives(abc.ABC):
         is_valid: bool `[batch]`: whether the query has any; the documents of one without are another's.
         count: Documents to encode here; 0 if no query of any rank has a negative.
         features: Their features, `[count, ...]` each.
-        cached: Their cached embeddings, `[count, dim]`.
+        cached: Their cached embeddings, `[count, dim]`; empty where other ranks' documents are shared.
         serving: How the encoded documents, of all ranks, serve each query: for the whole embeddings, and then for each
             of `Rules.dims`. Empty where each query has the mean of `count / batch` documents of its own.
         lse_of_dims: `[batch]` for each of `Rules.dims`: as `lse`, estimated.
         top_features: For each query the features `[k, ...]` of its best rows, best first.
-        withheld_ids: int64 `[m]`: ids of the given negatives, of all ranks; None where they are unknown.
         num_limited: int64 `[batch]`: how many rows the limits hid; None without limits.
         num_filled: int64 `[]`: the filled rows of all ranks; None where those of this process are all.
     """
@@ -142,7 +141,6 @@ class Negatives(abc.ABC):
     serving: list[Serving]
     lse_of_dims: list[Tensor]
     top_features: list[dict[str, Tensor]]
-    withheld_ids: Tensor | None
     num_limited: Tensor | None
     num_filled: Tensor | None
 
@@ -233,7 +231,6 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         top_features=[read_pool(caches, top[top >= 0], rules.data_keys) for top in drawn.top_rows]
         if rules.num_top
         else [],
-        withheld_ids=withheld_ids,
         num_limited=drawn.num_limited,
         num_filled=None,
         rows=rows,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from negative_cache import objective
 from negative_cache.batch import BIAS, EMBEDDING, GUIDE, Batch, Step, check_embeddings, make_batch
-from negative_cache.distributed import separate, shard_sizes
+from negative_cache.distributed import separate
 from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
 from negative_cache.features import (
     Features,
@@ -53,8 +53,8 @@ class NegativeCacheLoss(RanksCache):
         num_samples: Cached documents encoded per query.
         in_batch: Whether the batch's documents are negatives of its other queries, differentiated exactly.
         shared: Whether an encoded document serves all queries; if not, each query has `num_samples` of its own.
-        num_candidates: Rows drawn per query from which those to encode are chosen, where they are shared; None for 8,
-            or twice `num_samples` if that is more.
+        num_candidates: Rows drawn per query from which those to encode are chosen, where they are shared; None for
+            twice `num_samples`, but from 8 to 16, or as many as those.
         absolute_margin: A document whose similarity (before the scale) is above that of the positive less this is taken
             for a false negative, and no query's negative; None for no such limit.
         relative_margin: The same above the positive's similarity less this share of it: 0.05 means 95 %.
@@ -103,7 +103,7 @@ class NegativeCacheLoss(RanksCache):
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        num_candidates = max(8, 2 * num_samples) if num_candidates is None else num_candidates
+        num_candidates = max(8, min(16, 2 * num_samples), num_samples) if num_candidates is None else num_candidates
         check_settings(
             cache_size=cache_size,
             scale=scale,
@@ -232,10 +232,11 @@ class NegativeCacheLoss(RanksCache):
             guide_ceilings=scores.guide_ceilings,
         )
         negatives: Negatives
-        if meeting is None:
-            negatives = draw_here(step.rules, [cache], asked)
-        else:
-            negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], asked, self.step_number)
+        with torch.autocast(device.type, enabled=False):
+            if meeting is None:
+                negatives = draw_here(step.rules, [cache], asked)
+            else:
+                negatives = draw_from_ranks(ranks, meeting, step.rules, [cache], asked, self.step_number)
         encoded, error = batch.queries.new_empty(0, batch.queries.shape[1]), None
         written_dtype = cache.specs[EMBEDDING].dtype
         if negatives.count:
@@ -251,8 +252,7 @@ class NegativeCacheLoss(RanksCache):
         loss = self._loss(step, scale, scores, fresh, negatives, encoded)
         if step.is_writing:
             self._write(step, negatives.new_items_mask(), updated, refreshed)
-        mean = loss.mean()
-        return mean if meeting is None else mean * meeting.weight(ranks.rank)
+        return loss.mean() * (1.0 if meeting is None else meeting.weight(ranks.rank))
 
     def metrics(self) -> dict[str, float]:
         """Health of the last training step; waits for the device. Warns once of what is going wrong, with advice.
@@ -344,8 +344,8 @@ class NegativeCacheLoss(RanksCache):
         if self.cache is None:
             self.cache = step.cache
         if self.refresh_per_step:
-            share = shard_sizes(self.refresh_per_step, self.ranks.size)[self.ranks.rank]
-            refresh(step.cache, EMBEDDING, step.rules.data_keys, self.document_encoder, share)
+            share, is_alone = -(-self.refresh_per_step // self.ranks.size), self.ranks.size == 1
+            refresh(step.cache, EMBEDDING, step.rules.data_keys, self.document_encoder, share, is_alone)
 
     def _prepare(self, batch: Batch, specs: Specs) -> Step:
         """Checks of the batch against the cache; a new cache is kept only once it has been written."""

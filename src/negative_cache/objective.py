@@ -244,6 +244,8 @@ def compute_loss(
     if len(encoded):
         drawn = scale * _drawn_products(batch.queries, encoded, negatives.serving[0] if negatives.serving else None)
         diagnostics = _drawn_diagnostics(batch.queries, batch.documents, scale, encoded, negatives)
+        if batch.log_q is not None:  # scores are not products alone
+            del diagnostics["effective_negatives"]
     loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
     with torch.no_grad():
         diagnostics |= {

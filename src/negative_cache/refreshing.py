@@ -14,13 +14,18 @@ from negative_cache.negatives import DocumentEncoder, encode, read_pool
 
 @torch.no_grad()
 def refresh(
-    cache: NegativeCache, embedding_key: str, data_keys: Sequence[str], encoder: DocumentEncoder, count: int
+    cache: NegativeCache,
+    embedding_key: str,
+    data_keys: Sequence[str],
+    encoder: DocumentEncoder,
+    count: int,
+    is_alone: bool = True,
 ) -> None:
     """Encode `count` filled rows anew, in turn: each row once in `num_filled / count` steps. Ages stay as they are.
 
     What is not finite is kept out and counted: the step is written already, so it is too late to raise.
     """
-    if not cache.has_rows() or count == 0:
+    if is_alone and not cache.has_rows():  # ranks encode together, or a wrapped encoder would wait for the others
         return
     turn = torch.arange(count, device=cache.device) + cache.step * count
     rows = turn % cache.num_filled.clamp(min=1)

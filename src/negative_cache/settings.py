@@ -48,8 +48,8 @@ def check_settings(
         )
     if matryoshka_dims and not shared:
         raise ValueError("`matryoshka_dims` needs shared=True: shorter embeddings use what was drawn for all queries.")
-    if any(dim < 1 for dim in matryoshka_dims):
-        raise ValueError(f"`matryoshka_dims` is {list(matryoshka_dims)}; expected numbers of components, at least 1.")
+    if any(dim < 1 for dim in matryoshka_dims) or len(set(matryoshka_dims)) < len(matryoshka_dims):
+        raise ValueError(f"`matryoshka_dims` is {list(matryoshka_dims)}; expected numbers of components, each once.")
     if not 0 <= warmup_fill <= 1:
         raise ValueError(f"`warmup_fill` is {warmup_fill}; it must be a share of the cache's rows, from 0 to 1.")
     if not 0 <= refresh_per_step <= cache_size:

@@ -80,7 +80,6 @@ def draw_from_ranks(
         serving=serving,
         lse_of_dims=lse_of_dims,
         top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
-        withheld_ids=withheld_ids,
         num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
         num_filled=filled.sum().to(queries.device),
         is_shared=rules.num_candidates > 0,
@@ -166,7 +165,7 @@ class _FromRanks(Negatives):
     def bring(self, rules: Rules, caches: Sequence[NegativeCache], widths: dict[str, int]) -> None:
         """Send the chosen rows to the ranks of their queries, and take in what arrives."""
         entries, ranks, device = self.entries, self.ranks, self.candidates.device
-        keys = [*rules.data_keys, rules.embedding_key]
+        keys = [*rules.data_keys, *([] if self.is_shared else [rules.embedding_key])]
         sent, wanted = entries.of_owner(ranks.rank), entries.of_asker(ranks.rank)
         rows = self.candidates[entries.candidate[sent].to(device)]
         raw = ranks.exchange(
@@ -181,7 +180,7 @@ class _FromRanks(Negatives):
         is_draw = entry < entries.num_draws
         drawn = _pick(came, arrival[is_draw.to(device)])
         self.count = int(is_draw.sum())
-        self.cached = drawn.pop(rules.embedding_key)
+        self.cached = drawn.pop(rules.embedding_key, self.cached)
         self.features = drawn
         if rules.num_top:
             first, batch = sum(self.meeting.batches[: ranks.rank]), len(self.lse)

@@ -132,7 +132,8 @@ def candidates_of(
     log_probabilities = torch.where(has_negatives, scores - torch.where(has_negatives, lse[:, None], 0), -torch.inf)
     weights = estimators.balance_weights(log_probabilities, counts, num_samples)
     cached = pool.gather(rows).to(weights.dtype)
-    log_proposals = counts.log() - math.log(num_samples) - log_probabilities.logsumexp(dim=0)
+    expected = math.log(num_samples) + log_probabilities.logsumexp(dim=0)  # log of how often each row is drawn
+    log_proposals = torch.where((counts > 0) & expected.isfinite(), counts.log() - expected, -torch.inf)
     levels = []
     for dim in dims:
         short = estimators.truncate(cached, dim)
@@ -141,7 +142,7 @@ def candidates_of(
         products = products if not pool.biases else products + torch.cat(list(pool.biases))[rows]
         partial, logits = estimators.reweigh(log_proposals, products.masked_fill(scores == -torch.inf, -torch.inf))
         total = partial if merge is None else merge(partial)
-        level_weights = torch.where(has_negatives, logits - total[:, None], -torch.inf).exp().nan_to_num(0.0)
+        level_weights = (logits - torch.where(total.isfinite(), total, 0)[:, None]).exp()
         levels.append(Level(total, level_weights, short))
     return Candidates(rows, positions, weights, log_probabilities, cached, tuple(levels))
 

@@ -176,10 +176,11 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
 def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     """A result without losses; `RunError` where the folder has another comparison."""
     output = Path(comparison.output)
-    path = output / RESULT
+    path, losses = output / RESULT, {}
     configuration = json.loads(json.dumps(asdict(comparison)))
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
+        losses = saved["losses"]
         found, wanted = {**saved["configuration"], **saved["data"]}, {**configuration, **about}
         differing = [
             f"{key} was {found.get(key)!r}, is {value!r}"
@@ -194,7 +195,7 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": {}}
+    result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": losses}
     write_json(path, result)
     return result
 
