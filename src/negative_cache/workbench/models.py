@@ -20,6 +20,7 @@ VOCABULARY = 16_000
 STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TINY_MAX_LENGTH = 128
+TOKENIZED_AT_ONCE = 256
 
 # Learning rates at which each kind of model trains well with AdamW; a pretrained model wants little steps.
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
@@ -71,7 +72,7 @@ def remember_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:
     """Tokenize `texts` once for all, if the model is static: that takes as long as all else it does with them."""
     if isinstance(model[0], StaticEmbedding):
         model[0].tokenizer = _RememberingTokenizer(model[0].tokenizer)
-        model[0].tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        model[0].tokenizer.remember(texts)
 
 
 class _Ids(NamedTuple):
@@ -85,11 +86,17 @@ class _RememberingTokenizer:
         self._tokenizer = tokenizer
         self._known: dict[str, _Ids] = {}
 
-    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[_Ids]:
-        """As `Tokenizer.encode_batch`; `StaticEmbedding`, the one caller, never asks for special tokens."""
+    def remember(self, texts: Iterable[str]) -> None:
+        """Tokenize what is new."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        encodings = self._tokenizer.encode_batch(missing, add_special_tokens=add_special_tokens)
-        self._known.update((text, _Ids(array("i", found.ids))) for text, found in zip(missing, encodings, strict=True))
+        for start in range(0, len(missing), TOKENIZED_AT_ONCE):  # what the tokenizer returns takes much memory
+            part = missing[start : start + TOKENIZED_AT_ONCE]
+            encodings = self._tokenizer.encode_batch(part, add_special_tokens=False)
+            self._known.update((text, _Ids(array("i", found.ids))) for text, found in zip(part, encodings, strict=True))
+
+    def encode_batch(self, texts: list[str], **_: Any) -> list[_Ids]:
+        """As `Tokenizer.encode_batch` without special tokens, which `StaticEmbedding`, the one caller, never wants."""
+        self.remember(texts)
         return [self._known[text] for text in texts]
 
     def __getattr__(self, name: str) -> Any:
