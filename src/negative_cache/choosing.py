@@ -13,20 +13,6 @@ from negative_cache.meeting import Meeting
 from negative_cache.sharing import Candidates, Choice, Serving, choose
 
 
-class Draws(NamedTuple):
-    """The draws of all ranks; every rank has the same list, on the CPU.
-
-    Attributes:
-        owner: int64 `[n]`: the rank that has the row.
-        candidate: int64 `[n]`: which of the owner's candidate rows it is.
-        is_drawn: bool `[n]`: whether it counts.
-    """
-
-    owner: Tensor
-    candidate: Tensor
-    is_drawn: Tensor
-
-
 class Shared(NamedTuple):
     """What all ranks chose.
 
@@ -44,7 +30,7 @@ class Shared(NamedTuple):
 def choose_together(
     ranks: Ranks,
     meeting: Meeting,
-    draws: Draws,
+    owner: Tensor,
     candidates: Candidates,
     queries: Tensor,
     positive_scores: Tensor,
@@ -56,7 +42,7 @@ def choose_together(
     """Choose the documents to encode; collective. In distribution it equals the choice of one process.
 
     Args:
-        draws: See there.
+        owner: int64 `[n]`: the rank that has each draw; every rank has the same list, on the CPU.
         candidates: Those draws that this rank owns, weighed for the queries of all ranks.
         queries: `[batch of all, dim]`.
         positive_scores, fresh_lse, lse: `[batch of all]`: see `cache_share`.
@@ -64,7 +50,7 @@ def choose_together(
         uniform: float64 `[]`, the same on all ranks.
     """
     device = queries.device
-    order, sizes_of_ranks = _by_owner(draws.owner, ranks.size)
+    order, sizes_of_ranks = _by_owner(owner, ranks.size)
     num_mine = sizes_of_ranks[ranks.rank]
     sizes, query = candidates.sizes(estimators.cache_share(positive_scores, lse, fresh_lse), queries)
     told = [
@@ -75,7 +61,7 @@ def choose_together(
     back = order.argsort()
     all_sizes, all_query = (values.cpu()[back] for values in gathered)
     choice = choose(all_sizes, all_query, count, uniform.cpu(), is_trimmed=False)
-    return _columns(ranks, meeting, draws.owner, order, sizes_of_ranks, candidates, choice)
+    return _columns(ranks, meeting, owner, order, sizes_of_ranks, candidates, choice)
 
 
 def _columns(
@@ -97,8 +83,7 @@ def _columns(
     column_of = torch.zeros(num_mine, dtype=torch.int64, device=device)
     column_of[candidates.positions] = torch.arange(len(candidates.rows), device=device)
     columns = column_of[place[choice.at[mine]].to(device)]
-    start = sum(meeting.batches[: ranks.rank])
-    own = slice(start, start + meeting.batches[ranks.rank])
+    own = meeting.queries_of(ranks.rank)
     back = chosen_order.argsort().to(device)
     serving = []
     for weights, correction in candidates.serve(columns, choice.factors[mine].to(device, candidates.weights.dtype)):

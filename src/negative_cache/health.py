@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Health:
                 if tensor.requires_grad and len(tensor):
                     tensor.register_hook(self._note(side))  # type: ignore[no-untyped-call]
 
-    def _note(self, side: str):  # type: ignore[no-untyped-def]
+    def _note(self, side: str) -> Callable[[Tensor], None]:
         found = self._gradients  # of this step: a later one has a dict of its own
 
         def note(gradient: Tensor) -> None:

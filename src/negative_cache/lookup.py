@@ -153,6 +153,11 @@ def is_last_of_equal(values: Tensor, valid: Tensor) -> Tensor:
     return torch.empty_like(valid).scatter_(0, order, is_last) & valid
 
 
+def is_first_of_equal(values: Tensor, mask: Tensor) -> Tensor:
+    """Which of `values [n]` are the first of equal ones among those where `mask [n]` is True: bool `[n]`."""
+    return is_last_of_equal(values.flip(0), mask.flip(0)).flip(0)
+
+
 def is_in_row(values: Tensor, sets: Tensor) -> Tensor:
     """Which of `values [n]` are in each row of `sets [batch, m]`: bool `[batch, n]`."""
     found = torch.zeros(len(sets), len(values), dtype=torch.bool, device=values.device)

@@ -120,6 +120,11 @@ class Meeting:
                 f"top_k is {self.told[0].top_k}; it must be from 1 to the {total} rows of the caches of all ranks."
             )
 
+    def queries_of(self, rank: int) -> slice:
+        """The queries of a rank among those of all."""
+        start = sum(self.batches[:rank])
+        return slice(start, start + self.batches[rank])
+
     def weight(self, rank: int) -> float:
         """The factor that makes the average of the ranks' mean losses the mean over all queries."""
         return self.batches[rank] * len(self.batches) / sum(self.batches)

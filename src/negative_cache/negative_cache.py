@@ -24,7 +24,7 @@ from negative_cache.features import (
     check_specs,
     is_free_to_read,
 )
-from negative_cache.lookup import is_last_of_equal
+from negative_cache.lookup import is_first_of_equal
 
 __all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "QuantizedFeature", "RaggedFeature"]
 
@@ -204,7 +204,7 @@ def _insert(
         known = cache.find(document_ids)
         cache.write(known.clamp(min=0), items, mask & (known >= 0), document_ids=document_ids)
         is_new = mask & (known < 0)
-        is_first = is_last_of_equal(document_ids.flip(0), (is_new & (document_ids >= 0)).flip(0)).flip(0)
+        is_first = is_first_of_equal(document_ids, is_new & (document_ids >= 0))
         mask = is_new & (is_first | (document_ids < 0))
     position = (mask.cumsum(0) - 1).clamp(min=0)
     cache.write(cache.oldest(count)[position], items, mask, document_ids=document_ids)

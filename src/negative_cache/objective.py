@@ -13,7 +13,7 @@ from negative_cache.batch import Batch
 from negative_cache.cache import NO_ID
 from negative_cache.distributed import Ranks
 from negative_cache.drawing import Asked, Negatives
-from negative_cache.lookup import is_in_row, is_last_of_equal
+from negative_cache.lookup import is_first_of_equal, is_in_row
 from negative_cache.meeting import Meeting
 from negative_cache.sharded import withheld
 from negative_cache.sharing import Serving
@@ -145,7 +145,7 @@ def score_batch(
     guide_ceilings = None if guide is None else guide_margins.ceilings(estimators.dot(*guide))
     scores, hidden, num_fresh = None, None, 0
     if fresh is not None and len(fresh.embeddings):
-        scores = _fresh_scores(queries, fresh.embeddings, scale)
+        scores = scale * _all_products(queries, fresh.embeddings)
         hidden = _hidden(len(queries), batch.positives, fresh)
         if ceilings is not None:
             hidden = hidden | (scores.detach() > ceilings[:, None])
@@ -159,18 +159,18 @@ def score_batch(
     return Scores(scale * similarities, scores, ceilings, guide_ceilings, num_fresh, hidden, added)
 
 
-def _fresh_scores(queries: Tensor, documents: Tensor, scale: Tensor | float) -> Tensor:
-    """`[batch, n]`, in at least float32."""
+def _all_products(queries: Tensor, documents: Tensor) -> Tensor:
+    """Products of all pairs, `[batch, n]`, in at least float32."""
     dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
     with torch.autocast(queries.device.type, enabled=False):
-        return scale * (queries.to(dtype) @ documents.to(dtype).T)
+        return queries.to(dtype) @ documents.to(dtype).T
 
 
 def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
     """bool `[batch or 1, n]`: which fresh documents do not count for a query: its positives, and repeated ones."""
     ids, count = fresh.ids, len(fresh.ids)
     is_known = ids >= 0
-    is_first = is_last_of_equal(ids.flip(0), is_known.flip(0)).flip(0)
+    is_first = is_first_of_equal(ids, is_known)
     hidden = (is_known & ~is_first).expand(batch, count)
     if positives is not None:
         hidden = hidden | (is_in_row(ids, positives) & is_known)
@@ -242,8 +242,10 @@ def compute_loss(
     lse, positive = negatives.lse + log_weight, scores.positive
     drawn, diagnostics = positive * 0, {}
     if len(encoded):
-        drawn = scale * _drawn_products(batch.queries, encoded, negatives.serving[0] if negatives.serving else None)
-        diagnostics = _drawn_diagnostics(batch.queries, batch.documents, scale, encoded, negatives)
+        serving = negatives.serving[0] if negatives.serving else None
+        products = _products(batch.queries, encoded, serving is not None)
+        drawn = scale * _weigh(products, batch.queries, serving)
+        diagnostics = _drawn_diagnostics(products.detach(), batch.documents, scale, encoded, negatives)
         if batch.log_q is not None:  # scores are not products alone
             del diagnostics["effective_negatives"]
     loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
@@ -273,43 +275,39 @@ def _truncated_losses(
         queries, documents = (estimators.truncate(side, dim) for side in (batch.queries, batch.documents))
         positive, others = scale * estimators.dot(queries, documents), None
         if fresh is not None and scores.fresh is not None and scores.hidden is not None:
-            others = _fresh_scores(queries, estimators.truncate(fresh.embeddings, dim), scale)
+            others = scale * _all_products(queries, estimators.truncate(fresh.embeddings, dim))
             others = others if scores.added is None else others + scores.added
             others = others.masked_fill(scores.hidden, -torch.inf)
         drawn = positive * 0
         if len(encoded):
-            serving = negatives.serving[1 + number]
-            drawn = scale * _drawn_products(queries, estimators.truncate(encoded, dim), serving)
+            products = _products(queries, estimators.truncate(encoded, dim), True)
+            drawn = scale * _weigh(products, queries, negatives.serving[1 + number])
         losses.append(estimators.readable_loss(positive, drawn, negatives.lse_of_dims[number] + log_weight, others))
     return losses
 
 
-def _drawn_products(queries: Tensor, fresh: Tensor, serving: Serving | None) -> Tensor:
+def _weigh(products: Tensor, queries: Tensor, serving: Serving | None) -> Tensor:
     """The weighted sum of products with the encoded documents, whose mean is the expectation: `[batch]`."""
-    with torch.autocast(queries.device.type, enabled=False):
-        products = _products(queries, fresh, serving is not None)
-        if serving is None:
-            return products.mean(dim=1)
-        return (serving.weights * products).sum(dim=1) + estimators.dot(queries, serving.correction)
+    if serving is None:
+        return products.mean(dim=1)
+    return (serving.weights * products).sum(dim=1) + estimators.dot(queries, serving.correction)
 
 
 def _products(queries: Tensor, documents: Tensor, is_shared: bool) -> Tensor:
     """Products with all documents, `[batch, n]`; or with each query's own ones, `[batch, n / batch]`."""
     if not is_shared:
         return estimators.dot(queries[:, None], documents.view(len(queries), -1, queries.shape[1]))
-    dtype = torch.promote_types(torch.float32, torch.promote_types(queries.dtype, documents.dtype))
-    return queries.to(dtype) @ documents.to(dtype).T
+    return _all_products(queries, documents)
 
 
 @torch.no_grad()
 def _drawn_diagnostics(
-    queries: Tensor, documents: Tensor, scale: Tensor | float, fresh: Tensor, negatives: Negatives
+    products: Tensor, documents: Tensor, scale: Tensor | float, fresh: Tensor, negatives: Negatives
 ) -> dict[str, Tensor]:
     """What the encoded documents tell: effective number of negatives, and the share of copies of positives."""
     is_shared, has_negatives = bool(negatives.serving), negatives.is_valid
     total = has_negatives.sum().clamp(min=1)
-    with torch.autocast(queries.device.type, enabled=False):
-        products = _products(queries, fresh, is_shared)
+    with torch.autocast(products.device.type, enabled=False):
         weights = negatives.serving[0].weights if is_shared else torch.full_like(products, 1 / products.shape[1])
         probabilities = (scale * products - negatives.lse[:, None]).clamp(max=0.0).exp()
         normalize = torch.nn.functional.normalize

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache import NegativeCache
-from negative_cache.choosing import Draws, choose_together
+from negative_cache.choosing import choose_together
 from negative_cache.distributed import Ranks, shard_sizes
 from negative_cache.drawing import Asked, Rules
 from negative_cache.entries import Entries
@@ -93,17 +93,16 @@ class Search:
             The entries with the chosen ones for the draws, and `Negatives.serving` and `.lse_of_dims`.
         """
         rules, asked, meeting = self.rules, self.asked, self.meeting
-        draws = Draws(
-            *(values[: entries.num_draws] for values in (entries.owner, entries.candidate, entries.is_update))
-        )
-        mine = (draws.owner == self.ranks.rank).nonzero().squeeze(1)
+        draws = slice(entries.num_draws)
+        owner, candidate, is_drawn = entries.owner[draws], entries.candidate[draws], entries.is_update[draws]
+        mine = (owner == self.ranks.rank).nonzero().squeeze(1)
         device = lse.device
         candidates = candidates_of(
             asked.queries,
             self.pool,
             lse,
-            self.result.rows.flatten()[draws.candidate[mine].to(device)],
-            draws.is_drawn[mine].to(device),
+            self.result.rows.flatten()[candidate[mine].to(device)],
+            is_drawn[mine].to(device),
             rules.num_candidates,
             rules.score_transform,
             self.excluded,
@@ -118,7 +117,7 @@ class Search:
         shared = choose_together(
             self.ranks,
             meeting,
-            draws,
+            owner,
             candidates,
             asked.queries,
             asked.positive_scores,
@@ -133,13 +132,12 @@ class Search:
         chosen = Entries(
             query=torch.cat([torch.full_like(shared.at, -1), entries.query[tops]]),
             asker=torch.cat([asker, entries.asker[tops]]),
-            owner=torch.cat([draws.owner[shared.at], entries.owner[tops]]),
-            candidate=torch.cat([draws.candidate[shared.at], entries.candidate[tops]]),
+            owner=torch.cat([owner[shared.at], entries.owner[tops]]),
+            candidate=torch.cat([candidate[shared.at], entries.candidate[tops]]),
             is_update=torch.cat([shared.is_chosen, entries.is_update[tops]]),
             num_draws=len(shared.at),
         )
-        start = sum(meeting.batches[: self.ranks.rank])
-        own = slice(start, start + meeting.batches[self.ranks.rank])
+        own = meeting.queries_of(self.ranks.rank)
         return chosen, shared.serving, [level.lse[own] for level in candidates.levels]
 
     def _merge(self, lse: Tensor) -> Tensor:

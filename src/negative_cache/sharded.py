@@ -20,7 +20,7 @@ from negative_cache.distributed import Ranks, bytes_of, pack_rows, unpack_rows
 from negative_cache.drawing import Asked, Negatives, Returned, Rules
 from negative_cache.entries import Entries, plan
 from negative_cache.features import RaggedFeature, RaggedRows, padded, select
-from negative_cache.lookup import is_last_of_equal
+from negative_cache.lookup import is_first_of_equal, is_last_of_equal
 from negative_cache.meeting import Meeting, num_new
 from negative_cache.negatives import common_specs, lengths_of, read_items, read_pool
 from negative_cache.randomness import uniforms
@@ -63,8 +63,7 @@ def draw_from_ranks(
         value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
     )
     entries = plan(rules, meeting, lse, top_scores, all_uniform.cpu())
-    start = sum(meeting.batches[: ranks.rank])
-    own = slice(start, start + batch)
+    own = meeting.queries_of(ranks.rank)
     none = torch.empty(0, dtype=torch.int64, device=queries.device)
     merged = lse.logsumexp(dim=0).to(queries.device, shard.lse.dtype)
     serving: list[Serving] = []
@@ -240,7 +239,7 @@ class _FromRanks(Negatives):
         owner = torch.where(is_known, (self.found >= 0).to(torch.uint8).argmax(dim=0), -1)
         asker = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.meeting.num_new))
         is_new = ~is_known & (self.new_ids >= 0)
-        is_first = is_last_of_equal(self.new_ids.flip(0), is_new.flip(0)).flip(0)
+        is_first = is_first_of_equal(self.new_ids, is_new)
         return owner, asker, is_last_of_equal(self.new_ids, is_known) | is_first | (self.new_ids < 0)
 
     @property

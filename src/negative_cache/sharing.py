@@ -132,9 +132,10 @@ def candidates_of(
     log_probabilities = torch.where(has_negatives, scores - torch.where(has_negatives, lse[:, None], 0), -torch.inf)
     weights = estimators.balance_weights(log_probabilities, counts, num_samples)
     cached = pool.gather(rows).to(weights.dtype)
-    expected = math.log(num_samples) + log_probabilities.logsumexp(dim=0)  # log of how often each row is drawn
-    log_proposals = torch.where((counts > 0) & expected.isfinite(), counts.log() - expected, -torch.inf)
     levels = []
+    if dims:
+        expected = math.log(num_samples) + log_probabilities.logsumexp(dim=0)  # log of how often each row is drawn
+        log_proposals = torch.where((counts > 0) & expected.isfinite(), counts.log() - expected, -torch.inf)
     for dim in dims:
         short = estimators.truncate(cached, dim)
         products = estimators.truncate(queries.to(short.dtype), dim) @ short.T
