@@ -44,7 +44,7 @@ def main() -> None:
     losses, rates = parse_losses(options.losses), parse_rates(options.learning_rates)
     console = Console()
     results = []
-    for source, epochs in map(_source_and_epochs, options.data):
+    for source, epochs in map(source_and_epochs, options.data):
         data = load_data(source)
         for model in options.models:
             comparison = Comparison(
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _source_and_epochs(text: str) -> tuple[str, float]:
+def source_and_epochs(text: str) -> tuple[str, float]:
     source, _, epochs = text.rpartition(":")
     if source and epochs.replace(".", "", 1).isdigit():
         return source, float(epochs)
