@@ -109,6 +109,14 @@ def test_wrong_ones_are_refused(log_q: Tensor, error: type[Exception], message: 
     assert loss_fn.cache is None
 
 
+@pytest.mark.parametrize("given", [{"document_ids": torch.tensor([0, 1])}, {"positive_ids": torch.tensor([[2], [-1]])}])
+def test_ids_beside_it_are_refused(given: dict[str, Tensor]):
+    loss_fn = make_loss()
+    with pytest.raises(ValueError, match="`log_q` was given with ids"):
+        loss_fn(QUERIES, ITEMS[:2], {"item": torch.tensor([0, 1])}, log_q=LOG_Q[:2], **given)
+    assert loss_fn.cache is None
+
+
 @pytest.mark.parametrize("with_specs", [True, False])
 @pytest.mark.parametrize("how", ["state_dict", "checkpoint", "checkpoint of another size"])
 def test_it_is_saved_with_the_cache(with_specs: bool, how: str, tmp_path: Path):

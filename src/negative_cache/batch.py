@@ -147,6 +147,11 @@ def make_batch(
         ids = ids.to(queries.device, torch.int64)
     count, device = len(embeddings), queries.device
     if log_q is not None:
+        if ids is not None or positive_ids is not None:
+            raise ValueError(
+                "`log_q` was given with ids. By its id a document has one row, however often it is met, and `log_q` "
+                "corrects for being met often: give one of them."
+            )
         log_q = _extra("log_q", log_q, (count,), device)
     if (guide_queries is None) != (guide_documents is None):
         raise ValueError("`guide_queries` and `guide_documents` must be given together.")

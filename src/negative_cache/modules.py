@@ -279,7 +279,7 @@ class NegativeCacheLoss(RanksCache):
 
         Args:
             batches: Dicts of `document_features`, `document_ids` (int `[n]`, at least 0) and, where steps have them,
-                `log_q` and `guide_documents`, as in a call. Each rank gives and keeps its own part of the documents.
+                `guide_documents`, as in a call. Each rank gives and keeps its own part of the documents.
 
         Returns:
             How many rows of this rank are filled then.
