@@ -87,6 +87,8 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
         ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache itself uses"),
+        ({"num_candidates": 1, "num_samples": 2}, "`num_candidates` is 1; it must be at least `num_samples`, 2"),
+        ({"num_candidates": 4, "shared": False}, "`num_candidates` is 4; candidates are only chosen from with shared"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):

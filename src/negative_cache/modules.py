@@ -103,7 +103,6 @@ class NegativeCacheLoss(RanksCache):
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        num_candidates = max(8, min(16, 2 * num_samples), num_samples) if num_candidates is None else num_candidates
         check_settings(
             cache_size=cache_size,
             scale=scale,
@@ -128,7 +127,9 @@ class NegativeCacheLoss(RanksCache):
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
-        self.num_candidates = num_candidates
+        self.num_candidates = (
+            max(8, min(16, 2 * num_samples), num_samples) if num_candidates is None else num_candidates
+        )
         self.margins = objective.Margins(absolute_margin, relative_margin)
         self.guide_margins = objective.Margins(guide_margin)
         self.matryoshka_dims = tuple(matryoshka_dims)

@@ -19,7 +19,7 @@ def check_settings(
     scale: float,
     top_k: int | None,
     num_samples: int,
-    num_candidates: int,
+    num_candidates: int | None,
     shared: bool,
     matryoshka_dims: Sequence[int],
     warmup_fill: float,
@@ -41,7 +41,9 @@ def check_settings(
         raise ValueError(f"`top_k` is {top_k}; it must be from 1 to the cache's {cache_size} rows.")
     if num_samples < 1:
         raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1.")
-    if num_candidates < num_samples:
+    if num_candidates is not None and not shared:
+        raise ValueError(f"`num_candidates` is {num_candidates}; candidates are only chosen from with shared=True.")
+    if num_candidates is not None and num_candidates < num_samples:
         raise ValueError(
             f"`num_candidates` is {num_candidates}; it must be at least `num_samples`, {num_samples}, which are chosen "
             "from them."
