@@ -27,7 +27,7 @@ from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
 from negative_cache.refreshing import check_filling, check_room, refresh
 from negative_cache.retrieval import Scale
-from negative_cache.settings import check_settings
+from negative_cache.settings import check_settings, default_candidates
 from negative_cache.sharded import draw_from_ranks, share_ids
 
 
@@ -127,9 +127,7 @@ class NegativeCacheLoss(RanksCache):
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
-        self.num_candidates = (
-            max(8, min(16, 2 * num_samples), num_samples) if num_candidates is None else num_candidates
-        )
+        self.num_candidates = num_candidates or default_candidates(num_samples)
         self.margins = objective.Margins(absolute_margin, relative_margin)
         self.guide_margins = objective.Margins(guide_margin)
         self.matryoshka_dims = tuple(matryoshka_dims)

@@ -71,3 +71,8 @@ def check_settings(
             raise ValueError(f"`specs` has the key {key!r}, which the cache itself uses. Rename the feature.")
     if feature_folder is not None:
         check_feature_folder(feature_folder, feature_device, specs or {})
+
+
+def default_candidates(num_samples: int) -> int:
+    """Rows drawn per query, of which `num_samples` are encoded: twice as many, but from 8 to 16, or as many."""
+    return max(8, min(16, 2 * num_samples), num_samples)
