@@ -96,6 +96,17 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):
         NegativeCacheLoss(DenseEncoder(), **{"cache_size": SIZE, **settings})
 
 
+def test_an_encoder_without_gradient_is_refused_where_the_batch_has_one():
+    encoder = torch.nn.Linear(WIDTH, DIM)
+    loss_fn = NegativeCacheLoss(lambda f: encoder(f["x"]).detach(), SIZE)
+    features = {"x": torch.randn(4, WIDTH)}
+    queries = torch.randn(4, DIM)
+    loss_fn(queries, encoder(features["x"]), features)  # nothing is drawn yet
+    with pytest.raises(ValueError, match="embeddings without gradient, but those of the batch's documents have one"):
+        loss_fn(queries, encoder(features["x"]), features)
+    loss_fn(queries.requires_grad_(), encoder(features["x"]).detach(), features).backward()  # documents are frozen
+
+
 def test_specs_are_taken_from_the_first_batch():
     loss_fn = make_loss(lambda features: features["x"][:, :DIM])
     features = {**batch_of([1, 2]), "input_ids": torch.tensor([[5, 0, 0], [5, 6, 0]]), "words": [torch.ones(3)] * 2}

@@ -111,6 +111,23 @@ def test_malformed_files_are_named_with_the_line(tmp_path, name, content, messag
         load_data(str(path))
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_files_in_another_encoding_are_refused(tmp_path, name):
+    (tmp_path / name).write_text('query,positive\ncafé,"é"\n', encoding="latin-1")
+    with pytest.raises(DataError, match=r"is not UTF-8 .* Save it as UTF-8"):
+        load_data(str(tmp_path / name))
+
+
+def test_all_splits_together(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"query": "q{n}", "positive": "d{n}"}}\n' for n in range(300)))
+    data = load_data(str(tmp_path / "a.jsonl"))
+    assert len(data.judged("test")) < 60
+    assert data.judged("all") == {
+        query: documents for qrels in data.qrels.values() for query, documents in qrels.items()
+    }
+    assert len(data.judged("all")) == 300
+
+
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [

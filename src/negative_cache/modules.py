@@ -172,9 +172,8 @@ class NegativeCacheLoss(RanksCache):
             negative_features: Their features; needed with `negative_embeddings`.
             negative_ids: int `[m]`: their ids.
             log_q: `[batch + m]`: log of the probability with which a training pair has the document (or, for the last
-                m, with which a given negative is it). Then negatives, of which popular ones are in the batch and the
-                cache more often than others, stand for all documents alike: `s - log(n q)`, n the number of
-                negatives. Give it in every step or in none. Not with ids, by which a document has only one row.
+                m, with which a given negative is it). Popular documents, which are negatives more often, then count
+                like all others: `s - log(n q)`, n the number of negatives. In every step or in none; not with ids.
             guide_queries: `[batch, guide_dim]`: another model's embeddings of the queries. What is to that model more
                 similar to the query than its positive less `guide_margin` is not its negative.
             guide_documents: `[batch + m, guide_dim]`: its embeddings of documents and given negatives, kept in the
@@ -240,7 +239,8 @@ class NegativeCacheLoss(RanksCache):
         written_dtype = cache.specs[EMBEDDING].dtype
         if negatives.count:
             try:
-                encoded = encode(self.document_encoder, negatives.features, negatives.count, encoded.shape[1])
+                dim, needs_gradient = encoded.shape[1], batch.documents.requires_grad
+                encoded = encode(self.document_encoder, negatives.features, negatives.count, dim, needs_gradient)
                 check_finite(f"The new embeddings, as {self.embedding_dtype},", encoded.to(written_dtype))
             except Exception as caught:
                 error = caught

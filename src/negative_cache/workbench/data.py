@@ -41,7 +41,13 @@ class RetrievalData:
     qrels: dict[str, dict[str, list[str]]]
 
     def judged(self, split: str) -> dict[str, list[str]]:
-        """Judgements of a split; `DataError` if it has none."""
+        """Judgements of a split, or of "all" of them together; `DataError` if there are none."""
+        if split == "all":
+            together: dict[str, list[str]] = {}
+            for qrels in self.qrels.values():
+                for query, documents in qrels.items():
+                    together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
+            return together
         if not self.qrels.get(split):
             have = [name for name, qrels in self.qrels.items() if qrels]
             raise DataError(
@@ -254,8 +260,10 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any
                 if None in row or None in row.values():
                     raise DataError(f"{where}: expected {len(reader.fieldnames or [])} columns as in the first line.")
                 yield where, row
-        except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+        except (csv.Error, OSError, EOFError) as error:
+            raise DataError(f"{path}, after line {reader.line_num}: {error}.") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -299,7 +307,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line.rstrip("\r\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+        except (OSError, EOFError) as error:
             raise DataError(f"{path}, after line {number}: not readable: {error}.") from error
 
 
