@@ -2,7 +2,7 @@
 
 What people take depends on their taste and on how popular an item is. Negatives come from the batch and the cache,
 where popular items are often: uncorrected, that is held against them. `log_q` corrects for it. The table shows how
-often one of the ten best items of a user is the one that was taken, on held-out pairs. Takes some ten seconds.
+often one of the ten best items of a user is the one that was taken, on held-out pairs. Takes half a minute.
 """
 
 from __future__ import annotations
