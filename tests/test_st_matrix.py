@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import sentence_transformers
@@ -25,6 +27,10 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -32,18 +38,32 @@ from negative_cache.integrations.model_inputs import TextSide
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.trainer import NegativeCacheTrainer, cache_losses
 from negative_cache.tokens import TOKENS, hash_tokens
-from negative_cache.workbench.models import load_model, train_tokenizer
+from negative_cache.workbench.models import load_model
 from support import ANCHORS, HARD, POSITIVES, assert_same_state, run_ranks, snapshot
 from test_sentence_transformers import columns
 
 VERSION = tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2])
+TEXTS = [*ANCHORS, *POSITIVES, *HARD]
 PAIRS = {"anchor": ANCHORS, "positive": POSITIVES}
+SHORT = {"anchor": ANCHORS, "positive": HARD}  # all of nearly one length, so that little is compiled
 TRIPLETS = {**PAIRS, "negative": HARD}
 
 
-def make_tiny(seed: int = 0, dropout: float = 0.1) -> SentenceTransformer:
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Transformers 4 leaves settings of one trainer in the environment of the next."""
+    with patch.dict(os.environ):
+        yield
+
+
+@functools.cache  # a tokenizer that is trained again numbers its tokens in another way
+def _tiny() -> SentenceTransformer:
+    return load_model("tiny", TEXTS, 0).to("cpu")
+
+
+def make_tiny(dropout: float = 0.1) -> SentenceTransformer:
     """A transformer of two layers."""
-    model = load_model("tiny", [*ANCHORS, *POSITIVES, *HARD], seed).to("cpu")
+    model = copy.deepcopy(_tiny())
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -52,7 +72,9 @@ def make_tiny(seed: int = 0, dropout: float = 0.1) -> SentenceTransformer:
 
 def make_static(dim: int = 32, seed: int = 0) -> SentenceTransformer:
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer([*ANCHORS, *POSITIVES, *HARD])
+    words = sorted({word for text in TEXTS for word in text.split()})
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(["?", *words])}, unk_token="?"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
 
 
@@ -142,32 +164,35 @@ def test_gradient_checkpointing_changes_nothing(is_reentrant: bool, tmp_path: Pa
         if settings:
             settings["gradient_checkpointing_kwargs"] = {"use_reentrant": is_reentrant}
         model = make_tiny()  # with dropout: it must be the same when activations are made again
-        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), TRIPLETS, tmp_path, steps=4, **settings)
+        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), TRIPLETS, tmp_path, steps=3, **settings)
         found.append((losses_of(trainer), snapshot(model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=2e-3)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 
 
-def make_adapted() -> SentenceTransformer:
+def make_adapted(folder: Path) -> SentenceTransformer:
     from peft import LoraConfig
 
-    model = make_tiny()
+    if not folder.exists():
+        make_tiny().save_pretrained(str(folder))
+    model = SentenceTransformer(str(folder), device="cpu")
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=4, target_modules=["query", "value"]))
     return model
 
 
-@pytest.mark.parametrize("is_checkpointing", [False, True])
-def test_adapters_alone_are_trained_and_a_run_goes_on(is_checkpointing: bool, tmp_path: Path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": is_checkpointing}
-    model = make_adapted()
+def test_adapters_alone_are_trained_and_a_run_goes_on(tmp_path: Path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
+    model = make_adapted(tmp_path / "base")
     before = snapshot(model)
     whole = train(model, NegativeCacheRankingLoss(model, 32, seed=0), PAIRS, tmp_path, steps=5, **settings)
     changed = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
     assert {name for name, p in model.named_parameters() if p.requires_grad} >= changed
-    again = make_adapted()
+    if VERSION < (6, 0):
+        return  # 5.4 itself cannot load a checkpoint of adapters
+    again = make_adapted(tmp_path / "base")
     resumed = make_trainer(again, NegativeCacheRankingLoss(again, 32, seed=0), PAIRS, tmp_path, steps=5, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_state(snapshot(model), snapshot(again))
@@ -305,7 +330,8 @@ def test_two_towers(tmp_path: Path):
     found = encode_cached(loss)
     assert (found @ expected.T).amax(dim=1).min() > 0.9999
     assert (found @ encode(model, POSITIVES, task="query").T).max() < 0.99
-    anchors = loss.query_cache_loss.document_encoder(loss.query_cache_loss.cache.read(torch.arange(12), [TOKENS]))
+    with torch.no_grad():
+        anchors = loss.query_cache_loss.document_encoder(loss.query_cache_loss.cache.read(torch.arange(12), [TOKENS]))
     assert (anchors @ encode(model, ANCHORS, task="query").T).amax(dim=1).min() > 0.9999
 
 
@@ -357,7 +383,7 @@ def test_losses_that_repeat_forward_passes_are_refused():
         layers(batch, None)
     with pytest.warns(UserWarning, match="not compatible") if VERSION >= (5, 7) else _nothing():
         both = Matryoshka2dLoss(model, NegativeCacheRankingLoss(model, 32), [128, 64])
-    with pytest.raises(ValueError, match="AdaptiveLayerLoss|matryoshka_dims"):
+    with pytest.raises(ValueError, match=r"AdaptiveLayerLoss|matryoshka_dims"):
         both(batch, None)
     if VERSION < (5, 7):
         with pytest.raises(ValueError, match="matryoshka_dims="):
@@ -370,7 +396,8 @@ def _nothing() -> Any:
     return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("sampler", ["no_duplicates", "no_duplicates_hashed"])
+# The hashes of 5.4 fail with a newer xxhash.
+@pytest.mark.parametrize("sampler", ["no_duplicates", *(["no_duplicates_hashed"] if VERSION >= (6, 0) else [])])
 def test_samplers_without_duplicates(sampler: str, tmp_path: Path):
     model = make_static()
     loss = NegativeCacheRankingLoss(model, 32, seed=0)
@@ -408,12 +435,12 @@ def test_a_compiled_model(tmp_path: Path):
     logged = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = make_tiny(dropout=0.0)
-        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), PAIRS, tmp_path, steps=3, **settings)
+        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), SHORT, tmp_path, steps=2, **settings)
         logged.append(losses_of(trainer))
     assert logged[0] == pytest.approx(logged[1], abs=1e-3)
     assert type(trainer.loss.model).__name__ == "OptimizedModule"
-    trainer.loss.fill_from(HARD, show_progress_bar=False)
-    assert int(trainer.loss.cache_loss.cache.num_filled) == 24
+    trainer.loss.fill_from(ANCHORS, show_progress_bar=False)
+    assert int(trainer.loss.cache_loss.cache.num_filled) == 20
 
 
 def test_a_streaming_dataset(tmp_path: Path):
@@ -425,17 +452,19 @@ def test_a_streaming_dataset(tmp_path: Path):
     assert sorted(loss.cache_loss.cache.document_ids[:12].tolist()) == list(range(100, 112))
 
 
-def test_data_parallel_is_refused():
-    loss = NegativeCacheRankingLoss(make_static(), 32)
-    inputs = columns(loss.model, ANCHORS, POSITIVES)
-    wrapped = nn.DataParallel(loss.model)  # on a machine without two GPUs it has no devices, and just runs the model
-    loss.model = wrapped
-    assert loss(inputs) > 0
-    wrapped.device_ids = [0, 1]
-    with pytest.raises(ValueError, match="torchrun"):
-        loss(inputs)
-    with pytest.raises(RecursionError):  # why: what a Transformer returns has a string in it
-        nn.parallel.gather([{"modality": "text"}, {"modality": "text"}], "cpu")
+def test_flat_inputs_in_data_parallel_are_refused():
+    """Padded inputs have a row per text, which nn.DataParallel can deal out to GPUs; flat ones have not."""
+    for model, is_refused in ((make_static(), True), (make_tiny(), False)):
+        loss = NegativeCacheRankingLoss(model, 32)
+        loss.model = nn.DataParallel(model)  # on a machine without two GPUs it has no devices, and just runs the model
+        assert loss(columns(model, ANCHORS, POSITIVES)) > 0
+        loss.model.forward = model.forward
+        loss.model.device_ids = [0, 1]
+        if is_refused:
+            with pytest.raises(ValueError, match="torchrun"):
+                loss(columns(model, ANCHORS, POSITIVES))
+        else:
+            assert loss(columns(model, ANCHORS, POSITIVES)) > 0
 
 
 @pytest.mark.parametrize(
@@ -596,7 +625,7 @@ def test_the_plain_trainer_takes_the_loss_as_a_function(tmp_path: Path):
     model = make_static()
     args = make_trainer(model, NegativeCacheRankingLoss(model, 32), PAIRS, tmp_path, steps=2).args
     trainer = SentenceTransformerTrainer(
-        model_init=make_static,
+        model_init=lambda: make_static(),
         args=args,
         train_dataset=Dataset.from_dict(PAIRS),
         loss=lambda made: NegativeCacheRankingLoss(made, 32, seed=0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,12 +104,12 @@ def unwrap(model: nn.Module) -> Any:
     return model if inner is None else unwrap(inner)
 
 
-def check_wrappers(model: nn.Module) -> None:
-    """Raise ValueError where the model or another loss around it cannot work with documents that are drawn."""
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+def check_wrappers(model: nn.Module, columns: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError where what is around the model cannot work with documents that are drawn."""
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1 and any("offsets" in c for c in columns):
         raise ValueError(
-            "The model is in nn.DataParallel, which cannot bring back from several GPUs what models of "
-            "sentence-transformers return. Start one process per GPU, `torchrun --nproc-per-node N script.py`, or show "
+            "The model is in nn.DataParallel, which deals out each input by rows to several GPUs, but the inputs of "
+            "StaticEmbedding have no rows. Start one process per GPU, `torchrun --nproc-per-node N script.py`, or show "
             "the script one GPU, CUDA_VISIBLE_DEVICES=0."
         )
     for module in {id(module): module for module in (model, unwrap(model))}.values():

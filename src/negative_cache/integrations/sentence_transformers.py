@@ -174,7 +174,7 @@ class NegativeCacheRankingLoss(nn.Module):
                 f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives, in this "
                 "order: datasets.Dataset.select_columns puts them in it."
             )
-        check_wrappers(self.model)
+        check_wrappers(self.model, columns)
         # Modules may change the dicts in place, so the tokens are taken first.
         anchors = self._sides[0].take(columns[0], self.training) if self._needs_anchors else {}
         documents = [self._sides[1].take(column, self.training) for column in columns[1:]]
