@@ -7,10 +7,10 @@ embeddings, from scratch, which takes seconds; `--model NAME` trains any other.
 from __future__ import annotations
 
 import argparse
-import logging
 import sysconfig
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -44,10 +44,9 @@ def make_evaluator(pairs: list[Pair], tested: list[Pair]) -> InformationRetrieva
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="static", help="static, tiny, or a name or folder of a model")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--output", default="standard-library-search", help="folder for checkpoints")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
 
     pairs = standard_library()
     tested, trained = pairs[::10], [pair for number, pair in enumerate(pairs) if number % 10]
@@ -64,6 +63,7 @@ def main() -> None:
         learning_rate=learning_rate_of(options.model),
         batch_sampler="no_duplicates",
         logging_steps=100,
+        dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="epoch",  # the cache is in each checkpoint: trainer.train(resume_from_checkpoint=True) goes on
         save_total_limit=1,
         report_to=[],  # "tensorboard", "wandb" or "mlflow" show the cache's metrics beside the loss
