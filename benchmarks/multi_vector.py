@@ -1,9 +1,9 @@
 """Does a negative cache pay for late interaction? One embedding per document proposes, MaxSim scores what was drawn.
 
-A cache of pooled embeddings stands for the documents: for a query, row j is proposed with the softmax r_j of the pooled
-scores (their mean over the batch, so that a document serves all queries). The drawn documents are encoded anew, token by
-token, and scored by MaxSim. In the softmax the m draws stand for all n rows, each with s - log(m r_j): the sum of their
-exponentials is the rows' in expectation. Its logarithm is biased, the less the better the pooled scores propose.
+A cache of pooled embeddings stands for the documents: row j is proposed with r_j, the mean over the batch's queries of
+the softmax of pooled scores, so that a document serves all of them. The drawn documents are encoded anew, token by
+token, and scored by MaxSim. In the softmax the m draws stand for all rows, each with s - log(m r_j): the sum of their
+exponentials is that of the rows in expectation. Its logarithm is biased, the less the better the pooled scores propose.
 
     python -m benchmarks.multi_vector
 
@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 from negative_cache.workbench.models import train_tokenizer
 from negative_cache.workbench.python_code import extract
 
-QUERY_LENGTH, DOCUMENT_LENGTH, DIM = 24, 96, 64
+QUERY_LENGTH, DOCUMENT_LENGTH, DIM = 16, 64, 64
 POOLED_SCALE = 20.0  # of the pooled cosines
 METHODS = ("in-batch", "uniform", "pooled")
 
@@ -86,7 +86,7 @@ class PooledCache:
 
 def batches(count: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(size)
+        yield from torch.randperm(count, generator=generator).split(size)  # type: ignore[no-untyped-call]
 
 
 def train(
@@ -111,7 +111,7 @@ def train(
             cache.embeddings[rows] = pool(drawn.detach())
         loss = nn.functional.cross_entropy(scores, torch.arange(len(at)))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if has_cache:
             cache.write(at, documents[at], pool(document))
@@ -121,9 +121,30 @@ def train(
 @torch.no_grad()
 def mean_reciprocal_rank(encoder: TokenEncoder, queries: Tensor, documents: Tensor, relevant: Tensor) -> float:
     """MRR@10 of the queries among all documents, by MaxSim."""
-    scores = torch.cat([maxsim(encoder(queries), encoder(part)) for part in documents.split(64)], dim=1)
+    parts = documents.split(64)  # type: ignore[no-untyped-call]
+    scores = torch.cat([maxsim(encoder(queries), encoder(part)) for part in parts], dim=1)
     ranks = 1 + (scores > scores.gather(1, relevant[:, None])).sum(dim=1)
     return float(torch.where(ranks <= 10, 1 / ranks, 0).mean())
+
+
+@torch.no_grad()
+def worth_of_a_draw(encoder: TokenEncoder, queries: Tensor, documents: Tensor, scale: float, others: int) -> float:
+    """What a document proposed by pooled scores is worth, beside one drawn from the softmax of MaxSim itself: 0 to 1.
+
+    With p the softmax of MaxSim, the weights p / r of draws from r have the second moment `sum p^2 / r`, which is 1 for
+    draws from p: its inverse is the effective share of the draws. The mean over the queries is returned.
+
+    Args:
+        others: r is the mean of the proposals of so many queries, as in a batch.
+    """
+    vectors = [encoder(part) for part in documents.split(64)]  # type: ignore[no-untyped-call]
+    query = encoder(queries)
+    exact = (scale * torch.cat([maxsim(query, part) for part in vectors], dim=1)).softmax(dim=1)
+    pooled = torch.cat([pool(part) for part in vectors])
+    proposed = (POOLED_SCALE * pool(query) @ pooled.T).softmax(dim=1)
+    proposed = proposed[: len(queries) // others * others].view(-1, others, len(documents)).mean(dim=1)
+    proposed = proposed.repeat_interleave(others, dim=0)
+    return float((1 / (exact[: len(proposed)] ** 2 / proposed).sum(dim=1)).mean())
 
 
 def read_pairs() -> tuple[list[str], list[str]]:
@@ -162,7 +183,13 @@ def main() -> None:
             found.append(mean_reciprocal_rank(encoder, queries[tested], documents, tested))
         seconds = (time.perf_counter() - begin) / options.seeds
         numbers_ = ", ".join(f"{value:.3f}" for value in found)
+        if method == "pooled":
+            alone, shared = (
+                worth_of_a_draw(encoder, queries[tested], documents, options.scale, others)
+                for others in (1, options.batch_size)
+            )
         print(f"| {method} | {numbers_} | {sum(found) / len(found):.3f} | {seconds:.0f} |", flush=True)
+    print(f"a pooled draw is worth {alone:.3f} of an exact one for its own query, {shared:.3f} for those of a batch")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a sentence-transformers model with a negative cache: find functions of Python's standard library by what they do.
+"""Train a sentence-transformers model with a negative cache: find functions of the standard library by what they do.
 
 A pair is the first paragraph of a function's docstring and the function's code without it. The model is one of static
 embeddings, from scratch, which takes seconds; `--model NAME` trains any other.

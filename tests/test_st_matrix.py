@@ -581,6 +581,21 @@ def test_a_guide_encodes_each_text_once(static: SentenceTransformer):
     torch.testing.assert_close(stored, encode(guide, ANCHORS[:8]))
 
 
+def test_a_guide_reads_queries_by_their_own_route():
+    """Two tokenizers: the texts come back from the tokens of the route they came by."""
+    model, texts = make_router(), []
+
+    class Listening(SentenceTransformer):
+        def encode(self, sentences: list[str], **settings: Any) -> Tensor:
+            texts.extend(sentences)
+            return super().encode(sentences, **settings)
+
+    guide = Listening(modules=list(make_static(dim=16, seed=1).children()), device="cpu")
+    loss = NegativeCacheRankingLoss(model, 32, guide=guide)
+    loss([model.preprocess(ANCHORS[:3], task="query"), model.preprocess(POSITIVES[:3], task="document")])
+    assert sorted(texts) == sorted([*ANCHORS[:3], *POSITIVES[:3]])
+
+
 def check_ranks(rank: int, world_size: int, folder: Path) -> None:
     """A corpus with equal texts, a guide and both directions, within DDP."""
     os.environ.update(

@@ -31,14 +31,14 @@ def anchors_of(document_ids: Tensor, anchor_ids: Tensor, known: Tensor) -> Tenso
     """All known anchors of the documents of a batch: their own, those of equal documents in the batch, older ones.
 
     Args:
-        document_ids: int64 `[batch]`.
+        document_ids: int64 `[batch]`, -1 for unknown.
         anchor_ids: int64 `[batch]`, at least 0.
         known: int64 `[batch, NUM_ANCHORS]`.
 
     Returns:
         int64 `[batch, n]`, each once, its own first, filled up with -1.
     """
-    is_same = document_ids[:, None] == document_ids
+    is_same = (document_ids[:, None] == document_ids) & (document_ids >= 0)
     count = min(NUM_ANCHORS, len(document_ids))
     others = torch.where(is_same, anchor_ids, NO_ID).topk(count, dim=1).values
     found = anchor_ids[:, None]

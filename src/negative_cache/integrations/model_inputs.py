@@ -29,7 +29,8 @@ class TextSide:
         self._is_flat = False
         self._pad_token_id = 0
         # What a column has beside tokens, the same for all of its texts: a route, the length of a prompt.
-        self._constants: dict[str, Any] | None = None
+        self._latest: dict[str, Any] = {}
+        self._constants: dict[str, Any] | None = None  # of what is in the cache
 
     def take(self, column: dict[str, Any], is_remembered: bool = True) -> dict[str, Tensor]:
         """What the cache keeps of a column of texts.
@@ -47,6 +48,7 @@ class TextSide:
         if length is not None and _leaves_prompts_out(self._model()):
             constants["prompt_length"] = int(length.flatten()[0]) if isinstance(length, Tensor) else int(length)
         kept = take_tokens({key: value for key, value in column.items() if key != "prompt_length"})
+        self._latest = constants
         if is_remembered:
             self._remember(constants, "offsets" in column)
         return kept
@@ -69,7 +71,7 @@ class TextSide:
         return self._embed(features)
 
     def decode(self, cached: dict[str, Tensor]) -> list[str]:
-        """The texts themselves, as far as tokens tell."""
+        """The texts themselves, as far as tokens tell, in the way of the column that was taken last."""
         tokens = [[token - 1 for token in row if token] for row in cached[TOKENS].tolist()]
         tokenizer = self._tokenizer()
         decode = getattr(tokenizer, "batch_decode", None) or tokenizer.decode_batch
@@ -88,8 +90,8 @@ class TextSide:
             )
 
     def _tokenizer(self) -> Any:
-        """The tokenizer of these texts: of their route, where the model has several."""
-        first, constants = unwrap(self._model())[0], self._constants or {}
+        """The tokenizer of the column that was taken last: of its route, where the model has several."""
+        first, constants = unwrap(self._model())[0], self._latest
         resolve = getattr(first, "_resolve_route", None)
         if resolve is not None:
             first = first.sub_modules[resolve(task=constants.get("task"), modality=constants.get("modality"))][0]

@@ -176,7 +176,8 @@ class NegativeCacheRankingLoss(nn.Module):
             )
         check_wrappers(self.model, columns)
         # Modules may change the dicts in place, so the tokens are taken first.
-        anchors = self._sides[0].take(columns[0], self.training) if self._needs_anchors else {}
+        is_symmetric = self.query_cache_loss is not None
+        anchors = self._sides[0].take(columns[0], is_symmetric and self.training) if self._needs_anchors else {}
         documents = [self._sides[1].take(column, self.training) for column in columns[1:]]
         embeddings = [self.embed(column) for column in columns]
         guide = self._ask_guide(anchors, documents)
@@ -185,7 +186,7 @@ class NegativeCacheRankingLoss(nn.Module):
         self._check_labels(labels, hashes[0])
         for loss in self._losses():
             loss.matryoshka_dims = self._matryoshka_dims(embeddings[0].shape[1])
-        known = None if self.query_cache_loss is None else self._keep_anchors(anchors, documents, [ids, *hashes[1:]])
+        known = None if not is_symmetric else self._keep_anchors(anchors, documents, [ids, *hashes[1:]])
         negatives: dict[str, Any] = {}
         if len(columns) > 2:
             negatives = {
