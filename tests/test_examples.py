@@ -45,3 +45,12 @@ def test_a_recommender_is_better_with_corrected_popularity():
     # 4,000 pairs: a standard error of a rate is at most 0.008
     assert rates["corrected by log_q"] > rates["ten most popular items"] + 0.1
     assert rates["ten most popular items"] > rates["uncorrected"]
+
+
+def test_a_sentence_transformers_model_learns_to_find_functions(tmp_path: Path):
+    command = [sys.executable, str(EXAMPLES / "sentence_transformers_training.py"), "--epochs", "1"]
+    said = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True, timeout=250).stdout
+    (line,) = (line for line in said.splitlines() if line.startswith("MRR@10"))
+    before, after = (float(part.split()[-2]) for part in line.split(":")[1].split(","))
+    assert after > before + 0.1  # 590 queries: a standard error of at most 0.02
+    assert "'fill': 1.0" in said

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.distributed import Ranks, world
+from negative_cache.integrations.corpus import Corpus
+from negative_cache.integrations.known_pairs import (
+    ANCHORS,
+    ANCHORS_SPEC,
+    NUM_ANCHORS,
+    anchors_of,
+    known_anchors,
+)
+from negative_cache.integrations.model_inputs import TextSide, check_wrappers, matryoshka_dims, unwrap
 from negative_cache.modules import NegativeCacheLoss
-from negative_cache.tokens import SPECS, TOKENS, TYPES, hash_tokens, stack, take_tokens
+from negative_cache.tokens import SPECS, TOKENS, hash_tokens, stack
 
 try:
     from sentence_transformers import SentenceTransformer, util
@@ -31,8 +40,8 @@ class NegativeCacheRankingLoss(nn.Module):
     instead; a column of lists of integers, all of one length, names further positives of the anchor behind
     it, filled up with -1.
 
-    Text only: padded `input_ids` and `attention_mask` (any transformer), or the flat `input_ids` and `offsets` of
-    `StaticEmbedding`.
+    Documents are text: padded `input_ids` and `attention_mask` (any transformer), or the flat `input_ids` and
+    `offsets` of `StaticEmbedding`. Prompts are part of the text; a `Router` takes documents by their own route.
 
     Args:
         model: The model to train.
@@ -49,8 +58,8 @@ class NegativeCacheRankingLoss(nn.Module):
         guide: Another model: what is to it more similar to the anchor than the positive is no negative. It encodes the
             texts of each batch; the cache keeps its embeddings.
         guide_margin: How much less similar, to the guide, a negative has to be.
-        symmetric: Also each positive's anchor against a second cache, of past anchors (one per document, the latest);
-            the loss is the mean of both.
+        symmetric: Also each positive's anchor against a second cache, of past anchors, but for those that it came with
+            (of which its row in the cache of documents keeps four); the loss is the mean of both.
         matryoshka_dims: Add the losses of embeddings that are cut to so many components.
         warmup_fill: Share of filled rows from which cached documents count in full.
         refresh_per_step: Cached documents encoded anew in each step, without gradient, in turn.
@@ -62,6 +71,11 @@ class NegativeCacheRankingLoss(nn.Module):
         gather_across_devices: Share the cache among all ranks: each holds `cache_size / ranks` documents, every
             anchor sees all of them, and the batches' documents serve the anchors of all ranks.
     """
+
+    # By this MatryoshkaLoss knows that it must not repeat the forward passes, and tells its dimensions by wrapping
+    # `calculate_loss` instead; and AdaptiveLayerLoss that it cannot be around this loss.
+    uses_gradient_cache = True
+    calculate_loss: Any = None
 
     def __init__(
         self,
@@ -123,7 +137,8 @@ class NegativeCacheRankingLoss(nn.Module):
             "feature_folder": feature_folder,
             "process_group": "world" if gather_across_devices else None,
         }
-        self._sides = (_Side(self), _Side(self))  # anchors, documents
+        self._sides = (self._side("anchors"), self._side("documents"))
+        self._has_checked_labels = False
         self.cache_loss = NegativeCacheLoss(
             self._sides[1].encode, cache_size, scale, seed=seed, **self._settings, **places
         )
@@ -156,16 +171,22 @@ class NegativeCacheRankingLoss(nn.Module):
         columns = list(sentence_features)
         if len(columns) < 2:
             raise ValueError(
-                f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives."
+                f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives, in this "
+                "order: datasets.Dataset.select_columns puts them in it."
             )
+        check_wrappers(self.model, columns)
         # Modules may change the dicts in place, so the tokens are taken first.
-        anchors, *documents = [
-            self._sides[min(number, 1)].take(column, needs_tokens=number > 0 or self._needs_anchors)
-            for number, column in enumerate(columns)
-        ]
+        is_symmetric = self.query_cache_loss is not None
+        anchors = self._sides[0].take(columns[0], is_symmetric and self.training) if self._needs_anchors else {}
+        documents = [self._sides[1].take(column, self.training) for column in columns[1:]]
         embeddings = [self.embed(column) for column in columns]
+        guide = self._ask_guide(anchors, documents)
         hashes = [hash_tokens(document[TOKENS]) for document in documents]
         ids, positives = _ids(labels, hashes[0])
+        self._check_labels(labels, hashes[0])
+        for loss in self._losses():
+            loss.matryoshka_dims = self._matryoshka_dims(embeddings[0].shape[1])
+        known = None if not is_symmetric else self._keep_anchors(anchors, documents, [ids, *hashes[1:]])
         negatives: dict[str, Any] = {}
         if len(columns) > 2:
             negatives = {
@@ -174,15 +195,13 @@ class NegativeCacheRankingLoss(nn.Module):
                 "negative_ids": torch.cat(hashes[1:]),
             }
         self.cache_loss.specs = self._specs_of(documents[0])
-        known = {"document_ids": ids, "positive_ids": positives}
-        guided = self._ask_guide(anchors, documents)
-        loss: Tensor = self.cache_loss(embeddings[0], embeddings[1], documents[0], **known, **negatives, **guided)
-        if self.query_cache_loss is None:
-            return loss
+        there: Tensor = self.cache_loss(*embeddings[:2], documents[0], ids, positives, **negatives, **_guided(*guide))
+        if self.query_cache_loss is None or known is None:
+            return there
         self.query_cache_loss.specs = self._specs_of(anchors)
-        swapped = self._ask_guide(documents[0], [anchors])
-        back: Tensor = self.query_cache_loss(embeddings[1], embeddings[0], anchors, **known, **swapped)
-        return (loss + back) / 2
+        swapped = _guided(*(side[: len(ids)] for side in reversed(guide)))
+        back: Tensor = self.query_cache_loss(*embeddings[1::-1], anchors, known[:, 0], known[:, 1:], **swapped)
+        return (there + back) / 2
 
     def fill_from(
         self,
@@ -190,35 +209,36 @@ class NegativeCacheRankingLoss(nn.Module):
         ids: Sequence[int] | None = None,
         batch_size: int = 256,
         show_progress_bar: bool = True,
+        *,
+        prompt: str | None = None,
+        task: str | None = None,
     ) -> None:
         """Encode a corpus into the cache before training. Training then writes documents into their own rows.
 
         Args:
             documents: Texts; on several ranks all of them on each, of which each rank keeps its part.
-            ids: Their ids, as the `label` column names them; None if there is none.
+            ids: Their ids, as the `label` column names them; None if there is none. Of equal ids, or without ids of
+                equal texts, one document is kept.
             batch_size: Texts that are encoded at once.
             show_progress_bar: Whether to show one.
+            prompt: The prompt that `prompts` of the training arguments gives to the column of documents.
+            task: The route that `router_mapping` of the training arguments gives to it.
 
         Raises:
             ValueError: More documents than rows.
         """
-        from tqdm.auto import tqdm
-
-        ranks, was_training = self.cache_loss.ranks, self.model.training
-        own = range(ranks.rank, len(documents), ranks.size)
-        preprocess = getattr(self.model, "preprocess", None) or self.model.tokenize
-        self.model.eval()
+        was_training, model = self.model.training, unwrap(self.model)
+        corpus = Corpus(documents, ids, self._sides[1], model, batch_size, prompt, task, show_progress_bar)
 
         def batches() -> Iterable[dict[str, Any]]:
-            for start in tqdm(range(0, len(own), batch_size), desc="Filling the cache", disable=not show_progress_bar):
-                part = own[start : start + batch_size]
-                inputs = util.batch_to_device(preprocess([documents[at] for at in part]), self.model.device)
-                features = self._sides[1].take(inputs)
+            for features, named in corpus.batches(self.cache_loss.ranks):
+                guide = self._ask_guide(None, [features])
+                if self.query_cache_loss is not None:
+                    features[ANCHORS] = known_anchors(None, named)
                 self.cache_loss.specs = self._specs_of(features)
-                hashes = hash_tokens(features[TOKENS])
-                named = hashes if ids is None else torch.tensor([ids[at] for at in part], device=hashes.device)
-                yield {"document_features": features, "document_ids": named, **self._ask_guide(None, [features])}
+                yield {"document_features": features, "document_ids": named, **_guided(*guide)}
 
+        self.model.eval()
         try:
             self.cache_loss.fill_from(batches())
         finally:
@@ -246,31 +266,49 @@ class NegativeCacheRankingLoss(nn.Module):
         """Whether the anchors' tokens are needed."""
         return self.query_cache_loss is not None or self._guide[0] is not None
 
-    def _specs_of(self, features: dict[str, Tensor]) -> dict[str, Any]:
-        return {key: SPECS[key]._replace(max_length=self._max_length) for key in features}
+    def _side(self, texts: str) -> TextSide:
+        return TextSide(texts, lambda: self.model, self.embed)
 
-    def _ask_guide(self, anchors: dict[str, Tensor] | None, documents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The guide's embeddings, as `NegativeCacheLoss` takes them; nothing without a guide."""
+    def _specs_of(self, features: dict[str, Tensor]) -> dict[str, Any]:
+        specs = {key: SPECS[key]._replace(max_length=self._max_length) for key in features if key in SPECS}
+        return specs | ({ANCHORS: ANCHORS_SPEC} if ANCHORS in features else {})
+
+    def _ask_guide(self, anchors: dict[str, Tensor] | None, documents: list[dict[str, Tensor]]) -> list[Tensor]:
+        """The guide's embeddings of anchors, if there are any, and of documents; nothing without a guide."""
         (guide,) = self._guide
         if guide is None:
-            return {}
+            return []
+        columns = [*([] if anchors is None else [(self._sides[0], [anchors])]), (self._sides[1], documents)]
+        device = documents[0][TOKENS].device
+        settings = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+        texts = [[text for column in part for text in side.decode(column)] for side, part in columns]
+        return [guide.encode(part, **settings).to(device).float().clone() for part in texts]
 
-        def encode(texts: list[str]) -> Tensor:
-            embedded = guide.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-            return embedded.to(self.model.device).float().clone()
+    def _keep_anchors(
+        self, anchors: dict[str, Tensor], documents: list[dict[str, Tensor]], ids: list[Tensor]
+    ) -> Tensor:
+        """Put into the documents which anchors they came with; return those of the positives, `[batch, n]`."""
+        own, cache = hash_tokens(anchors[TOKENS]), self.cache_loss.cache
+        for document, names in zip(documents, ids, strict=True):
+            document[ANCHORS] = known_anchors(cache, names)
+        known = anchors_of(ids[0], own, documents[0][ANCHORS])
+        documents[0][ANCHORS] = known[:, :NUM_ANCHORS]
+        return known
 
-        texts = [text for column in documents for text in self._texts_of(column)]
-        asked = {"guide_documents": encode(texts)}
-        if anchors is not None:
-            asked["guide_queries"] = encode(self._texts_of(anchors))
-        return asked
+    def _matryoshka_dims(self, dim: int) -> tuple[int, ...]:
+        return matryoshka_dims(self.calculate_loss, dim) or self._settings["matryoshka_dims"]
 
-    def _texts_of(self, cached: dict[str, Tensor]) -> list[str]:
-        tokens = [[token - 1 for token in row if token] for row in cached[TOKENS].tolist()]
-        tokenizer = self.model.tokenizer
-        decode = getattr(tokenizer, "batch_decode", None) or tokenizer.decode_batch
-        texts: list[str] = decode(tokens, skip_special_tokens=True)
-        return texts
+    def _check_labels(self, labels: Tensor | None, hashes: Tensor) -> None:
+        """Raise where labels are no ids, as far as the first batch tells."""
+        if self._has_checked_labels or labels is None or len(hashes) < 3:
+            return
+        self._has_checked_labels = True
+        if int(labels.max()) <= 1 and len(torch.unique(hashes)) > len(torch.unique(labels[labels >= 0])):
+            raise ValueError(
+                "The labels of different positives are 0 and 1 alone, as if they told good pairs from bad ones; they "
+                "must be the ids of documents. Keep the pairs that are good and remove the label column, or mine "
+                "negatives as columns (anchor, positive, negative, ...): mine_hard_negatives(output_format='n-tuple')."
+            )
 
     @property
     def scale(self) -> float:
@@ -310,39 +348,10 @@ class NegativeCacheRankingLoss(nn.Module):
 """
 
 
-class _Side:
-    """The texts of one side: a batch's model inputs as the cache keeps them, cached ones as the model takes them."""
-
-    def __init__(self, loss: NegativeCacheRankingLoss) -> None:
-        self._loss = (loss,)
-        self._pad_token_id = getattr(getattr(loss.model, "tokenizer", None), "pad_token_id", None) or 0
-        self._is_flat = False
-        self._constants: dict[str, Any] = {}  # what a feature dict holds beside token tensors, the same for all texts
-
-    def take(self, column: dict[str, Any], needs_tokens: bool = True) -> dict[str, Tensor]:
-        """What the cache keeps of a column of texts."""
-        if not needs_tokens:
-            return {}
-        self._constants = {key: value for key, value in column.items() if not isinstance(value, Tensor)}
-        self._is_flat = "offsets" in column
-        return take_tokens(column)
-
-    def encode(self, cached: dict[str, Tensor]) -> Tensor:
-        """Embeddings of cached texts, with gradient."""
-        (loss,) = self._loss
-        tokens = cached[TOKENS].to(torch.int64)
-        is_token = tokens > 0
-        if self._is_flat:
-            lengths = is_token.sum(dim=1)
-            return loss.embed({"input_ids": tokens[is_token] - 1, "offsets": lengths.cumsum(0) - lengths})
-        features: dict[str, Any] = {
-            "input_ids": torch.where(is_token, tokens - 1, self._pad_token_id),
-            "attention_mask": is_token.to(torch.int64),
-            **self._constants,
-        }
-        if TYPES in cached:
-            features[TYPES] = cached[TYPES].to(torch.int64)
-        return loss.embed(features)
+def _guided(*guide: Tensor) -> dict[str, Tensor]:
+    """A guide's embeddings of queries, if there are any, and of documents, as `NegativeCacheLoss` takes them."""
+    names = ("guide_queries", "guide_documents")[2 - len(guide) :]
+    return dict(zip(names, guide, strict=True))
 
 
 def _dimension(model: Any) -> int | None:

@@ -114,12 +114,13 @@ class _ResumeCallback(TrainerCallback):
 
 
 def cache_losses(loss: nn.Module | dict[str, nn.Module]) -> dict[str, NegativeCacheLoss]:
-    """Every `NegativeCacheLoss` within a loss or a dict of losses, by its path."""
+    """Every `NegativeCacheLoss` within a loss or a dict of losses, each once, by its first path."""
     roots = loss if isinstance(loss, dict) else {"": loss}
+    seen: set[nn.Module] = set()  # one loss may serve several datasets
     return {
         ".".join(part for part in (root, path) if part) or "loss": module
         for root, parent in roots.items()
-        for path, module in parent.named_modules()
+        for path, module in parent.named_modules(memo=seen)
         if isinstance(module, NegativeCacheLoss)
     }
 
