@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,7 +32,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
-    accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=2)
+    order = DataLoaderConfiguration(use_seedable_sampler=True)  # it depends on the epoch alone, also after a resume
+    accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=2, dataloader_config=order)
 
     torch.manual_seed(0)
     words = torch.randint(VOCABULARY, (NUM_DOCUMENTS, LENGTH))

@@ -181,7 +181,7 @@ def test_compiled(what: str, tmp_path: Path):
     before = snapshot(module)
     if what == "encoder":
         module.documents.compile(backend="aot_eager")
-    trainer.fit(torch.compile(module, backend="aot_eager") if what == "module" else module, loader())
+    trainer.fit(torch.compile(module, backend="eager") if what == "module" else module, loader())
     assert float((module.documents.weight - before["documents.weight"]).abs().mean()) > 0.05
     assert module.loss_fn.metrics()["fill"] == 1
     assert module.loss_fn.step_number() == NUM_DOCUMENTS // BATCH
