@@ -47,7 +47,9 @@ class Tower(nn.Module):
 
 
 @torch.no_grad()
-def hits(query_tower: nn.Module, document_tower: nn.Module, queries: Tensor, documents: Tensor, held_out: Tensor) -> str:
+def hits(
+    query_tower: nn.Module, document_tower: nn.Module, queries: Tensor, documents: Tensor, held_out: Tensor
+) -> str:
     scores = query_tower(queries[held_out]) @ document_tower(documents).T
     rank = (scores > scores.gather(1, held_out[:, None])).sum(dim=1)
     return f"best {(rank < 1).float().mean():.1%}, among ten best {(rank < 10).float().mean():.1%}"

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with two towers that are no sentence-transformers model, the loss on the model or the trainer."""
+"""transformers' `Trainer` with two towers, the loss in the model or on the trainer."""
 
 from __future__ import annotations
 
@@ -184,4 +184,4 @@ def test_the_mixin_needs_no_sentence_transformers():
     )
     said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert said.stderr.splitlines()[-1].startswith("ModuleNotFoundError")
-    assert 'line 5, in <module>' in said.stderr
+    assert "line 5, in <module>" in said.stderr

@@ -71,7 +71,12 @@ def loader(num_ranks: int = 1, rank: int = 0) -> DataLoader[int]:
 
 
 def make_trainer(folder: Path, epochs: int = 3, **settings: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     if "callbacks" in settings:
         quiet["enable_checkpointing"] = True
     return Trainer(default_root_dir=folder, max_epochs=epochs, accelerator="cpu", **{"devices": 1, **quiet, **settings})
