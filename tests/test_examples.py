@@ -64,7 +64,7 @@ def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
     options = ("--folder", str(tmp_path), "--epochs")
     first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "3"))
     losses = [float(said.split("val_loss ")[1].split()[0]) for said in (first, second)]
-    assert losses[1] < losses[0] - 0.5
+    assert losses[1] < losses[0] - 0.3
     assert "cache 100% full" in second
 
 

@@ -114,8 +114,8 @@ def _state_of_rank(
         return state_for_rank(loss, states)
     if loss.ranks.size > 1:
         raise CheckpointError(
-            f"The checkpoint has {len(states)} caches of {name!r}, one per rank; one that all ranks share cannot be made "
-            "of them. Leave process_group out, as in the run that was saved."
+            f"The checkpoint has {len(states)} caches of {name!r}, one per rank; one that all ranks share cannot be "
+            "made of them. Leave process_group out, as in the run that was saved."
         )
     rank = Ranks(world()).rank
     if rank < len(states):
