@@ -143,9 +143,10 @@ def _note(rows: list[Row], given: VarianceSizes) -> str:
         "Variance: mean squared distance to the exact gradient, relative to its squared norm; "
         f"{given.batches} batches x {given.repeats} steps; +- is the standard error of the ratio over batches. Bias: "
         "squared distance of the mean gradient to the exact one, relative to its expectation without bias: 1, with a "
-        f"standard error of {spread:.2f} for a row{unclear}. Documents: distinct cached documents encoded per step. The step: "
-        "with the encoder, which costs next to nothing here, and the backward pass; of the library's estimators alone, "
-        "as the others are written over a dense softmax."
+        f"standard error of {spread:.2f} for a row{unclear}. "
+        "Documents: distinct cached documents encoded per step. The step: with the encoder, which costs "
+        "next to nothing here, and the backward pass; of the library's estimators alone, as others are written over "
+        "a dense softmax."
     )
 
 

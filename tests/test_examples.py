@@ -54,3 +54,31 @@ def test_a_sentence_transformers_model_learns_to_find_functions(tmp_path: Path):
     before, after = (float(part.split()[-2]) for part in line.split(":")[1].split(","))
     assert after > before + 0.1  # 590 queries: a standard error of at most 0.02
     assert "'fill': 1.0" in said
+
+
+def run_example(name: str, *options: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *options]
+    return subprocess.run(command, check=True, text=True, capture_output=True, timeout=200).stdout
+
+
+def test_a_plain_loop_learns(tmp_path: Path):
+    said = run_example("plain_loop.py", "--log-dir", str(tmp_path)).splitlines()
+    before, after = (float(line.split()[-1].rstrip("%")) for line in (said[0], said[-1]))
+    assert before < 2
+    assert after > 70
+    assert list(tmp_path.glob("events*"))
+
+
+def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
+    options = ("--folder", str(tmp_path), "--epochs")
+    first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "3"))
+    losses = [float(said.split("val_loss ")[1].split()[0]) for said in (first, second)]
+    assert losses[1] < losses[0] - 0.3
+    assert "cache 100% full" in second
+
+
+def test_two_towers_in_hugging_faces_trainer_learn(tmp_path: Path):
+    said = run_example("hugging_face_towers.py", "--folder", str(tmp_path)).splitlines()[-1]
+    before, after = (float(part.split()[-2]) for part in said.split(",")[:2])
+    assert after < 0.5 * before
+    assert (tmp_path / "checkpoint-100" / "negative_cache" / "loss_fn" / "negative_cache.json").is_file()

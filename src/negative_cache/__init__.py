@@ -15,6 +15,7 @@ from negative_cache.memory import predict_bytes
 from negative_cache.modules import NegativeCacheLoss
 from negative_cache.negative_cache import CacheManager, NegativeCache
 from negative_cache.retrieval_fns import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+from negative_cache.tracking import tagged_metrics, write_metrics
 from negative_cache.util import (
     approximate_top_k_with_indices,
     cross_replica_concat,
@@ -52,6 +53,8 @@ __all__ = [
     "negative_cache",
     "predict_bytes",
     "retrieval_fns",
+    "tagged_metrics",
     "tensor_update",
     "util",
+    "write_metrics",
 ]

@@ -178,10 +178,30 @@ def load_full_state_dict(loss: NegativeCacheLoss, state_dict: Mapping[str, Tenso
     if loss.ranks.size == 1 or "cache.filled" not in state_dict:
         loss.load_state_dict(dict(state_dict))
         return
-    saved = state_of(state_dict, "cache.")
-    _check_specs(saved["specs"], loss)
-    shards, step = [dict(state_dict).copy], int(state_dict["cache.step"])
-    _load(loss, _redistributed(saved["specs"], step, shards, [saved["num_rows"]], loss))
+    _load(loss, state_for_rank(loss, [state_dict]))
+
+
+def state_for_rank(loss: NegativeCacheLoss, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The `state_dict` for this rank's loss, from those of all ranks that shared a cache before.
+
+    As in `load_checkpoint`, they may have been another number of ranks, with another `cache_size`. Nothing is sent.
+
+    Args:
+        loss: The loss, made like the one that was saved.
+        states: The `state_dict` of each rank.
+
+    Raises:
+        CheckpointError: The states are of a loss with other features, dtypes or embedding size.
+    """
+    if "cache.filled" not in states[0]:
+        return dict(states[loss.ranks.rank % len(states)])
+    saved = [state_of(state, "cache.") for state in states]
+    rows = [one["num_rows"] for one in saved]
+    _check_specs(saved[0]["specs"], loss)
+    if rows == shard_sizes(loss.cache_size, loss.ranks.size):
+        return dict(states[loss.ranks.rank])
+    shards, step = [dict(state).copy for state in states], int(states[0]["cache.step"])
+    return _redistributed(saved[0]["specs"], step, shards, rows, loss)
 
 
 def _redistributed(

@@ -193,6 +193,26 @@ class Ranks:
         per_rank = [_unpack(part, tensors, longest, size) for part, size in zip(parts, sizes, strict=True)]
         return [torch.cat([tensors[i] for tensors in per_rank]) for i in range(len(tensors))]
 
+    def collect(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of all ranks, of any sizes, on the CPU of the first; empty on the others. One after the other."""
+        if self.group is None:
+            return [dict(tensors)]
+        kinds: list[Any] = [None] * self.size
+        dist.all_gather_object(kinds, {key: (value.shape, value.dtype) for key, value in tensors.items()}, self.group)
+        collected: list[dict[str, Tensor]] = [{} for _ in range(self.size if self.rank == 0 else 0)]
+        for rank in range(self.size):
+            for key, (shape, dtype) in kinds[rank].items():
+                if self.rank == rank == 0:
+                    collected[0][key] = tensors[key].detach().cpu()
+                elif self.rank == rank:
+                    value = tensors[key].detach().to(self.device).contiguous()
+                    _finish(dist.isend(value, dist.get_global_rank(self.group, 0), self.group))
+                elif self.rank == 0:
+                    value = torch.empty(shape, dtype=dtype, device=self.device)
+                    _finish(dist.irecv(value, dist.get_global_rank(self.group, rank), self.group))
+                    collected[rank][key] = value.cpu()
+        return collected
+
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """Give each rank its part of `rows [n, width]`: the first sent[0] to rank 0, and so on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -70,7 +71,7 @@ class Health:
         numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if len(self._gradients) == 2:
             queries, documents = (float(self._gradients[side]) for side in ("queries", "documents"))
-            if documents > 0:
+            if documents > 0 and math.isfinite(queries + documents):  # else a GradScaler's scale was too high
                 numbers["gradient_norm_ratio"] = (queries / documents) ** 0.5
         self._warn(numbers)
         return numbers

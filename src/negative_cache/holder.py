@@ -76,6 +76,10 @@ class RanksCache(CacheHolder):
     def cache(self, cache: NegativeCache) -> None:
         self._held["cache"] = cache
 
+    @cache.deleter
+    def cache(self) -> None:
+        self._held.pop("cache", None)
+
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The processes that share the cache; None for this one alone."""

@@ -43,7 +43,8 @@ def draw_from_ranks(
     it with the same rules. Ids are those of the first cache of each rank.
     """
     queries, batch = asked.queries, len(asked.queries)
-    uniform = uniforms((batch, rules.num_draws + 1), rules.generator, queries.device)
+    width = rules.num_draws + 1 if rules.num_draws else 0  # an evaluation changes no random numbers
+    uniform = uniforms((batch, width), rules.generator, queries.device)
     of_all, all_uniform = _share_queries(ranks, meeting, asked, uniform)
     new_ids = queries.new_empty(0, dtype=torch.int64) if of_all.new_ids is None else of_all.new_ids
     withheld_ids = withheld(meeting, new_ids)

@@ -1,0 +1,96 @@
+"""Two towers in Lightning: automatic optimisation, validation, checkpoints with the cache, resume.
+
+    python examples/lightning_towers.py --folder run                 # some ten seconds on one core
+    python examples/lightning_towers.py --folder run --epochs 6      # goes on where the first stopped
+    python examples/lightning_towers.py --folder run --devices 2     # DDP: the processes share one cache
+
+A query is some words of its document in another language: the towers must learn which words go together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, TensorDataset
+
+from negative_cache import NegativeCacheLoss
+from negative_cache.integrations.lightning import NegativeCacheMixin
+
+VOCABULARY, NUM_DOCUMENTS, LENGTH, BATCH = 1_000, 5_000, 12, 64
+
+
+class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin first
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_tower = nn.EmbeddingBag(VOCABULARY, 64)
+        self.document_tower = nn.EmbeddingBag(VOCABULARY, 64)
+        self.loss_fn = NegativeCacheLoss(
+            self.encode_documents, cache_size=2_048, learnable_scale=True, seed=0, process_group="world"
+        )
+
+    def encode_documents(self, features: dict[str, Tensor]) -> Tensor:
+        return normalize(self.document_tower(features["words"]), dim=-1)
+
+    def compute_loss(self, ids: Tensor, queries: Tensor, documents: Tensor) -> Tensor:
+        features = {"words": documents}
+        embedded = normalize(self.query_tower(queries), dim=-1), self.encode_documents(features)
+        return self.loss_fn(*embedded, features, document_ids=ids)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.compute_loss(*batch)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.compute_loss(*batch), prog_bar=True, sync_dist=True)  # writes nothing to the cache
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05)  # the loss's learnable scale is among them
+
+
+def make_data() -> tuple[TensorDataset, TensorDataset]:
+    generator = torch.Generator().manual_seed(0)
+    translation = torch.randperm(VOCABULARY, generator=generator)
+    documents = torch.randint(VOCABULARY, (NUM_DOCUMENTS, LENGTH), generator=generator)
+    pairs = torch.arange(NUM_DOCUMENTS), translation[documents[:, :4]], documents
+    return TensorDataset(*(part[500:] for part in pairs)), TensorDataset(*(part[:500] for part in pairs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=1)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    training, validation = make_data()
+    last = options.folder / "last.ckpt"
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        devices=options.devices,
+        strategy="auto" if options.devices == 1 else "ddp",
+        logger=CSVLogger(options.folder),  # cache/interpretable_prediction_loss, cache/staleness, cache/fill, ...
+        callbacks=[ModelCheckpoint(options.folder, monitor="val_loss", save_last=True, enable_version_counter=False)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        TwoTowers(),
+        DataLoader(training, BATCH, shuffle=True),
+        DataLoader(validation, BATCH),
+        ckpt_path=str(last) if last.exists() else None,
+    )
+    if trainer.is_global_zero:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        print(f"epoch {trainer.current_epoch}: val_loss {metrics['val_loss']:.3f}", flush=True)
+        print(f"cache {metrics['cache/fill']:.0%} full, staleness {metrics['cache/staleness']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
