@@ -27,7 +27,7 @@ from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
 from negative_cache.refreshing import check_filling, check_room, refresh
 from negative_cache.retrieval import Scale
-from negative_cache.settings import check_settings
+from negative_cache.settings import candidates_per_query, check_settings
 from negative_cache.sharded import draw_from_ranks, share_ids
 
 
@@ -103,7 +103,7 @@ class NegativeCacheLoss(RanksCache):
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        num_candidates = max(8, min(16, 2 * num_samples), num_samples) if num_candidates is None else num_candidates
+        num_candidates = candidates_per_query(num_candidates, num_samples, shared)
         check_settings(
             cache_size=cache_size,
             scale=scale,

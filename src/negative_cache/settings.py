@@ -13,6 +13,20 @@ from negative_cache.features import Specs, check_embedding_dtype
 from negative_cache.table import check_feature_folder
 
 
+def candidates_per_query(given: int | None, num_samples: int, shared: bool) -> int:
+    """How many rows are drawn per query, as given or by default.
+
+    Raises:
+        ValueError: A number is given, but what is encoded is not shared.
+    """
+    if given is not None and not shared:
+        raise ValueError(
+            f"`num_candidates` is {given}, which has no effect with shared=False: each query then has `num_samples` "
+            "draws of its own. Leave it out."
+        )
+    return max(8, min(16, 2 * num_samples), num_samples) if given is None else given
+
+
 def check_settings(
     *,
     cache_size: int,

@@ -28,12 +28,13 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import TrainerCallback
 
+from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.trainer import NegativeCacheTrainer, last_complete_checkpoint
-from negative_cache.workbench import processes
-from negative_cache.workbench.config import RunConfig, RunError
+from negative_cache.workbench import processes, samples
+from negative_cache.workbench.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.evaluation import evaluate, make_evaluator
+from negative_cache.workbench.evaluation import encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
 
@@ -67,7 +68,7 @@ def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
 def run(
     config: RunConfig, data: RetrievalData, progress: Progress | None = None, resume: bool = False
 ) -> dict[str, Any]:
-    """Train, evaluate before and after on the test split, and write model and `run.json`.
+    """Train, evaluate before and after on the test split, and write model, `samples.json` and `run.json`.
 
     Until it is done the run lives in `OUTPUT.partial`, with its checkpoints; then that is renamed. Under `torchrun`
     or `accelerate launch` all ranks call this; rank 0 evaluates and writes.
@@ -84,6 +85,7 @@ def run(
     Raises:
         DataError: The data has no training or test split.
         RunError, ModelError: The configuration or model does not work.
+        RunFailedError: Training met values that are not finite.
     """
     if record := finished_run(config, resume):
         return record
@@ -123,14 +125,20 @@ def run(
 
 
 def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]]) -> None:
-    """Make the folder of the run, with the untrained model and its quality."""
+    """Make the folder of the run, with the untrained model, its quality and what it finds."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
     folder.mkdir(parents=True)
     model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
-    before = evaluate(model, data, "test")
+    corpus = encode_corpus(model, data)
     write_json(
-        folder / _BEFORE, {"configuration": _configuration(config), "ranks": processes.count(), "before": before}
+        folder / _BEFORE,
+        {
+            "configuration": _configuration(config),
+            "ranks": processes.count(),
+            "before": metrics_of(model, data, "test", corpus),
+            "hits": samples.hits(model, data, "test", corpus),
+        },
     )
 
 
@@ -179,20 +187,40 @@ def _train(
     trainer = make_trainer(folder, config, columns, model, progress, evaluator)
     checkpoint = last_complete_checkpoint(folder)
     trainer.resumed_from = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.seconds = time.perf_counter() - started
+    train_to_the_end(trainer, checkpoint)
     return trainer
+
+
+def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
+    """Train, and note the seconds.
+
+    Raises:
+        RunFailedError: Values that are not finite, or batches that the loss refuses.
+    """
+    trainer.started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise RunFailedError(f"Training failed after step {trainer.state.global_step}: {error}") from error
+    trainer.seconds = time.perf_counter() - trainer.started
 
 
 def _finish(
     folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: RunTrainer
 ) -> None:
-    """Evaluate, write the model and, last, `run.json`."""
+    """Evaluate, write the model, what is to be looked at and, last, `run.json`."""
     model = trainer.model
-    before = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["before"]
-    after = evaluate(model, data, "test")
+    began = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))
+    corpus = encode_corpus(model, data)
     model.save_pretrained(str(folder))
+    looked_at = {
+        "before": began["hits"],
+        "after": samples.hits(model, data, "test", corpus),
+        **samples.of_cache(trainer.loss, model, data),
+    }
+    write_json(folder / samples.SAMPLES, looked_at)
     record = {
         "configuration": _configuration(config),
         "versions": _versions(),
@@ -203,8 +231,8 @@ def _finish(
         "training_pairs": len(columns["anchor"]),
         "seconds": round(trainer.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "before": before,
-        "after": after,
+        "before": began["before"],
+        "after": metrics_of(model, data, "test", corpus),
         "history": trainer.state.log_history,
     }
     write_json(folder / RECORD, record)
@@ -297,10 +325,19 @@ def peak_memory_bytes() -> int:
 
 
 class RunTrainer(NegativeCacheTrainer):
-    """Adds the cache's metrics to what is logged, and a memory bank's queue to checkpoints."""
+    """Adds time and memory to what is logged, and a memory bank's queue to checkpoints."""
 
     resumed_from = 0
-    seconds = 0.0
+    started = seconds = 0.0
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Also the seconds of training and the peak memory so far."""
+        if "loss" in logs:
+            earlier = [row for row in self.state.log_history if row["step"] <= self.resumed_from and "seconds" in row]
+            before = earlier[-1]["seconds"] if earlier else 0.0
+            logs["seconds"] = round(before + time.perf_counter() - self.started, 3)
+            logs["peak_memory_bytes"] = peak_memory_bytes()
+        super().log(logs, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
