@@ -82,7 +82,7 @@ def _options(runs: Sequence[Run]) -> list[tuple[str, list[Any], bool]]:
     """(name, value of each run, whether they differ) of what runs were made with; what differs first."""
     found: list[dict[str, Any]] = []
     for run in runs:
-        about = {key: run.record[key] for key in ("device", "ranks", "threads") if key in run.record}
+        about: dict[str, Any] = {key: run.record[key] for key in ("device", "ranks", "threads") if key in run.record}
         versions = {f"version of {name}": value for name, value in run.record.get("versions", {}).items()}
         found.append({**run.options, **about, **versions})
     rows: list[tuple[str, list[Any], bool]] = []

@@ -102,7 +102,7 @@ def _plain(content: Any) -> Any:
 
 @contextlib.contextmanager
 def _hushed(is_quiet: bool) -> Iterator[None]:
-    """Keep other libraries' bars and warnings out of the way of our own output; with `is_quiet` our own warnings too."""
+    """Keep other libraries' bars and warnings out of the way of our own output, or our own warnings too."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
