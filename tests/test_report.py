@@ -264,7 +264,8 @@ window.addEventListener("load", () => setTimeout(() => {
     fetched: performance.getEntriesByType("resource").map(entry => entry.name), broken, errors,
     title: document.title, page: getComputedStyle(document.body).backgroundColor,
     ink: getComputedStyle(document.body).color,
-    lines: [...document.querySelectorAll(".card > svg g path")].map(path => getComputedStyle(path).stroke),
+    lines: [...document.querySelectorAll(".card > svg g path")].map(path => getComputedStyle(path))
+      .filter(style => style.strokeOpacity !== "0").map(style => style.stroke),
     small: Math.min(...[...document.querySelectorAll(".card > svg text")].map(text =>
       parseFloat(getComputedStyle(text).fontSize) * text.ownerSVGElement.clientWidth
       / text.ownerSVGElement.viewBox.baseVal.width)),

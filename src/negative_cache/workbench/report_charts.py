@@ -116,7 +116,7 @@ def _plot(axes: Axes, line: Line, as_points: bool) -> None:
         linewidth=0.8 if line.is_faint else 1.8,
         alpha=0.45 if line.is_faint else 1.0,
         marker="." if is_cloud else None if line.is_faint else MARKERS[line.run % len(MARKERS)],
-        markersize=2.5 if is_cloud else 4.5,
+        markersize=3.5 if is_cloud else 4.5,
         markevery=None if is_cloud else max(1, len(line.x) // NUM_MARKERS),
         markeredgecolor="none" if is_cloud else None,
     )
