@@ -28,14 +28,8 @@ from negative_cache.workbench.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import encode_corpus, evaluate, metrics_of
 from negative_cache.workbench.models import load_model, remember_tokens
-from negative_cache.workbench.training import (
-    RECORD,
-    RunTrainer,
-    make_trainer,
-    peak_memory_bytes,
-    train_to_the_end,
-    write_json,
-)
+from negative_cache.workbench.run_trainer import RunTrainer, peak_memory_bytes, train_to_the_end
+from negative_cache.workbench.training import RECORD, make_trainer, write_json
 
 # Shares of the steps after which the quality is measured for a curve; that after the last step is measured anyway.
 POINTS = (0.04, 0.12, 0.25, 0.45, 0.7)

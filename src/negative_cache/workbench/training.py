@@ -6,12 +6,8 @@ import json
 import logging
 import os
 import platform
-import re
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,34 +15,36 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from transformers import TrainerCallback
 
-from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
-from negative_cache.integrations.trainer import NegativeCacheTrainer, last_complete_checkpoint
+from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench import processes, samples
-from negative_cache.workbench.config import RunConfig, RunError, RunFailedError
+from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation import encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
+from negative_cache.workbench.run_trainer import (
+    Progress,
+    ProgressCallback,
+    RunTrainer,
+    peak_memory_bytes,
+    train_to_the_end,
+)
 
 GRADCACHE_MINI_BATCH = 32
 LOG_STEPS = 10
 
 RECORD = "run.json"
-_INITIAL, _BEFORE, _QUEUE = "initial", "before.json", "memory_bank.safetensors"
+_INITIAL, _BEFORE = "initial", "before.json"
 
 logger = logging.getLogger("negative_cache")
-
-Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
@@ -191,22 +189,6 @@ def _train(
     return trainer
 
 
-def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
-    """Train, and note the seconds.
-
-    Raises:
-        RunFailedError: Values that are not finite, or batches that the loss refuses.
-    """
-    trainer.started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise RunFailedError(f"Training failed after step {trainer.state.global_step}: {error}") from error
-    trainer.seconds = time.perf_counter() - trainer.started
-
-
 def _finish(
     folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: RunTrainer
 ) -> None:
@@ -216,7 +198,7 @@ def _finish(
     corpus = encode_corpus(model, data)
     model.save_pretrained(str(folder))
     looked_at = {
-        "before": began["hits"],
+        "before": began.get("hits", []),
         "after": samples.hits(model, data, "test", corpus),
         **samples.of_cache(trainer.loss, model, data),
     }
@@ -271,7 +253,7 @@ def make_trainer(
         train_dataset=_dataset(columns),
         loss=make_loss(config, model),
         evaluator=evaluator,
-        callbacks=[_ProgressCallback(progress)] if progress else None,
+        callbacks=[ProgressCallback(progress)] if progress else None,
     )
     _silence(trainer)
     return trainer
@@ -311,57 +293,6 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         seed=config.seed,
         gather_across_devices=processes.count() > 1,
     )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that was in use: of the GPU's allocator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
-        return int(found[1]) * 1024  # ru_maxrss would be at least what the process that started this one had
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class RunTrainer(NegativeCacheTrainer):
-    """Adds time and memory to what is logged, and a memory bank's queue to checkpoints."""
-
-    resumed_from = 0
-    started = seconds = 0.0
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Also the seconds of training and the peak memory so far."""
-        if "loss" in logs:
-            earlier = [row for row in self.state.log_history if row["step"] <= self.resumed_from and "seconds" in row]
-            before = earlier[-1]["seconds"] if earlier else 0.0
-            logs["seconds"] = round(before + time.perf_counter() - self.started, 3)
-            logs["peak_memory_bytes"] = peak_memory_bytes()
-        super().log(logs, *args, **kwargs)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if isinstance(self.loss, MemoryBankLoss):
-            save_file(self.loss.queue_state(), Path(output_dir) / _QUEUE)
-
-    def _restore(self, checkpoint_path: str) -> None:
-        super()._restore(checkpoint_path)
-        if isinstance(self.loss, MemoryBankLoss):
-            self.loss.load_queue_state(load_file(Path(checkpoint_path) / _QUEUE))
-
-
-class _ProgressCallback(TrainerCallback):
-    """Reports steps and the latest logs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.latest: dict[str, float] = {}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        self.latest.update(logs or {})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(state.global_step, state.max_steps, self.latest)
 
 
 def _arguments(folder: Path, config: RunConfig, report_to: Sequence[str]) -> SentenceTransformerTrainingArguments:

@@ -43,10 +43,10 @@ class Terminal:
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
         # Of several ranks one speaks.
         is_first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-        self.is_quiet = quiet or not is_first
+        self._is_quiet = quiet
         self._is_json = as_json and is_first
-        self.out = Console(quiet=self.is_quiet or as_json)
-        self.progress = Console(stderr=True, quiet=self.is_quiet)
+        self.out = Console(quiet=quiet or as_json or not is_first)
+        self.progress = Console(stderr=True, quiet=quiet or not is_first)
 
     @contextlib.contextmanager
     def running(self, when_stopped: Callable[[], str] = lambda: "") -> Iterator[None]:
@@ -57,7 +57,7 @@ class Terminal:
         """
         from negative_cache.workbench.config import RunFailedError
 
-        with _hushed(self.is_quiet):
+        with _hushed(self._is_quiet):
             try:
                 yield
             except BrokenPipeError:
