@@ -175,7 +175,7 @@ def test_options_without_effect_are_refused(loss: str, options: dict, message: s
 def test_options_with_effect_are_taken():
     RunConfig(data="d", model="static", loss="memory-bank", output="o", cache_size=99)
     RunConfig(data="d", model="static", loss="negative-cache", output="o", num_candidates=4, use_lru=False)
-    with pytest.raises(ValueError, match="no effect with shared=False"):
+    with pytest.raises(ValueError, match="only chosen from with shared=True"):
         NegativeCacheLoss(lambda x: x, 4, shared=False, num_candidates=8)
 
 

@@ -69,7 +69,7 @@ def test_the_mean_of_the_corrected_partition_is_that_of_all_documents(in_batch: 
     torch.testing.assert_close(mean_partition(LOG_Q, in_batch), TRUTH, rtol=1e-6, atol=0)  # log q is float32
 
 
-@pytest.mark.parametrize("log_q", [None, -LOG_Q, LOG_Q / 2, torch.zeros(3)])
+@pytest.mark.parametrize("log_q", [None, LOG_Q.min() - LOG_Q, LOG_Q / 2, torch.zeros(3)])
 def test_without_the_right_correction_it_is_another(log_q: Tensor | None):
     assert float((mean_partition(log_q) / TRUTH - 1).abs().max()) > 0.05
 
@@ -100,12 +100,21 @@ def test_it_is_given_in_every_step_or_in_none(first: bool):
         (torch.zeros(3), ValueError, r"`log_q` has shape \[3\]; expected \[2\]"),
         (torch.zeros(2, dtype=torch.int64), TypeError, "`log_q` is torch.int64"),
         (torch.tensor([0.0, -torch.inf]), ValueError, "`log_q` has NaN or infinity"),
+        (torch.tensor([-1.0, 0.5]), ValueError, "`log_q` has 0.5; expected logs of probabilities"),
     ],
 )
 def test_wrong_ones_are_refused(log_q: Tensor, error: type[Exception], message: str):
     loss_fn = make_loss()
     with pytest.raises(error, match=message):
         loss_fn(QUERIES, ITEMS[:2], {"item": torch.tensor([0, 1])}, log_q=log_q)
+    assert loss_fn.cache is None
+
+
+@pytest.mark.parametrize("given", [{"document_ids": torch.tensor([0, 1])}, {"positive_ids": torch.tensor([[2], [-1]])}])
+def test_ids_beside_it_are_refused(given: dict[str, Tensor]):
+    loss_fn = make_loss()
+    with pytest.raises(ValueError, match="`log_q` was given with ids"):
+        loss_fn(QUERIES, ITEMS[:2], {"item": torch.tensor([0, 1])}, log_q=LOG_Q[:2], **given)
     assert loss_fn.cache is None
 
 

@@ -77,7 +77,7 @@ def test_what_a_step_takes_does_not_depend_on_the_rows():
         ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": math.nan}}, "is nan"),
         ((10, 4, 2), {"specs": {"embedding": RaggedFeature(torch.int32)}}, "which the cache itself uses"),
         ((10, 4, 2), {"guide_dim": -1}, "`guide_dim` is -1"),
-        ((10, 4, 2), {"shared": False, "num_candidates": 9}, "no effect with shared=False"),
+        ((10, 4, 2), {"shared": False, "num_candidates": 9}, "only chosen from with shared=True"),
         ((10, 4, 2), {"embedding_dtype": torch.int32}, "floating point dtype or int8"),
         ((10, 4, 11), {}, "larger than the cache's 10 rows"),
         ((0, 4, 2), {}, "`cache_size` is 0"),

@@ -87,11 +87,24 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
         ({"num_samples": 0}, "`num_samples` is 0"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
         ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache itself uses"),
+        ({"num_candidates": 1, "num_samples": 2}, "`num_candidates` is 1; it must be at least `num_samples`, 2"),
+        ({"num_candidates": 4, "shared": False}, "`num_candidates` is 4; candidates are only chosen from with shared"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         NegativeCacheLoss(DenseEncoder(), **{"cache_size": SIZE, **settings})
+
+
+def test_an_encoder_without_gradient_is_refused_where_the_batch_has_one():
+    encoder = torch.nn.Linear(WIDTH, DIM)
+    loss_fn = NegativeCacheLoss(lambda f: encoder(f["x"]).detach(), SIZE)
+    features = {"x": torch.randn(4, WIDTH)}
+    queries = torch.randn(4, DIM)
+    loss_fn(queries, encoder(features["x"]), features)  # nothing is drawn yet
+    with pytest.raises(ValueError, match="embeddings without gradient, but those of the batch's documents have one"):
+        loss_fn(queries, encoder(features["x"]), features)
+    loss_fn(queries.requires_grad_(), encoder(features["x"]).detach(), features).backward()  # documents are frozen
 
 
 def test_specs_are_taken_from_the_first_batch():

@@ -253,7 +253,7 @@ def test_more_documents_than_rows_are_refused():
         ({"document_ids": torch.tensor([0, 1, 2])}, ValueError, r"`document_ids` has shape \[3\]"),
         ({"document_ids": torch.tensor([0, -2])}, ValueError, "`document_ids` has the value -2"),
         ({"document_features": {"other": torch.tensor([0, 1])}}, KeyError, "row"),
-        ({"log_q": torch.zeros(2)}, ValueError, "`log_q` must be given in every step or in none"),
+        ({"log_q": torch.zeros(2)}, ValueError, "`log_q` was given with ids"),
         ({"guide_documents": torch.zeros(2, 3)}, ValueError, "`guide_documents` must be given in every step"),
         ({"unknown": 1}, TypeError, "unknown"),
     ],

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from negative_cache.cache import NO_ID, NegativeCache
 from negative_cache.drawing import Asked, Rules
-from negative_cache.features import Features, FeatureSpec, FixedLenFeature, Specs, concatenate, embedding_spec
+from negative_cache.features import (
+    Features,
+    FeatureSpec,
+    FixedLenFeature,
+    Specs,
+    concatenate,
+    embedding_spec,
+    is_free_to_read,
+)
 from negative_cache.negative_cache import CacheManager, check_ids
 from negative_cache.negatives import check_finite
 
@@ -147,7 +155,14 @@ def make_batch(
         ids = ids.to(queries.device, torch.int64)
     count, device = len(embeddings), queries.device
     if log_q is not None:
+        if ids is not None or positive_ids is not None:
+            raise ValueError(
+                "`log_q` was given with ids. By its id a document has one row, however often it is met, and `log_q` "
+                "corrects for being met often: give one of them."
+            )
         log_q = _extra("log_q", log_q, (count,), device)
+        if is_free_to_read(log_q) and bool((log_q > 0).any()):
+            raise ValueError(f"`log_q` has {float(log_q.max()):g}; expected logs of probabilities, at most 0.")
     if (guide_queries is None) != (guide_documents is None):
         raise ValueError("`guide_queries` and `guide_documents` must be given together.")
     if guide_queries is not None and guide_documents is not None:

@@ -21,7 +21,7 @@ from negative_cache.features import (
 )
 from negative_cache.lookup import RowsOfIds
 from negative_cache.retrieval.tiles import BLOCK, tile_bytes
-from negative_cache.settings import candidates_per_query
+from negative_cache.settings import default_candidates
 
 # Matrices of float32 numbers that there are at once, in the mean: of queries and drawn rows, of queries and the batch's
 # documents, with gradient.
@@ -96,7 +96,9 @@ def predict_bytes(
         raise ValueError(f"`batch_size` is {batch_size}, larger than the cache's {cache_size} rows.")
     if not isinstance(guide_dim, int) or guide_dim < 0:
         raise ValueError(f"`guide_dim` is {guide_dim!r}; it must be an integer, 0 without a guide.")
-    num_candidates = candidates_per_query(num_candidates, num_samples, shared)
+    if num_candidates is not None and not shared:
+        raise ValueError(f"`num_candidates` is {num_candidates}; candidates are only chosen from with shared=True.")
+    num_candidates = (num_candidates or default_candidates(num_samples)) if shared else 0
     check_embedding_dtype(embedding_dtype)
     specs, mean_lengths = dict(specs or {}), dict(mean_lengths or {})
     for key in SCORED:
@@ -133,7 +135,7 @@ def predict_bytes(
         by_part["feature"],
         by_part[""],
         tile_bytes(batch_size, dim, cache_size, embedding_dtype)
-        + _draw_bytes(batch_size, cache_size, num_samples, num_candidates if shared else 0)
+        + _draw_bytes(batch_size, cache_size, num_samples, num_candidates)
         + (_BATCH_MATRICES * batch_size * batch_size * 4 if in_batch else 0)
         + 3 * batch_size * (1 + num_samples) * dim * 4,
     )

@@ -27,7 +27,7 @@ from negative_cache.negatives import DocumentEncoder, check_finite, encode
 from negative_cache.randomness import new_generator
 from negative_cache.refreshing import check_filling, check_room, refresh
 from negative_cache.retrieval import Scale
-from negative_cache.settings import candidates_per_query, check_settings
+from negative_cache.settings import check_settings, default_candidates
 from negative_cache.sharded import draw_from_ranks, share_ids
 
 
@@ -103,7 +103,6 @@ class NegativeCacheLoss(RanksCache):
         seed: int | None = None,
         process_group: dist.ProcessGroup | Literal["world"] | None = None,
     ) -> None:
-        num_candidates = candidates_per_query(num_candidates, num_samples, shared)
         check_settings(
             cache_size=cache_size,
             scale=scale,
@@ -128,7 +127,7 @@ class NegativeCacheLoss(RanksCache):
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
-        self.num_candidates = num_candidates
+        self.num_candidates = num_candidates or default_candidates(num_samples)
         self.margins = objective.Margins(absolute_margin, relative_margin)
         self.guide_margins = objective.Margins(guide_margin)
         self.matryoshka_dims = tuple(matryoshka_dims)
@@ -173,9 +172,8 @@ class NegativeCacheLoss(RanksCache):
             negative_features: Their features; needed with `negative_embeddings`.
             negative_ids: int `[m]`: their ids.
             log_q: `[batch + m]`: log of the probability with which a training pair has the document (or, for the last
-                m, with which a given negative is it). Then negatives, of which popular ones are in the batch and the
-                cache more often than others, stand for all documents alike: `s - log(n q)`, n the number of
-                negatives. Give it in every step or in none. Not with ids, by which a document has only one row.
+                m, with which a given negative is it). Popular documents, which are negatives more often, then count
+                like all others: `s - log(n q)`, n the number of negatives. In every step or in none; not with ids.
             guide_queries: `[batch, guide_dim]`: another model's embeddings of the queries. What is to that model more
                 similar to the query than its positive less `guide_margin` is not its negative.
             guide_documents: `[batch + m, guide_dim]`: its embeddings of documents and given negatives, kept in the
@@ -241,7 +239,8 @@ class NegativeCacheLoss(RanksCache):
         written_dtype = cache.specs[EMBEDDING].dtype
         if negatives.count:
             try:
-                encoded = encode(self.document_encoder, negatives.features, negatives.count, encoded.shape[1])
+                dim, needs_gradient = encoded.shape[1], batch.documents.requires_grad
+                encoded = encode(self.document_encoder, negatives.features, negatives.count, dim, needs_gradient)
                 check_finite(f"The new embeddings, as {self.embedding_dtype},", encoded.to(written_dtype))
             except Exception as caught:
                 error = caught
@@ -279,7 +278,7 @@ class NegativeCacheLoss(RanksCache):
 
         Args:
             batches: Dicts of `document_features`, `document_ids` (int `[n]`, at least 0) and, where steps have them,
-                `log_q` and `guide_documents`, as in a call. Each rank gives and keeps its own part of the documents.
+                `guide_documents`, as in a call. Each rank gives and keeps its own part of the documents.
 
         Returns:
             How many rows of this rank are filled then.

@@ -218,11 +218,17 @@ def lengths_of(caches: Sequence[NegativeCache], rows: Tensor, key: str) -> Tenso
 
 
 def encode(
-    document_encoder: DocumentEncoder, features: dict[str, Tensor], count: int, dim: int, must_be_finite: bool = True
+    document_encoder: DocumentEncoder,
+    features: dict[str, Tensor],
+    count: int,
+    dim: int,
+    needs_gradient: bool = False,
+    must_be_finite: bool = True,
 ) -> Tensor:
     """Run the document encoder on rows and check what it returns: `[count, dim]`, with gradient.
 
     Args:
+        needs_gradient: Whether to raise for embeddings without gradient, unless gradients are switched off.
         must_be_finite: Whether to raise for values that are not finite.
     """
     embeddings = document_encoder(features)
@@ -234,6 +240,11 @@ def encode(
         raise ValueError(f"The document encoder returned shape {list(embeddings.shape)}; expected [{count}, {dim}].")
     if must_be_finite:
         check_finite("The document encoder's output", embeddings)
+    if needs_gradient and torch.is_grad_enabled() and not embeddings.requires_grad:
+        raise ValueError(
+            "The document encoder returned embeddings without gradient, but those of the batch's documents have one. "
+            "Drawn documents must be encoded as the batch's are: without no_grad and detach."
+        )
     return embeddings
 
 

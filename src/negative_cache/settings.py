@@ -13,27 +13,13 @@ from negative_cache.features import Specs, check_embedding_dtype
 from negative_cache.table import check_feature_folder
 
 
-def candidates_per_query(given: int | None, num_samples: int, shared: bool) -> int:
-    """How many rows are drawn per query, as given or by default.
-
-    Raises:
-        ValueError: A number is given, but what is encoded is not shared.
-    """
-    if given is not None and not shared:
-        raise ValueError(
-            f"`num_candidates` is {given}, which has no effect with shared=False: each query then has `num_samples` "
-            "draws of its own. Leave it out."
-        )
-    return max(8, min(16, 2 * num_samples), num_samples) if given is None else given
-
-
 def check_settings(
     *,
     cache_size: int,
     scale: float,
     top_k: int | None,
     num_samples: int,
-    num_candidates: int,
+    num_candidates: int | None,
     shared: bool,
     matryoshka_dims: Sequence[int],
     warmup_fill: float,
@@ -55,7 +41,9 @@ def check_settings(
         raise ValueError(f"`top_k` is {top_k}; it must be from 1 to the cache's {cache_size} rows.")
     if num_samples < 1:
         raise ValueError(f"`num_samples` is {num_samples}; it must be at least 1.")
-    if num_candidates < num_samples:
+    if num_candidates is not None and not shared:
+        raise ValueError(f"`num_candidates` is {num_candidates}; candidates are only chosen from with shared=True.")
+    if num_candidates is not None and num_candidates < num_samples:
         raise ValueError(
             f"`num_candidates` is {num_candidates}; it must be at least `num_samples`, {num_samples}, which are chosen "
             "from them."
@@ -83,3 +71,8 @@ def check_settings(
             raise ValueError(f"`specs` has the key {key!r}, which the cache itself uses. Rename the feature.")
     if feature_folder is not None:
         check_feature_folder(feature_folder, feature_device, specs or {})
+
+
+def default_candidates(num_samples: int) -> int:
+    """Rows drawn per query, of which `num_samples` are encoded: twice as many, but from 8 to 16, or as many."""
+    return max(8, min(16, 2 * num_samples), num_samples)

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from negative_cache import RaggedFeature, predict_bytes
 from negative_cache.features import quantize
 from negative_cache.retrieval import RowPool, explain
-from negative_cache.settings import candidates_per_query
+from negative_cache.settings import default_candidates
 from negative_cache.workbench.config import EMBEDDING_DTYPES, RunError
 
 PACKAGE = "negative-cache"
@@ -83,7 +83,7 @@ def look() -> dict[str, Any]:
 
 def devices(dim: int, embedding_dtype: str, num_samples: int, num_candidates: int | None, shared: bool) -> list[Any]:
     """The devices with their memory, and what would search a cache on each."""
-    draws = candidates_per_query(num_candidates, num_samples, shared) if shared else num_samples
+    draws = (num_candidates or default_candidates(num_samples)) if shared else num_samples
     return [
         {
             "device": str(device),
