@@ -104,10 +104,12 @@ def _show(results: list[dict[str, Any]], console: Console) -> None:
 
 
 def _cell(losses: dict[str, Any], loss: str) -> str:
-    value = losses[loss]["summary"][METRIC]
-    if loss == BASELINE or BASELINE not in losses:
+    value, baseline = (losses.get(name, {}).get("summary", {}).get(METRIC) for name in (loss, BASELINE))
+    if value is None:
+        return "failed"
+    if loss == BASELINE or baseline is None:
         return with_spread(value)
-    return f"{with_spread(value)} {value['mean'] / losses[BASELINE]['summary'][METRIC]['mean'] - 1:+.1%}"
+    return f"{with_spread(value)} {value['mean'] / baseline['mean'] - 1:+.1%}"
 
 
 def _draw(results: list[dict[str, Any]], path: Path) -> Path:
@@ -116,11 +118,12 @@ def _draw(results: list[dict[str, Any]], path: Path) -> Path:
     figure = Figure(figsize=(max(7, 2 * len(results) + 3), 5), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(names):
-        values = [result["losses"][name]["summary"][METRIC] for result in results]
+        losses = [result["losses"][name] for result in results]
+        values = {place: loss["summary"][METRIC] for place, loss in enumerate(losses) if loss["runs"]}
         axes.errorbar(
-            [place + 0.6 * ((number + 0.5) / len(names) - 0.5) for place in range(len(results))],
-            [value["mean"] for value in values],
-            yerr=[value["std"] or 0.0 for value in values],
+            [place + 0.6 * ((number + 0.5) / len(names) - 0.5) for place in values],
+            [value["mean"] for value in values.values()],
+            yerr=[value["std"] or 0.0 for value in values.values()],
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             markersize=8,

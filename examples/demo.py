@@ -27,8 +27,9 @@ def train(loss: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run the command line's training and return its run.json."""
     output = Path(options.output) / loss
     given = ["--data", options.data, "--model", options.model, "--batch-size", str(options.batch_size)]
-    given += ["--epochs", str(options.epochs), "--cache-size", str(options.cache_size), "--seed", str(options.seed)]
-    given += ["--num-samples", str(options.num_samples)]
+    given += ["--epochs", str(options.epochs), "--seed", str(options.seed)]
+    if loss == "negative-cache":
+        given += ["--cache-size", str(options.cache_size), "--num-samples", str(options.num_samples)]
     given += ["--learning-rate", str(options.learning_rate)] if options.learning_rate else []
     command = [sys.executable, "-m", "negative_cache", "train", "--loss", loss, "--output", str(output), *given]
     subprocess.run(command, check=True)

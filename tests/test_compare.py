@@ -70,6 +70,13 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert not list(output.rglob("*.safetensors")) or all("untrained" in str(p) for p in output.rglob("*.safetensors"))
 
+    ended = CliRunner().invoke(app, ["report", str(output), "--json"])
+    assert ended.exit_code == 0, ended.output
+    assert json.loads(ended.stdout)["runs"] == list(result["losses"])
+    page = (output / "report.html").read_text()
+    assert "MRR@10 on the test split</h3>" in page  # the curve of the last seed
+    assert text.splitlines()[-3].split(" | ")[-1].strip(" |") in page  # a cell of the table
+
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
     assert len(before) == 8
     again = CliRunner().invoke(app, options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
@@ -105,6 +112,30 @@ def test_mistakes_are_refused_at_the_door(losses, more, message, data: Path, tmp
     assert ended.exit_code == 2
     assert message in " ".join(ended.output.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rate_with_which_training_fails_does_not_end_the_comparison(data: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    given = [*options(data, output, "negative-cache", "--seeds", "1"), "--learning-rates", "0.05,1e38"]
+    ended = CliRunner().invoke(app, given)
+    assert ended.exit_code == 0, ended.output
+    assert "rate 1e+38, seed 0: failed: Training failed after step" in " ".join(ended.output.split())
+    loss = json.loads((output / "compare.json").read_text())["losses"]["negative-cache"]
+    assert loss["learning_rate"] < 1  # the best rate is an edge, and lower ones were tried
+    assert "failed" in loss["sweep"][-1]
+    assert len(loss["runs"]) == 1
+    text = (output / "compare.md").read_text()
+    assert "- negative-cache, rate 1e+38, seed 0: Training failed" in text
+    again = CliRunner().invoke(app, given)
+    assert "(was there)" in again.output
+
+    output = tmp_path / "none"
+    ended = CliRunner().invoke(app, [*options(data, output, "negative-cache"), "--learning-rates", "1e38"])
+    assert ended.exit_code == 1
+    assert "Training failed in every run" in " ".join(ended.stderr.split())
+    ended = CliRunner().invoke(app, ["report", str(output)])
+    assert ended.exit_code == 2
+    assert "no run that is complete" in " ".join(ended.stderr.split())
 
 
 def test_another_folder_is_not_touched(data: Path, tmp_path: Path):

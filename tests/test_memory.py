@@ -38,6 +38,29 @@ def test_the_prediction_counts_what_is_there(dtype: torch.dtype):
     assert 2 * int(lengths.sum()) <= arena.nbytes <= slots * 1.05
 
 
+def test_a_guide_and_corrections_are_counted():
+    size, dim = 64, 8
+    loss_fn = NegativeCacheLoss(lambda x: torch.ones(len(x["row"]), dim), size)
+    documents = {"document_embeddings": torch.ones(4, dim), "document_features": {"row": torch.ones(4, 2)}}
+    guide = {"guide_queries": torch.ones(4, 5), "guide_documents": torch.ones(4, 5), "log_q": torch.zeros(4)}
+    loss_fn(torch.ones(4, dim), **documents, **guide)
+    total = sum(buffer.nbytes for buffer in loss_fn.cache.buffers())
+    options = {"specs": {"row": FixedLenFeature([2], torch.float32)}, "has_ids": False}
+    predicted = predict_bytes(size, dim, 4, **options, guide_dim=5, has_log_q=True)
+    assert predicted.embeddings + predicted.features + predicted.bookkeeping == total
+    assert predicted.embeddings == 4 * size * (dim + 5 + 1)
+
+
+def test_rows_that_serve_all_queries_are_weighed_for_all():
+    """Above the rest of a step: by the candidates of all queries, each once, for each query."""
+    alone, shared, fewer = (
+        predict_bytes(2**15, 64, 1024, in_batch=False, **options).step
+        for options in ({"shared": False}, {}, {"num_candidates": 2})
+    )
+    assert shared - alone > 3 * 1024 * 8 * 1024 * 4
+    assert (shared - alone) / (fewer - alone) == pytest.approx(4, rel=0.1)
+
+
 def test_what_a_step_takes_does_not_depend_on_the_rows():
     small, large = (predict_bytes(rows, 768, 128, embedding_dtype=torch.int8) for rows in (2**15, 2**24))
     assert small.step == large.step
@@ -53,6 +76,8 @@ def test_what_a_step_takes_does_not_depend_on_the_rows():
         ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": -1}}, "from 0 to inf"),
         ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": math.nan}}, "is nan"),
         ((10, 4, 2), {"specs": {"embedding": RaggedFeature(torch.int32)}}, "which the cache itself uses"),
+        ((10, 4, 2), {"guide_dim": -1}, "`guide_dim` is -1"),
+        ((10, 4, 2), {"shared": False, "num_candidates": 9}, "only chosen from with shared=True"),
         ((10, 4, 2), {"embedding_dtype": torch.int32}, "floating point dtype or int8"),
         ((10, 4, 11), {}, "larger than the cache's 10 rows"),
         ((0, 4, 2), {}, "`cache_size` is 0"),

@@ -11,6 +11,8 @@ def main() -> None:
         from negative_cache.workbench.cli import app
     except ImportError as error:
         sys.exit(f"The command line needs more packages ({error.name}): pip install 'negative-cache[train]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()
 
 

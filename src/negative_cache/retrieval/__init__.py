@@ -11,7 +11,9 @@ from negative_cache.retrieval.product import describe
 from negative_cache.retrieval.streaming import retrieve_streaming
 from negative_cache.retrieval.transform import Scale, factor_of
 
-__all__ = ["Guide", "Limits", "Retrieved", "RowPool", "Scale", "ScoreTransform", "retrieve"]
+__all__ = ["Guide", "Limits", "Retrieved", "RowPool", "Scale", "ScoreTransform", "explain", "retrieve"]
+
+FUSED = "fused kernel (Triton)."
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def retrieve(
         if factor is not None:
             queries, score_transform = queries.to(pool.score_dtype) * factor, None
         reason = _why_not_fused(queries, pool, score_transform, num_samples, limits)
-        say_once(f"Retrieval on {queries.device.type}: " + (reason or "fused kernel (Triton)."))
+        say_once(f"Retrieval on {queries.device.type}: " + (reason or FUSED))
         if reason is None:
             from negative_cache.retrieval.triton import retrieve_fused
 
@@ -80,6 +82,11 @@ def retrieve(
             num_top=num_top,
             limits=limits,
         )
+
+
+def explain(queries: Tensor, pool: RowPool, num_samples: int = 1) -> str:
+    """Which implementation `retrieve` runs for these and a scale, and why it is not the fused kernel."""
+    return _why_not_fused(queries, pool, None, num_samples, None) or FUSED
 
 
 def _why_not_fused(

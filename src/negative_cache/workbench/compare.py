@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints
 
-from negative_cache.workbench.config import LOSSES, RunConfig, RunError
+from negative_cache.workbench.config import LOSSES, RunConfig, RunError, RunFailedError, has_effect
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.measuring import Job, measure_apart, saved_record
 from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of, load_model
@@ -20,6 +20,7 @@ RESULT = "compare.json"
 RATE_FACTORS = (0.4, 1.0, 2.5)
 MAX_EXTENSIONS = 2
 CHOICE = "mrr@10"
+_KEPT = ("dev", "test", "device", "threads", "failed")
 REPORTED = ("mrr@10", "ndcg@10", "recall@100")
 COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
 
@@ -118,7 +119,8 @@ class Comparison:
         name, *options = spec.split(":")
         if name not in LOSSES:
             raise RunError(f"--losses has {name!r}; expected {', '.join(LOSSES)}, separated by commas.")
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _OPTIONS}
+        names = [field.name for field in fields(self) if field.name in _OPTIONS and has_effect(name, field.name)]
+        shared = {field: getattr(self, field) for field in names}
         if name == "gradcache":
             shared["batch_size"] *= self.gradcache_factor
         given = dict(_parsed(spec, option) for option in options)
@@ -160,7 +162,9 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
 
     Raises:
         DataError: The data has no training, dev or test split.
-        RunError: The output folder has something else, or a run failed.
+        RunError: The output folder has something else.
+        RunFailedError: The process of a run ended, or training failed with every loss. A rate or a seed with which
+            training fails is left out, and the result says so.
     """
     about = {"name": data.name, "documents": len(data.corpus), "pairs": len(data.training_columns()["anchor"])}
     for split in ("train", "dev", "test"):
@@ -170,7 +174,19 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     for spec in comparison.losses:
         result["losses"][spec] = plan.run(spec)
         write_json(Path(comparison.output) / RESULT, result)
+    if not any(loss["runs"] for loss in result["losses"].values()):
+        raise RunFailedError(f"Training failed in every run. {failures_of(result)[0]}")
     return result
+
+
+def failures_of(result: dict[str, Any]) -> list[str]:
+    """A sentence for each run that failed."""
+    return [
+        f"{spec}, rate {run['learning_rate']:g}, seed {run['seed']}: {run['failed']}"
+        for spec, loss in result["losses"].items()
+        for run in (*loss["sweep"], *loss.get("failed_runs", []))
+        if "failed" in run
+    ]
 
 
 def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
@@ -228,14 +244,23 @@ class _Plan:
             self.num_left += 1
             sweep[rate] = self._record(spec, rate, 0)
         rate = _best(sweep)
-        runs = [sweep[rate], *(self._record(spec, rate, seed) for seed in range(1, self.comparison.seeds))]
-        return {
+        result: dict[str, Any] = {
             "configuration": asdict(self.comparison.config(spec)),
             "learning_rate": rate,
             "at_the_edge": rate in (min(sweep), max(sweep)) and len(sweep) > 1,
             "sweep": [_short(sweep[rate]) for rate in sorted(sweep)],
+            "runs": [],
+            "failed_runs": [],
+        }
+        if "failed" in sweep[rate]:  # as with all other rates
+            return result
+        records = [sweep[rate], *(self._record(spec, rate, seed) for seed in range(1, self.comparison.seeds))]
+        runs = [record for record in records if "failed" not in record]
+        return {
+            **result,
             "runs": [_short(record) for record in runs],
-            "curve": runs[-1]["curve"],
+            "failed_runs": [_short(record) for record in records if "failed" in record],
+            "curve": runs[-1].get("curve", []),
             "summary": summary(runs),
         }
 
@@ -277,7 +302,8 @@ def _extensions(sweep: dict[float, dict[str, Any]]) -> Iterator[float]:
 
 
 def _best(sweep: dict[float, dict[str, Any]]) -> float:
-    return max(sorted(sweep), key=lambda rate: sweep[rate]["dev"][CHOICE])
+    """The best rate, of equal ones the smallest; one with which training failed is worse than all others."""
+    return max(sorted(sweep), key=lambda rate: -1.0 if "failed" in sweep[rate] else sweep[rate]["dev"][CHOICE])
 
 
 def _rounded(rate: float) -> float:
@@ -290,7 +316,9 @@ def _short(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "learning_rate": configuration["learning_rate"],
         "seed": configuration["seed"],
-        **{key: record[key] for key in ("steps", *COSTS, "dev", "test", "device", "threads")},
+        **{
+            key: record[key] for key in ("steps", *COSTS, "dev", "test", "device", "threads", "failed") if key in record
+        },
     }
 
 

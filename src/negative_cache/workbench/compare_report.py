@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from negative_cache.workbench.compare import MAX_EXTENSIONS
+from negative_cache.workbench.compare import MAX_EXTENSIONS, failures_of
 
 # Okabe and Ito's colours, told apart with any colour vision; each series has its own marker besides.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -72,7 +72,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table(title=title_of(result), title_justify="left")
     for number, heading in enumerate(COLUMNS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
-    for row in _rows(result):
+    for row in rows_of(result):
         table.add_row(*row)
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
@@ -100,10 +100,12 @@ def write_report(result: dict[str, Any], command: str) -> list[Path]:
         "",
         f"| {heading} |",
         f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(row)} |" for row in _rows(result)),
+        *(f"| {' | '.join(row)} |" for row in rows_of(result)),
         "",
         note,
     ]
+    if failed := failures_of(result):
+        lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
     written = [_write(folder / "compare.md", "\n".join(lines) + "\n")]
     for file, cost, label in (
         ("quality-seconds.png", "seconds", "seconds of training"),
@@ -137,6 +139,8 @@ def with_spread(value: dict[str, float | None]) -> str:
 def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
     """Quality against a cost: the last seed's way, and the mean of all seeds at the end."""
     for number, (name, loss) in enumerate(result["losses"].items()):
+        if not loss["runs"]:
+            continue
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         curve, final = loss["curve"], loss["summary"]
         axes.plot(
@@ -176,11 +180,17 @@ def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
     style(axes)
 
 
-def _rows(result: dict[str, Any]) -> list[list[str]]:
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """The cells of the table: a row for each loss, with the headings `COLUMNS`."""
     rows = []
     for name, loss in result["losses"].items():
+        if not loss["runs"]:
+            rows.append([name, "failed", *[""] * (len(COLUMNS) - 2)])
+            continue
         found = loss["summary"]
         rate = f"{loss['learning_rate']:g}" + (" (edge)" if loss["at_the_edge"] else "")
+        if loss.get("failed_runs"):
+            rate += f" ({len(loss['failed_runs'])} seeds failed)"
         qualities = [with_spread(found[key]) for key in QUALITIES]
         costs = [f"{found['seconds']['mean']:,.1f}", f"{found['documents_encoded']['mean']:,.0f}"]
         rows.append([name, rate, *qualities, *costs, _bytes(found["peak_memory_bytes"]["mean"])])
@@ -188,6 +198,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _line(record: dict[str, Any]) -> str:
+    if "failed" in record:
+        return f"failed: {record['failed']}"
     dev, test = record["dev"]["mrr@10"], record["test"]["mrr@10"]
     return (
         f"MRR@10 dev {dev:.4f} test {test:.4f}, {record['steps']:,} steps in {record['seconds']:.1f} s, "

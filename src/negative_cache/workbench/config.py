@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
+# Fields that mean something to one loss or two alone.
+CACHE_FIELDS = {
+    "top_k", "num_samples", "in_batch", "shared", "num_candidates", "absolute_margin", "relative_margin", "symmetric",
+    "refresh_per_step", "use_lru", "embedding_dtype",
+}  # fmt: skip
+FIELDS_OF = {"negative-cache": {*CACHE_FIELDS, "cache_size"}, "memory-bank": {"cache_size"}}
+
 
 class RunError(ValueError):
     """A configuration that cannot be run."""
+
+
+class RunFailedError(RuntimeError):
+    """A run that began, and failed."""
+
+
+def has_effect(loss: str, field: str) -> bool:
+    """Whether a field of `RunConfig` means something to a loss."""
+    return field in FIELDS_OF.get(loss, ()) or field not in FIELDS_OF["negative-cache"]
 
 
 @dataclass(frozen=True)
@@ -78,14 +94,26 @@ class RunConfig:
             )
         for name in ("cache_size", "batch_size", "num_samples", "epochs", "scale"):
             if not 0 < getattr(self, name) < math.inf:
-                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive.")
-        for name in ("max_steps", "learning_rate", "top_k", "eval_steps", "save_steps"):
+                raise RunError(f"--{_flag(name)} is {getattr(self, name)}; it must be positive.")
+        for name in ("max_steps", "learning_rate", "top_k", "num_candidates", "eval_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise RunError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
+                raise RunError(f"--{_flag(name)} is {value}; it must be positive.")
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and not has_effect(self.loss, field.name):
+                losses = " and ".join(loss for loss in LOSSES if field.name in FIELDS_OF.get(loss, ()))
+                raise RunError(
+                    f"--{_flag(field.name)} has no effect on --loss {self.loss}, only on {losses}. Leave it out."
+                )
+        if self.num_candidates is not None and not self.shared:
+            raise RunError("--num-candidates has no effect with --no-shared: each query then has draws of its own.")
         if self.loss == "negative-cache" and self.batch_size > self.cache_size:
             raise RunError(f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}.")
         if self.top_k is not None and self.top_k > self.cache_size:
             raise RunError(f"--top-k {self.top_k} is larger than --cache-size {self.cache_size}.")
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,6 +15,8 @@ from torch import Tensor
 from negative_cache.workbench.data import RetrievalData
 
 SCORES_AT_ONCE = 1 << 23
+
+_OPTIONS: dict[str, Any] = {"batch_size": 256, "convert_to_tensor": True, "show_progress_bar": False}
 
 
 def make_evaluator(data: RetrievalData, split: str, batch_size: int = 256) -> InformationRetrievalEvaluator:
@@ -35,50 +37,86 @@ def make_evaluator(data: RetrievalData, split: str, batch_size: int = 256) -> In
     )
 
 
+class Corpus(NamedTuple):
+    """The documents of a data set, encoded.
+
+    Attributes:
+        names: Their ids, sorted.
+        embeddings: `[n, dim]`.
+    """
+
+    names: list[str]
+    embeddings: Tensor
+
+
+class Ranking(NamedTuple):
+    """What a query finds.
+
+    Attributes:
+        query: Its id.
+        rank: Of the best of its relevant documents, from 1.
+        found: Ids and scores of the best documents, best first.
+    """
+
+    query: str
+    rank: int
+    found: list[tuple[str, float]]
+
+
 def evaluate(model: SentenceTransformer, data: RetrievalData, split: str) -> dict[str, Any]:
     """Metrics of a model: mrr@10, ndcg@10, recall@1, @10 and @100 (means over queries), num_queries, num_documents."""
-    return evaluate_splits(model, data, [split])[split]
+    data.judged(split)
+    return metrics_of(model, data, split, encode_corpus(model, data))
+
+
+def encode_corpus(model: SentenceTransformer, data: RetrievalData) -> Corpus:
+    """Encode all documents, for `metrics_of` and `rankings_of`."""
+    names = sorted(data.corpus)
+    return Corpus(names, model.encode_document([data.corpus[name] for name in names], **_OPTIONS))
 
 
 @torch.no_grad()
-def evaluate_splits(
-    model: SentenceTransformer, data: RetrievalData, splits: Sequence[str], batch_size: int = 256
-) -> dict[str, dict[str, Any]]:
-    """`evaluate` on several splits; the corpus is encoded once.
+def metrics_of(model: SentenceTransformer, data: RetrievalData, split: str, corpus: Corpus) -> dict[str, Any]:
+    """`evaluate` with a corpus that is encoded already.
 
     The rank of a relevant document is 1 + the documents with a higher score + those with the same score and a smaller
     id. A score that is not a number counts as higher than all others.
     """
-    options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-    names = sorted(data.corpus)
-    places = {name: place for place, name in enumerate(names)}
-    documents = model.encode_document([data.corpus[name] for name in names], **options)
-    found = {}
-    for split in splits:
-        qrels = data.judged(split)
-        queries = model.encode_query([data.queries[query] for query in qrels], **options)
-        relevant = [sorted(places[document] for document in set(documents)) for documents in qrels.values()]
-        per_query = [_metrics(ranks) for ranks in _ranks(model, queries, documents, relevant)]
-        means = {name: statistics.fmean(metrics[name] for metrics in per_query) for name in per_query[0]}
-        found[split] = {**means, "num_queries": len(qrels), "num_documents": len(names)}
-    return found
+    ranks = _ranks(model, data, data.judged(split), corpus)
+    per_query = [_metrics(ranks_of_query) for ranks_of_query, _ in ranks]
+    means = {name: statistics.fmean(metrics[name] for metrics in per_query) for name in per_query[0]}
+    return {**means, "num_queries": len(per_query), "num_documents": len(corpus.names)}
+
+
+@torch.no_grad()
+def rankings_of(
+    model: SentenceTransformer, data: RetrievalData, qrels: dict[str, list[str]], corpus: Corpus, count: int
+) -> list[Ranking]:
+    """The `count` best documents of each query of `qrels`; equal ones in the order of their ids."""
+    result = []
+    for query, (ranks, scores) in zip(qrels, _ranks(model, data, qrels, corpus), strict=True):
+        values, at = scores.sort(descending=True, stable=True)
+        best = zip(at[:count].tolist(), values[:count].tolist(), strict=True)
+        result.append(Ranking(query, min(ranks), [(corpus.names[place], score) for place, score in best]))
+    return result
 
 
 def _ranks(
-    model: SentenceTransformer, queries: Tensor, documents: Tensor, relevant: list[list[int]]
-) -> list[list[int]]:
-    """For each query the ranks of its relevant documents among `documents [n, dim]`."""
-    step = max(1, SCORES_AT_ONCE // len(documents))
-    places = torch.arange(len(documents), device=documents.device)
-    result: list[list[int]] = []
+    model: SentenceTransformer, data: RetrievalData, qrels: dict[str, list[str]], corpus: Corpus
+) -> Iterator[tuple[list[int], Tensor]]:
+    """For each query of `qrels` the ranks of its relevant documents, and the scores of all documents `[n]`."""
+    queries = model.encode_query([data.queries[query] for query in qrels], **_OPTIONS)
+    places_of = {name: place for place, name in enumerate(corpus.names)}
+    relevant = [sorted(places_of[document] for document in set(documents)) for documents in qrels.values()]
+    step = max(1, SCORES_AT_ONCE // len(corpus.names))
+    places = torch.arange(len(corpus.names), device=corpus.embeddings.device)
     for start in range(0, len(queries), step):
-        scores = model.similarity(queries[start : start + step], documents)
+        scores = model.similarity(queries[start : start + step], corpus.embeddings)
         for row, own in zip(scores, relevant[start : start + step], strict=True):
             at = torch.tensor(own, device=row.device)
             target = row[at, None]
             is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
-            result.append((1 + is_before.sum(dim=1)).tolist())
-    return result
+            yield (1 + is_before.sum(dim=1)).tolist(), row
 
 
 def _metrics(ranks: list[int]) -> dict[str, float]:

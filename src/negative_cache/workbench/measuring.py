@@ -23,11 +23,13 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from negative_cache.workbench.config import RunConfig, RunError
+from negative_cache.workbench import samples
+from negative_cache.workbench.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.evaluation import evaluate_splits
+from negative_cache.workbench.evaluation import encode_corpus, evaluate, metrics_of
 from negative_cache.workbench.models import load_model, remember_tokens
-from negative_cache.workbench.training import RECORD, make_trainer, peak_memory_bytes, write_json
+from negative_cache.workbench.run_trainer import RunTrainer, peak_memory_bytes, train_to_the_end
+from negative_cache.workbench.training import RECORD, make_trainer, write_json
 
 # Shares of the steps after which the quality is measured for a curve; that after the last step is measured anyway.
 POINTS = (0.04, 0.12, 0.25, 0.45, 0.7)
@@ -58,7 +60,7 @@ def measure_apart(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
     """`measure` in a new process, which is forked, where the system has that, from one that imported the libraries.
 
     Raises:
-        RunError: The run failed, or its process was killed.
+        RunFailedError: The run failed, or its process was killed.
     """
     is_forking = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if is_forking else "spawn")
@@ -81,16 +83,16 @@ def measure_apart(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
         process.join()
         receiver.close()
     if message[0] == "error":
-        raise RunError(f"The run {job.config.output} failed: {message[1]}")
+        raise RunFailedError(f"The run {job.config.output} failed: {message[1]}")
     record: dict[str, Any] = message[1]
     return record
 
 
 def measure(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
-    """Train, evaluate on the dev and test splits, and leave `run.json` in the folder of the run.
+    """Train, evaluate on the dev and test splits, and leave `run.json` and `samples.json` in the folder of the run.
 
     Returns:
-        The content of `run.json`.
+        The content of `run.json`. If training failed it has no metrics, but says why as `failed`.
     """
     config = job.config
     data = load_data(config.data, job.query_column, job.positive_column)
@@ -105,7 +107,11 @@ def measure(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
     watch = _Watch(folder, model, trainer.loss, POINTS if job.has_curve else ())
     trainer.add_callback(watch)
     watch.start()
-    trainer.train()
+    failed = None
+    try:
+        train_to_the_end(trainer)
+    except RunFailedError as error:
+        failed = str(error)
     seconds, peak = watch.seconds(), peak_memory_bytes()
     documents = watch.documents
     record = {
@@ -116,16 +122,28 @@ def measure(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "documents_encoded": documents,
         "peak_memory_bytes": peak,
-        **evaluate_splits(model, data, ["dev", "test"]),
         "history": trainer.state.log_history,
     }
-    if job.has_curve:
+    if failed is None:
+        record |= _quality(folder, trainer, data)
+    else:
+        record["failed"] = failed
+    if job.has_curve and failed is None:
         last = {"step": record["steps"], "seconds": record["seconds"], "documents_encoded": documents}
         record["curve"] = [*watch.curve(data), {**last, "test": record["test"]}]
     watch.clear()
     write_json(folder / RECORD, record)
     folder.rename(output)
     return record
+
+
+def _quality(folder: Path, trainer: RunTrainer, data: RetrievalData) -> dict[str, Any]:
+    """Metrics on the dev and test splits; also writes what is to be looked at."""
+    model = trainer.model
+    corpus = encode_corpus(model, data)
+    looked_at = {"after": samples.hits(model, data, "test", corpus), **samples.of_cache(trainer.loss, model, data)}
+    write_json(folder / samples.SAMPLES, looked_at)
+    return {split: metrics_of(model, data, split, corpus) for split in ("dev", "test")}
 
 
 def saved_record(job: Job) -> dict[str, Any] | None:
@@ -140,7 +158,7 @@ def saved_record(job: Job) -> dict[str, Any] | None:
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if record["configuration"] != asdict(job.config):
         raise RunError(f"{path} is of another configuration. Remove its folder, or choose another --output.")
-    if job.has_curve and "curve" not in record:
+    if job.has_curve and "curve" not in record and "failed" not in record:
         shutil.rmtree(path.parent)
         return None
     return record
@@ -209,7 +227,7 @@ class _Watch(TrainerCallback):
             hook.remove()
         for point in self.points:
             load_weights(self.model, self._weights(point["step"]))
-            point["test"] = evaluate_splits(self.model, data, ["test"])["test"]
+            point["test"] = evaluate(self.model, data, "test")
         return self.points
 
     def clear(self) -> None:

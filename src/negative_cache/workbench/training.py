@@ -6,12 +6,8 @@ import json
 import logging
 import os
 import platform
-import re
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,33 +15,36 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
-from transformers import TrainerCallback
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
-from negative_cache.integrations.trainer import NegativeCacheTrainer, last_complete_checkpoint
-from negative_cache.workbench import processes
+from negative_cache.integrations.trainer import last_complete_checkpoint
+from negative_cache.workbench import processes, samples
 from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.evaluation import evaluate, make_evaluator
+from negative_cache.workbench.evaluation import encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
+from negative_cache.workbench.run_trainer import (
+    Progress,
+    ProgressCallback,
+    RunTrainer,
+    peak_memory_bytes,
+    train_to_the_end,
+)
 
 GRADCACHE_MINI_BATCH = 32
 LOG_STEPS = 10
 
 RECORD = "run.json"
-_INITIAL, _BEFORE, _QUEUE = "initial", "before.json", "memory_bank.safetensors"
+_INITIAL, _BEFORE = "initial", "before.json"
 
 logger = logging.getLogger("negative_cache")
-
-Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
 def run(
     config: RunConfig, data: RetrievalData, progress: Progress | None = None, resume: bool = False
 ) -> dict[str, Any]:
-    """Train, evaluate before and after on the test split, and write model and `run.json`.
+    """Train, evaluate before and after on the test split, and write model, `samples.json` and `run.json`.
 
     Until it is done the run lives in `OUTPUT.partial`, with its checkpoints; then that is renamed. Under `torchrun`
     or `accelerate launch` all ranks call this; rank 0 evaluates and writes.
@@ -84,6 +83,7 @@ def run(
     Raises:
         DataError: The data has no training or test split.
         RunError, ModelError: The configuration or model does not work.
+        RunFailedError: Training met values that are not finite.
     """
     if record := finished_run(config, resume):
         return record
@@ -123,14 +123,20 @@ def run(
 
 
 def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]]) -> None:
-    """Make the folder of the run, with the untrained model and its quality."""
+    """Make the folder of the run, with the untrained model, its quality and what it finds."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
     folder.mkdir(parents=True)
     model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
-    before = evaluate(model, data, "test")
+    corpus = encode_corpus(model, data)
     write_json(
-        folder / _BEFORE, {"configuration": _configuration(config), "ranks": processes.count(), "before": before}
+        folder / _BEFORE,
+        {
+            "configuration": _configuration(config),
+            "ranks": processes.count(),
+            "before": metrics_of(model, data, "test", corpus),
+            "hits": samples.hits(model, data, "test", corpus),
+        },
     )
 
 
@@ -179,20 +185,24 @@ def _train(
     trainer = make_trainer(folder, config, columns, model, progress, evaluator)
     checkpoint = last_complete_checkpoint(folder)
     trainer.resumed_from = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.seconds = time.perf_counter() - started
+    train_to_the_end(trainer, checkpoint)
     return trainer
 
 
 def _finish(
     folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: RunTrainer
 ) -> None:
-    """Evaluate, write the model and, last, `run.json`."""
+    """Evaluate, write the model, what is to be looked at and, last, `run.json`."""
     model = trainer.model
-    before = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))["before"]
-    after = evaluate(model, data, "test")
+    began = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))
+    corpus = encode_corpus(model, data)
     model.save_pretrained(str(folder))
+    looked_at = {
+        "before": began.get("hits", []),
+        "after": samples.hits(model, data, "test", corpus),
+        **samples.of_cache(trainer.loss, model, data),
+    }
+    write_json(folder / samples.SAMPLES, looked_at)
     record = {
         "configuration": _configuration(config),
         "versions": _versions(),
@@ -203,8 +213,8 @@ def _finish(
         "training_pairs": len(columns["anchor"]),
         "seconds": round(trainer.seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "before": before,
-        "after": after,
+        "before": began["before"],
+        "after": metrics_of(model, data, "test", corpus),
         "history": trainer.state.log_history,
     }
     write_json(folder / RECORD, record)
@@ -243,7 +253,7 @@ def make_trainer(
         train_dataset=_dataset(columns),
         loss=make_loss(config, model),
         evaluator=evaluator,
-        callbacks=[_ProgressCallback(progress)] if progress else None,
+        callbacks=[ProgressCallback(progress)] if progress else None,
     )
     _silence(trainer)
     return trainer
@@ -283,48 +293,6 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         seed=config.seed,
         gather_across_devices=processes.count() > 1,
     )
-
-
-def peak_memory_bytes() -> int:
-    """Most memory that was in use: of the GPU's allocator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))):
-        return int(found[1]) * 1024  # ru_maxrss would be at least what the process that started this one had
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class RunTrainer(NegativeCacheTrainer):
-    """Adds the cache's metrics to what is logged, and a memory bank's queue to checkpoints."""
-
-    resumed_from = 0
-    seconds = 0.0
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if isinstance(self.loss, MemoryBankLoss):
-            save_file(self.loss.queue_state(), Path(output_dir) / _QUEUE)
-
-    def _restore(self, checkpoint_path: str) -> None:
-        super()._restore(checkpoint_path)
-        if isinstance(self.loss, MemoryBankLoss):
-            self.loss.load_queue_state(load_file(Path(checkpoint_path) / _QUEUE))
-
-
-class _ProgressCallback(TrainerCallback):
-    """Reports steps and the latest logs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.latest: dict[str, float] = {}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        self.latest.update(logs or {})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(state.global_step, state.max_steps, self.latest)
 
 
 def _arguments(folder: Path, config: RunConfig, report_to: Sequence[str]) -> SentenceTransformerTrainingArguments:

@@ -1,0 +1,24 @@
+"""The command line: one module for each command, or for a few that belong together.
+
+Importing torch and sentence-transformers takes seconds, so commands import them in their bodies: `--help` and mistakes
+do without.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from negative_cache.workbench.cli.compare_command import compare
+from negative_cache.workbench.cli.machine_commands import doctor, memory
+from negative_cache.workbench.cli.model_commands import evaluate, search
+from negative_cache.workbench.cli.report_command import report
+from negative_cache.workbench.cli.train_command import train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and search with retrieval models against a cache of negatives.",
+)
+for command in (train, compare, evaluate, search, report, memory, doctor):
+    app.command()(command)

@@ -1,0 +1,28 @@
+"""`negative-cache report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.terminal import Terminal
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that train or compare left.", metavar="DIR...")],
+    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the first folder.")] = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Make one HTML page of a run, or of several side by side."""
+    terminal = Terminal(quiet, as_json)
+    with terminal.running():
+        with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.report import write_report
+        with terminal.waiting("Drawing ..."):
+            written, runs = write_report(folders, output)
+        terminal.result({"output": str(written), "runs": [run.name for run in runs]})
+        terminal.out.print(f"{len(runs)} run(s) on one page: {written}", soft_wrap=True, markup=False)
