@@ -1,7 +1,8 @@
 # `make demo` and `make test` need Python and make alone: both make .venv on the first call.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+CONSTRAINTS ?= -c constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install -q $(CONSTRAINTS)
 
 .PHONY: demo test lint docs wheel setup
 
@@ -36,6 +37,6 @@ wheel: setup
 	$(BIN)/python -m build
 	$(BIN)/python tests/check_wheel.py dist
 	$(BIN)/python -m venv build/installed
-	build/installed/bin/pip --disable-pip-version-check install -q -c constraints.txt torch
-	build/installed/bin/pip --disable-pip-version-check install -q -c constraints.txt "$$(ls dist/*.whl)[dev]"
+	build/installed/bin/pip --disable-pip-version-check install -q $(CONSTRAINTS) torch
+	build/installed/bin/pip --disable-pip-version-check install -q $(CONSTRAINTS) "$$(ls dist/*.whl)[dev]"
 	build/installed/bin/python -m pytest --ignore tests/test_docs.py --ignore tests/test_surface.py
