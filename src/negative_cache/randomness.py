@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 
+
+def _registry() -> MutableMapping[int, torch.Generator]:
+    """Generators by number; where torch is too old for weak references to them they are kept, some 5 kB each."""
+    try:
+        weakref.ref(torch.Generator())
+    except TypeError:
+        return {}
+    return weakref.WeakValueDictionary()
+
+
 # `torch.compile` cannot hold a generator; compiled code names it by its number.
-_generators: weakref.WeakValueDictionary[int, torch.Generator] = weakref.WeakValueDictionary()
+_generators = _registry()
 
 
 def new_generator(seed: int | None = None) -> torch.Generator:

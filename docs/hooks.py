@@ -1,0 +1,63 @@
+"""What the site has beyond the pages of this folder: pages of the root, and the source files that pages link to.
+
+So a link such as `../CONTRIBUTING.md` or `../examples/recommender.py` leads somewhere on GitHub and on the site.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, InclusionLevel
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the root -> on the site
+LINK = re.compile(r"\]\(([\w./-]+)")
+SOURCE = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n# {name}\n\n````python\n{text}````\n"
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages of the root, and a page for every file outside this folder that a page links to."""
+    pages = [file for file in files if file.src_uri.endswith(".md") and file.abs_src_path]
+    texts = {file.src_uri: Path(file.abs_src_path).read_text(encoding="utf-8") for file in pages}
+    for name, page in PAGES.items():
+        texts[page] = _of_the_root(name)
+        files.append(File.generated(config, page, content=texts[page]))
+    linked = {_outside(page, link) for page, text in texts.items() for link in LINK.findall(text)}
+    for name in sorted(name for name in linked if name and name not in PAGES):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        page = File.generated(
+            config,
+            f"source/{name}.md",
+            content=SOURCE.format(name=name, text=text),
+            inclusion=InclusionLevel.NOT_IN_NAV,
+        )
+        files.append(page)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Make links out of this folder lead to the pages made of those files."""
+    folder = posixpath.dirname(page.file.src_uri) or "."
+
+    def moved(found: re.Match[str]) -> str:
+        name = _outside(page.file.src_uri, found[1])
+        if not name:
+            return found[0]
+        return f"]({posixpath.relpath(PAGES.get(name, f'source/{name}.md'), folder)}"
+
+    return LINK.sub(moved, markdown)
+
+
+def _of_the_root(name: str) -> str:
+    """A page of the root, with its links as seen from this folder."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return LINK.sub(lambda found: f"]({posixpath.relpath(found[1], 'docs')}", text)
+
+
+def _outside(page: str, link: str) -> str:
+    """The file in the repository that a link on a page leads to, if it is outside this folder; else nothing."""
+    target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    return "" if target.startswith("docs/") or not (ROOT / target).is_file() else target

@@ -1,0 +1,107 @@
+"""Public names with their arguments, and the options of the command line, as text.
+
+    python tests/surface.py
+
+writes tests/surface.txt anew; test_surface.py compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import typer
+
+import negative_cache
+from negative_cache import integrations
+from negative_cache.workbench.cli import app
+
+FILE = Path(__file__).with_name("surface.txt")
+
+# Public names of modules, beside those that `negative_cache` exports and all of the integrations.
+NAMES = {
+    "negative_cache.checkpoint": (
+        "CheckpointError",
+        "full_state_dict",
+        "load_checkpoint",
+        "load_full_state_dict",
+        "save_checkpoint",
+    ),
+    "negative_cache.features": ("infer_specs",),
+    "negative_cache.losses": ("RetrievalReturn",),
+    "negative_cache.memory": ("Bytes",),
+    "negative_cache.retrieval": ("Guide", "Limits", "Retrieved", "RowPool", "Scale", "retrieve"),
+}
+WHOLE = ("negative_cache.estimators",)
+
+
+def public_names() -> dict[str, Any]:
+    """Name with its module -> class or function, for all that is public."""
+    found = {f"negative_cache.{name}": getattr(negative_cache, name) for name in negative_cache.__all__}
+    for name, chosen in NAMES.items():
+        found |= {f"{name}.{key}": getattr(importlib.import_module(name), key) for key in chosen}
+    modules = [info.name for info in pkgutil.iter_modules(integrations.__path__, "negative_cache.integrations.")]
+    for name in [*WHOLE, *modules]:
+        found |= own_names(importlib.import_module(name))
+    return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
+
+
+def own_names(module: ModuleType) -> dict[str, Any]:
+    """What a module defines itself and does not hide."""
+    return {
+        f"{module.__name__}.{name}": value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+def lines() -> Iterator[str]:
+    """One line for each name, member of a class, and option of a command."""
+    for name, value in sorted(public_names().items()):
+        yield name + arguments(value)
+        for member, function in sorted(vars(value).items()) if inspect.isclass(value) else ():
+            if member == "__call__" or not member.startswith("_"):
+                function = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+                if inspect.isfunction(function):
+                    yield f"{name}.{member}{arguments(function)}"
+                elif isinstance(function, property):
+                    yield f"{name}.{member}"
+    for name, command in sorted(typer.main.get_command(app).commands.items()):
+        for flags in sorted("/".join([*param.opts, *param.secondary_opts]) for param in command.params):
+            yield f"negative-cache {name} {flags}"
+
+
+def arguments(value: Any) -> str:
+    """Names and defaults, without types: `(scores, k=1)`."""
+    parameters = inspect.signature(value).parameters.values() if takes_arguments(value) else ()
+    plain = [parameter.replace(annotation=parameter.empty, default=shown(parameter)) for parameter in parameters]
+    return str(inspect.Signature(plain))
+
+
+def takes_arguments(value: Any) -> bool:
+    """Whether a signature is its own: that of an exception, or of a module without `__init__`, is another package's."""
+    return not inspect.isclass(value) or "__init__" in vars(value) or hasattr(value, "_fields")
+
+
+class Default:
+    """Shows a default without its address in memory."""
+
+    def __init__(self, value: Any) -> None:
+        self.text = getattr(value, "__name__", repr(value))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def shown(parameter: inspect.Parameter) -> Any:
+    return parameter.empty if parameter.default is parameter.empty else Default(parameter.default)
+
+
+if __name__ == "__main__":
+    FILE.write_text("".join(f"{line}\n" for line in lines()), encoding="utf-8")
+    print(f"Written: {FILE}")
