@@ -38,6 +38,7 @@ NAMES = {
     "negative_cache.retrieval": ("Guide", "Limits", "Retrieved", "RowPool", "Scale", "retrieve"),
 }
 WHOLE = ("negative_cache.estimators",)
+PARTS = ("corpus", "known_pairs", "model_inputs")  # of the integrations, which nobody else should call
 
 
 def public_names() -> dict[str, Any]:
@@ -46,18 +47,19 @@ def public_names() -> dict[str, Any]:
     for name, chosen in NAMES.items():
         found |= {f"{name}.{key}": getattr(importlib.import_module(name), key) for key in chosen}
     modules = [info.name for info in pkgutil.iter_modules(integrations.__path__, "negative_cache.integrations.")]
-    for name in [*WHOLE, *modules]:
+    for name in [*WHOLE, *(name for name in modules if name.rsplit(".", 1)[1] not in PARTS)]:
         found |= own_names(importlib.import_module(name))
     return {name: value for name, value in found.items() if inspect.isclass(value) or inspect.isfunction(value)}
 
 
 def own_names(module: ModuleType) -> dict[str, Any]:
-    """What a module defines itself and does not hide."""
-    return {
-        f"{module.__name__}.{name}": value
+    """What a module offers: what it says, or else what it defines itself and does not hide."""
+    own = [
+        name
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    }
+    ]
+    return {f"{module.__name__}.{name}": getattr(module, name) for name in getattr(module, "__all__", own)}
 
 
 def lines() -> Iterator[str]:
