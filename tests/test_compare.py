@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from negative_cache.workbench.cli import app
 from negative_cache.workbench.compare import Comparison, _best, _extensions, parse_losses, parse_rates, summary
+from negative_cache.workbench.compare_report import verdict
 from negative_cache.workbench.config import RunError
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
@@ -75,7 +77,18 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     assert json.loads(ended.stdout)["runs"] == list(result["losses"])
     page = (output / "report.html").read_text()
     assert "MRR@10 on the test split</h3>" in page  # the curve of the last seed
-    assert text.splitlines()[-3].split(" | ")[-1].strip(" |") in page  # a cell of the table
+    *_, row = (line for line in text.splitlines() if line.startswith("| negative-cache"))
+    assert row.split(" | ")[-1].strip(" |") in page  # a cell of the table
+
+    assert verdict(result) in text
+    words = shlex.split(text.splitlines()[-1])
+    assert words[-2:] == ["--output", "MODEL"]
+    ended = CliRunner().invoke(app, [*words[1:-1], str(tmp_path / "model"), "--max-steps", "1", "--json"])
+    assert ended.exit_code == 0, ended.output
+    best = max(result["losses"].values(), key=lambda loss: loss["summary"]["mrr@10"]["mean"])
+    found = json.loads(ended.stdout)["configuration"]
+    assert found["learning_rate"] == best["learning_rate"]
+    assert found["batch_size"] == best["configuration"]["batch_size"]
 
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
     assert len(before) == 8
@@ -160,6 +173,25 @@ def record(score: float, seconds: float = 1.0) -> dict:
     return {
         "dev": metrics, "test": metrics, "seconds": seconds, "documents_encoded": 3, "peak_memory_bytes": 4,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([[0.50, 0.52], [0.40, 0.42]], "Best: a, MRR@10 0.5100, 24.4% above b (0.4100)."),
+        ([[0.40, 0.42], [0.50, 0.52]], "Best: b, MRR@10 0.5100, 24.4% above a (0.4100)."),
+        ([[0.40, 0.50], [0.40, 0.48]], "Best: a, MRR@10 0.4500, 2.3% above b (0.4400); with this spread"),
+        ([[0.50], [0.40]], "Best: a, MRR@10 0.5000, 25.0% above b (0.4000); one seed cannot tell"),
+        ([[0.50, 0.52], []], ""),
+    ],
+)
+def test_which_loss_is_best_is_said_in_words(scores: list[list[float]], said: str):
+    losses = {}
+    for name, values in zip("ab", scores, strict=True):
+        runs = [record(value) for value in values]
+        losses[name] = {"runs": runs, "summary": summary(runs) if runs else None}
+    assert verdict({"losses": losses}).startswith(said)
+    assert bool(verdict({"losses": losses})) == bool(said)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from negative_cache.workbench.compare import MAX_EXTENSIONS, failures_of
+from negative_cache.workbench.compare import FIXED_FIELDS, MAX_EXTENSIONS, failures_of
+from negative_cache.workbench.config import RunConfig
 
 # Okabe and Ito's colours, told apart with any colour vision; each series has its own marker besides.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -77,6 +80,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
     console.print(table)
+    if said := verdict(result):
+        console.print(said, **AS_IT_IS)
+        console.print(f"To train it: {command_of_best(result)}", **AS_IT_IS)
 
 
 def write_report(result: dict[str, Any], command: str) -> list[Path]:
@@ -104,6 +110,8 @@ def write_report(result: dict[str, Any], command: str) -> list[Path]:
         "",
         note,
     ]
+    if said := verdict(result):
+        lines += ["", said, "", f"    {command_of_best(result)}"]
     if failed := failures_of(result):
         lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
     written = [_write(folder / "compare.md", "\n".join(lines) + "\n")]
@@ -195,6 +203,51 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
         costs = [f"{found['seconds']['mean']:,.1f}", f"{found['documents_encoded']['mean']:,.0f}"]
         rows.append([name, rate, *qualities, *costs, _bytes(found["peak_memory_bytes"]["mean"])])
     return rows
+
+
+def ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The losses that trained, by their MRR@10 on the test split, the best first."""
+    trained = [(name, loss) for name, loss in result["losses"].items() if loss["runs"]]
+    return sorted(trained, key=lambda item: -item[1]["summary"]["mrr@10"]["mean"])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Which loss is best, and by how much, in one sentence; empty with less than two losses."""
+    losses = ranked(result)
+    if len(losses) < 2:
+        return ""
+    (best, first), (second, next_one) = losses[:2]
+    found, other = first["summary"]["mrr@10"], next_one["summary"]["mrr@10"]
+    lead = found["mean"] - other["mean"]
+    spread = ((found["std"] or 0) ** 2 + (other["std"] or 0) ** 2) ** 0.5
+    seeds = min(len(first["runs"]), len(next_one["runs"]))
+    doubt = ""
+    if seeds < 2:
+        doubt = "; one seed cannot tell whether that is chance"
+    elif lead < 2 * spread / seeds**0.5:
+        doubt = "; with this spread over the seeds that may be chance"
+    share = f"{lead / other['mean']:.1%}" if other["mean"] else "all"
+    return f"Best: {best}, MRR@10 {found['mean']:.4f}, {share} above {second} ({other['mean']:.4f}){doubt}."
+
+
+def command_of_best(result: dict[str, Any]) -> str:
+    """The command that trains with the best loss, with its learning rate and all options that are not the defaults."""
+    _, loss = ranked(result)[0]
+    options, comparison = loss["configuration"], result["configuration"]
+    words = ["negative-cache", "train", "--data", comparison["data"], "--model", comparison["model"]]
+    words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]
+    for field in fields(RunConfig):
+        value, flag = options.get(field.name, field.default), f"--{field.name.replace('_', '-')}"
+        if field.name in FIXED_FIELDS - {"epochs"} or value == field.default:
+            continue
+        if isinstance(field.default, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    for column in ("query_column", "positive_column"):
+        if comparison.get(column) is not None:
+            words += [f"--{column.replace('_', '-')}", comparison[column]]
+    return shlex.join([*words, "--output", "MODEL"])
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -170,10 +171,12 @@ def _step_of(on_step: StepFn | None) -> Callable[[int, int, dict[str, float]], N
 
 def _measure_and_send(sender: Connection, job: Job) -> None:
     """Runs in the new process: send ("step", step, steps) now and then; last ("record", ...) or ("error", text)."""
-    last = 0.0
+    last, parent = 0.0, os.getppid()
 
     def on_step(step: int, steps: int) -> None:
         nonlocal last
+        if os.getppid() != parent:
+            sys.exit("The comparison has ended; so does this run of it.")
         if time.monotonic() > last + 0.2 or step == steps:
             last = time.monotonic()
             sender.send(("step", step, steps))

@@ -6,8 +6,11 @@ do without.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from negative_cache.version import __version__
 from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.machine_commands import doctor, memory
 from negative_cache.workbench.cli.model_commands import evaluate, search
@@ -20,5 +23,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, evaluate and search with retrieval models against a cache of negatives.",
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train, evaluate and search with retrieval models against a cache of negatives."""
+
+
 for command in (train, compare, evaluate, search, report, memory, doctor):
     app.command()(command)

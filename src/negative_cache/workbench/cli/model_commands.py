@@ -14,7 +14,7 @@ from negative_cache.workbench.cli.terminal import Terminal, escape
 def evaluate(
     model: opt.TrainedModel,
     data: opt.Data,
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, dev, test or all.")] = "test",
     query_column: opt.QueryColumn = None,
     positive_column: opt.PositiveColumn = None,
     quiet: opt.Quiet = False,
