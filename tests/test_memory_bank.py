@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import nn
 from torch.nn.functional import normalize
 
-from negative_cache.workbench.config import RunError
+from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import load_model
@@ -108,7 +108,10 @@ class Stopped(Exception):
     """Ends a run."""
 
 
-@pytest.mark.parametrize("loss", ["memory-bank", "in-batch"])
+CACHE_SIZES = {"memory-bank": 64, "in-batch": RunConfig.cache_size}
+
+
+@pytest.mark.parametrize("loss", CACHE_SIZES)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, loss):
     data = load_data(str(folder / "pairs.jsonl"))
 
@@ -118,7 +121,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder, loss):
 
     weights = []
     for name in ("whole", "stopped"):
-        config = dataclasses.replace(configuration(folder, f"{loss}-{name}"), loss=loss)
+        config = dataclasses.replace(configuration(folder, f"{loss}-{name}"), loss=loss, cache_size=CACHE_SIZES[loss])
         if name == "stopped":
             with pytest.raises(Stopped):
                 run(config, data, stop)
@@ -141,6 +144,8 @@ def test_several_ranks_are_refused(folder, monkeypatch):
 def test_gradient_caching_of_a_static_model_is_the_large_batch(folder):
     from negative_cache.workbench.training import make_loss
 
-    config = dataclasses.replace(configuration(folder, "x"), loss="gradcache", batch_size=64)
+    config = dataclasses.replace(
+        configuration(folder, "x"), loss="gradcache", batch_size=64, cache_size=RunConfig.cache_size
+    )
     model = load_model(config.model, [], 0)
     assert type(make_loss(config, model)) is MultipleNegativesRankingLoss

@@ -79,6 +79,8 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
     ("settings", "message"),
     [
         ({"cache_size": 0}, "`cache_size` is 0"),
+        ({"cache_size": 10.5}, "`cache_size` is 10.5; it must be a whole number"),
+        ({"matryoshka_dims": 8}, "`matryoshka_dims` is 8; expected several numbers"),
         ({"top_k": 0}, "`top_k` is 0; .* 1 to the cache's 16 rows"),
         ({"top_k": 17}, "`top_k` is 17"),
         ({"scale": 0.0}, "`scale` is 0.0"),

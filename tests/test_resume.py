@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import resume_job
-from negative_cache.integrations import trainer as trainer_module
+from negative_cache.integrations import hugging_face
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench import training
 from negative_cache.workbench.training import RunError, run
@@ -83,7 +83,7 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(folder: Path):
 def test_a_resumed_run_without_its_cache_is_another_one(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """The test above can fail: with the cache left out, the losses differ."""
     interrupt(folder, "forgetful", monkeypatch)
-    monkeypatch.setattr(trainer_module, "load_checkpoint", lambda loss, path: None)
+    monkeypatch.setattr(hugging_face, "load_checkpoint", lambda loss, path: None)
     job(folder, "forgetful")
     assert result(folder, "forgetful")[1] != result(folder, "whole")[1]
 

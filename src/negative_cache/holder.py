@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +97,11 @@ class RanksCache(CacheHolder):
 
     def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
         """The specs of documents: the cache's, or what is known before there is one."""
+        if not isinstance(document_features, Mapping):
+            raise TypeError(
+                f"`document_features` is {type(document_features).__name__}; expected a dict of feature name -> "
+                "values, what the document encoder takes."
+            )
         if self.cache is None:
             return self.specs or infer_specs(document_features)
         return {key: spec for key, spec in self.cache.specs.items() if key not in SCORED}

@@ -33,8 +33,12 @@ def check_settings(
     feature_device: torch.device | str | None,
 ) -> None:
     """Raise ValueError for settings of `NegativeCacheLoss` that make no sense, TypeError for a dtype that is none."""
-    if cache_size < 1:
-        raise ValueError(f"`cache_size` is {cache_size}; it must be at least 1.")
+    if not isinstance(cache_size, int) or cache_size < 1:
+        raise ValueError(f"`cache_size` is {cache_size}; it must be a whole number of at least 1.")
+    if isinstance(matryoshka_dims, int):
+        raise ValueError(
+            f"`matryoshka_dims` is {matryoshka_dims}; expected several numbers, such as ({matryoshka_dims},)."
+        )
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"`scale` is {scale}; it must be a positive number.")
     if top_k is not None and not 1 <= top_k <= cache_size:

@@ -225,8 +225,10 @@ class NegativeCacheRankingLoss(nn.Module):
             task: The route that `router_mapping` of the training arguments gives to it.
 
         Raises:
-            ValueError: More documents than rows.
+            ValueError: More documents than rows, or another number of ids.
         """
+        if ids is not None and len(ids) != len(documents):
+            raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
         was_training, model = self.model.training, unwrap(self.model)
         corpus = Corpus(documents, ids, self._sides[1], model, batch_size, prompt, task, show_progress_bar)
 
