@@ -50,7 +50,7 @@ class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin first
         self.log("val_loss", self.compute_loss(*batch), prog_bar=True, sync_dist=True)  # writes nothing to the cache
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.05)  # the loss's learnable scale is among them
+        return torch.optim.Adam(self.parameters(), lr=0.01)  # the loss's learnable scale is among them
 
 
 def make_data() -> tuple[TensorDataset, TensorDataset]:

@@ -1,5 +1,7 @@
 """Train a sentence-transformers model with a negative cache: find functions of the standard library by what they do.
 
+    python examples/sentence_transformers_training.py    # less than a minute; the model goes to standard-library-search
+
 A pair is the first paragraph of a function's docstring and the function's code without it. The model is one of static
 embeddings, from scratch, which takes seconds; `--model NAME` trains any other.
 """

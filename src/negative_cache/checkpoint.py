@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -105,7 +106,12 @@ def _write(loss: NegativeCacheLoss, beside: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
         writer = _storage().HuggingFaceStorageWriter(str(beside), save_distributed=True)
-        save(state, storage_writer=writer, process_group=loss.process_group, no_dist=ranks.size == 1)
+        try:
+            save(state, storage_writer=writer, process_group=loss.process_group, no_dist=ranks.size == 1)
+        except CheckpointException as error:
+            if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+                raise KeyboardInterrupt from error  # it was wrapped like a failure of the disk
+            raise
     return beside / _file_name(ranks.rank)
 
 

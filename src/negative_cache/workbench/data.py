@@ -87,11 +87,15 @@ def load_data(source: str, query_column: str | None = None, positive_column: str
     Raises:
         DataError: What is wrong, with file and line.
     """
-    if source == "python-code":
-        return _load_python_code()
     if source.startswith("hf:"):
         return _from_rows(source, _hub_rows(source[3:]), query_column, positive_column)
     path = Path(source)
+    if path.is_dir() or source == "python-code":
+        for option, column in (("--query-column", query_column), ("--positive-column", positive_column)):
+            if column is not None:
+                raise DataError(f"{option} {column!r} is for files of pairs; {source!r} has no columns. Leave it out.")
+    if source == "python-code":
+        return _load_python_code()
     if path.is_dir():
         return _load_beir(path)
     if path.is_file():

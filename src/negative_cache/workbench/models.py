@@ -62,6 +62,8 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 
 def load_trained(name: str) -> SentenceTransformer:
     """A model by name or path; `ModelError` if it cannot be loaded."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ModelError(f"Cannot load the model {name!r}: there is no such folder.")
     try:
         return SentenceTransformer(name)
     except Exception as error:

@@ -85,6 +85,8 @@ def draw(lines: Sequence[Line], name: str, x_label: str = "step", is_log: bool =
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
+            if axes.get_ylim()[0] < 0 and not any(value < 0 for line in lines for value in line.y):
+                axes.set_ylim(bottom=0)  # a share is not negative
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         written = io.StringIO()
         figure.savefig(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from negative_cache.workbench.compare import RESULT, Comparison
-from negative_cache.workbench.compare_report import COLUMNS, rows_of, title_of
+from negative_cache.workbench.compare_report import COLUMNS, rows_of, title_of, verdict
 from negative_cache.workbench.config import RunError, has_effect
 from negative_cache.workbench.report_charts import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
 from negative_cache.workbench.samples import SAMPLES
@@ -72,9 +72,10 @@ class Run:
 
 @dataclass
 class Table:
-    """A comparison's table."""
+    """A comparison's table, and what it says in a sentence."""
 
     title: str
+    verdict: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -136,7 +137,7 @@ def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
             for spec, loss in result["losses"].items()
             if loss["runs"]
         ]
-        table = Table(title_of(result), COLUMNS, rows_of(result))
+        table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder / RESULT} is no result of a comparison: {error!r}.") from error
     if not jobs:
