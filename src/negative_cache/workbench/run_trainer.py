@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +82,37 @@ class ProgressCallback(TrainerCallback):
         self.progress(state.global_step, state.max_steps, self.latest)
 
 
+class _StopBetweenSteps(TrainerCallback):
+    """While it is entered, Ctrl-C ends training after the step that is under way; a second one at once.
+
+    An interrupt at any moment may be taken for a failure of what it meets, such as the writing of a checkpoint, or get
+    lost in a callback from C.
+    """
+
+    def __init__(self) -> None:
+        self._is_asked = False
+        self._is_ours = False
+
+    def __enter__(self) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_ours = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _ask(self, *_: object) -> None:
+        if self._is_asked:
+            raise KeyboardInterrupt
+        self._is_asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._is_asked:
+            raise KeyboardInterrupt
+
+
 def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
     """Train, and note the seconds.
 
@@ -87,8 +120,11 @@ def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None
         RunFailedError: Values that are not finite, or batches that the loss refuses.
     """
     trainer.started = time.perf_counter()
+    stop = _StopBetweenSteps()
+    trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except CheckpointError:
         raise
     except ValueError as error:
