@@ -120,6 +120,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(place: Path, tmp_path: Path)
     process = subprocess.Popen(
         [sys.executable, "-m", "negative_cache", *given],
         stdout=subprocess.PIPE, stderr=end, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )  # fmt: skip
     os.close(end)
     said: list[bytes] = []
