@@ -8,6 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q $(CONSTRAINTS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	@echo "Installing PyTorch and the packages of pyproject.toml into .venv: some minutes."
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	touch $@

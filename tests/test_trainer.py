@@ -96,6 +96,19 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
         make_trainer(tmp_path, dim=8).train(str(tmp_path / "checkpoint-4"))
 
 
+def test_gradients_of_the_losses_own_parameters_do_not_add_up(tmp_path: Path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == "_OptimizerZeroGradCallback":  # sentence-transformers' own, from 6.2 on
+            trainer.remove_callback(callback)
+    gradients = []
+    trainer.loss.cache_loss.log_scale.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+    trainer.train()
+    assert len(gradients) == 3
+    assert all(gradient != 0 for gradient in gradients)
+    assert not trainer.loss.cache_loss.log_scale.grad
+
+
 def test_caches_are_found_in_wrapped_losses_and_dicts(tmp_path: Path):
     trainer = make_trainer(tmp_path)
     loss = trainer.loss

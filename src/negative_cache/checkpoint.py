@@ -382,7 +382,5 @@ def _storage() -> Any:
         import safetensors  # noqa: F401
         import torch.distributed.checkpoint.hf_storage as storage
     except ImportError as error:
-        raise ImportError(
-            f"Checkpoints need safetensors and torch 2.8 or newer ({error}): pip install 'negative-cache[train]'"
-        ) from error
+        raise ImportError(f"Checkpoints need safetensors ({error}): pip install 'negative-cache[train]'") from error
     return storage

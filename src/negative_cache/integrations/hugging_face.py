@@ -38,7 +38,7 @@ class NegativeCacheTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_ResumeCallback())  # type: ignore[attr-defined]
+        self.add_callback(_MendingCallback())  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
@@ -109,13 +109,18 @@ class _AlreadyTrainedError(Exception):
     """The checkpoint is of the last step."""
 
 
-class _ResumeCallback(TrainerCallback):
-    """What the trainer itself does not do when it resumes."""
+class _MendingCallback(TrainerCallback):
+    """What the trainer itself does not do when it resumes, or with parameters that are in the loss."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         # After a checkpoint of the last step it would make one more.
         if state.global_step >= state.max_steps:
             raise _AlreadyTrainedError
+        optimizer.zero_grad()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        # It clears the model's gradients alone: those of a learnable scale, which is the loss's, would add up.
+        optimizer.zero_grad()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         # On several ranks, skipping batches puts one more sampler around the one that shuffles, which it then does not

@@ -21,6 +21,7 @@ STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TINY_MAX_LENGTH = 128
 TOKENIZED_AT_ONCE = 256
+HUB_TIMEOUT = 10.0  # seconds
 
 # Learning rates at which each kind of model trains well with AdamW; a pretrained model wants little steps.
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
@@ -64,10 +65,32 @@ def load_trained(name: str) -> SentenceTransformer:
     """A model by name or path; `ModelError` if it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ModelError(f"Cannot load the model {name!r}: there is no such folder.")
+    if not Path(name).exists() and name.count("/") < 2:
+        _ask_hub(name)
     try:
         return SentenceTransformer(name)
     except Exception as error:
         raise ModelError(f"Cannot load the model {name!r}: {error}") from error
+
+
+def _ask_hub(name: str) -> None:
+    """Ask for a model once, unless some of it is on this machine: loading asks for a minute before it gives up."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    failed = ""
+    for repository in repositories:
+        try:
+            if any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("modules.json", "config.json")):
+                return
+            HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+            return
+        except Exception as error:
+            failed = str(error).strip().partition("\n")[0]
+    raise ModelError(
+        f"Cannot load the model {name!r}: it is no folder, not among the downloaded models of this machine, and the "
+        f"Hugging Face hub does not give it ({failed}). Give static, tiny, a folder, or the name of a model there."
+    )
 
 
 def remember_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.train_command import train
 
 app = typer.Typer(
+    rich_markup_mode=None,  # boxes leave too little room for names of options
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

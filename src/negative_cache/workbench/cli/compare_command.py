@@ -35,7 +35,7 @@ def compare(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Train with several losses and compare quality, time and memory, each at its best learning rate."""
+    """Train with several losses and compare quality, time and memory. Each has its best learning rate."""
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: "The same command goes on with the runs that are complete."):

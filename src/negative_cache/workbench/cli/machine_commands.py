@@ -36,7 +36,7 @@ def memory(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Predict the memory of a cache of text documents and of a step beside it, on each rank."""
+    """Predict the memory of a cache of texts. And of a step beside it; both on each rank."""
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():
@@ -61,7 +61,7 @@ def doctor(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show versions, devices, missing packages, what would search a cache, and the memory it would take."""
+    """Show versions, devices and missing packages. Also what would search a cache, and the memory it would take."""
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():
@@ -86,7 +86,7 @@ def _predict(terminal: Terminal, given: dict[str, Any]) -> dict[str, int]:
 
 def _title(given: dict[str, Any]) -> str:
     rows = f"{given['cache_size']:,} documents, {given['dim']} x {given['embedding_dtype']}"
-    return f"{rows}, on each of {given['ranks']} rank(s)"
+    return rows if given["ranks"] == 1 else f"{rows}, on each of {given['ranks']} ranks"
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"Python {found['python']} on {found['platform']}",
         f"Installed: {', '.join(versions)}",
-        f"Not installed: {', '.join(absent) or 'nothing of what is looked for'}",
+        f"Not installed: {', '.join(absent) or 'nothing that this command looks for'}",
         f"CUDA of this torch: {found['cuda'] or 'none, it is built for CPUs'}",
         f"Threads: torch uses {threads['torch']} of {threads['cores']} cores; OMP_NUM_THREADS is "
         f"{threads['OMP_NUM_THREADS'] or 'not set'}",

@@ -20,7 +20,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure a model's retrieval quality on a split: its queries against the whole corpus."""
+    """Measure a model's retrieval quality on a split. Its queries search the whole corpus."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
