@@ -81,7 +81,8 @@ def _ask_hub(name: str) -> None:
     failed = ""
     for repository in repositories:
         try:
-            if any(isinstance(try_to_load_from_cache(repository, file), str) for file in ("modules.json", "config.json")):
+            cached = (try_to_load_from_cache(repository, file) for file in ("modules.json", "config.json"))
+            if any(isinstance(path, str) for path in cached):
                 return
             HfApi().model_info(repository, timeout=HUB_TIMEOUT)
             return

@@ -25,4 +25,5 @@ def report(
         with terminal.waiting("Drawing ..."):
             written, runs = write_report(folders, output)
         terminal.result({"output": str(written), "runs": [run.name for run in runs]})
-        terminal.out.print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} on one page: {written}", soft_wrap=True, markup=False)
+        number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        terminal.out.print(f"{number} on one page: {written}", soft_wrap=True, markup=False)
