@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -169,6 +171,10 @@ def check_ranks(kind: str, rank: int, world_size: int, folder: Path) -> None:
     assert whole.model.loss_fn.cache.num_rows == ((8 - rank) if kind == "shared" else 15)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",
+)
 @pytest.mark.parametrize("kind", ["shared", "own"])
 def test_ranks_resume_whether_they_share_a_cache_or_not(kind: str, tmp_path: Path):
     run_ranks(functools.partial(check_ranks, kind), 2, tmp_path)
