@@ -9,14 +9,26 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+needs_resuming_on_ranks_of_a_cpu = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.18"),
+    reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",
+)
+needs_compiling_of_whole_steps = pytest.mark.skipif(
+    Version(version("torch")) < Version("2.13"),
+    reason="torch.compile of 2.9 fails with a whole step; it was tried with 2.13 next",
+)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

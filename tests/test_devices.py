@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
 from negative_cache import NegativeCacheLoss
-from support import as_on_a_gpu, snapshot
+from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 
 KINDS = ("plain", "ids", "int8", "top_k", "samples and scale", "given negatives", "handler", "handler with top_k")
 SHARED_KINDS = ("own draws", "margins", "margins and top_k", "guide", "correction", "warm-up and refresh")
@@ -70,6 +70,7 @@ def train(table: Tensor, step, count: int) -> list[float]:
     return losses
 
 
+@needs_compiling_of_whole_steps
 @pytest.mark.parametrize(
     ("dtype", "is_everything"),
     [(torch.float32, False), (torch.int8, False), (torch.bfloat16, False), (torch.float32, True)],

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -21,7 +19,7 @@ from transformers.trainer_utils import set_seed
 from negative_cache import NegativeCacheLoss
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin
-from support import assert_same_state, run_ranks, snapshot
+from support import assert_same_state, needs_resuming_on_ranks_of_a_cpu, run_ranks, snapshot
 
 NUM_DOCUMENTS, BATCH = 24, 4
 WORDS = torch.randint(1, 50, (NUM_DOCUMENTS, 6), generator=torch.Generator().manual_seed(0))
@@ -171,10 +169,7 @@ def check_ranks(kind: str, rank: int, world_size: int, folder: Path) -> None:
     assert whole.model.loss_fn.cache.num_rows == ((8 - rank) if kind == "shared" else 15)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"),
-    reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",
-)
+@needs_resuming_on_ranks_of_a_cpu
 @pytest.mark.parametrize("kind", ["shared", "own"])
 def test_ranks_resume_whether_they_share_a_cache_or_not(kind: str, tmp_path: Path):
     run_ranks(functools.partial(check_ranks, kind), 2, tmp_path)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
 from negative_cache import NegativeCacheLoss, tagged_metrics, write_metrics
-from support import assert_same_state, snapshot
+from support import assert_same_state, needs_compiling_of_whole_steps, snapshot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = 16
@@ -56,17 +56,19 @@ class Loop:
         return losses
 
 
-def test_a_compiled_encoder_and_a_compiled_step_train_like_the_plain_ones():
-    plain = Loop()
-    expected = plain.train(4)
+def test_a_compiled_encoder_trains_like_the_plain_one():
     compiled = Loop()
     compiled.tower.compile(backend="aot_eager")
-    torch.testing.assert_close(compiled.train(4), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled.train(4), Loop().train(4), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiling_of_whole_steps
+def test_a_compiled_step_trains():
     whole = Loop()
     first = whole.train(1)  # the first step makes the cache, and is not compiled
     step = torch.compile(whole.loss, backend="aot_eager")
     losses = whole.train(4, step)
-    torch.testing.assert_close(first, expected[:1])
+    torch.testing.assert_close(first, Loop().train(1))
     assert whole.loss_fn.step_number() == 5
     assert 0 < losses[-1] < 5
 
@@ -142,13 +144,14 @@ def test_accelerate_registers_the_loss_and_goes_on(tmp_path: Path):
 def test_accelerate_on_two_processes_and_then_on_one(tmp_path: Path):
     script = [str(EXAMPLES / "with_accelerate.py"), "--cpu", "--folder"]
 
-    def run(launcher: list[str], folder: str, epochs: int) -> str:
+    def run(launcher: list[str], folder: str, epochs: int) -> list[str]:
         command = [sys.executable, *launcher, *script, str(tmp_path / folder), "--epochs", str(epochs)]
-        return subprocess.run(command, check=True, text=True, capture_output=True, timeout=200).stdout
+        lines = subprocess.run(command, check=True, text=True, capture_output=True, timeout=200).stdout.splitlines()
+        return [line for line in lines if "[Gloo]" not in line]  # older torch says there that it is connected
 
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    whole = run(two, "whole", 2).splitlines()
+    whole = run(two, "whole", 2)
     assert [line[:7] for line in whole] == ["epoch 1", "epoch 2"]
     shutil.copytree(tmp_path / "whole" / "epoch-1", tmp_path / "stopped" / "epoch-1")
-    assert run(two, "stopped", 2).splitlines() == whole[1:]
-    assert [line[:7] for line in run([], "stopped", 3).splitlines()] == ["epoch 3"]
+    assert run(two, "stopped", 2) == whole[1:]
+    assert [line[:7] for line in run([], "stopped", 3)] == ["epoch 3"]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from negative_cache import NegativeCacheLoss
 from negative_cache.integrations.trainer import last_complete_checkpoint
-from support import random_pairs, run_ranks
+from support import needs_resuming_on_ranks_of_a_cpu, random_pairs, run_ranks
 
 STEPS, SAVE_STEPS = 80, 10
 KILLS = (0, 40, 60)  # after these steps: in the first, second and third epoch
@@ -76,6 +76,7 @@ def result(folder: Path, output: str) -> tuple[bytes, list[float], dict[str, tor
     return (folder / output / "model.safetensors").read_bytes(), losses, cache
 
 
+@needs_resuming_on_ranks_of_a_cpu
 def test_a_run_whose_ranks_are_killed_equals_one_whose_were_not(folder: Path):
     assert start(folder, "whole").wait(120) == 0
     chance = random.Random(1)

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from datasets import Dataset
-from packaging.version import Version
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -24,7 +22,7 @@ from torch import Tensor
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.trainer import NegativeCacheTrainer, cache_losses
-from support import assert_same_state, run_ranks, snapshot
+from support import assert_same_state, needs_resuming_on_ranks_of_a_cpu, run_ranks, snapshot
 
 WORDS = [f"word{first}{second}" for first in "abcdefgh" for second in "klmnopqr"]
 ANCHORS = [f"about {word}" for word in WORDS]
@@ -138,10 +136,7 @@ def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> No
     assert_same_state(everything(whole), everything(resumed))
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.18"),
-    reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",
-)
+@needs_resuming_on_ranks_of_a_cpu
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_ranks_resume_whether_they_share_a_cache_or_not(is_shared: bool, tmp_path: Path):
     run_ranks(functools.partial(check_ranks, is_shared), 2, tmp_path)
