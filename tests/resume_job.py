@@ -47,17 +47,18 @@ def read(folder: Path) -> RetrievalData:
 
 
 def job(folder: Path, output: str, save_steps: int | None = SAVE_STEPS) -> None:
-    """Start or continue the run; says in a file that it makes steps."""
+    """Start or continue the run; says in a file that it makes steps after its first checkpoint."""
     torch.set_num_threads(1)
     marker = marker_of(folder, output)
 
     def progress(step: int, steps: int, logs: dict[str, float]) -> None:
-        marker.touch()
+        if step > SAVE_STEPS:
+            marker.touch()
 
     with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
         run(configuration(folder, output, save_steps), read(folder), progress, resume=True)
 
 
 def marker_of(folder: Path, output: str) -> Path:
-    """The file that is there once the process has made a step."""
+    """The file that is there once the process has made a step after the first checkpoint."""
     return folder / f"{output}.steps"

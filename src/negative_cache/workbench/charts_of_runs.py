@@ -61,15 +61,16 @@ TRAINING = (
     ),
     Kind("MRR@10 on the dev split", "Measured every --eval-steps steps.", ("eval_dev_cosine_mrr@10",)),
     Kind("Learning rate", "Its schedule.", ("learning_rate",)),
-    Kind("Gradient norm", "Of all parameters together.", ("grad_norm",), is_log=True),
-    Kind("Seconds", "Since training began, evaluations on the way included.", ("seconds",)),
+    Kind("Gradient norm", "Of all parameters together, on a logarithmic axis.", ("grad_norm",), is_log=True),
+    Kind("Seconds", "Since training began, without evaluations.", ("seconds",)),
     Kind("Peak memory, GB", "So far: of the GPU's allocator, or of the process.", ("peak_memory_bytes",), 1e-9),
 )
 CACHE = (
     Kind("Fill", "Share of the cache's rows that hold a document.", ("cache/fill",)),
     Kind(
         "Effective negatives",
-        "How many documents of the cache share the weight of the softmax: of one, if a single one has all of it.",
+        "How many documents of the cache share the weight of the softmax: of one, if a single one has all of it. On a "
+        "logarithmic axis.",
         ("cache/effective_negatives",),
         is_log=True,
     ),

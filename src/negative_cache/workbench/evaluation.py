@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor
 
 from negative_cache.workbench.data import RetrievalData
 
 SCORES_AT_ONCE = 1 << 23
+ENCODED_AT_ONCE = 1024  # texts between two words on how it goes on
 
-_OPTIONS: dict[str, Any] = {"batch_size": 256, "convert_to_tensor": True, "show_progress_bar": False}
+Told = Callable[[int, int], None]
+"""Hears how much of how much is done."""
 
 
-def make_evaluator(data: RetrievalData, split: str, batch_size: int = 256) -> InformationRetrievalEvaluator:
+def make_evaluator(data: RetrievalData, split: str, batch_size: int = 32) -> InformationRetrievalEvaluator:
     """sentence-transformers' evaluator of a split, for its trainer; `evaluate` finds the same and is faster."""
     qrels = data.judged(split)
     return InformationRetrievalEvaluator(
@@ -63,16 +66,37 @@ class Ranking(NamedTuple):
     found: list[tuple[str, float]]
 
 
-def evaluate(model: SentenceTransformer, data: RetrievalData, split: str) -> dict[str, Any]:
+def evaluate(model: SentenceTransformer, data: RetrievalData, split: str, told: Told | None = None) -> dict[str, Any]:
     """Metrics of a model: mrr@10, ndcg@10, recall@1, @10 and @100 (means over queries), num_queries, num_documents."""
     data.judged(split)
-    return metrics_of(model, data, split, encode_corpus(model, data))
+    return metrics_of(model, data, split, encode_corpus(model, data, told))
 
 
-def encode_corpus(model: SentenceTransformer, data: RetrievalData) -> Corpus:
+def encode_corpus(model: SentenceTransformer, data: RetrievalData, told: Told | None = None) -> Corpus:
     """Encode all documents, for `metrics_of` and `rankings_of`."""
     names = sorted(data.corpus)
-    return Corpus(names, model.encode_document([data.corpus[name] for name in names], **_OPTIONS))
+    return Corpus(names, encode_documents(model, [data.corpus[name] for name in names], told))
+
+
+def encode_documents(model: SentenceTransformer, texts: Sequence[str], told: Told | None = None) -> Tensor:
+    """Embeddings `[n, dim]` of documents; `told` hears how many there are."""
+    order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))  # those of like length are padded alike
+    parts = []
+    for start in range(0, len(order), ENCODED_AT_ONCE):
+        part = order[start : start + ENCODED_AT_ONCE]
+        parts.append(model.encode_document([texts[at] for at in part], **encoding_options(model)))
+        if told is not None:
+            told(start + len(part), len(order))
+    in_order = torch.cat(parts)
+    embeddings = torch.empty_like(in_order)
+    embeddings[torch.tensor(order, device=in_order.device)] = in_order
+    return embeddings
+
+
+def encoding_options(model: SentenceTransformer) -> dict[str, Any]:
+    """Of the model's `encode` methods."""
+    is_static = isinstance(model[0], StaticEmbedding)
+    return {"batch_size": 256 if is_static else 32, "convert_to_tensor": True, "show_progress_bar": False}
 
 
 @torch.no_grad()
@@ -105,7 +129,7 @@ def _ranks(
     model: SentenceTransformer, data: RetrievalData, qrels: dict[str, list[str]], corpus: Corpus
 ) -> Iterator[tuple[list[int], Tensor]]:
     """For each query of `qrels` the ranks of its relevant documents, and the scores of all documents `[n]`."""
-    queries = model.encode_query([data.queries[query] for query in qrels], **_OPTIONS)
+    queries = model.encode_query([data.queries[query] for query in qrels], **encoding_options(model))
     places_of = {name: place for place, name in enumerate(corpus.names)}
     relevant = [sorted(places_of[document] for document in set(documents)) for documents in qrels.values()]
     step = max(1, SCORES_AT_ONCE // len(corpus.names))

@@ -90,7 +90,8 @@ def _ask_hub(name: str) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is no folder, not among the downloaded models of this machine, and the "
-        f"Hugging Face hub does not give it ({failed}). Give static, tiny, a folder, or the name of a model there."
+        f"Hugging Face hub does not give it ({failed}). Give a folder or the name of a model that is there; train and "
+        "compare also make models that are called static and tiny."
     )
 
 

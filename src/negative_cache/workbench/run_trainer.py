@@ -50,6 +50,14 @@ class RunTrainer(NegativeCacheTrainer):
             logs["peak_memory_bytes"] = peak_memory_bytes()
         super().log(logs, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As everywhere. Its time is not that of training."""
+        began = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.started += time.perf_counter() - began
+
     def _seconds_before(self) -> float:
         """Those of the processes that this one goes on from, at their last log before the checkpoint."""
         if not self.resumed_from:
@@ -80,6 +88,13 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress(state.global_step, state.max_steps, self.latest)
+
+
+class _LogTheLastStep(TrainerCallback):
+    """However often the others are logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
 
 
 class _StopBetweenSteps(TrainerCallback):
@@ -114,7 +129,7 @@ class _StopBetweenSteps(TrainerCallback):
 
 
 def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
-    """Train, and note the seconds.
+    """Train, and note the seconds without evaluations.
 
     Raises:
         RunFailedError: Values that are not finite, or batches that the loss refuses.
@@ -122,6 +137,7 @@ def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None
     trainer.started = time.perf_counter()
     stop = _StopBetweenSteps()
     trainer.add_callback(stop)
+    trainer.add_callback(_LogTheLastStep())
     try:
         with stop:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -15,7 +15,7 @@ from negative_cache.integrations.sentence_transformers import NegativeCacheRanki
 from negative_cache.negatives import pool_of
 from negative_cache.retrieval import Limits, Scale, retrieve
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.evaluation import Corpus, rankings_of
+from negative_cache.workbench.evaluation import Corpus, encoding_options, rankings_of
 
 SAMPLES = "samples.json"
 NUM_QUERIES, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 6, 512
@@ -146,9 +146,7 @@ def _staleness_by_age(
 
 def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
     """Embeddings `[n, dim]` of unit length as training makes them, without the prompts that evaluation uses."""
-    embedded = model.encode(
-        texts, prompt="", batch_size=256, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-    )
+    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_options(model))
     return embedded.float()
 
 

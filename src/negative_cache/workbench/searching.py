@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.evaluation import Told, encode_documents
 
 
 class Hit(NamedTuple):
@@ -19,10 +20,12 @@ class Hit(NamedTuple):
     text: str
 
 
-def search(model: SentenceTransformer, data: RetrievalData, queries: Sequence[str], count: int) -> list[list[Hit]]:
+def search(
+    model: SentenceTransformer, data: RetrievalData, queries: Sequence[str], count: int, told: Told | None = None
+) -> list[list[Hit]]:
     """The `count` best documents of the corpus for each query, by the model's similarity, best first."""
     names = list(data.corpus)
-    documents = model.encode_document(list(data.corpus.values()), batch_size=256, convert_to_tensor=True)
+    documents = encode_documents(model, list(data.corpus.values()), told)
     embedded = model.encode_query(list(queries), convert_to_tensor=True)
     found = semantic_search(embedded, documents, top_k=count, score_function=model.similarity)
     return [

@@ -27,7 +27,7 @@ from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench import processes, samples
 from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.evaluation import encode_corpus, make_evaluator, metrics_of
+from negative_cache.workbench.evaluation import Told, encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
 from negative_cache.workbench.run_trainer import (
@@ -39,7 +39,7 @@ from negative_cache.workbench.run_trainer import (
 )
 
 GRADCACHE_MINI_BATCH = 32
-LOG_STEPS = 10
+LOG_STEPS, MIN_LOGS = 10, 30  # every so many steps, or more often if that is less than so many times
 
 RECORD = "run.json"
 _INITIAL, _BEFORE = "initial", "before.json"
@@ -64,7 +64,11 @@ def finished_run(config: RunConfig, resume: bool) -> dict[str, Any]:
 
 
 def run(
-    config: RunConfig, data: RetrievalData, progress: Progress | None = None, resume: bool = False
+    config: RunConfig,
+    data: RetrievalData,
+    progress: Progress | None = None,
+    resume: bool = False,
+    told: Told | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate before and after on the test split, and write model, `samples.json` and `run.json`.
 
@@ -76,6 +80,7 @@ def run(
         data: The data that `config.data` names.
         progress: Called with (step, steps, latest metrics) while training.
         resume: Continue an unfinished run of the same configuration, if there is one.
+        told: Called with the number of documents that are encoded, and of all, while evaluating.
 
     Returns:
         The content of `run.json`; on other ranks than 0 an empty dict, unless the run had ended already.
@@ -103,32 +108,34 @@ def run(
     try:
         if not is_trained:
             if is_first and not (folder / _BEFORE).exists():
-                _begin(folder, config, data, columns)
+                _begin(folder, config, data, columns, told)
             processes.wait()
             trainer = _train(folder, config, data, columns, progress if is_first else None)
             if is_first:
-                _finish(folder, config, data, columns, trainer)
+                _finish(folder, config, data, columns, trainer, told)
         if is_first:
             _clear(folder)
             folder.rename(output)
-    except BaseException:
+    except BaseException as error:
         is_lost = last_complete_checkpoint(folder) is None and not (folder / RECORD).exists()
         if is_first and is_lost:
             shutil.rmtree(folder, ignore_errors=True)
-        elif is_first:
+        elif is_first and not isinstance(error, KeyboardInterrupt):  # of which the caller says how to go on
             logger.warning("The run stopped; --resume continues it from its last checkpoint in %s.", folder)
         raise
     processes.wait()
     return finished_run(config, True) if is_first else {}
 
 
-def _begin(folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]]) -> None:
+def _begin(
+    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], told: Told | None
+) -> None:
     """Make the folder of the run, with the untrained model, its quality and what it finds."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
     folder.mkdir(parents=True)
     model = load_model(config.model, [*columns["anchor"], *columns["positive"]], config.seed)
     model.save_pretrained(str(folder / _INITIAL), create_model_card=False)
-    corpus = encode_corpus(model, data)
+    corpus = encode_corpus(model, data, told)
     write_json(
         folder / _BEFORE,
         {
@@ -190,12 +197,17 @@ def _train(
 
 
 def _finish(
-    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], trainer: RunTrainer
+    folder: Path,
+    config: RunConfig,
+    data: RetrievalData,
+    columns: dict[str, list[Any]],
+    trainer: RunTrainer,
+    told: Told | None,
 ) -> None:
     """Evaluate, write the model, what is to be looked at and, last, `run.json`."""
     model = trainer.model
     began = json.loads((folder / _BEFORE).read_text(encoding="utf-8"))
-    corpus = encode_corpus(model, data)
+    corpus = encode_corpus(model, data, told)
     model.save_pretrained(str(folder))
     looked_at = {
         "before": began.get("hits", []),
@@ -249,7 +261,7 @@ def make_trainer(
     ]
     trainer = RunTrainer(
         model=model,
-        args=_arguments(folder, config, report_to),
+        args=_arguments(folder, config, report_to, len(columns["anchor"])),
         train_dataset=_dataset(columns),
         loss=make_loss(config, model),
         evaluator=evaluator,
@@ -295,12 +307,16 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
     )
 
 
-def _arguments(folder: Path, config: RunConfig, report_to: Sequence[str]) -> SentenceTransformerTrainingArguments:
+def _arguments(
+    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int
+) -> SentenceTransformerTrainingArguments:
+    per_step = config.batch_size * processes.count()
+    num_steps = config.epochs * num_pairs / per_step if config.max_steps is None else config.max_steps
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         # the batches of all ranks are parts of one, so that it has no duplicates and is the batch of one process
-        per_device_train_batch_size=config.batch_size * processes.count(),
+        per_device_train_batch_size=per_step,
         accelerator_config={"split_batches": processes.count() > 1},
         num_train_epochs=config.epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
@@ -314,7 +330,7 @@ def _arguments(folder: Path, config: RunConfig, report_to: Sequence[str]) -> Sen
         save_total_limit=2,
         eval_strategy="no" if config.eval_steps is None else "steps",
         eval_steps=config.eval_steps,
-        logging_steps=LOG_STEPS,
+        logging_steps=max(1, min(LOG_STEPS, int(num_steps) // MIN_LOGS)),
         report_to=list(report_to),
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),

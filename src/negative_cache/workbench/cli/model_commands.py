@@ -25,14 +25,16 @@ def evaluate(
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
-            from negative_cache.workbench.evaluation import evaluate as evaluate_model
-            from negative_cache.workbench.models import load_trained
         with terminal.waiting(f"Reading {data} ..."):
             loaded = load_data(data, query_column, positive_column)
             loaded.judged(split)
+        with terminal.waiting("Loading the model ..."):
+            from negative_cache.workbench.evaluation import evaluate as evaluate_model
+            from negative_cache.workbench.models import load_trained
+
             trained = load_trained(model)
-        with terminal.waiting(f"Encoding {len(loaded.corpus):,} documents ..."):
-            metrics = evaluate_model(trained, loaded, split)
+        with terminal.counting("Encoding documents") as told:
+            metrics = evaluate_model(trained, loaded, split, told)
         terminal.result(metrics)
         sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
         terminal.out.print(metrics_table(f"{loaded.name}, {split}: {sizes}", {split: metrics}))
@@ -53,13 +55,15 @@ def search(
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
-            from negative_cache.workbench.models import load_trained
-            from negative_cache.workbench.searching import search as search_corpus
         with terminal.waiting(f"Reading {data} ..."):
             loaded = load_data(data, query_column, positive_column)
+        with terminal.waiting("Loading the model ..."):
+            from negative_cache.workbench.models import load_trained
+            from negative_cache.workbench.searching import search as search_corpus
+
             trained = load_trained(model)
-        with terminal.waiting(f"Encoding {len(loaded.corpus):,} documents ..."):
-            hits = search_corpus(trained, loaded, query, num_results)
+        with terminal.counting("Encoding documents") as told:
+            hits = search_corpus(trained, loaded, query, num_results, told)
         terminal.result(
             [
                 {"query": text, "documents": [hit._asdict() for hit in found]}

@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
 MISTAKE, FAILURE, STOPPED = 2, 1, 130
@@ -79,6 +80,19 @@ class Terminal:
     def waiting(self, what: str) -> Status:
         """Shows that something goes on."""
         return self.progress.status(escape(what))
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows how much of something is done, as it is told."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.progress, transient=True) as bar:
+            task = bar.add_task(escape(what), total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def result(self, content: Any) -> None:
         """Print the result as JSON, if that was asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal
 
+BAR_WIDTH = 20
 LOSS_HELP = (
     "negative-cache, in-batch, gradcache (in-batch with a large --batch-size, in little memory; for a static model the "
     "same as in-batch) or memory-bank (in-batch and a queue of --cache-size stale embeddings, none encoded anew)."
@@ -65,15 +66,16 @@ def train(
     with terminal.running(when_stopped=lambda: _how_to_go_on(output)):
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.config import RunConfig
+        config = opt.make(RunConfig, given, save_steps=save_steps or None)
+        with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
             from negative_cache.workbench.training import finished_run, run
-        config = opt.make(RunConfig, given, save_steps=save_steps or None)
         record = finished_run(config, resume)
         if not record:
             with terminal.waiting(f"Reading {data} ..."):
                 loaded = load_data(data, query_column, positive_column)
-            with _training_bar(terminal, config.loss) as progress:
-                record = run(config, loaded, progress, resume)
+            with _training_bar(terminal, config.loss) as (progress, told):
+                record = run(config, loaded, progress, resume, told)
         if not record:
             return  # rank 0 says it
         terminal.result(record)
@@ -93,28 +95,30 @@ def _how_to_go_on(output: str) -> str:
 
 
 @contextlib.contextmanager
-def _training_bar(terminal: Terminal, title: str) -> Iterator[Any]:
+def _training_bar(terminal: Terminal, title: str) -> Iterator[tuple[Callable[..., None], Callable[[int, int], None]]]:
+    """Yields what hears of the steps, and what hears of the documents that are encoded to evaluate."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=BAR_WIDTH),
         MofNCompleteColumn(),
         TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=terminal.progress) as bar:
-        task = bar.add_task(f"{title}: preparing, evaluating", total=None, metrics="")
+        task = bar.add_task(f"{title}: preparing", total=None, metrics="")
+        last: dict[str, Any] = {}
+
+        def told(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, metrics="documents", description=f"{title}: evaluating")
 
         def progress(step: int, steps: int, logs: dict[str, float]) -> None:
             shown = {"loss": "loss", "cache/staleness": "staleness", "cache/fill": "fill"}
-            metrics = "  ".join(f"{name} {logs[key]:.3g}" for key, name in shown.items() if key in logs)
-            done = step >= steps
-            bar.update(
-                task,
-                completed=step,
-                total=steps,
-                metrics=metrics,
-                description=f"{title}{': evaluating' if done else ''}",
-            )
+            metrics = [f"{name} {logs[key]:.3g}" for key, name in shown.items() if key in logs]
+            room = terminal.progress.width - len(f"{title} {steps}/{steps}  0:00:00 ") - BAR_WIDTH
+            while len("  ".join(metrics)) > room:
+                metrics.pop()
+            last.update(completed=step, total=steps, metrics="  ".join(metrics), description=title)
+            bar.update(task, **last)
 
-        yield progress
-        bar.update(task, description=title)
+        yield progress, told
+        bar.update(task, **last)
