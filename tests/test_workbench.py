@@ -1,21 +1,30 @@
 """The applied half on small data that the tests make, through the command line where a user would use it."""
 
 import gzip
+import io
 import json
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from negative_cache.workbench import python_code
+from negative_cache.workbench import evaluation, python_code, training
 from negative_cache.workbench.cli import app
+from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.cli.train_command import _training_bar
 from negative_cache.workbench.data import DataError, load_data
+from negative_cache.workbench.models import load_model
 
 NOUNS = ["apple", "river", "engine", "violin", "castle", "planet", "garden", "rocket", "mirror", "candle"]
 VERBS = ["paints", "breaks", "finds", "sells", "moves", "holds", "cleans", "hides"]
@@ -183,6 +192,9 @@ def test_train_evaluate_and_search_from_the_command_line(beir, tmp_path):
     assert record["after"]["num_documents"] == 80
     assert record["after"]["mrr@10"] >= record["before"]["mrr@10"]
     assert record["peak_memory_bytes"] > 0
+    steps = [row["step"] for row in record["history"] if "loss" in row]
+    assert len(steps) >= 30
+    assert steps[-1] == record["steps"]
     assert any("dev_cosine_mrr@10" in key for row in record["history"] for key in row)
     events = EventAccumulator(str(output / "tensorboard")).Reload()
     staleness = [event.value for event in events.Scalars("train/cache/staleness")]
@@ -204,6 +216,41 @@ def test_train_evaluate_and_search_from_the_command_line(beir, tmp_path):
     assert result.exit_code == 0, result.output
     assert "d5" in result.output
     assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
+
+
+def test_seconds_are_of_training_alone(beir, tmp_path, monkeypatch):
+    class Slow(SentenceEvaluator):
+        def __call__(self, *args, **kwargs):
+            time.sleep(3)
+            return {}
+
+    monkeypatch.setattr(training, "make_evaluator", lambda *_: Slow())
+    given = ["--data", beir, "--output", tmp_path / "model", "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
+    assert invoke("train", *given, "--eval-steps", 2).exit_code == 0
+    record = json.loads((tmp_path / "model" / "run.json").read_text())
+    seconds = [row["seconds"] for row in record["history"] if "loss" in row]
+    assert len(seconds) == 4
+    assert max(later - earlier for earlier, later in pairwise([*seconds, record["seconds"]])) < 3
+
+
+def test_documents_are_encoded_in_parts_that_are_told_of(monkeypatch):
+    monkeypatch.setattr(evaluation, "ENCODED_AT_ONCE", 3)
+    texts = ["one", "a much longer one than that", "three or so", "", "five", "a six", "seven is it"]
+    model, told = load_model("static", texts, seed=0), []
+    found = evaluation.encode_documents(model, texts, lambda *done: told.append(done))
+    torch.testing.assert_close(found, model.encode_document(texts, convert_to_tensor=True))
+    assert told == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_the_bar_shows_all_steps_on_80_columns():
+    terminal = Terminal()
+    terminal.progress = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
+    with _training_bar(terminal, "negative-cache") as (progress, told):
+        told(5, 20)
+        progress(93, 20_000, {"loss": 0.1341, "cache/staleness": 0.003812, "cache/fill": 0.07744})
+    shown = terminal.progress.file.getvalue()
+    assert "93/20000 loss 0.134 " in shown
+    assert "…" not in shown
 
 
 def test_a_cache_of_narrow_embeddings(beir, tmp_path):
@@ -247,6 +294,7 @@ def test_the_tiny_transformer_trains_with_the_other_losses(beir, tmp_path, loss)
         (["--top-k", "999999"], "larger than --cache-size"),
         (["--data", "nowhere"], "is no file"),
         (["--model", "no/such/model"], "Cannot load the model"),
+        (["--model", "no-such/model"], "the Hugging Face hub does not give it"),
     ],
 )
 def test_mistakes_end_with_one_message_and_nothing_written(beir, tmp_path, args, message):
