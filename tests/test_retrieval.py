@@ -342,9 +342,7 @@ def test_narrow_rows_take_wide_queries(dtype: torch.dtype):
 
 
 def test_the_setting_for_bfloat16_products_is_put_back():
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None:
-        pytest.skip("this torch has no such setting")
+    settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
 
     def fail(scores: Tensor) -> Tensor:
@@ -397,9 +395,7 @@ def test_groups_for_a_retrieval_function_can_be_viewed():
 
 
 def test_passes_that_overlap_put_the_setting_back():
-    settings = getattr(torch.backends.mkldnn, "matmul", None)
-    if settings is None:
-        pytest.skip("this torch has no such setting")
+    settings = torch.backends.mkldnn.matmul
     pool = make_case(1, 4, torch.bfloat16).pool
     before = settings.fp32_precision
     first, second = product.narrow_products(pool), product.narrow_products(pool)

@@ -50,7 +50,7 @@ class _Column(nn.Module):
         self._file = file
 
     def _apply(self: _Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Module:
-        return self if self.pinned_device is not None else super()._apply(fn, recurse)  # type: ignore[misc]
+        return self if self.pinned_device is not None else super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +82,7 @@ class _Column(nn.Module):
     ) -> None:
         if self._file is not None:  # what is loaded goes into the file; it does not take its place
             local_metadata = {**local_metadata, "assign_to_params_buffers": False}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self._file is not None:
             self._file.release()
 

@@ -10,5 +10,5 @@ from negative_cache.tracking import cache_losses
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
 
 
-class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):  # type: ignore[misc]
+class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with the cache in its checkpoints; see `NegativeCacheTrainerMixin`."""

@@ -90,15 +90,16 @@ def narrow_products(pool: RowPool) -> Iterator[None]:
 
     The setting is the process's; it is put back when the last pass that runs has ended.
     """
-    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    mkldnn: Any = torch.backends.mkldnn
+    settings = mkldnn.matmul
     is_narrow = all(part.dtype in (torch.bfloat16, torch.int8) for part in pool.embeddings)
-    if settings is None or not is_narrow or pool.embeddings[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_narrow or pool.embeddings[0].device.type != "cpu" or torch.compiler.is_compiling():
         yield
         return
     with _setting.lock:
         if _setting.depth == 0:
             _setting.before = settings.fp32_precision
-            if _setting.before == getattr(torch.backends.mkldnn, "fp32_precision", None):
+            if _setting.before == mkldnn.fp32_precision:
                 _setting.before = "none"  # it is inherited, and is to follow what it inherits from
             settings.fp32_precision = "bf16"
         _setting.depth += 1

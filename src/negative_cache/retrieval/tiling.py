@@ -68,9 +68,7 @@ def gpu_tiling(
 def precision() -> str:
     """How float32 products may be rounded, in Triton's words."""
     settings: Any = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # torch 2.9 and newer, where the older question may raise
-        return "tf32" if settings.fp32_precision == "tf32" else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
 
 
 def power_of_two(number: int) -> int:

@@ -93,7 +93,7 @@ def draw(lines: Sequence[Line], name: str, x_label: str = "step", is_log: bool =
             written,
             format="svg",
             transparent=True,
-            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),  # type: ignore[arg-type]
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
         )
     return _for_page(written.getvalue())
 
