@@ -18,11 +18,11 @@ from negative_cache.workbench.data import RetrievalData
 SCORES_AT_ONCE = 1 << 23
 ENCODED_AT_ONCE = 1024  # texts between two words on how it goes on
 
-Told = Callable[[int, int], None]
-"""Hears how much of how much is done."""
+CountFn = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
-def make_evaluator(data: RetrievalData, split: str, batch_size: int = 32) -> InformationRetrievalEvaluator:
+def make_evaluator(model: SentenceTransformer, data: RetrievalData, split: str) -> InformationRetrievalEvaluator:
     """sentence-transformers' evaluator of a split, for its trainer; `evaluate` finds the same and is faster."""
     qrels = data.judged(split)
     return InformationRetrievalEvaluator(
@@ -35,7 +35,7 @@ def make_evaluator(data: RetrievalData, split: str, batch_size: int = 32) -> Inf
         precision_recall_at_k=[1, 10, 100],
         map_at_k=[100],
         name=split,
-        batch_size=batch_size,
+        batch_size=encoding_options(model)["batch_size"],
         write_csv=False,
     )
 
@@ -66,19 +66,21 @@ class Ranking(NamedTuple):
     found: list[tuple[str, float]]
 
 
-def evaluate(model: SentenceTransformer, data: RetrievalData, split: str, told: Told | None = None) -> dict[str, Any]:
+def evaluate(
+    model: SentenceTransformer, data: RetrievalData, split: str, told: CountFn | None = None
+) -> dict[str, Any]:
     """Metrics of a model: mrr@10, ndcg@10, recall@1, @10 and @100 (means over queries), num_queries, num_documents."""
     data.judged(split)
     return metrics_of(model, data, split, encode_corpus(model, data, told))
 
 
-def encode_corpus(model: SentenceTransformer, data: RetrievalData, told: Told | None = None) -> Corpus:
+def encode_corpus(model: SentenceTransformer, data: RetrievalData, told: CountFn | None = None) -> Corpus:
     """Encode all documents, for `metrics_of` and `rankings_of`."""
     names = sorted(data.corpus)
     return Corpus(names, encode_documents(model, [data.corpus[name] for name in names], told))
 
 
-def encode_documents(model: SentenceTransformer, texts: Sequence[str], told: Told | None = None) -> Tensor:
+def encode_documents(model: SentenceTransformer, texts: Sequence[str], told: CountFn | None = None) -> Tensor:
     """Embeddings `[n, dim]` of documents; `told` hears how many there are."""
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))  # those of like length are padded alike
     parts = []

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from negative_cache.workbench import samples
 from negative_cache.workbench.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.evaluation import encode_corpus, evaluate, metrics_of
+from negative_cache.workbench.evaluation import CountFn, encode_corpus, evaluate, metrics_of
 from negative_cache.workbench.models import load_model, remember_tokens
 from negative_cache.workbench.run_trainer import RunTrainer, peak_memory_bytes, train_to_the_end
 from negative_cache.workbench.training import RECORD, make_trainer, write_json
@@ -36,8 +36,6 @@ from negative_cache.workbench.training import RECORD, make_trainer, write_json
 POINTS = (0.04, 0.12, 0.25, 0.45, 0.7)
 
 LAST_SECONDS = 30  # that a process may take to end once it has sent its record
-
-StepFn = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Job:
     has_curve: bool = False
 
 
-def measure_apart(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
+def measure_apart(job: Job, on_step: CountFn | None = None) -> dict[str, Any]:
     """`measure` in a new process, which is forked, where the system has that, from one that imported the libraries.
 
     Raises:
@@ -89,7 +87,7 @@ def measure_apart(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
     return record
 
 
-def measure(job: Job, on_step: StepFn | None = None) -> dict[str, Any]:
+def measure(job: Job, on_step: CountFn | None = None) -> dict[str, Any]:
     """Train, evaluate on the dev and test splits, and leave `run.json` and `samples.json` in the folder of the run.
 
     Returns:
@@ -165,7 +163,7 @@ def saved_record(job: Job) -> dict[str, Any] | None:
     return record
 
 
-def _step_of(on_step: StepFn | None) -> Callable[[int, int, dict[str, float]], None] | None:
+def _step_of(on_step: CountFn | None) -> Callable[[int, int, dict[str, float]], None] | None:
     return None if on_step is None else lambda step, steps, _: on_step(step, steps)
 
 

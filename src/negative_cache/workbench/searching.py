@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import semantic_search
 
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.evaluation import Told, encode_documents
+from negative_cache.workbench.evaluation import CountFn, encode_documents
 
 
 class Hit(NamedTuple):
@@ -21,7 +21,7 @@ class Hit(NamedTuple):
 
 
 def search(
-    model: SentenceTransformer, data: RetrievalData, queries: Sequence[str], count: int, told: Told | None = None
+    model: SentenceTransformer, data: RetrievalData, queries: Sequence[str], count: int, told: CountFn | None = None
 ) -> list[list[Hit]]:
     """The `count` best documents of the corpus for each query, by the model's similarity, best first."""
     names = list(data.corpus)

@@ -27,7 +27,7 @@ from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench import processes, samples
 from negative_cache.workbench.config import RunConfig, RunError
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.evaluation import Told, encode_corpus, make_evaluator, metrics_of
+from negative_cache.workbench.evaluation import CountFn, encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.memory_bank import MemoryBankLoss
 from negative_cache.workbench.models import learning_rate_of, load_model, load_trained
 from negative_cache.workbench.run_trainer import (
@@ -68,7 +68,7 @@ def run(
     data: RetrievalData,
     progress: Progress | None = None,
     resume: bool = False,
-    told: Told | None = None,
+    told: CountFn | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate before and after on the test split, and write model, `samples.json` and `run.json`.
 
@@ -128,7 +128,7 @@ def run(
 
 
 def _begin(
-    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], told: Told | None
+    folder: Path, config: RunConfig, data: RetrievalData, columns: dict[str, list[Any]], told: CountFn | None
 ) -> None:
     """Make the folder of the run, with the untrained model, its quality and what it finds."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before it began
@@ -188,7 +188,7 @@ def _train(
     progress: Progress | None,
 ) -> RunTrainer:
     model = load_trained(str(folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
-    evaluator = make_evaluator(data, "dev") if config.eval_steps is not None else None
+    evaluator = make_evaluator(model, data, "dev") if config.eval_steps is not None else None
     trainer = make_trainer(folder, config, columns, model, progress, evaluator)
     checkpoint = last_complete_checkpoint(folder)
     trainer.resumed_from = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
@@ -202,7 +202,7 @@ def _finish(
     data: RetrievalData,
     columns: dict[str, list[Any]],
     trainer: RunTrainer,
-    told: Told | None,
+    told: CountFn | None,
 ) -> None:
     """Evaluate, write the model, what is to be looked at and, last, `run.json`."""
     model = trainer.model

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 
 MISTAKE, FAILURE, STOPPED = 2, 1, 130
+BAR_WIDTH = 20  # columns
 
 # What a user can mend in the command or in the files that it names. All other errors of the system are failures.
 _MISTAKES = (
@@ -86,7 +87,7 @@ class Terminal:
         """Shows how much of something is done, as it is told."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=BAR_WIDTH),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )

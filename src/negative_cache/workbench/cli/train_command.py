@@ -14,9 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import metrics_table
-from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.cli.terminal import BAR_WIDTH, Terminal
 
-BAR_WIDTH = 20
 LOSS_HELP = (
     "negative-cache, in-batch, gradcache (in-batch with a large --batch-size, in little memory; for a static model the "
     "same as in-batch) or memory-bank (in-batch and a queue of --cache-size stale embeddings, none encoded anew)."
