@@ -4,13 +4,12 @@ Names in capitals are compile-time constants. Queries are contiguous `[batch, DI
 A tensor that is None takes its code out of the kernel.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 
 # Integers that change from call to call: their value must not lead to another compilation.
 _CHANGING = ["batch", "group_size", "num_longer", "num_parts", "part_blocks", "num_segments", "num_excluded"]
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -26,6 +25,24 @@ def _hide(scores, hidden, hidden_at, is_query, start, stride, count):
             row = tl.load(hidden_at + number * stride, mask=is_query, other=-1).to(tl.int32) - start
             scores = tl.where(row[:, None] == tl.arange(0, scores.shape[1])[None, :], float("-inf"), scores)
     return scores
+
+
+@triton.jit
+def _mixed(first, second, number):
+    """A hash of `number` under a key of 64 bits, uint32: the finaliser of MurmurHash3, the second word put in between.
+
+    Philox has ten rounds where this has one, and would take as long as all else that is done with a block's scores.
+    """
+    word = first + number.to(tl.uint32) * 0x9E3779B9
+    word = (word ^ (word >> 16)) * 0x85EBCA6B
+    word = ((word ^ (word >> 13)) + second) * 0xC2B2AE35
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def _uniform(word):
+    """A float32 of 32 random bits, never 0; it may round to 1."""
+    return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit(do_not_specialize=_CHANGING)
@@ -60,9 +77,12 @@ def scan(
     EXCLUDED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    INTEGER: tl.constexpr,
+    COPIED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """Scores of BLOCK_M queries and one segment, block of BLOCK_N rows by block, reduced on the way.
 
@@ -70,14 +90,18 @@ def scan(
     per query and segment: the highest score (best_out float32), then
 
     - GROUPED: the first block that has it (chosen_out int32 `[batch, num_segments]`, counted within the group);
-    - otherwise: the sum of exp(score - highest) (total_out float32), and SAMPLES blocks, each drawn in proportion to
-      its own such sum (chosen_out int32 `[batch, num_segments, SAMPLES]`).
+    - otherwise: the sum of exp(score - highest) (total_out float32), and SAMPLES stretches of BLOCK_S rows, each drawn
+      in proportion to its own such sum (chosen_out int32 `[batch, num_segments, SAMPLES]`, counted from the first row).
 
     maxima_out float32 `[batch, part_blocks * num_parts]` has the highest score of every block of a single group.
+
+    COPIED: queries and rows are tensor descriptors, whose tiles Hopper's copy engine brings; that takes no registers
+    for addresses, and a block may have twice the rows.
     """
     num_tiles = tl.cdiv(batch, BLOCK_M)
     segment = tl.program_id(0) // num_tiles
-    query = (tl.program_id(0) % num_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_start = (tl.program_id(0) % num_tiles) * BLOCK_M
+    query = query_start + tl.arange(0, BLOCK_M)
     is_query = query < batch
     group = segment // num_parts
     first_block = (segment % num_parts) * part_blocks
@@ -86,12 +110,17 @@ def scan(
     num_blocks = tl.minimum(part_blocks, tl.cdiv(group_stop - group_start, BLOCK_N) - first_block)
 
     NUM_K: tl.constexpr = (DIM + BLOCK_K - 1) // BLOCK_K
+    NUM_S: tl.constexpr = BLOCK_N // BLOCK_S
     local = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
-    query_at = query.to(tl.int64)[:, None] * DIM + column[None, :]
-    row_at = local[None, :] * row_stride + column[:, None] * row_step
+    if not COPIED:
+        query_at = query.to(tl.int64)[:, None] * DIM + column[None, :]
+        row_at = local[None, :] * row_stride + column[:, None] * row_step
     if NUM_K == 1:  # the queries stay on the chip
-        q = tl.load(queries + query_at, mask=is_query[:, None] & (column < DIM)[None, :], other=0)
+        if COPIED:
+            q = queries.load([query_start, 0])
+        else:
+            q = tl.load(queries + query_at, mask=is_query[:, None] & (column < DIM)[None, :], other=0)
     if query_scales is not None:
         query_scale = tl.load(query_scales + query, mask=is_query, other=0)
     if EXCLUDED > 0:
@@ -107,14 +136,12 @@ def scan(
         chosen = tl.zeros([BLOCK_M], tl.int32)
     elif SAMPLES > 0:
         chosen = tl.zeros([BLOCK_M, SAMPLES], tl.int32)
-        key = tl.load(seed)
-        counter = tl.zeros([BLOCK_M, SAMPLES], tl.int32)
-        counter_query = counter + query[:, None]
-        counter_sample = counter + tl.arange(0, SAMPLES)[None, :]
-    if rows.dtype.element_ty == tl.int8:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        nothing = tl.zeros([BLOCK_M, SAMPLES], tl.int32)
+        sample = nothing + tl.arange(0, SAMPLES)[None, :]
+        # A key of 64 bits for each query, segment and sample, from which `_mixed` makes numbers for the blocks.
+        words = tl.philox(tl.load(seed), nothing + query[:, None], nothing + segment, sample, nothing)
+        first_word, second_word = words[0].to(tl.uint32, bitcast=True), words[1].to(tl.uint32, bitcast=True)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER else tl.float32)
 
     # One loop over blocks and their chunks of columns, so that loads run ahead across blocks.
     for step in range(num_blocks * NUM_K):
@@ -122,11 +149,16 @@ def scan(
         k = step % NUM_K
         start = group_start + block * BLOCK_N
         is_row = local < group_stop - start
-        is_column = column < DIM - k * BLOCK_K
-        tile = rows + start.to(tl.int64) * row_stride + k * BLOCK_K * row_step
-        if NUM_K > 1:
-            q = tl.load(queries + k * BLOCK_K + query_at, mask=is_query[:, None] & is_column[None, :], other=0)
-        r = tl.load(tile + row_at, mask=is_column[:, None] & is_row[None, :], other=0)
+        if COPIED:
+            if NUM_K > 1:
+                q = queries.load([query_start, k * BLOCK_K])
+            r = rows.load([start, k * BLOCK_K]).T
+        else:
+            is_column = column < DIM - k * BLOCK_K
+            tile = rows + start.to(tl.int64) * row_stride + k * BLOCK_K * row_step
+            if NUM_K > 1:
+                q = tl.load(queries + k * BLOCK_K + query_at, mask=is_query[:, None] & is_column[None, :], other=0)
+            r = tl.load(tile + row_at, mask=is_column[:, None] & is_row[None, :], other=0)
         if UPCAST:  # the interpreter's products know no bfloat16
             acc = tl.dot(q.to(tl.float32), r.to(tl.float32), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
@@ -161,17 +193,29 @@ def scan(
                 best = tl.where(is_better, top, best)
             else:
                 higher = tl.maximum(best, top)
-                shift = tl.where(higher == float("-inf"), 0.0, higher)
-                inside = tl.sum(tl.exp(scores - shift[:, None]), axis=1)
-                total = total * tl.exp(best - shift) + inside
+                shift = tl.where(higher == float("-inf"), 0.0, higher) * _LOG2_E
+                weights = tl.exp2(scores * _LOG2_E - shift[:, None])
+                parts = tl.sum(tl.reshape(weights, [BLOCK_M, NUM_S, BLOCK_S]), axis=2)
+                inside = tl.sum(parts, axis=1)
+                total = total * tl.exp2(best * _LOG2_E - shift) + inside
                 best = higher
                 if SAMPLES > 0:
-                    # The block takes the place of the chosen one with probability inside / total. The uniform has 32
-                    # bits and is never 0, so a block without weight never wins; it may round to 1, so <=.
-                    word, _, _, _ = tl.philox(key, counter_query, counter + block, counter_sample, counter)
-                    uniform = (word.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
-                    wins = (uniform * total[:, None] <= inside[:, None]) & (inside > 0)[:, None]
-                    chosen = tl.where(wins, block, chosen)
+                    # The block takes the place of the chosen one with probability inside / total: never where it has
+                    # no weight, as the uniform is not 0; and always the first one that has, as it may be 1.
+                    word = _mixed(first_word, second_word, nothing + block)
+                    wins = (_uniform(word) * total[:, None] <= inside[:, None]) & (inside > 0)[:, None]
+                    if NUM_S == 1:
+                        stretch = nothing + block
+                    else:
+                        # A stretch of it: the first with weight whose sum up to it reaches the target; the last one
+                        # with weight where rounding lets none reach it.
+                        has_weight, number = parts > 0, tl.arange(0, NUM_S)
+                        target = _uniform(_mixed(second_word, first_word, nothing + block)) * inside[:, None]
+                        reaches = tl.cumsum(parts, axis=1)[:, :, None] >= target[:, None, :]
+                        hits = tl.where(reaches & has_weight[:, :, None], number[None, :, None], NUM_S)
+                        last = tl.max(tl.where(has_weight, number[None, :], 0), axis=1)
+                        stretch = block * NUM_S + tl.minimum(tl.min(hits, axis=1), last[:, None])
+                    chosen = tl.where(wins, stretch, chosen)
             acc = tl.zeros_like(acc)
 
     at = query.to(tl.int64) * num_segments + segment
@@ -181,37 +225,21 @@ def scan(
     else:
         tl.store(total_out + at, total, mask=is_query)
         if SAMPLES > 0:
-            sample = tl.arange(0, SAMPLES)
-            tl.store(chosen_out + at[:, None] * SAMPLES + sample[None, :], chosen, mask=is_query[:, None])
+            tl.store(chosen_out + at[:, None] * SAMPLES + sample, chosen, mask=is_query[:, None])
 
 
-@functools.cache
-def tuned():
-    """`scan` with the fastest of some ways to cut it, measured when it meets new shapes."""
-    configs = [
-        triton.Config({"BLOCK_K": block_k}, num_warps=num_warps, num_stages=num_stages)
-        for block_k in (32, 64, 128, 256)
-        for num_warps in (4, 8)
-        for num_stages in (2, 3, 4)
-    ]
-    return triton.autotune(configs, key=["DIM", "GROUPED", "SAMPLES", "EXCLUDED", "BLOCK_M", "BLOCK_N"])(scan)
-
-
-@triton.jit(do_not_specialize=["count", "slots", "num_excluded"])
-def pick(
+@triton.jit
+def _short_scores(
     queries,
     query_scales,
     rows,
     row_scales,
     candidates,
     excluded,
-    starts,
-    stops,
-    uniforms,
-    rows_out,
-    scores_out,
-    count,
-    slots,
+    query,
+    is_pair,
+    start,
+    stop,
     num_excluded,
     row_stride,
     row_step,
@@ -224,16 +252,7 @@ def pick(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Scores of `count` pairs of a query and a short range of rows; pair p belongs to query p // slots.
-
-    One of three things is written: all scores of a pair (scores_out float32 `[count, BLOCK_N]`), or a row (rows_out
-    int64), drawn in proportion to exp(score) where there are uniforms (float64 `[count]`), else the first of the best.
-    """
-    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    is_pair = pair < count
-    query = (pair // slots).to(tl.int64)
-    start = tl.load(starts + pair, mask=is_pair, other=0)
-    stop = tl.load(stops + pair, mask=is_pair, other=0)
+    """Scores float32 `[BLOCK_P, BLOCK_N]` of pairs of a query and a short range of rows; -inf for what is hidden."""
     local = tl.arange(0, BLOCK_N)
     row = start[:, None] + local[None, :]
     is_row = row < stop[:, None]
@@ -261,23 +280,179 @@ def pick(
         scores = scores * tl.load(row_scales + row * scale_stride, mask=is_candidate, other=0)
     if query_scales is not None:
         scores = scores * tl.load(query_scales + query, mask=is_pair, other=0)[:, None]
-    scores = tl.where(is_candidate, scores, float("-inf"))
+    return tl.where(is_candidate, scores, float("-inf"))
 
+
+@triton.jit
+def _uniform_of_53_bits(high, low):
+    """A float64 in [0, 1) from two words."""
+    high, low = high.to(tl.uint32, bitcast=True) >> 5, low.to(tl.uint32, bitcast=True) >> 6
+    return (high.to(tl.float64) * 67108864.0 + low.to(tl.float64)) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _draw_one(weights, uniform):
+    """Positions int32 `[n]`, drawn in proportion to weights float64 `[n, length]`: never one of 0, if not all are 0."""
+    length: tl.constexpr = weights.shape[1]
+    position = tl.arange(0, length)[None, :]
+    has_weight = weights > 0
+    target = uniform * tl.sum(weights, axis=1)
+    hits = (tl.cumsum(weights, axis=1) > target[:, None]) & has_weight
+    first = tl.min(tl.where(hits, position, length), axis=1)
+    last = tl.max(tl.where(has_weight, position, 0), axis=1)  # where rounding lets none exceed the target
+    return tl.where(first < length, first, last)
+
+
+@triton.jit(do_not_specialize=["count", "slots", "num_segments", "num_rows", "num_excluded"])
+def draw(
+    queries,
+    query_scales,
+    rows,
+    row_scales,
+    candidates,
+    excluded,
+    seed,
+    best,
+    total,
+    chosen,
+    lse_out,
+    rows_out,
+    count,
+    slots,
+    num_segments,
+    num_rows,
+    num_excluded,
+    row_stride,
+    row_step,
+    scale_stride,
+    candidate_stride,
+    excluded_stride,
+    excluded_step,
+    DIM: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What `scan` wrote, of segments of all rows, becomes a row for each pair; pair p is of query p // slots.
+
+    best, total and chosen are as `scan` wrote them; `SEGMENTS` is num_segments or more. Written per query: lse_out
+    float32 `[batch]`; per pair: rows_out int64 `[count]`, where it is given: a segment is drawn in proportion to its
+    sum, its stretch is the one that was chosen, and the row is drawn from that in proportion to exp(score).
+    """
+    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    is_pair = pair < count
+    query, sample = (pair // slots).to(tl.int64), pair % slots
+    segment = tl.arange(0, SEGMENTS)
+    at = query[:, None] * num_segments + segment[None, :]
+    is_segment = is_pair[:, None] & (segment < num_segments)[None, :]
+    highest = tl.load(best + at, mask=is_segment, other=float("-inf"))
+    top = tl.max(highest, axis=1)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    sums = tl.load(total + at, mask=is_segment, other=0).to(tl.float64)
+    sums = sums * tl.exp((highest - shift[:, None]).to(tl.float64))
+    lse = top.to(tl.float64) + tl.log(tl.maximum(tl.sum(sums, axis=1), 1e-300))
+    tl.store(lse_out + query, lse.to(tl.float32), mask=is_pair & (sample == 0))
+    if rows_out is not None:
+        nothing = tl.zeros([BLOCK_P], tl.int32)
+        # The last counter tells these numbers from those of `scan`.
+        words = tl.philox(tl.load(seed), query.to(tl.int32), sample, nothing, nothing + 1)
+        drawn = _draw_one(sums, _uniform_of_53_bits(words[0], words[1]))
+        stretch = tl.load(chosen + (query * num_segments + drawn) * SAMPLES + sample, mask=is_pair, other=0)
+        start = stretch.to(tl.int64) * BLOCK_S
+        scores = _short_scores(
+            queries,
+            query_scales,
+            rows,
+            row_scales,
+            candidates,
+            excluded,
+            query,
+            is_pair,
+            start,
+            tl.minimum(start + BLOCK_S, num_rows),
+            num_excluded,
+            row_stride,
+            row_step,
+            scale_stride,
+            candidate_stride,
+            excluded_stride,
+            excluded_step,
+            DIM,
+            BLOCK_P,
+            BLOCK_S,
+            BLOCK_K,
+        )
+        peak = tl.max(scores, axis=1)
+        weights = tl.exp(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None]).to(tl.float64)
+        row = start + _draw_one(weights, _uniform_of_53_bits(words[2], words[3]))
+        tl.store(rows_out + pair, row, mask=is_pair)
+
+
+@triton.jit(do_not_specialize=["count", "slots", "num_excluded"])
+def pick(
+    queries,
+    query_scales,
+    rows,
+    row_scales,
+    candidates,
+    excluded,
+    starts,
+    stops,
+    rows_out,
+    scores_out,
+    count,
+    slots,
+    num_excluded,
+    row_stride,
+    row_step,
+    scale_stride,
+    candidate_stride,
+    excluded_stride,
+    excluded_step,
+    DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Pairs of a query and a short range of rows, of which pair p is of query p // slots.
+
+    One of two things is written: all scores of a pair (scores_out float32 `[count, BLOCK_N]`), or the first of the best
+    rows (rows_out int64 `[count]`).
+    """
+    pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    is_pair = pair < count
+    query = (pair // slots).to(tl.int64)
+    start = tl.load(starts + pair, mask=is_pair, other=0)
+    scores = _short_scores(
+        queries,
+        query_scales,
+        rows,
+        row_scales,
+        candidates,
+        excluded,
+        query,
+        is_pair,
+        start,
+        tl.load(stops + pair, mask=is_pair, other=0),
+        num_excluded,
+        row_stride,
+        row_step,
+        scale_stride,
+        candidate_stride,
+        excluded_stride,
+        excluded_step,
+        DIM,
+        BLOCK_P,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    local = tl.arange(0, BLOCK_N)
     if scores_out is not None:
         at = scores_out + pair.to(tl.int64)[:, None] * BLOCK_N + local[None, :]
         tl.store(at, scores, mask=is_pair[:, None])
     else:
-        top = tl.max(scores, axis=1)
-        if uniforms is not None:
-            shift = tl.where(top == float("-inf"), 0.0, top)
-            weights = tl.exp(scores - shift[:, None]).to(tl.float64)
-            cumulative = tl.cumsum(weights, axis=1)
-            target = tl.load(uniforms + pair, mask=is_pair, other=0) * tl.sum(weights, axis=1)
-            has_weight = weights > 0
-            hits = (cumulative > target[:, None]) & has_weight
-            last = tl.max(tl.where(has_weight, local[None, :], 0), axis=1)
-        else:
-            hits = is_candidate & (scores == top[:, None])
-            last = tl.zeros([BLOCK_P], tl.int32)
-        first = tl.min(tl.where(hits, local[None, :], BLOCK_N), axis=1)
-        tl.store(rows_out + pair, start + tl.where(first < BLOCK_N, first, last), mask=is_pair)
+        is_best = (scores == tl.max(scores, axis=1)[:, None]) & (scores > float("-inf"))
+        first = tl.min(tl.where(is_best, local[None, :], BLOCK_N), axis=1)
+        tl.store(rows_out + pair, start + tl.where(first < BLOCK_N, first, 0), mask=is_pair)

@@ -1,9 +1,9 @@
 """The fused pass on a GPU: scores exist only inside a Triton kernel, a tile at a time.
 
 One kernel (`kernels.scan`) reads the rows once. It keeps a running logsumexp per query, and as a sample the number of
-a block of rows, which each block takes over in proportion to its share of the sum: one uniform per block instead of
-one per score. Segments of rows run side by side and are merged here, on tensors of batch x segments. A second, small
-kernel (`kernels.pick`) recomputes the scores of the blocks that were chosen and picks the row.
+a stretch of some rows, which a stretch of each block takes over in proportion to its share of the sum: two uniforms per
+block instead of one per score. Segments of rows run side by side. A second, small kernel (`kernels.draw`) merges them,
+recomputes the scores of the stretches that were chosen and draws the row; `kernels.pick` finds the best rows.
 
 Triton is imported on first use. With TRITON_INTERPRET=1 the kernels run on the CPU, slowly, to be tested.
 """
@@ -22,10 +22,11 @@ from negative_cache.features import quantize
 from negative_cache.randomness import uniforms
 from negative_cache.retrieval.pool import Retrieved, RowPool, check_queries, group_bounds
 from negative_cache.retrieval.reference import exact_top_k, sample
-from negative_cache.retrieval.tiling import MAX_BLOCK, Tiling, gpu_tiling, power_of_two, precision
+from negative_cache.retrieval.tiling import MAX_BLOCK, Device, Tiling, gpu_tiling, power_of_two, precision
 
 MAX_HIDDEN = 16  # excluded rows per query that are held in registers; more are read again for each block
 MAX_SAMPLES = 16  # per query; beyond, their state does not fit the registers and the tiled pass is asked
+PICKED_ELEMENTS = 16384  # of the rows that the kernels after the scan hold at once
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -42,12 +43,12 @@ class _Segments(NamedTuple):
     def num_segments(self) -> int:
         return self.num_groups * self.num_parts
 
-    def bounds(self, groups: Tensor, blocks: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
-        """First row, and the row after the last, of blocks that are counted within their groups."""
+    def bounds(self, groups: Tensor, parts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """First row, and the row after the last, of parts of some length that are counted within their groups."""
         first = groups * self.size + groups.clamp(max=self.num_longer)
         stop = first + self.size + (groups < self.num_longer)
-        starts = first + blocks * block_n
-        return starts, torch.minimum(starts + block_n, stop)
+        starts = first + parts * length
+        return starts, torch.minimum(starts + length, stop)
 
 
 class _Operands(NamedTuple):
@@ -161,14 +162,8 @@ def _all_rows(
     chosen = _empty(operands, batch, segments.num_segments, power_of_two(num_samples), dtype=torch.int32)
     maxima = best.new_full((batch, segments.num_segments * segments.part_blocks), -torch.inf) if num_top else None
     _scan(operands, tiling, segments, seed, best, total, chosen, maxima)
-
-    sums = best.double() + total.double().log()
-    segment = sample(sums, num_samples, generator)
-    blocks = chosen[:, :, :num_samples].gather(1, segment[:, None]).squeeze(1).long()
-    uniform = uniforms((batch, num_samples), generator, best.device)
-    starts, stops = segments.bounds(torch.zeros_like(blocks), blocks, tiling.block_n)
-    rows = _pick(operands, tiling, starts, stops, uniform)
-    return Retrieved(sums.logsumexp(1).float(), rows, *_best_rows(operands, tiling, segments, maxima, num_top))
+    lse, rows = _draw(operands, tiling, seed, best, total, chosen, num_samples)
+    return Retrieved(lse, rows, *_best_rows(operands, tiling, segments, maxima, num_top))
 
 
 def _best_rows(
@@ -186,7 +181,7 @@ def _best_rows(
     blocks = blocks.sort(dim=1).values  # so that equal scores are in the order of their rows
     starts, stops = segments.bounds(torch.zeros_like(blocks), blocks, tiling.block_n)
     scores = _empty(operands, *blocks.shape, tiling.block_n)
-    _launch_pick(operands, tiling, starts, stops, None, None, scores)
+    _pick(operands, tiling, starts, stops, None, scores)
     top_scores, at = exact_top_k(scores.flatten(1), num_top)
     rows = starts.gather(1, at // tiling.block_n) + at % tiling.block_n
     return torch.where(top_scores > -torch.inf, rows, -1), top_scores
@@ -207,7 +202,8 @@ def _best_of_groups(
     top_scores, top = exact_top_k(scores, min(num_top, top_k))
     drawn = sample(scores, num_samples, generator)
     starts, stops = segments.bounds(torch.arange(top_k, device=blocks.device).expand_as(blocks), blocks, tiling.block_n)
-    rows = _pick(operands, tiling, starts, stops, None)
+    rows = torch.empty_like(starts)
+    _pick(operands, tiling, starts, stops, rows, None)
     return Retrieved(
         lse=scores.double().logsumexp(1).float(),
         rows=rows.gather(1, drawn),
@@ -249,12 +245,17 @@ def _scan(
 ) -> None:
     from negative_cache.retrieval import kernels
 
-    kernel, batch = kernels.scan, len(operands.queries)
-    launch: dict[str, Any] = {"BLOCK_K": tiling.block_k, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-    if os.environ.get("NEGATIVE_CACHE_AUTOTUNE") == "1" and not is_interpreted():
-        kernel, launch = kernels.tuned(), {}
-    kernel[(-(-batch // tiling.block_m) * segments.num_segments,)](
-        *operands,
+    batch = len(operands.queries)
+    given: Any = operands
+    if tiling.is_copied:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        given = operands._replace(
+            queries=TensorDescriptor.from_tensor(operands.queries, [tiling.block_m, tiling.block_k]),
+            rows=TensorDescriptor.from_tensor(operands.rows, [tiling.block_n, tiling.block_k]),
+        )
+    kernels.scan[(-(-batch // tiling.block_m) * segments.num_segments,)](
+        *given,
         seed,
         best,
         total,
@@ -273,46 +274,70 @@ def _scan(
         EXCLUDED=min(power_of_two(operands.num_excluded), MAX_HIDDEN),
         PRECISION=precision(),
         UPCAST=is_interpreted() and operands.rows.dtype == torch.bfloat16,
+        INTEGER=operands.rows.dtype == torch.int8,
+        COPIED=tiling.is_copied,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
-        **launch,
+        BLOCK_K=tiling.block_k,
+        BLOCK_S=tiling.block_s,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
     )
 
 
-def _pick(operands: _Operands, tiling: Tiling, starts: Tensor, stops: Tensor, uniform: Tensor | None) -> Tensor:
-    """A row of each range `[batch, n]`: drawn from the softmax by a uniform, the best one without."""
-    rows = torch.empty_like(starts, memory_format=torch.contiguous_format)
-    if rows.numel():
-        _launch_pick(operands, tiling, starts, stops, uniform, rows, None)
-    return rows
-
-
-def _launch_pick(
-    operands: _Operands,
-    tiling: Tiling,
-    starts: Tensor,
-    stops: Tensor,
-    uniform: Tensor | None,
-    rows: Tensor | None,
-    scores: Tensor | None,
-) -> None:
+def _draw(
+    operands: _Operands, tiling: Tiling, seed: Tensor, best: Tensor, total: Tensor, chosen: Tensor, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """Logsumexp `[batch]` and rows `[batch, num_samples]` from what a scan over all rows gave for each segment."""
     from negative_cache.retrieval import kernels
 
-    count = starts.numel()
+    (batch, num_segments), dim, slots = best.shape, operands.rows.shape[1], max(num_samples, 1)
+    lse = _empty(operands, batch)
+    rows = _empty(operands, batch, num_samples, dtype=torch.int64)
+    kernels.draw[(-(-batch * slots // tiling.block_p),)](
+        *operands,
+        seed,
+        best,
+        total,
+        chosen,
+        lse,
+        rows if num_samples else None,
+        batch * slots,
+        slots,
+        num_segments,
+        len(operands.rows),
+        **operands.strides(),
+        DIM=dim,
+        SEGMENTS=max(power_of_two(num_segments), 2),
+        SAMPLES=chosen.shape[2],
+        BLOCK_P=tiling.block_p,
+        BLOCK_S=tiling.block_s,
+        BLOCK_K=min(PICKED_ELEMENTS // tiling.block_s, power_of_two(dim)),
+        num_warps=4,
+    )
+    return lse, rows
+
+
+def _pick(
+    operands: _Operands, tiling: Tiling, starts: Tensor, stops: Tensor, rows: Tensor | None, scores: Tensor | None
+) -> None:
+    """Write the best row, or all scores, of each block `[batch, n]`."""
+    from negative_cache.retrieval import kernels
+
+    count, dim = starts.numel(), operands.rows.shape[1]
     kernels.pick[(-(-count // tiling.block_p),)](
         *operands,
         starts.contiguous(),
         stops.contiguous(),
-        uniform,
         rows,
         scores,
         count,
         starts.shape[1],
         **operands.strides(),
-        DIM=operands.rows.shape[1],
+        DIM=dim,
         BLOCK_P=tiling.block_p,
         BLOCK_N=tiling.block_n,
-        BLOCK_K=min(64, power_of_two(operands.rows.shape[1])),
+        BLOCK_K=min(PICKED_ELEMENTS // tiling.block_n, power_of_two(dim)),
         num_warps=4,
     )
 
@@ -335,16 +360,25 @@ def _segments(operands: _Operands, tiling: Tiling, num_groups: int) -> _Segments
 def _tiling(operands: _Operands, group_size: int) -> Tiling:
     """What suits the device; the interpreter gets the tiles of a GPU, but more pairs at once."""
     batch, rows = len(operands.queries), operands.rows
-    is_aligned = rows.stride(1) == 1 and not (rows.data_ptr() | rows.stride(0) * rows.itemsize) % 16
-    memory, processors = _device(rows.device)
-    tiling = gpu_tiling(batch, rows.shape[1], group_size, rows.dtype, is_aligned, memory, processors)
+    device = _device(rows.device)
+    if torch.compiler.is_compiling():  # tensor descriptors inside of compiled code are not tried
+        device = device._replace(has_copy_engine=False)
+    tiling = gpu_tiling(batch, rows.shape[1], group_size, rows.dtype, _is_aligned(operands), device)
     return tiling if rows.is_cuda else tiling._replace(block_p=64)
 
 
+def _is_aligned(operands: _Operands) -> bool:
+    """Whether rows and queries are contiguous and begin at multiples of 16 bytes."""
+    return all(
+        value.stride(1) == 1 and not (value.data_ptr() | value.stride(0) * value.itemsize) % 16
+        for value in (operands.queries, operands.rows)
+    )
+
+
 @functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory for a program, and the number of multiprocessors."""
+def _device(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 232_448, 1
+        return Device(232_448, 1, True)
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 101_376), properties.multi_processor_count
+    memory = getattr(properties, "shared_memory_per_block_optin", 101_376)
+    return Device(memory, properties.multi_processor_count, properties.major >= 9)

@@ -1,0 +1,415 @@
+"""Training as users do it, on a GPU if there is one and on the CPU if not.
+
+Sizes are those of a GPU there, and small ones on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import fake_gpu_job
+from dense import Problem, exact
+from negative_cache import FixedLenFeature, NegativeCacheLoss, RaggedFeature, checkpoint, util
+from negative_cache.features import dequantize, quantize
+from negative_cache.retrieval import FUSED, RowPool, Scale, explain, retrieve
+from negative_cache.retrieval.reference import dense_scores
+from stats import ALPHA, chi_square, mean_gradient
+from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
+
+pytestmark = pytest.mark.gpu
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+ROWS = 131_072 if ON_GPU else 2_048
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+VOCABULARY, BATCH, LENGTH, DIM, SIZE = 200, 32, 6, 32, 512
+
+
+@contextlib.contextmanager
+def no_waits() -> Iterator[None]:
+    """An operation that waits for the GPU raises."""
+    if not ON_GPU:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# The pass over the rows
+
+
+def make_pool(rows: int, dim: int, dtype: torch.dtype) -> tuple[RowPool, Tensor]:
+    """A pool of unit rows of which a tenth is no candidate, and what its rows are in float64."""
+    rng = torch.Generator().manual_seed(rows + dim)
+    table = normalize(torch.randn(rows, dim, generator=rng), dim=1).to(DEVICE)
+    candidates = (torch.rand(rows, generator=rng) < 0.9).to(DEVICE)
+    if dtype == torch.int8:
+        values, scales = quantize(table)
+        return RowPool([values], [candidates], [scales]), dequantize(values, scales).double()
+    return RowPool([table.to(dtype)], [candidates]), table.to(dtype).double()
+
+
+def queries_for(table: Tensor, count: int) -> Tensor:
+    """Unit queries, each near some row."""
+    rng = torch.Generator().manual_seed(count)
+    noise = torch.randn(count, table.shape[1], generator=rng).to(DEVICE)
+    return normalize(normalize(noise, dim=1) + 0.5 * table[:count].float(), dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "dim"), [(5, 384), (128, 768), (300, 256)] if ON_GPU else [(5, 24)])
+def test_the_pass_equals_the_dense_one(dtype: torch.dtype, batch: int, dim: int):
+    """Values, best rows and validity of draws, with rows hidden from all and from single queries."""
+    pool, table = make_pool(ROWS - 3, dim, dtype)
+    queries = queries_for(table, batch)
+    if ON_GPU:
+        assert explain(queries, pool, 3) == FUSED
+    rng = torch.Generator().manual_seed(0)
+    excluded = torch.randint(-1, 50, (batch, 4), generator=rng).to(DEVICE)
+    # What the product sees: queries in the dtype of the rows; tf32 is off.
+    seen = 20 * queries
+    if dtype == torch.int8:
+        seen = dequantize(*quantize(seen))
+    elif dtype != torch.float32:
+        seen = seen.to(dtype)
+    exactly = RowPool([table], pool.candidates)
+    scores = dense_scores(seen.double(), exactly, None, excluded)
+    rounded = float(
+        (dense_scores(20 * queries.double(), exactly, None, excluded) - scores).nan_to_num(0, 0, 0).abs().max()
+    )
+    for top_k in (None, 64):
+        found = retrieve(
+            queries,
+            pool,
+            generator=torch.Generator().manual_seed(0),
+            score_transform=Scale(20.0),
+            excluded=excluded,
+            top_k=top_k,
+            num_samples=3,
+            num_top=5,
+        )
+        assert bool((scores.gather(1, found.rows) > -torch.inf).all())
+        if top_k is None:
+            assert float((found.lse - scores.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
+            best = scores.topk(5, dim=1).values
+            assert float((found.top_scores - best).abs().max()) < 1e-4 + 2 * rounded
+            assert float((scores.gather(1, found.top_rows) - best).abs().max()) < 2e-4 + 2 * rounded
+        else:
+            sizes = torch.full((top_k,), len(table) // top_k)
+            sizes[: len(table) % top_k] += 1
+            maxima = torch.stack([part.amax(1) for part in scores.split(sizes.tolist(), dim=1)], dim=1)
+            assert float((found.lse - maxima.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_from_many_rows_follow_the_softmax(dtype: torch.dtype):
+    """Rows in the order of their scores, in cells of equal probability; and by where they stand."""
+    pool, table = make_pool(ROWS, 64, dtype)
+    queries = queries_for(table, 1).expand(512, -1)
+    found = retrieve(
+        queries, pool, generator=torch.Generator().manual_seed(0), score_transform=Scale(20.0), num_samples=16
+    )
+    seen = 20 * queries[:1]
+    seen = dequantize(*quantize(seen)) if dtype == torch.int8 else seen if dtype == torch.float32 else seen.to(dtype)
+    scores = dense_scores(seen.double(), RowPool([table], pool.candidates), None, None)[0]
+    probabilities = scores.softmax(0)
+    order = scores.argsort()
+    cells = torch.empty_like(order)
+    cells[order] = (probabilities[order].cumsum(0) * 64).long().clamp(max=63)
+    for cell_of in (cells, torch.arange(ROWS, device=DEVICE) * 64 // ROWS, torch.arange(ROWS, device=DEVICE) % 64):
+        expected = torch.zeros(64, dtype=torch.float64, device=DEVICE).index_add(0, cell_of, probabilities)
+        drawn = cell_of[found.rows.flatten()]
+        assert chi_square(drawn.cpu(), expected.cpu()) > ALPHA
+        wrong = (scores * 1.1).softmax(0)
+        expected = torch.zeros(64, dtype=torch.float64, device=DEVICE).index_add(0, cell_of, wrong)
+        if cell_of is cells:
+            assert chi_square(drawn.cpu(), expected.cpu()) < ALPHA
+
+
+# The loss
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
+    """Against the dense loss in float64; a wrong temperature is rejected."""
+    rng = torch.Generator().manual_seed(3)
+    dim, documents, passes = 4, torch.tensor([0, 12, 13]), 300
+    queries, table = torch.randn(3, dim, generator=rng), 0.8 * torch.randn(14, dim, generator=rng)
+    stale = table[:12] + 0.4 * torch.randn(12, dim, generator=rng)
+    nothing = torch.empty(0, dtype=torch.int64)
+    scale = torch.tensor(2.0).double()
+    problem = Problem(
+        queries.double(), table.double(), documents, nothing, torch.full((3, 1), -1), stale.double(), scale
+    )
+    on_device, outputs = table.to(DEVICE), []
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        outputs.append((features["row"], on_device[features["row"]].clone().requires_grad_()))
+        return outputs[-1][1]
+
+    specs = {"row": FixedLenFeature([], torch.int64)}
+    loss_fn = NegativeCacheLoss(encode, 20, 2.0, shared=is_shared, specs=specs, seed=0)
+    rows = torch.arange(12, device=DEVICE)
+    loss_fn(stale.to(DEVICE), stale.to(DEVICE), {"row": rows}, rows)
+    cache, gradients = loss_fn.cache, []
+    truth = exact(problem)
+    given = documents.to(DEVICE)
+    for _ in range(passes):
+        loss_fn.cache = copy.deepcopy(cache)
+        leaves = [x.to(DEVICE).requires_grad_() for x in (queries.clone(), table[documents])]
+        with no_waits():
+            loss = loss_fn(*leaves, {"row": given}, given)
+            loss.backward()
+        drawn, output = outputs[-1]
+        of_table = torch.zeros_like(on_device).index_add(0, drawn, output.grad)
+        gradients.append(torch.cat([*(leaf.grad.flatten() for leaf in leaves), of_table.flatten()]))
+        torch.testing.assert_close(loss.detach().double().cpu(), truth.value, rtol=1e-5, atol=1e-5)
+    found = torch.stack(gradients).double().cpu()
+    # Constant components (the batch's own documents) are equal but for float32.
+    assert mean_gradient(found + 1e-6 * torch.randn(found.shape, generator=rng), truth.gradient[:-1]) > ALPHA
+    wrong = exact(problem._replace(scale=1.1 * scale)).gradient[:-1]
+    assert mean_gradient(found + 1e-6 * torch.randn(found.shape, generator=rng), wrong) < ALPHA
+
+
+@needs_gpu
+def test_no_kind_of_step_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The steps of the fake device, with values."""
+    monkeypatch.setattr(fake_gpu_job, "GPU", "cuda")
+    loss = fake_gpu_job.CacheClassificationLoss
+    losses = [loss("embedding", ("row",), lambda s: 20.0 * s, top_k=top_k) for top_k in (None, 16)]
+    encoder = fake_gpu_job.Encoder()
+    nn.init.normal_(encoder.table)
+    waiting = []
+    for name, run in fake_gpu_job.scenarios(encoder, losses).items():
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        try:
+            with no_waits():
+                run()
+        except RuntimeError as error:
+            waiting.append((name, str(error)[:200]))
+    # How wide the drawn documents are is asked once; what is kept on the host is read there.
+    assert {name for name, _ in waiting} <= {"ragged", "features on the host", "three waits"}, waiting
+
+
+class Tower(nn.Module):
+    """Mean of word vectors, by a small network; without operations whose sums have no fixed order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(VOCABULARY, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        words, mask = features["input_ids"].long(), features["attention_mask"]
+        bags = (nn.functional.one_hot(words, VOCABULARY) * mask[:, :, None]).sum(1).float()
+        return normalize(self.second(torch.tanh(self.first(bags))), dim=1)
+
+
+def batch_of(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Queries, documents, and ids of the documents."""
+    with torch.device("cpu"):
+        ids = torch.randperm(2_000, generator=torch.Generator().manual_seed(step))[:BATCH]
+        words = (ids[:, None] * torch.tensor([7, 11, 13, 17, 19, 23]) + torch.arange(LENGTH)) % (VOCABULARY - 1) + 1
+        mask = torch.arange(LENGTH) < (2 + ids % (LENGTH - 1))[:, None]
+    document = {"input_ids": (words * mask).to(DEVICE), "attention_mask": mask.long().to(DEVICE)}
+    query = {"input_ids": words[:, :2].to(DEVICE), "attention_mask": torch.ones(BATCH, 2, device=DEVICE).long()}
+    return query, document, ids.to(DEVICE)
+
+
+def ragged_specs() -> dict[str, Any]:
+    return {
+        "input_ids": RaggedFeature(torch.int32, LENGTH),
+        "attention_mask": RaggedFeature(torch.int8, LENGTH),
+    }
+
+
+class Run:
+    """A tower that is trained."""
+
+    def __init__(self, autocast: torch.dtype | None = None, is_compiled: bool = False, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.tower = Tower().to(DEVICE)
+        self.loss_fn = NegativeCacheLoss(self.tower, SIZE, seed=0, learnable_scale=True, **settings).to(DEVICE)
+        parameters = [*self.tower.parameters(), *self.loss_fn.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=0.01, capturable=ON_GPU, foreach=False)
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=autocast == torch.float16 and ON_GPU)
+        self.autocast = autocast
+        self.compute = self.plain
+
+    def plain(self, query: dict[str, Tensor], document: dict[str, Tensor], ids: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, self.autocast, enabled=self.autocast is not None):
+            return self.loss_fn(self.tower(query), self.tower(document), document, ids)
+
+    def train(self, first: int, count: int) -> list[float]:
+        losses = []
+        for step in range(first, first + count):
+            loss = self.compute(*batch_of(step))
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Share of queries of 100 other batches whose own document is the best of its batch."""
+        hits = []
+        for step in range(10_000, 10_010):
+            query, document, _ = batch_of(step)
+            scores = self.tower(query) @ self.tower(document).T
+            hits.append((scores.argmax(1) == torch.arange(BATCH, device=DEVICE)).float().mean())
+        return float(torch.stack(hits).mean())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 autocast and rows": {"autocast": torch.bfloat16, "embedding_dtype": torch.bfloat16},
+    "float16 with a scaler": {"autocast": torch.float16, "embedding_dtype": torch.float16},
+    "int8 rows": {"embedding_dtype": torch.int8},
+    "ragged features": {"specs": ragged_specs()},
+    "features on the host": {"feature_device": "cpu", "specs": ragged_specs()},
+}
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS.keys())
+def test_training_learns(settings: dict[str, Any]):
+    run = Run(**settings)
+    before = run.accuracy()
+    run.train(0, 120)
+    health = run.loss_fn.metrics()
+    assert health["fill"] == 1.0
+    assert health["staleness"] < 0.5
+    assert run.accuracy() > before + 0.3
+    assert run.loss_fn.cache is not None
+    assert run.loss_fn.cache.device.type == DEVICE.type
+    if "feature_device" in settings:
+        columns = run.loss_fn.cache.get_submodule("feature_input_ids")
+        places = {buffer.device.type for name, buffer in columns.named_buffers() if buffer.numel() > SIZE}
+        assert places == {"cpu"}
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path: Path):
+    """With a file of `torch.save` and with a folder of `save_checkpoint`."""
+    whole = Run()
+    whole.train(0, 20)
+    torch.save(
+        {"loss": whole.loss_fn.state_dict(), "tower": whole.tower.state_dict(), "opt": whole.optimizer.state_dict()},
+        tmp_path / "run.pt",
+    )
+    checkpoint.save_checkpoint(whole.loss_fn, tmp_path / "cache")
+    last = whole.train(20, 10)
+    for way in ("file", "folder"):
+        again = Run()
+        saved = torch.load(tmp_path / "run.pt", map_location=DEVICE)
+        again.tower.load_state_dict(saved["tower"])
+        if way == "file":
+            again.loss_fn.load_state_dict(saved["loss"])
+        else:
+            checkpoint.load_checkpoint(again.loss_fn, tmp_path / "cache")
+        again.loss_fn.to(DEVICE)
+        again.optimizer.load_state_dict(saved["opt"])
+        assert again.train(20, 10) == last
+        for key, value in snapshot(whole.loss_fn).items():
+            assert torch.equal(value, snapshot(again.loss_fn)[key]), key
+
+
+@needs_compiling_of_whole_steps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtype):
+    torch.compiler.reset()
+    results = []
+    for is_compiled in (False, True):
+        specs = {key: FixedLenFeature([LENGTH], torch.int64) for key in ("input_ids", "attention_mask")}
+        run = Run(embedding_dtype=dtype, specs=specs)  # a ragged feature's width is not known before it is read
+        run.train(0, 3)  # the first step makes the cache
+        if is_compiled:
+            run.compute = torch.compile(run.plain, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+        with as_on_a_gpu():  # the branches that a compiled step takes
+            results.append(run.train(3, 10))
+    torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(results[1]), rtol=2e-3, atol=2e-3)
+
+
+def test_with_a_default_device():
+    plain = Run()
+    losses = plain.train(0, 8)
+    torch.set_default_device(DEVICE)
+    try:
+        run = Run()
+        assert run.train(0, 8) == losses
+        run.loss_fn.metrics()
+        run.loss_fn.load_state_dict(plain.loss_fn.state_dict())
+    finally:
+        torch.set_default_device(None)
+    assert run.loss_fn.cache is not None
+    assert run.loss_fn.cache.device.type == DEVICE.type
+
+
+def test_one_rank(tmp_path: Path):
+    """Of NCCL on a GPU: the same numbers as without ranks, and a checkpoint."""
+    losses = Run().train(0, 8)
+    backend = "nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        run = Run(process_group="world")
+        assert run.train(0, 8) == losses
+        checkpoint.save_checkpoint(run.loss_fn, tmp_path / "cache")
+        checkpoint.load_checkpoint(run.loss_fn, tmp_path / "cache")
+        values = torch.randn(3, 2, device=DEVICE)
+        assert torch.equal(util.cross_replica_concat(values), values)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_trainer_of_sentence_transformers(dtype: torch.dtype, tmp_path: Path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("datasets")
+    from datasets import Dataset
+
+    from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+    from negative_cache.integrations.trainer import NegativeCacheTrainer
+    from negative_cache.workbench.models import load_model
+
+    anchors, positives = [f"w{i} w{i * 7 % 90}" for i in range(90)], [f"w{i} w{i * 3 % 90} w{i}" for i in range(90)]
+    model = load_model("tiny", anchors + positives, 0).to(DEVICE)
+    loss = NegativeCacheRankingLoss(model, cache_size=64, embedding_dtype=dtype, seed=0)
+
+    def trainer(steps: int) -> NegativeCacheTrainer:
+        args = sentence_transformers.SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=8,
+            max_steps=steps,
+            save_steps=10,
+            logging_steps=5,
+            report_to=[],
+            use_cpu=not ON_GPU,
+            bf16=dtype == torch.bfloat16,
+            disable_tqdm=True,
+        )
+        data = Dataset.from_dict({"anchor": anchors, "positive": positives})
+        return NegativeCacheTrainer(model=model, args=args, train_dataset=data, loss=loss)
+
+    trainer(20).train()
+    metrics = loss.metrics()
+    assert metrics["fill"] == 1.0
+    cache = loss.cache_loss.cache
+    assert cache is not None
+    assert cache.device.type == DEVICE.type
+    trainer(25).train(resume_from_checkpoint=True)
+    assert int(cache.step) >= 20
