@@ -6,6 +6,7 @@
   memory      peak extra memory against the number of rows
   end-to-end  a training step of a transformer against plain in-batch negatives
   variance    how far the gradient of one step is from the exact one, for each estimator
+  gpu         all that needs a GPU, within minutes; see `python -m benchmarks gpu --help`
 
 Prints a table, and writes it as CSV beside a plot. First the operations are checked against the dense reference; if
 a check fails, nothing is measured and the exit code is 1. Several processes are measured by
@@ -22,17 +23,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from benchmarks import checks
-from benchmarks.report import Report
-from benchmarks.sizes import SETS
-from benchmarks.timing import progress
-
 COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "variance")
+GPU_COMMANDS = ("gpu", "gpu-prepare", "gpu-docs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in GPU_COMMANDS:  # they must run where nothing of the others is installed
+        from benchmarks.gpu import command
+
+        return command.main(arguments)
+    return _measure(arguments)
+
+
+def _measure(arguments: Sequence[str]) -> int:
+    import torch
+
+    from benchmarks import checks
+    from benchmarks.sizes import SETS
+    from benchmarks.timing import progress
+
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # processes of their own need it
     module = importlib.import_module(f"benchmarks.{options.command.replace('-', '_')}")
-    report: Report = module.run(sizes, device)
+    report = module.run(sizes, device)
     progress("")
     report.show(device)
     paths = report.save(options.output, device)

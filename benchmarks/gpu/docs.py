@@ -1,0 +1,97 @@
+"""Puts tables of `gpu.json` between marks in pages of the documentation.
+
+A mark is `<!-- gpu: NAME -->`, the end of what is replaced `<!-- /gpu -->`; the names are those of `BLOCKS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import markdown
+from benchmarks.gpu.results import Row
+
+MARKED = re.compile(r"(<!-- gpu: (\S+) -->\n).*?(<!-- /gpu -->)", re.DOTALL)
+
+
+def update(path: Path, docs: Path) -> list[Path]:
+    """Rewrite the marked blocks of all pages from one file of results.
+
+    Returns:
+        The pages that changed.
+
+    Raises:
+        ValueError: A page names a block that is not known.
+        OSError: There is no such file.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    changed = []
+    for page in sorted(docs.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        new = MARKED.sub(partial(_replaced, page, found, path.parent), text)
+        if new != text:
+            page.write_text(new, encoding="utf-8")
+            changed.append(page)
+    return changed
+
+
+def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:
+    if mark[2] not in BLOCKS:
+        raise ValueError(f"{page} has a mark for {mark[2]!r}; known are {', '.join(BLOCKS)}.")
+    return f"{mark[1]}{_block(mark[2], found, folder)}{mark[3]}"
+
+
+def _block(name: str, found: dict[str, Any], folder: Path) -> str:
+    stage, make = BLOCKS[name]
+    record = found["stages"].get(stage)
+    if record is None or not record["rows"]:
+        return "Not measured yet.\n"
+    machine = found["machine"]
+    about = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit']}:"
+    lines = [f"`python -m benchmarks gpu` on {about}", "", *make(record["rows"], folder)]
+    return "\n" + "\n".join(lines).rstrip("\n") + "\n\n"
+
+
+def _pass(rows: list[Row], _: Path) -> list[str]:
+    """One line per size: the fused pass beside the others."""
+    sizes: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        at = (row["dtype"], row["rows"], row["dim"], row["batch"])
+        line = sizes.setdefault(at, {key: row[key] for key in ("dtype", "rows", "dim", "batch")})
+        line[str(row["way"])] = row.get("ms") if "ms" in row else "no memory"
+        if row["way"] == "fused" and "ms" in row:
+            line |= {"of_product": row["of_product"], "teraflops": row["teraflops"], "extra_mb": row["extra_mb"]}
+    columns = {"dtype": "rows", "rows": "N", "dim": "D", "batch": "B", "fused": "fused, ms", "of_product": "/ product"}
+    columns |= {"teraflops": "TFLOP/s", "extra_mb": "extra MB", "fused, 8 draws": "8 draws, ms", "tiled": "tiled, ms"}
+    columns |= {"product": "product, ms", markdown.COMPILED: "compiled, ms"}
+    return markdown.table(columns | {"dense algorithm of the port": "port, ms"}, list(sizes.values()))
+
+
+def _step(rows: list[Row], _: Path) -> list[str]:
+    columns = {"batch": "B", "loss": "loss", "ms": "ms", "of_in_batch": "/ in-batch", "pairs_per_second": "pairs/s"}
+    columns |= {"peak_mb": "peak MB", "launches": "kernels", "busy_ms": "device busy, ms"}
+    return markdown.table(columns, rows)
+
+
+def _quality(rows: list[Row], folder: Path) -> list[str]:
+    from benchmarks.gpu.quality import RANKS_FILE
+    from benchmarks.gpu.summary import read_ranks, summary
+
+    lines = summary(rows, read_ranks(folder / RANKS_FILE))
+    return markdown.table({key: key for key in dict.fromkeys(key for line in lines for key in line)}, lines)
+
+
+def _targets(rows: list[Row], _: Path) -> list[str]:
+    return markdown.table(markdown.TARGETS, markdown.targets({"passes": rows}))
+
+
+BLOCKS: dict[str, tuple[str, Callable[[list[Row], Path], list[str]]]] = {
+    "pass": ("passes", _pass),
+    "targets": ("passes", _targets),
+    "step": ("step", _step),
+    "quality": ("quality", _quality),
+}

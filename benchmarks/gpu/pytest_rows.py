@@ -1,0 +1,27 @@
+"""A plugin of pytest that writes a row for each test as it ends."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.works import VARIABLE
+
+LONGEST_MESSAGE = 600  # characters
+# Only the process that hears of all tests writes.
+_results = None if "PYTEST_XDIST_WORKER" in os.environ else Results(Path(os.environ[VARIABLE]))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Called with the outcome of each part of a test."""
+    if _results is None or (report.when != "call" and report.passed):
+        return
+    _results.add(
+        test=report.nodeid.removeprefix("tests/"),
+        outcome=report.outcome,
+        seconds=round(report.duration, 2),
+        message="" if report.passed else report.longreprtext[-LONGEST_MESSAGE:].strip(),
+    )

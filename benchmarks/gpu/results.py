@@ -1,0 +1,34 @@
+"""Rows of one stage, on disk as soon as they are measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+Value = str | int | float | bool | None
+Row = dict[str, Value]
+
+
+class Results:
+    """A JSON list of rows, replaced as a whole with each new row, so that a killed stage keeps what it had.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+
+    def add(self, **row: Value) -> None:
+        """Append a row and write all."""
+        self.rows.append(row)
+        write_json(self.path, self.rows)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that is there whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,229 @@
+"""`step`: a training step of MiniLM in bfloat16: forward, backward, AdamW.
+
+Beside the time it says what bounds a step: how many kernels the host launches, how long the device is busy with them,
+and which lines of the library wait for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.encoders import VOCABULARY, full_cache_loss, random_encoder, random_texts
+from benchmarks.gpu.results import Results, Row
+
+IN_BATCH = "in-batch"
+OURS = "negative cache"
+ROUNDS, LEAST_ROUNDS, WARM_UP = 12, 3, 3
+MOST_SECONDS = 2.0  # of one loss at one size; fewer rounds if they take longer
+PROFILED_STEPS = 3
+LONGEST_KERNELS = 10
+PROFILE = "profile.txt"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        batches: Pairs of a step.
+        length: Tokens of each text.
+        rows: Rows of the cache.
+        multiple: How many batches one of gradient caching has.
+    """
+
+    batches: tuple[int, ...] = (64, 256)
+    length: int = 64
+    rows: int = 131_072
+    multiple: int = 16
+
+
+REHEARSAL = Sizes((4,), 8, 256, 2)
+
+
+class Step:
+    """A training step on texts of random tokens."""
+
+    def __init__(self, loss: nn.Module, columns: int, count: int, length: int, device: torch.device) -> None:
+        self.loss = loss
+        self.count = count
+        self.device = device
+        self.texts = [[random_texts(count, length, device) for _ in range(columns)] for _ in range(4)]
+        self.optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-5, fused=device.type == "cuda")
+        self.number = 0
+
+    def __call__(self) -> None:
+        texts = [dict(column) for column in self.texts[self.number % len(self.texts)]]
+        self.number += 1
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss: Tensor = self.loss(texts, None)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+
+
+def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
+    """Measure every loss at every batch, then look into a step of two of them."""
+    sizes = REHEARSAL if is_rehearsal else Sizes()
+    torch.manual_seed(0)
+    model, name = _small(sizes, device) if is_rehearsal else _model(prepared, sizes, device)
+    steps: dict[str, Step] = {}
+    for batch in sizes.batches:
+        steps = make_steps(model, batch, sizes, device)
+        times = medians(steps, device)
+        for loss, step in steps.items():
+            row: Row = {"model": name, "batch": batch, "tokens": sizes.length, "loss": loss, "pairs": step.count}
+            row |= {"ms": round(times[loss], 3), "of_in_batch": round(times[loss] / times[IN_BATCH], 3)}
+            row["pairs_per_second"] = round(1000 * step.count / times[loss])
+            row["peak_mb"] = peak_megabytes(step, device)
+            if device.type == "cuda" and not loss.startswith("gradient"):
+                row |= look_into(step, results.path.with_name(PROFILE), f"{loss}, batch {batch}")
+            results.add(**row)
+            print(row, flush=True)
+
+
+def make_steps(model: SentenceTransformer, batch: int, sizes: Sizes, device: torch.device) -> dict[str, Step]:
+    """A step of each loss, by name."""
+    gradient_cache = CachedMultipleNegativesRankingLoss(model, mini_batch_size=batch)
+    found = {
+        IN_BATCH: (MultipleNegativesRankingLoss(model), 2, batch),
+        "in-batch, third column": (MultipleNegativesRankingLoss(model), 3, batch),
+        f"gradient cache, {sizes.multiple} x": (gradient_cache, 2, sizes.multiple * batch),
+    }
+    for dtype in (torch.bfloat16, torch.int8):
+        name = f"{OURS}, {str(dtype).removeprefix('torch.')} rows"
+        found[name] = (full_cache_loss(model, sizes.rows, sizes.length, dtype, device), 2, batch)
+    return {name: Step(loss, columns, count, sizes.length, device) for name, (loss, columns, count) in found.items()}
+
+
+def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
+    """Median milliseconds, in rounds in which all take turns; several steps at once, as training makes them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-1, ROUNDS):
+        for name, step in steps.items():
+            if number >= LEAST_ROUNDS and sum(times[name]) > 1000 * MOST_SECONDS:
+                continue
+            repeats = WARM_UP if number < 0 else 1
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            _wait(device)
+            if number >= 0:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_megabytes(step: Step, device: torch.device) -> float | None:
+    """The most memory of the device in use during a step."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+
+
+def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
+    """Launches, busy time and waits of a step; the longest kernels are appended to a file."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        started = time.perf_counter()
+        for _ in range(PROFILED_STEPS):
+            step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    kernels, launches, busy = _device_events(found)
+    lines = [f"{title}: {launches / PROFILED_STEPS:.0f} launches a step; device busy for {busy / seconds:.0%}"]
+    lines += [
+        f"  {1e3 * total / PROFILED_STEPS:8.3f} ms  {count / PROFILED_STEPS:6.1f} x  {name[:100]}"
+        for name, (total, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:LONGEST_KERNELS]
+    ]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n\n")
+    ours, others = waits(step)
+    return {
+        "launches": round(launches / PROFILED_STEPS),
+        "busy_ms": round(1e3 * busy / PROFILED_STEPS, 3),
+        "waits_of_the_library": ours,
+        "waits_of_others": others,
+    }
+
+
+def _device_events(found: Any) -> tuple[dict[str, tuple[float, int]], int, float]:
+    """Seconds and number of each kernel or copy; how many there were; and how long the device was busy."""
+    kernels: dict[str, tuple[float, int]] = {}
+    spans = []
+    for event in found.events():
+        if str(event.device_type).endswith("CUDA"):
+            begin, end = event.time_range.start, event.time_range.end
+            total, count = kernels.get(event.name, (0.0, 0))
+            kernels[event.name] = (total + (end - begin) / 1e6, count + 1)
+            spans.append((begin, end))
+    busy, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return kernels, len(spans), busy / 1e6
+
+
+def waits(step: Callable[[], None]) -> tuple[int, int]:
+    """How often a step waits for the device: because of the library, and because of anything else."""
+    ours = others = 0
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        nonlocal ours, others
+        if "synchroniz" not in str(message):
+            return
+        frames = [frame.filename for frame in traceback.extract_stack()[:-1]]
+        last = next((name for name in reversed(frames) if "/torch/" not in name and "warnings" not in name), "")
+        print(f"waits: {last}", flush=True)
+        if "negative_cache" in last:
+            ours += 1
+        else:
+            others += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return ours, others
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _small(sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
+    return random_encoder(32, 1, sizes.length, device), "a rehearsal's"
+
+
+def _model(prepared: Path, sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
+    """MiniLM with float32 weights; one with random weights where it was not prepared."""
+    folder = prepared / "minilm"
+    if not folder.exists():
+        return random_encoder(384, 6, sizes.length, device), "MiniLM's size, random weights"
+    model = SentenceTransformer(str(folder), device=str(device)).float().train()
+    with contextlib.suppress(AttributeError):
+        assert model[0].auto_model.config.vocab_size >= VOCABULARY
+    return model, "all-MiniLM-L6-v2"
