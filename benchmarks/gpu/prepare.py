@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.encoders import MINILM_PACKAGE, minilm
+from benchmarks.gpu.machine import COMMIT, commit
 from negative_cache.workbench.data import load_data
 
 MODEL, DATA = "minilm", "data"
@@ -19,7 +20,7 @@ _TEXTS = ("corpus.jsonl", "queries.jsonl")
 
 
 def prepare(folder: Path, data: Sequence[Path]) -> None:
-    """Write `folder/minilm`, a half-precision MiniLM, and `folder/data/NAME` for each data set.
+    """Write `folder/minilm`, a half-precision MiniLM, `folder/data/NAME` for each data set, and the commit's name.
 
     The folder is there whole or not at all. One that an earlier call made is replaced.
 
@@ -41,6 +42,7 @@ def prepare(folder: Path, data: Sequence[Path]) -> None:
         _save_model(beside / MODEL)
         for source in data:
             _copy(source, beside / DATA / source.resolve().name)
+        (beside / COMMIT).write_text(commit() + "\n", encoding="utf-8")
         _check_size(beside)
         _replace(folder, beside)
     finally:
@@ -51,7 +53,7 @@ def _check_target(folder: Path) -> None:
     if not folder.exists():
         return
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
-    if set(found) - {MODEL, DATA}:
+    if set(found) - {MODEL, DATA, COMMIT}:
         raise FileExistsError(
             f"{folder} has {found}; expected nothing, or a folder with {MODEL} and {DATA} to replace. Choose another."
         )
