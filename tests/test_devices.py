@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
+import negative_cache
 from negative_cache import NegativeCacheLoss
 from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 
@@ -34,6 +36,50 @@ def test_the_host_never_waits_for_the_device():
     on_the_host = waits.pop("features on the host")
     assert sum(on_the_host.values()) <= 5, on_the_host
     assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
+
+
+def is_number(node: ast.expr) -> bool:
+    """Whether an expression is plainly a Python number: a literal, an infinity, a name of a constant."""
+    match node:
+        case ast.Constant():
+            return isinstance(node.value, int | float)
+        case ast.UnaryOp():
+            return is_number(node.operand)
+        case ast.IfExp():
+            return is_number(node.body) or is_number(node.orelse)
+        case ast.Attribute():
+            return node.attr in ("inf", "nan")
+        case ast.Name():
+            return node.id.isupper()
+    return False
+
+
+def is_plain_index(node: ast.expr) -> bool:
+    """Whether an index is made of slices and constants."""
+    parts = node.elts if isinstance(node, ast.Tuple) else [node]
+    return all(isinstance(part, ast.Slice | ast.Constant) for part in parts)
+
+
+def assignments_of_numbers(source: str) -> list[str]:
+    """Assignments of Python numbers to what something else than slices and constants picks."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign) and is_number(node.value)
+        if any(isinstance(target, ast.Subscript) and not is_plain_index(target.slice) for target in node.targets)
+    ]
+
+
+def test_no_number_is_assigned_where_a_tensor_points():
+    """`tensor[rows] = 0` copies the number from pageable memory, and waits for a CUDA device; `index_fill_` not."""
+    wrong = ["a[b] = False", "a[:, b] = -torch.inf", "a.b[c > 0] = NO_ID", "a[b] = 1 if c else d"]
+    right = ["a[1:] = 0", "a['b'] = 0", "a[b] = c", "a[b] += 1", "a = 0"]
+    assert assignments_of_numbers("\n".join(wrong + right)) == wrong
+    package = Path(negative_cache.__file__).parent
+    files = [path for path in package.rglob("*.py") if "workbench" not in path.parts]
+    found = {str(path.relative_to(package)): assignments_of_numbers(path.read_text("utf-8")) for path in files}
+    assert len(found.pop("retrieval/tiles.py")) == 1  # on the CPU alone
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 EVERYTHING = {"absolute_margin": 0.1, "guide_margin": 0.1, "warmup_fill": 0.5, "refresh_per_step": 3, "top_k": 32}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from benchmarks.__main__ import main
 from benchmarks.gpu import docs, markdown
 from benchmarks.gpu.results import Results, Row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
 from negative_cache.drawing import Returned
-from negative_cache.health import PATIENCE, Health, staleness_by_age
+from negative_cache.health import PATIENCE, Health, record_updates
 from support import as_on_a_gpu
 
 DIM, SCALE, NUM_ROWS, SIZE = 3, 2.0, 6, 10
@@ -167,6 +167,16 @@ def test_evaluation_leaves_the_numbers_of_training():
     assert loss_fn.metrics() == before
 
 
+def test_what_is_kept_of_a_step_is_small_and_holds_no_graph():
+    """Rows of the batch and of what was encoded: nothing of the cache's size, nothing that keeps a graph alive."""
+    loss_fn = filled_loss(absolute_margin=0.5, learnable_scale=True)
+    step(loss_fn)
+    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
+    assert len(loss_fn.health._latest) == 4
+    assert not any(value.requires_grad for value in kept)
+    assert not any(SIZE in value.shape for value in kept)
+
+
 # Staleness
 
 
@@ -184,7 +194,7 @@ def make_cache(ages: list[int]) -> tuple[NegativeCache, Tensor, Tensor]:
 def test_staleness_by_age():
     cache, fresh, staleness = make_cache([5, 1, 9, 0, 7, 3, 2, 8])
     rows = torch.tensor([0, 2, 3, 4, 5, 7, 1])  # ages 5, 9, 0, 7, 3, 8, 1; seven rows, a quarter is two
-    found = staleness_by_age(cache, "embedding", Returned(fresh[rows], rows))
+    found = record_updates(cache, "embedding", Returned(fresh[rows], rows)).numbers()
     assert float(found["staleness"]) == pytest.approx(float(staleness[rows].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[[3, 1]].mean()))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[[2, 7]].mean()))
@@ -194,12 +204,13 @@ def test_staleness_by_age():
 def test_staleness_leaves_out_what_does_not_count():
     cache, fresh, staleness = make_cache([5, 1, 9, 0])
     rows, mask = torch.tensor([0, 1, 2, 3]), torch.tensor([True, True, False, False])
-    found = staleness_by_age(cache, "embedding", Returned(fresh, rows, mask))
+    found = record_updates(cache, "embedding", Returned(fresh, rows, mask)).numbers()
     assert float(found["staleness"]) == pytest.approx(float(staleness[:2].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[1]))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[0]))
     assert float(found["age"]) == pytest.approx(4.0)
-    nothing = staleness_by_age(cache, "embedding", Returned(fresh, rows, torch.zeros(4, dtype=torch.bool)))
+    none = Returned(fresh, rows, torch.zeros(4, dtype=torch.bool))
+    nothing = record_updates(cache, "embedding", none).numbers()
     assert all(float(value) == 0 for value in nothing.values())
 
 
@@ -220,6 +231,13 @@ def test_staleness_of_a_step_is_that_of_what_was_encoded():
 
 
 # Warnings
+
+
+class Staleness(NamedTuple):
+    value: Tensor
+
+    def numbers(self) -> dict[str, Tensor]:
+        return {"staleness": self.value}
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, act: Callable[[], Any]) -> list[str]:
@@ -271,7 +289,7 @@ def test_an_uneven_gradient_gives_one_warning_with_advice(
 )
 def test_where_warnings_begin(staleness: float, ratio: float, count: int, caplog: pytest.LogCaptureFixture):
     cache, health = make_cache([0])[0], Health()
-    health.take({"staleness": torch.tensor(staleness)}, None, torch.tensor(1))
+    health.take([Staleness(torch.tensor(staleness))])
     queries, documents = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
     health.watch(queries, [documents])
     (ratio * queries + documents).sum().backward()
@@ -285,7 +303,7 @@ def test_where_warnings_begin(staleness: float, ratio: float, count: int, caplog
 def test_bad_readings_with_a_good_one_between_them_give_no_warning(caplog: pytest.LogCaptureFixture):
     cache, health = make_cache([0])[0], Health()
     for staleness in [0.9] * (PATIENCE - 1) + [0.1] + [0.9] * (PATIENCE - 1):
-        health.take({"staleness": torch.tensor(staleness)}, None, torch.tensor(1))
+        health.take([Staleness(torch.tensor(staleness))])
         health.read(cache)
     assert caplog.records == []
     health.read(cache)

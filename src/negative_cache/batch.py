@@ -14,6 +14,7 @@ from negative_cache.features import (
     Features,
     FeatureSpec,
     FixedLenFeature,
+    RaggedRows,
     Specs,
     concatenate,
     embedding_spec,
@@ -99,9 +100,10 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A batch that was checked, and what `NegativeCacheLoss` uses it with."""
+    """A batch that was checked, and what `NegativeCacheLoss` uses it with; no `new_items` where nothing is written."""
 
     batch: Batch
+    new_items: dict[str, Tensor | RaggedRows]
     manager: CacheManager
     cache: NegativeCache
     rules: Rules

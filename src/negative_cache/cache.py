@@ -16,6 +16,7 @@ from negative_cache.features import (
     RaggedFeature,
     RaggedRows,
     Specs,
+    batch_size,
     check_keys,
     is_free_to_read,
     is_loadable,
@@ -23,7 +24,7 @@ from negative_cache.features import (
     select,
     spec_to_json,
 )
-from negative_cache.lookup import OldestRows, RowsOfIds, is_last_of_equal
+from negative_cache.lookup import RowsOfIds, oldest_rows
 from negative_cache.table import make_columns, read_columns, write_columns
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ class NegativeCache(nn.Module):
         self._fill_in({key: FixedColumn(value) for key, value in data.items()}, next(iter(sizes.values())), True)
         ages = torch.as_tensor(age, device=self.device)
         self.written = -ages.to(torch.int64)
-        self._index()
 
     @classmethod
     def empty(
@@ -108,11 +108,6 @@ class NegativeCache(nn.Module):
         self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.int64, device=device))
-        self._index()
-
-    def _index(self) -> None:
-        """Build anew what follows from the rows' ages and ids."""
-        self._oldest_rows = OldestRows(self.written)
         self._rows_of_ids: RowsOfIds | None = None  # built when ids are looked up for the first time
 
     @property
@@ -197,7 +192,12 @@ class NegativeCache(nn.Module):
 
     def oldest(self, count: int) -> Tensor:
         """The `count` rows that were written longest ago, those first; of equal ones the lowest: int64 `[count]`."""
-        return self._oldest_rows.first(self.written, count)
+        return oldest_rows(self.written, count)
+
+    def make_young(self, rows: Tensor, mask: Tensor) -> None:
+        """Make `rows [n]` the youngest ones where `mask [n]` is True; rows that are not may be -1."""
+        times = torch.where(mask, self.step, torch.iinfo(torch.int64).min)
+        self.written.scatter_reduce_(0, rows.clamp(min=0), times, "amax")
 
     def write(
         self,
@@ -210,34 +210,33 @@ class NegativeCache(nn.Module):
         """Overwrite rows in place; of several entries for one row the last one counts.
 
         Args:
-            rows: int64 `[n]`.
+            rows: int64 `[m]`: where items go; entry i is item `i % n`.
             items: Checked values, `n` each. With every feature given, the rows become filled.
-            mask: bool `[n]`; entries that are False change nothing.
+            mask: bool `[m]`; entries that are False change nothing.
             resets_age: Whether the written rows become the youngest.
             document_ids: int64 `[n]`, stored when every feature is given.
         """
         if rows.numel() == 0:
             return
-        rows, source, is_any = _last_entries(rows, mask)
+        rows, entries, is_any = _last_entries(rows, mask)
         if rows.numel() == 0:
             return
+        source = entries % batch_size(items)
         items = select(items, source)
 
-        def keep(new: Tensor, old: Tensor) -> Tensor:
-            return new if is_any is None else torch.where(is_any.to(new.device), new, old)
+        def put(stored: Tensor, new: Tensor) -> None:
+            stored[rows] = new if is_any is None else torch.where(is_any, new, stored[rows])
 
         write_columns(self._columns, rows, items, is_any)
         if resets_age:
-            self.written[rows] = keep(self.step.expand(len(rows)), self.written[rows])
-            self._oldest_rows.update(self.written, rows)
+            put(self.written, self.step)
         if set(items) == set(self._columns):
-            ids = torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source]
-            old = self.document_ids[rows]
-            ids = keep(ids, old)
+            put(self.document_ids, torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source])
             if self._rows_of_ids is not None:
-                self._rows_of_ids.move(rows, old, ids)
-            self.document_ids[rows] = ids
-            self.filled[rows] = True if is_any is None else is_any | self.filled[rows]
+                is_once = is_free_to_read(rows)
+                is_repeated = None if is_once else entries != torch.arange(len(rows), device=rows.device)
+                self._rows_of_ids.move(rows, self.document_ids[rows], is_repeated)
+            self.filled[rows] |= True if is_any is None else is_any
             self._has_rows = True
 
     def get_extra_state(self) -> Tensor:
@@ -261,9 +260,8 @@ class NegativeCache(nn.Module):
             if not is_loadable(spec, mine[key]):
                 raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
             self._check_lengths(key, state_dict.get(f"{prefix}{module_name('feature', key)}.lengths"))
-        derived = (f"{prefix}_oldest_rows.", f"{prefix}_rows_of_ids.")
         for name, buffer in self.named_buffers(prefix.removesuffix(".")):
-            if name.startswith(derived):  # built anew from the rest
+            if name.startswith(f"{prefix}_rows_of_ids."):  # built anew from the rest
                 continue
             value = state_dict.get(name)
             if value is None:
@@ -290,7 +288,7 @@ class NegativeCache(nn.Module):
         self.check_loadable(state_dict, prefix)
         self._has_rows = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._index()
+        self._rows_of_ids = None
 
 
 class CacheHolder(nn.Module):
@@ -342,16 +340,15 @@ def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Te
         without waiting for the device, whether there is any: then all slots are used, superfluous ones
         repeat another entry.
     """
-    count = len(rows)
-    index = torch.arange(count, device=rows.device)
-    valid = torch.ones(count, dtype=torch.bool, device=rows.device) if mask is None else mask
-    wins = is_last_of_equal(rows, valid)
+    ordered, order = (rows if mask is None else torch.where(mask, rows, -1)).sort(stable=True)
+    if mask is not None:  # what is masked repeats the entry of the highest row
+        rows = torch.where(mask, rows, ordered[-1])
+    entries = order[torch.searchsorted(ordered, rows, right=True) - 1]
     if is_free_to_read(rows):
-        source = wins.nonzero().squeeze(1)
-        return rows[source], source, None
-    source = torch.where(wins, index, wins.to(torch.uint8).argmax())
-    is_any = valid.any()
-    return torch.where(is_any, rows[source], 0), source, is_any
+        is_last = entries == torch.arange(len(rows), device=rows.device)
+        entries = (is_last if mask is None else is_last & mask).nonzero().squeeze(1)
+        return rows[entries], entries, None
+    return rows.clamp(min=0), entries, None if mask is None else ordered[-1] >= 0
 
 
 def module_name(prefix: str, key: str) -> str:

@@ -124,13 +124,15 @@ class Negatives(abc.ABC):
         is_valid: bool `[batch]`: whether the query has any; the documents of one without are another's.
         count: Documents to encode here; 0 if no query of any rank has a negative.
         features: Their features, `[count, ...]` each.
-        cached: Their cached embeddings, `[count, dim]`; empty where other ranks' documents are shared.
+        cached: Their cached embeddings, `[count, dim]`; empty where documents are shared.
         serving: How the encoded documents, of all ranks, serve each query: for the whole embeddings, and then for each
             of `Rules.dims`. Empty where each query has the mean of `count / batch` documents of its own.
         lse_of_dims: `[batch]` for each of `Rules.dims`: as `lse`, estimated.
         top_features: For each query the features `[k, ...]` of its best rows, best first.
         num_limited: int64 `[batch]`: how many rows the limits hid; None without limits.
         num_filled: int64 `[]`: the filled rows of all ranks; None where those of this process are all.
+        document_rows: int64 `[n]`: the rows in which this process's first cache has the documents that will be
+            inserted, -1 for none; None without ids.
     """
 
     lse: Tensor
@@ -143,6 +145,7 @@ class Negatives(abc.ABC):
     top_features: list[dict[str, Tensor]]
     num_limited: Tensor | None
     num_filled: Tensor | None
+    document_rows: Tensor | None
 
     def of_all(self, fresh: Tensor) -> Tensor:
         """The new embeddings of all ranks, with gradient, in the order of `serving`; `fresh` itself if not shared."""
@@ -193,14 +196,10 @@ class HereNegatives(Negatives):
 def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> HereNegatives:
     """Draw from this process's caches; ids are those of the first one."""
     register(rules.generator)
-    withheld_ids = None
-    if asked.num_withheld and asked.new_ids is not None:
-        withheld_ids = asked.new_ids[-asked.num_withheld :]
-    withheld = None if withheld_ids is None else caches[0].find(withheld_ids)
+    document_rows, excluded = _find_ids(caches[0], asked)
+    withheld = None if document_rows is None or not asked.num_withheld else document_rows[-asked.num_withheld :]
     pool = pool_of(caches, rules.embedding_key, withheld, rules.bias_key)
     limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
-    positives = asked.positives
-    excluded = None if positives is None else caches[0].find(positives.flatten()).view(positives.shape)
     drawn = draw_negatives(
         asked.queries,
         pool,
@@ -225,7 +224,7 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         is_valid=drawn.is_valid,
         count=len(rows),
         features=read_pool(caches, rows, rules.data_keys) if len(rows) else {},
-        cached=pool.gather(rows),
+        cached=asked.queries[:0] if serving else pool.gather(rows),
         serving=serving,
         lse_of_dims=lse_of_dims,
         top_features=[read_pool(caches, top[top >= 0], rules.data_keys) for top in drawn.top_rows]
@@ -233,9 +232,21 @@ def draw_here(rules: Rules, caches: Sequence[NegativeCache], asked: Asked) -> He
         else [],
         num_limited=drawn.num_limited,
         num_filled=None,
+        document_rows=document_rows,
         rows=rows,
         is_update=is_update,
     )
+
+
+def _find_ids(cache: NegativeCache, asked: Asked) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of the new documents `[n]` and of the queries' positives `[batch, n]`, looked up together."""
+    new_ids, positives = asked.new_ids, asked.positives
+    if positives is None:
+        return None if new_ids is None else cache.find(new_ids), None
+    if new_ids is None:
+        return None, cache.find(positives.flatten()).view(positives.shape)
+    found = cache.find(torch.cat([new_ids, positives.flatten()]))
+    return found[: len(new_ids)], found[len(new_ids) :].view(positives.shape)
 
 
 def _share(

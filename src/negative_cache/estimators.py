@@ -168,17 +168,13 @@ def inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
     Returns:
         float64 `[n]`; 0 for a size of 0.
     """
-    ordered, order = sizes.double().sort(descending=True)
-    rest = ordered.flip(0).cumsum(0).flip(0)  # the sum from here on
-    left = count - torch.arange(len(sizes), device=sizes.device)
-    # The first that is not certain: if the larger ones are, t is what is left over the sum from here on.
-    is_fair = (left > 0) & (left * ordered <= rest) & (ordered > 0)
-    first = torch.where(is_fair.any(), is_fair.to(torch.uint8).argmax(), min(count, len(sizes)))
-    at = first.clamp(max=len(sizes) - 1)[None]  # one number as an index would be waited for
-    factor = left.gather(0, at) / rest.gather(0, at).clamp(min=torch.finfo(torch.float64).tiny)
-    is_certain = torch.arange(len(sizes), device=sizes.device) < first
-    chances = torch.where(is_certain, (ordered > 0).double(), (ordered * factor).clamp(max=1.0))
-    return torch.zeros_like(chances).scatter(0, order, chances)
+    sizes, limits = sizes.double(), torch.finfo(torch.float64)
+    rest = sizes.sort().values.cumsum(0)  # of each and of all smaller ones
+    # If just the larger ones are certain, t is what they leave over that sum. It is the highest such t: for any t, the
+    # sum of the probabilities is the lowest of all `number of larger ones + t * rest`.
+    left = torch.arange(count - len(sizes) + 1, count + 1, device=sizes.device)
+    t = (left / rest.clamp(min=limits.tiny)).amax().clamp(max=limits.max)
+    return (t * sizes).clamp(max=1.0)
 
 
 def systematic_sample(probabilities: Tensor, count: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +192,7 @@ def systematic_sample(probabilities: Tensor, count: int, uniform: Tensor) -> tup
         all probabilities does not (its position is that of the likeliest element).
     """
     cumulative = probabilities.cumsum(0)
-    # The sum of probabilities that are meant to fill the grid may fall short of it by rounding.
-    total = torch.where((count - cumulative[-1]).abs() < 1e-6, count, cumulative[-1].round())
+    total = cumulative[-1].round()  # of probabilities that are meant to fill the grid, which may fall short by rounding
     points = torch.arange(count, device=cumulative.device) + uniform
     is_chosen = points < total
     scale = cumulative[-1] / total.clamp(min=1)

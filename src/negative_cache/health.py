@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +22,27 @@ PATIENCE = 3  # readings in a row: a model from scratch moves far in its first s
 logger = logging.getLogger("negative_cache")
 
 
+class Record(Protocol):
+    """Small tensors of a step, without gradient, and the numbers that they give when somebody asks."""
+
+    def numbers(self) -> dict[str, Tensor]: ...
+
+
 class Health:
-    """Numbers of the last training step, as tensors on their device; nothing waits until `read`."""
+    """Numbers of the last training step: records of it are kept, and nothing is computed until `read`."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._latest: list[Record] = []
+        self._gradients: dict[str, list[Tensor]] = {}
         self._readings = {"staleness": 0, "ratio": 0}  # bad ones in a row; a warning came if there are enough
 
-    def take(self, diagnostics: dict[str, Tensor], num_limited: Tensor | None, num_filled: Tensor) -> None:
-        """Begin a step with its diagnostics, and how many of the filled rows were hidden from each query `[batch]`."""
-        self._latest = dict(diagnostics)
-        if num_limited is not None:
-            self._latest["masked"] = num_limited.float().mean() / num_filled.clamp(min=1)
+    def take(self, records: Sequence[Record]) -> None:
+        """Begin a step."""
+        self._latest = list(records)
 
-    def add(self, diagnostics: dict[str, Tensor]) -> None:
+    def add(self, record: Record) -> None:
         """More of the same step."""
-        self._latest |= diagnostics
+        self._latest.append(record)
 
     def watch(self, queries: Tensor, documents: list[Tensor]) -> None:
         """Note the norms of the gradients that the next backward pass gives to the two sides."""
@@ -53,8 +58,7 @@ class Health:
         found = self._gradients  # of this step: a later one has a dict of its own
 
         def note(gradient: Tensor) -> None:
-            square = gradient.detach().float().square().sum()
-            found[side] = found[side] + square if side in found else square
+            found.setdefault(side, []).append(gradient.detach().float().norm())
 
         return note
 
@@ -67,12 +71,13 @@ class Health:
         if cache is None:
             return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
         _check_rejected(cache)
-        latest = {key: float(value) for key, value in self._latest.items()}
+        with torch.no_grad():
+            latest = {key: float(value) for record in self._latest for key, value in record.numbers().items()}
         numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if len(self._gradients) == 2:
-            queries, documents = (float(self._gradients[side]) for side in ("queries", "documents"))
+            queries, documents = (math.hypot(*map(float, self._gradients[side])) for side in ("queries", "documents"))
             if documents > 0 and math.isfinite(queries + documents):  # else a GradScaler's scale was too high
-                numbers["gradient_norm_ratio"] = (queries / documents) ** 0.5
+                numbers["gradient_norm_ratio"] = queries / documents
         self._warn(numbers)
         return numbers
 
@@ -95,8 +100,9 @@ class Health:
     def _is_time_to_warn(self, what: str, is_bad: bool) -> bool:
         """Whether a reading is the last of so many bad ones in a row, for the first time."""
         if self._readings[what] < PATIENCE:
-            self._readings[what] = self._readings[what] + 1 if is_bad else 0
-            return self._readings[what] == PATIENCE
+            count = self._readings[what] + 1 if is_bad else 0
+            self._readings[what] = count
+            return count == PATIENCE
         return False
 
 
@@ -110,31 +116,60 @@ def _check_rejected(cache: NegativeCache) -> None:
         )
 
 
-@torch.no_grad()
-def staleness_by_age(cache: NegativeCache, embedding_key: str, updated: Returned) -> dict[str, Tensor]:
-    """Staleness of the rows that are about to be updated, by how long ago they were written.
+class LimitRecord(NamedTuple):
+    """How many of the filled rows, `[]`, were hidden from each query, `[batch]`."""
 
-    Returns:
-        `staleness` (mean), `staleness_youngest` and `staleness_oldest` (means over the quarter of these rows written
-        last, and that written longest ago), `age` (mean, in steps).
+    num_limited: Tensor
+    num_filled: Tensor
+
+    def numbers(self) -> dict[str, Tensor]:
+        return {"masked": self.num_limited.float().mean() / self.num_filled.clamp(min=1)}
+
+
+class UpdateRecord(NamedTuple):
+    """Rows `[n]` that are about to be updated.
+
+    Attributes:
+        cached, embeddings: `[n, dim]`: the cached embeddings, and those that come.
+        age: `[n]`: how many steps ago they were written.
+        mask: bool `[n]`: which of them count; None for all.
     """
-    rows = updated.rows
-    cached = cache.read(rows, [embedding_key])[embedding_key]
-    staleness = estimators.staleness(cached, updated.embeddings.to(torch.promote_types(cached.dtype, torch.float32)))
-    counts = torch.ones_like(staleness) if updated.mask is None else updated.mask.to(staleness.dtype)
-    age = (cache.step + 1 - cache.written[rows]).to(staleness.dtype)
-    order = age.argsort(stable=True)
-    sorted_counts, sorted_staleness = counts[order], staleness[order]
-    total = counts.sum()
-    until = sorted_counts.cumsum(0)
-    edge = (total / 4).ceil()
 
-    def mean(weights: Tensor) -> Tensor:
-        return (weights * sorted_staleness).sum() / weights.sum().clamp(min=1)
+    cached: Tensor
+    embeddings: Tensor
+    age: Tensor
+    mask: Tensor | None
 
-    return {
-        "staleness": mean(sorted_counts),
-        "staleness_youngest": mean(sorted_counts * (until <= edge)),
-        "staleness_oldest": mean(sorted_counts * (until > total - edge)),
-        "age": (counts * age).sum() / total.clamp(min=1),
-    }
+    def numbers(self) -> dict[str, Tensor]:
+        """Staleness of these rows, by how long ago they were written.
+
+        Returns:
+            `staleness` (mean), `staleness_youngest` and `staleness_oldest` (means over the quarter of these rows
+            written last, and that written longest ago), `age` (mean, in steps).
+        """
+        dtype = torch.promote_types(self.cached.dtype, torch.float32)
+        staleness = estimators.staleness(self.cached, self.embeddings.to(dtype))
+        counts = torch.ones_like(staleness) if self.mask is None else self.mask.to(staleness.dtype)
+        age = self.age.to(staleness.dtype)
+        order = age.argsort(stable=True)
+        sorted_counts, sorted_staleness = counts[order], staleness[order]
+        total = counts.sum()
+        until = sorted_counts.cumsum(0)
+        edge = (total / 4).ceil()
+
+        def mean(weights: Tensor) -> Tensor:
+            return (weights * sorted_staleness).sum() / weights.sum().clamp(min=1)
+
+        return {
+            "staleness": mean(sorted_counts),
+            "staleness_youngest": mean(sorted_counts * (until <= edge)),
+            "staleness_oldest": mean(sorted_counts * (until > total - edge)),
+            "age": (counts * age).sum() / total.clamp(min=1),
+        }
+
+
+def record_updates(cache: NegativeCache, embedding_key: str, updated: Returned) -> UpdateRecord:
+    """What is to be kept of rows before they are updated."""
+    cached = cache.read(updated.rows, [embedding_key])[embedding_key]
+    age = cache.step + 1 - cache.written[updated.rows]
+    return UpdateRecord(cached, updated.embeddings, age, updated.mask)

@@ -129,7 +129,7 @@ def predict_bytes(
                 length = min(length, spec.max_length)
             by_part["feature"] += int(cache_size * length) * spec.dtype.itemsize
     if has_ids:
-        by_part[""] += RowsOfIds(cache.document_ids).slots.nbytes
+        by_part[""] += sum(buffer.nbytes for buffer in RowsOfIds(cache.document_ids).buffers())
     return Bytes(
         by_part["embedding"],
         by_part["feature"],

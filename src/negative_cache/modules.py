@@ -19,7 +19,7 @@ from negative_cache.features import (
     Features,
     Specs,
 )
-from negative_cache.health import Health, staleness_by_age
+from negative_cache.health import Health, LimitRecord, record_updates
 from negative_cache.holder import RanksCache
 from negative_cache.meeting import NUM_TOLD, Meeting, tell
 from negative_cache.negative_cache import CacheManager
@@ -250,7 +250,7 @@ class NegativeCacheLoss(RanksCache):
             updated, refreshed = negatives.give_back(stored, batch.new_embeddings, error)
         loss = self._loss(step, scale, scores, fresh, negatives, encoded)
         if step.is_writing:
-            self._write(step, negatives.new_items_mask(), updated, refreshed)
+            self._write(step, negatives, updated, refreshed)
         return loss.mean() * (1.0 if meeting is None else meeting.weight(ranks.rank))
 
     def metrics(self) -> dict[str, float]:
@@ -318,22 +318,23 @@ class NegativeCacheLoss(RanksCache):
         dims, everything = step.rules.dims, negatives.of_all(encoded)
         outcome = objective.compute_loss(batch, scale, scores, fresh, negatives, everything, dims, log_weight)
         if step.is_writing:
-            self.health.take(outcome.diagnostics, negatives.num_limited, num_filled)
+            self.health.take(outcome.records)
+            if negatives.num_limited is not None:
+                self.health.add(LimitRecord(negatives.num_limited, num_filled))
             given = [] if batch.negatives is None else [batch.negatives]
             self.health.watch(batch.queries, [batch.documents, *given, encoded])
         return outcome.loss
 
-    def _write(
-        self, step: Step, new_items_mask: Tensor | None, updated: Returned | None, refreshed: Returned | None
-    ) -> None:
+    def _write(self, step: Step, negatives: Negatives, updated: Returned | None, refreshed: Returned | None) -> None:
         """New embeddings into their rows, the batch's documents over the oldest ones."""
         if updated is not None and len(updated.rows):
-            self.health.add(staleness_by_age(step.cache, EMBEDDING, updated))
+            self.health.add(record_updates(step.cache, EMBEDDING, updated))
         step.manager.update_cache_(
             step.cache,
-            new_items=step.batch.new_items,
-            new_items_mask=new_items_mask,
+            new_items=step.new_items,
+            new_items_mask=negatives.new_items_mask(),
             document_ids=step.batch.new_ids,
+            document_rows=negatives.document_rows,
             updated_item_data=None if updated is None else {EMBEDDING: updated.embeddings},
             updated_item_indices=None if updated is None else updated.rows,
             updated_item_mask=None if updated is None else updated.mask,
@@ -366,8 +367,7 @@ class NegativeCacheLoss(RanksCache):
         batch.check_extras(cache.specs, self.matryoshka_dims)
         manager = CacheManager(all_specs, cache.num_rows, self.use_lru)
         is_writing = self.training and torch.is_grad_enabled()
-        if is_writing:
-            manager.check_new_items(cache, batch.new_items, batch.new_ids)
+        new_items = manager.check_new_items(cache, batch.new_items, batch.new_ids) if is_writing else {}
         rules = Rules(
             EMBEDDING,
             list(specs),
@@ -390,7 +390,7 @@ class NegativeCacheLoss(RanksCache):
             has_ceilings=self.margins != objective.Margins(),
             guide_queries=batch.guide_queries,
         )
-        return Step(batch, manager, cache, rules, asked, is_writing)
+        return Step(batch, new_items, manager, cache, rules, asked, is_writing)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):

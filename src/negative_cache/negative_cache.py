@@ -103,6 +103,7 @@ class CacheManager:
         refreshed_item_data: Features | None = None,
         refreshed_item_indices: Tensor | None = None,
         document_ids: Tensor | None = None,
+        document_rows: Tensor | None = None,
     ) -> None:
         """`update_cache` in place. Nothing is written unless every argument is right.
 
@@ -113,6 +114,7 @@ class CacheManager:
             document_ids: int64 `[n]` of the new items, -1 for unknown. A document that has a row is
                 written there; of a document that occurs twice in the batch the last known or first
                 unknown entry counts.
+            document_rows: int64 `[n]`: what `cache.find(document_ids)` returned, if that is known already.
         """
         if cache.written.shape[0] != cache.num_rows:
             raise ValueError(f"The cache has {cache.num_rows} rows but {cache.written.shape[0]} ages.")
@@ -128,7 +130,7 @@ class CacheManager:
         if refreshed and refreshed_item_indices is not None:
             cache.write(refreshed_item_indices.to(cache.device, torch.int64), refreshed, refreshed_mask)
         if inserted:
-            _insert(cache, inserted, inserted_mask, document_ids)
+            _insert(cache, inserted, inserted_mask, document_ids, document_rows)
 
     def _specs_of(self, cache: NegativeCache) -> dict[str, FeatureSpec]:
         """The cache's specs, with this manager's default values: a cache made by hand has none."""
@@ -195,19 +197,23 @@ def _insert(
     items: Mapping[str, Tensor | RaggedRows],
     mask: Tensor | None,
     document_ids: Tensor | None,
+    document_rows: Tensor | None,
 ) -> None:
     """Write items over the oldest rows; a known document over its own row."""
     count = batch_size(items)
-    mask = torch.ones(count, dtype=torch.bool, device=cache.device) if mask is None else mask
-    if document_ids is not None:
-        document_ids = document_ids.to(cache.device, torch.int64)
-        known = cache.find(document_ids)
-        cache.write(known.clamp(min=0), items, mask & (known >= 0), document_ids=document_ids)
-        is_new = mask & (known < 0)
-        is_first = is_first_of_equal(document_ids, is_new & (document_ids >= 0))
-        mask = is_new & (is_first | (document_ids < 0))
-    position = (mask.cumsum(0) - 1).clamp(min=0)
-    cache.write(cache.oldest(count)[position], items, mask, document_ids=document_ids)
+    if mask is None:
+        mask = torch.ones(count, dtype=torch.bool, device=cache.device)
+    if document_ids is None:
+        cache.write(cache.oldest(count)[mask.cumsum(0) - 1], items, mask)
+        return
+    document_ids = document_ids.to(cache.device, torch.int64)
+    known = cache.find(document_ids) if document_rows is None else document_rows
+    is_known = mask & (known >= 0)
+    is_new = mask & (known < 0)
+    is_new &= is_first_of_equal(document_ids, is_new) | (document_ids < 0)
+    cache.make_young(known, is_known)
+    rows = cache.oldest(count)[is_new.cumsum(0) - 1]
+    cache.write(torch.cat([known, rows]), items, torch.cat([is_known, is_new]), document_ids=document_ids)
 
 
 def _check_mask(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
@@ -236,7 +242,8 @@ def _check_finite(name: str, items: Mapping[str, Tensor | RaggedRows], mask: Ten
             continue
         if all_finite(value):
             continue
-        finite = _finite_entries(value, mask)
+        finite = _finite_entries(value)
+        finite = finite if mask is None else finite | ~mask.to(finite.device)
         if not bool(finite.all()):
             raise ValueError(
                 f"`{name}[{key!r}]`, stored as {value.dtype}, has NaN or infinity in {int((~finite).sum())} of "
@@ -252,13 +259,13 @@ def _mask_not_finite(
     for value in items.values():
         if isinstance(value, RaggedRows) or not value.is_floating_point() or is_free_to_read(value):
             continue
-        finite = _finite_entries(value, mask).to(cache.device)
-        cache.num_rejected += (~finite).sum()
-        mask = finite if mask is None else mask & finite
+        is_finite = _finite_entries(value).to(cache.device)
+        kept = is_finite if mask is None else mask & is_finite
+        cache.num_rejected += (~kept if mask is None else mask ^ kept).sum()
+        mask = kept
     return mask
 
 
-def _finite_entries(value: Tensor, mask: Tensor | None) -> Tensor:
-    """bool `[n]`: which entries are finite, or do not count."""
-    finite = value.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
-    return finite if mask is None else finite | ~mask.to(finite.device)
+def _finite_entries(value: Tensor) -> Tensor:
+    """bool `[n]`: which entries have nothing but finite values; 0 times any other is NaN."""
+    return (value * 0).unsqueeze(-1).flatten(1).sum(dim=1) == 0

@@ -79,8 +79,7 @@ def pool_of(
     candidates = [cache.filled for cache in caches]
     if withheld is not None:
         visible = torch.cat([candidates[0], candidates[0].new_zeros(1)])
-        visible[withheld] = False  # -1 is the element added at the end
-        candidates[0] = visible[:-1]
+        candidates[0] = visible.index_fill_(0, withheld, False)[:-1]  # -1 is the element added at the end
     stored = [cache.stored(embedding_key) for cache in caches]
     biases = [] if bias_key is None else [cache.stored(bias_key)[0] for cache in caches]
     return RowPool([values for values, _ in stored], candidates, [scales for _, scales in stored], biases)
@@ -175,11 +174,13 @@ def read_items(caches: Sequence[NegativeCache], rows: Tensor, keys: Sequence[str
     result: dict[str, Tensor | RaggedRows] = {}
     start = 0
     for cache in caches:
-        inside = (rows >= start) & (rows < start + cache.num_rows)
-        local = rows if len(caches) == 1 else torch.where(inside, rows - start, 0)
+        is_here = None if len(caches) == 1 else (rows >= start) & (rows < start + cache.num_rows)
+        local = rows if is_here is None else torch.where(is_here, rows - start, 0)
         for key, value in cache.read_rows(local, keys).items():
             value = to_device(value, rows.device)
-            result[key] = _choose(inside, value, result[key], cache.specs[key]) if key in result else value
+            if is_here is not None and key in result:
+                value = _choose(is_here, value, result[key], cache.specs[key])
+            result[key] = value
         start += cache.num_rows
     return result
 

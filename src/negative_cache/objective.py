@@ -167,17 +167,15 @@ def _all_products(queries: Tensor, documents: Tensor) -> Tensor:
 
 
 def _hidden(batch: int, positives: Tensor | None, fresh: Fresh) -> Tensor:
-    """bool `[batch or 1, n]`: which fresh documents do not count for a query: its positives, and repeated ones."""
-    ids, count = fresh.ids, len(fresh.ids)
+    """bool `[batch, n]`: which fresh documents do not count for a query: its positives, and repeated ones."""
+    ids = fresh.ids
     is_known = ids >= 0
     is_first = is_first_of_equal(ids, is_known)
-    hidden = (is_known & ~is_first).expand(batch, count)
+    hidden = (is_known & ~is_first).repeat(batch, 1)
     if positives is not None:
-        hidden = hidden | (is_in_row(ids, positives) & is_known)
+        hidden |= is_in_row(ids, positives) & is_known
     if fresh.first_own >= 0:
-        column = torch.arange(count, device=ids.device)
-        own = fresh.first_own + torch.arange(batch, device=ids.device)
-        hidden = hidden | (column == own[:, None])
+        hidden.diagonal(fresh.first_own).fill_(True)
     return hidden
 
 
@@ -205,16 +203,77 @@ def weigh_cache(
     return log_weight, scores
 
 
+class LossRecord(NamedTuple):
+    """What the numbers about a loss are computed from, without gradient.
+
+    Attributes:
+        losses, positive, lse: `[batch]`: the losses, the positives' scores, the logsumexp over the cache.
+        fresh: `[batch, n]`: see `Scores`.
+    """
+
+    losses: Tensor
+    positive: Tensor
+    lse: Tensor
+    fresh: Tensor | None
+
+    def numbers(self) -> dict[str, Tensor]:
+        fresh_lse = Scores(self.positive, self.fresh, None, None).fresh_lse
+        return {
+            "interpretable_loss": self.losses.mean(),
+            "positive_probability": (-self.losses).exp().mean(),
+            "cache_share": estimators.cache_share(self.positive, self.lse, fresh_lse).mean(),
+        }
+
+
+class DrawnRecord(NamedTuple):
+    """What the encoded documents tell is computed from this, without gradient.
+
+    Attributes:
+        products: `[batch, n]`: the queries' products with the encoded documents.
+        weights: `[batch, n]`: with which they count; None for the mean over each query's own.
+        lse: `[batch]`: logsumexp over the cache.
+        has_negatives: bool `[batch]`.
+        scale: Factor of the products.
+        documents: `[batch, dim]`: the positives.
+        encoded: `[n, dim]`, or `[batch * n, dim]` where each query has its own.
+        is_corrected: Whether scores are not products alone.
+    """
+
+    products: Tensor
+    weights: Tensor | None
+    lse: Tensor
+    has_negatives: Tensor
+    scale: Tensor | float
+    documents: Tensor
+    encoded: Tensor
+    is_corrected: bool
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Effective number of negatives, and the share of copies of positives."""
+        normalize = torch.nn.functional.normalize
+        cosines = _products(normalize(self.documents), normalize(self.encoded), self.weights is not None)
+        numbers = {"near_duplicates": self._mean(cosines >= NEAR_DUPLICATE)}
+        if not self.is_corrected:
+            concentration = self._mean((self.scale * self.products - self.lse[:, None]).clamp(max=0.0).exp())
+            numbers["effective_negatives"] = 1 / concentration.clamp(min=torch.finfo(concentration.dtype).tiny)
+        return numbers
+
+    def _mean(self, values: Tensor) -> Tensor:
+        weights = 1 / self.products.shape[1] if self.weights is None else self.weights
+        means = torch.where(self.has_negatives, (weights * values).sum(dim=1), 0)
+        return means.sum() / self.has_negatives.sum().clamp(min=1)
+
+
 class Outcome(NamedTuple):
-    """The loss of a batch, and what is told about it.
+    """The loss of a batch, and what numbers about it are computed from.
 
     Attributes:
         loss: `[batch]`, with gradient.
-        diagnostics: Name -> scalar without gradient, on the device.
+        records: Without gradient, on the device.
     """
 
     loss: Tensor
-    diagnostics: dict[str, Tensor]
+    records: list[LossRecord | DrawnRecord]
 
 
 def compute_loss(
@@ -227,7 +286,7 @@ def compute_loss(
     dims: Sequence[int] = (),
     log_weight: Tensor | float = 0.0,
 ) -> Outcome:
-    """The loss from the new embeddings of what was drawn, and what is told about it.
+    """The loss from the new embeddings of what was drawn, and what numbers about it are computed from.
 
     Args:
         batch: The queries and their positives, with gradient.
@@ -240,23 +299,29 @@ def compute_loss(
         log_weight: Is added to the scores of all cached rows.
     """
     lse, positive = negatives.lse + log_weight, scores.positive
-    drawn, diagnostics = positive * 0, {}
+    records: list[LossRecord | DrawnRecord] = []
     if len(encoded):
         serving = negatives.serving[0] if negatives.serving else None
         products = _products(batch.queries, encoded, serving is not None)
         drawn = scale * _weigh(products, batch.queries, serving)
-        diagnostics = _drawn_diagnostics(products.detach(), batch.documents, scale, encoded, negatives)
-        if batch.log_q is not None:  # scores are not products alone
-            del diagnostics["effective_negatives"]
+        drawn_record = DrawnRecord(
+            products.detach(),
+            None if serving is None else serving.weights,
+            negatives.lse,
+            negatives.is_valid,
+            scale.detach() if isinstance(scale, Tensor) else scale,
+            batch.documents.detach(),
+            encoded.detach(),
+            batch.log_q is not None,
+        )
+        records.append(drawn_record)
+    else:
+        drawn = positive * 0
     loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
-    with torch.no_grad():
-        diagnostics |= {
-            "interpretable_loss": loss.detach().mean(),
-            "positive_probability": (-loss.detach()).exp().mean(),
-            "cache_share": estimators.cache_share(positive, lse, scores.fresh_lse).mean(),
-        }
+    fresh_scores = None if scores.fresh is None else scores.fresh.detach()
+    records.append(LossRecord(loss.detach(), positive.detach(), lse, fresh_scores))
     shorter = _truncated_losses(dims, batch, scale, scores, fresh, negatives, encoded, log_weight)
-    return Outcome(sum(shorter, loss), diagnostics)
+    return Outcome(sum(shorter, loss), records)
 
 
 def _truncated_losses(
@@ -278,10 +343,11 @@ def _truncated_losses(
             others = scale * _all_products(queries, estimators.truncate(fresh.embeddings, dim))
             others = others if scores.added is None else others + scores.added
             others = others.masked_fill(scores.hidden, -torch.inf)
-        drawn = positive * 0
         if len(encoded):
             products = _products(queries, estimators.truncate(encoded, dim), True)
             drawn = scale * _weigh(products, queries, negatives.serving[1 + number])
+        else:
+            drawn = positive * 0
         losses.append(estimators.readable_loss(positive, drawn, negatives.lse_of_dims[number] + log_weight, others))
     return losses
 
@@ -298,26 +364,3 @@ def _products(queries: Tensor, documents: Tensor, is_shared: bool) -> Tensor:
     if not is_shared:
         return estimators.dot(queries[:, None], documents.view(len(queries), -1, queries.shape[1]))
     return _all_products(queries, documents)
-
-
-@torch.no_grad()
-def _drawn_diagnostics(
-    products: Tensor, documents: Tensor, scale: Tensor | float, fresh: Tensor, negatives: Negatives
-) -> dict[str, Tensor]:
-    """What the encoded documents tell: effective number of negatives, and the share of copies of positives."""
-    is_shared, has_negatives = bool(negatives.serving), negatives.is_valid
-    total = has_negatives.sum().clamp(min=1)
-    with torch.autocast(products.device.type, enabled=False):
-        weights = negatives.serving[0].weights if is_shared else torch.full_like(products, 1 / products.shape[1])
-        probabilities = (scale * products - negatives.lse[:, None]).clamp(max=0.0).exp()
-        normalize = torch.nn.functional.normalize
-        copies = _products(normalize(documents), normalize(fresh), is_shared) >= NEAR_DUPLICATE
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(has_negatives, (weights * values).sum(dim=1), 0).sum() / total
-
-    concentration = mean(probabilities)
-    return {
-        "effective_negatives": 1 / concentration.clamp(min=torch.finfo(concentration.dtype).tiny),
-        "near_duplicates": mean(copies),
-    }

@@ -50,7 +50,8 @@ def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> T
         raise RuntimeError(
             "Compiled code draws from a generator that is gone, or is new: run one step uncompiled first."
         )
-    drawn = torch.rand(tuple(shape), generator=_generators[generator], dtype=torch.float64)
+    pins = device.type == "cuda"  # from pageable memory the copy would be waited for
+    drawn = torch.rand(tuple(shape), generator=_generators[generator], dtype=torch.float64, pin_memory=pins)
     return drawn.to(device, non_blocking=True)
 
 

@@ -26,7 +26,12 @@ def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
 
 
 class Search:
-    """This rank's part of the answer to all queries; rows are numbered through its caches."""
+    """This rank's part of the answer to all queries; rows are numbered through its caches.
+
+    Args:
+        ranks, meeting, rules, caches, asked: See `draw_from_ranks`; with the queries of all ranks.
+        hidden: int64 `[n]`: rows of the first cache that no query may see, -1 for none; or None.
+    """
 
     def __init__(
         self,
@@ -35,10 +40,9 @@ class Search:
         rules: Rules,
         caches: Sequence[NegativeCache],
         asked: Asked,
-        withheld_ids: Tensor | None,
+        hidden: Tensor | None,
     ) -> None:
         self.ranks, self.meeting, self.rules, self.asked = ranks, meeting, rules, asked
-        hidden = None if withheld_ids is None else caches[0].find(withheld_ids)
         self.pool = pool_of(caches, rules.embedding_key, hidden, rules.bias_key)
         self.limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
         positives = asked.positives

@@ -47,9 +47,9 @@ def draw_from_ranks(
     uniform = uniforms((batch, width), rules.generator, queries.device)
     of_all, all_uniform = _share_queries(ranks, meeting, asked, uniform)
     new_ids = queries.new_empty(0, dtype=torch.int64) if of_all.new_ids is None else of_all.new_ids
-    withheld_ids = withheld(meeting, new_ids)
     found = caches[0].find(new_ids) if len(new_ids) else new_ids
-    search = Search(ranks, meeting, rules, caches, of_all, withheld_ids)
+    document_rows = None if asked.new_ids is None else torch.split(found, meeting.num_new)[ranks.rank]
+    search = Search(ranks, meeting, rules, caches, of_all, withheld(meeting, found))
     shard = search.result
     candidates = torch.cat([shard.rows.flatten(), shard.top_rows.flatten()])
     ragged = [key for key in sorted(rules.data_keys) if isinstance(caches[0].specs[key], RaggedFeature)]
@@ -82,6 +82,7 @@ def draw_from_ranks(
         top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
         num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
         num_filled=filled.sum().to(queries.device),
+        document_rows=document_rows,
         is_shared=rules.num_candidates > 0,
         ranks=ranks,
         meeting=meeting,
@@ -125,7 +126,7 @@ def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor
 
 
 def withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
-    """The ids that no query may see, of all ranks."""
+    """The ids of documents that no query may see, of all ranks; or their rows, from those of all new documents."""
     if not any(meeting.num_withheld):
         return None
     parts = torch.split(new_ids, meeting.num_new)

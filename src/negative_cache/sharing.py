@@ -128,8 +128,7 @@ def candidates_of(
         positions = counts.nonzero().squeeze(1)
         rows, counts = rows[positions], counts[positions]
     scores = scores_of(queries, pool, rows, score_transform, excluded, limits, group_rows)
-    has_negatives = (lse > -torch.inf)[:, None]
-    log_probabilities = torch.where(has_negatives, scores - torch.where(has_negatives, lse[:, None], 0), -torch.inf)
+    log_probabilities = (scores - lse[:, None]).masked_fill_(lse[:, None] == -torch.inf, -torch.inf)
     weights = estimators.balance_weights(log_probabilities, counts, num_samples)
     cached = pool.gather(rows).to(weights.dtype)
     levels = []
@@ -164,19 +163,14 @@ def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed
     if is_trimmed and is_free_to_read(at):
         at, is_chosen = at[is_chosen], is_chosen[is_chosen]
     at = order[at]
-    chance = torch.where(is_chosen, chances[at], 1.0)
-    return Choice(at, is_chosen, (is_chosen / chance).to(sizes.dtype))
+    factors = is_chosen / chances[at].clamp(min=torch.finfo(chances.dtype).tiny)
+    return Choice(at, is_chosen, factors.to(sizes.dtype))
 
 
 def count_equal(rows: Tensor, mask: Tensor) -> Tensor:
     """How often each of `rows [n]` occurs where `mask [n]` is True: int64 `[n]`, 0 but at its first occurrence."""
-    count = len(rows)
-    if count == 0:
-        return rows
-    index = torch.arange(count, device=rows.device)
-    keys = torch.where(mask, rows, -1 - index)  # what does not count equals nothing
+    keys = rows.masked_fill(~mask, -1)
     ordered, order = keys.sort(stable=True)
-    is_new = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
-    group = is_new.cumsum(0) - 1
-    sizes = torch.zeros_like(rows).index_add(0, group, mask[order].to(rows.dtype))
-    return torch.zeros_like(rows).scatter(0, order, torch.where(is_new, sizes[group], 0))
+    begin = torch.searchsorted(ordered, keys)
+    is_first = (order[begin] == torch.arange(len(rows), device=rows.device)) & mask
+    return is_first * (torch.searchsorted(ordered, keys, right=True) - begin)

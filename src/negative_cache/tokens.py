@@ -28,7 +28,7 @@ def take_tokens(features: dict[str, Any]) -> dict[str, Tensor]:
             "flash-attention batches cannot be cached; for the latter turn flattening off."
         )
     is_token = tensors["attention_mask"].bool()
-    kept = {TOKENS: torch.where(is_token, tensors["input_ids"] + 1, 0)}
+    kept = {TOKENS: (tensors["input_ids"] + 1) * is_token}
     if TYPES in tensors:
         kept[TYPES] = tensors[TYPES]
     return kept
@@ -36,12 +36,10 @@ def take_tokens(features: dict[str, Any]) -> dict[str, Tensor]:
 
 def _pad_flat(values: Tensor, offsets: Tensor) -> Tensor:
     """Sequences that lie one behind the other, as rows filled up with 0."""
-    lengths = torch.diff(offsets, append=offsets.new_tensor([len(values)]))
+    lengths = torch.diff(offsets, append=offsets.new_full((1,), len(values)))
     width = int(lengths.max()) if len(lengths) else 0
     inside = torch.arange(width, device=values.device) < lengths[:, None]
-    padded = values.new_zeros(inside.shape)
-    padded[inside] = values
-    return padded
+    return values.new_zeros(inside.shape).masked_scatter_(inside, values)
 
 
 def stack(parts: list[Tensor]) -> Tensor:
@@ -52,12 +50,11 @@ def stack(parts: list[Tensor]) -> Tensor:
 def hash_tokens(tokens: Tensor) -> Tensor:
     """A 62-bit hash of each row's tokens, whatever its padding: int64 `[batch]`.
 
-    Sum over the tokens of mix(token) * mix(position), mixed once more; integer arithmetic wraps around.
+    Sum over the tokens of a mix of token and position; integer arithmetic wraps around.
     """
     is_token = tokens > 0
-    positions = is_token.to(torch.int64).cumsum(dim=1)
-    terms = _mix(tokens.to(torch.int64)) * (_mix(positions + (1 << 40)) | 1)
-    return _mix(torch.where(is_token, terms, 0).sum(dim=1)) & ((1 << 62) - 1)
+    positions = is_token.cumsum(dim=1)
+    return (_mix(tokens + (positions << 32)) * is_token).sum(dim=1) & ((1 << 62) - 1)
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -64,15 +64,20 @@ class RowPool(NamedTuple):
 
     def gather(self, rows: Tensor) -> Tensor:
         """Embeddings of `rows [n]`: `[n, dim]`, int8 ones multiplied with their scales."""
+        if len(self.embeddings) == 1:
+            return _rows_of(*next(self.parts), rows)
         gathered, start = None, 0
         for part, scales in self.parts:
             inside = (rows >= start) & (rows < start + len(part))
-            at = rows if len(self.embeddings) == 1 else torch.where(inside, rows - start, 0)
-            values = part[at] if scales is None else dequantize(part[at], scales[at])
+            values = _rows_of(part, scales, torch.where(inside, rows - start, 0))
             gathered = values if gathered is None else torch.where(inside[:, None], values, gathered)
             start += len(part)
         assert gathered is not None
         return gathered
+
+
+def _rows_of(part: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
+    return part[rows] if scales is None else dequantize(part[rows], scales[rows])
 
 
 class Guide(NamedTuple):
