@@ -5,7 +5,7 @@
   python -m benchmarks gpu-docs DIR                          put the numbers of DIR/gpu.json into the documentation
 
 Each stage is a process of its own with its own time limit. One that fails or is cut off keeps the rows that it wrote,
-and the next one runs. What a stage does not use of its time the later ones may have. Without a GPU it is a rehearsal:
+and the next one runs. What a stage does not use of its time is for the later ones. Without a GPU it is a rehearsal:
 small sizes, the kernels in Triton's interpreter. It runs from a source tree, with torch, sentence-transformers and
 pytest alone.
 """
@@ -41,20 +41,20 @@ class Stage(NamedTuple):
 
     Attributes:
         name: Also of its module in this package.
-        share: Of all the time, at most; what is left over goes to later ones.
+        weight: Of the time that is left, it and the later ones have parts in proportion to these.
         about: What it measures.
     """
 
     name: str
-    share: float
+    weight: float
     about: str
 
 
 STAGES = (
-    Stage("works", 0.28, "the tests marked `gpu`"),
-    Stage("passes", 0.25, "time and memory of one pass over the cached rows"),
-    Stage("step", 0.17, "a training step of MiniLM"),
-    Stage("quality", 1.0, "MiniLM fine-tuned with each loss"),
+    Stage("works", 1.5, "the tests marked `gpu`"),
+    Stage("passes", 2.0, "time and memory of one pass over the cached rows"),
+    Stage("step", 1.0, "a training step of MiniLM"),
+    Stage("quality", 4.0, "MiniLM fine-tuned with each loss"),
 )
 
 
@@ -92,8 +92,9 @@ def run_all(stages: Sequence[Stage], options: argparse.Namespace) -> int:
     (output / LOG).unlink(missing_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
     found: dict[str, Any] = {"machine": describe(options.prepared), "minutes": options.minutes, "stages": {}}
-    for stage in stages:
-        limit = min(60 * options.minutes * stage.share + _unused(found, options), deadline - time.monotonic())
+    for number, stage in enumerate(stages):
+        weight = stage.weight / sum(later.weight for later in stages[number:])
+        limit = weight * (deadline - time.monotonic())
         record = {"about": stage.about, "state": "running", "limit": round(limit), "rows": []}
         found["stages"][stage.name] = record
         if limit < 1:
@@ -163,11 +164,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _unused(found: dict[str, Any], options: argparse.Namespace) -> float:
-    """Seconds that earlier stages left over."""
-    return sum(max(0.0, record["limit"] - record.get("seconds", 0)) for record in found["stages"].values())
 
 
 def _part(output: Path, name: str) -> Path:

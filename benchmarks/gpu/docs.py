@@ -73,16 +73,38 @@ def _pass(rows: list[Row], _: Path) -> list[str]:
 
 def _step(rows: list[Row], _: Path) -> list[str]:
     columns = {"batch": "B", "loss": "loss", "ms": "ms", "of_in_batch": "/ in-batch", "pairs_per_second": "pairs/s"}
-    columns |= {"peak_mb": "peak MB", "launches": "kernels", "busy_ms": "device busy, ms"}
+    columns |= {"extra_mb": "extra MB", "launches": "kernels", "busy_ms": "device busy, ms"}
     return markdown.table(columns, rows)
 
 
 def _quality(rows: list[Row], folder: Path) -> list[str]:
+    """A table for each data set."""
     from benchmarks.gpu.quality import RANKS_FILE
     from benchmarks.gpu.summary import read_ranks, summary
 
-    lines = summary(rows, read_ranks(folder / RANKS_FILE))
-    return markdown.table({key: key for key in dict.fromkeys(key for line in lines for key in line)}, lines)
+    columns = {"loss": "loss", "documents": "documents encoded", "rate": "rate", "mrr": "MRR@10", "ndcg": "nDCG@10"}
+    columns |= {"change": "MRR@10 / in-batch", "p": "p"}
+    lines: list[str] = []
+    told = summary(rows, read_ranks(folder / RANKS_FILE))
+    for data in dict.fromkeys(str(line["data"]) for line in told):
+        of_data = [line for line in told if line["data"] == data]
+        seeds = max(int(line["seeds"] or 0) for line in of_data)
+        lines += [f"{data}, {seeds} seeds where there is a deviation:", ""]
+        lines += markdown.table(columns, [_quality_line(line) for line in of_data])
+    return lines
+
+
+def _quality_line(line: Row) -> Row:
+    def mean(metric: str) -> str:
+        deviation = line[f"{metric}_std"]
+        return f"{line[metric]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+    difference, p, rate = line["difference"], line["p_value"], line["rate"]
+    made: Row = {"loss": line["loss"], "documents": line["documents_encoded"], "mrr": mean("test_mrr@10")}
+    made |= {"ndcg": mean("test_ndcg@10"), "rate": None if rate is None else f"{rate:g}"}
+    if isinstance(difference, float) and isinstance(value := line["test_mrr@10"], float):
+        made["change"] = f"{difference / (value - difference):+.1%}"
+    return made | {"p": None if p is None else f"{p:.2g}"}
 
 
 def _targets(rows: list[Row], _: Path) -> list[str]:

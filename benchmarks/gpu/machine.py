@@ -16,7 +16,7 @@ COMMIT = "commit.txt"  # among the prepared files, for a source tree that travel
 
 
 def describe(prepared: Path) -> dict[str, str]:
-    """Card, versions and commit; that of the prepared files where there is no git."""
+    """Card, versions and commit; that of the prepared files where git knows no commit that the source tree is."""
     has_gpu = torch.cuda.is_available()
     found = {"device": torch.cuda.get_device_name() if has_gpu else "cpu", "cores": str(os.cpu_count())}
     for package in PACKAGES:
@@ -26,8 +26,9 @@ def describe(prepared: Path) -> dict[str, str]:
             found[package] = "missing"
     if has_gpu:
         found["cuda"] = str(torch.version.cuda)
-    file = prepared / COMMIT
-    found["commit"] = commit() or (file.read_text(encoding="utf-8").strip() if file.exists() else "unknown")
+    file, found["commit"] = prepared / COMMIT, commit() or "unknown"
+    if file.exists() and (found["commit"] == "unknown" or found["commit"].endswith("+")):
+        found["commit"] = file.read_text(encoding="utf-8").strip()
     return found
 
 

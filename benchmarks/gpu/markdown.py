@@ -106,7 +106,7 @@ def _passes(rows: list[Row]) -> list[str]:
 
 def _step(rows: list[Row]) -> list[str]:
     columns = {"model": "model", "batch": "B", "loss": "loss", "pairs": "pairs a step", "ms": "ms"}
-    columns |= {"of_in_batch": "/ in-batch", "pairs_per_second": "pairs/s", "peak_mb": "peak MB"}
+    columns |= {"of_in_batch": "/ in-batch", "pairs_per_second": "pairs/s", "extra_mb": "extra MB"}
     columns |= {"launches": "launches", "busy_ms": "device busy, ms"}
     return table(columns | {"waits_of_the_library": "waits: library", "waits_of_others": "waits: others"}, rows)
 

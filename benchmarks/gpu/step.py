@@ -30,8 +30,9 @@ from benchmarks.gpu.results import Results, Row
 
 IN_BATCH = "in-batch"
 OURS = "negative cache"
-ROUNDS, LEAST_ROUNDS, WARM_UP = 12, 3, 3
-MOST_SECONDS = 2.0  # of one loss at one size; fewer rounds if they take longer
+LOOKED_INTO = (IN_BATCH, f"{OURS}, bfloat16 rows")
+ROUNDS, LEAST_ROUNDS, WARM_UP = 15, 3, 2
+MOST_SECONDS = 1.0  # of one loss at one size; fewer rounds if they take longer
 PROFILED_STEPS = 3
 LONGEST_KERNELS = 10
 PROFILE = "profile.txt"
@@ -91,8 +92,8 @@ def run(results: Results, prepared: Path, device: torch.device, seconds: float, 
             row: Row = {"model": name, "batch": batch, "tokens": sizes.length, "loss": loss, "pairs": step.count}
             row |= {"ms": round(times[loss], 3), "of_in_batch": round(times[loss] / times[IN_BATCH], 3)}
             row["pairs_per_second"] = round(1000 * step.count / times[loss])
-            row["peak_mb"] = peak_megabytes(step, device)
-            if device.type == "cuda" and not loss.startswith("gradient"):
+            row["extra_mb"] = peak_megabytes(step, device)
+            if device.type == "cuda" and loss in LOOKED_INTO:
                 row |= look_into(step, results.path.with_name(PROFILE), f"{loss}, batch {batch}")
             results.add(**row)
             print(row, flush=True)
@@ -113,7 +114,7 @@ def make_steps(model: SentenceTransformer, batch: int, sizes: Sizes, device: tor
 
 
 def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
-    """Median milliseconds, in rounds in which all take turns; several steps at once, as training makes them."""
+    """Median milliseconds, in rounds in which all take turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(-1, ROUNDS):
         for name, step in steps.items():
@@ -131,12 +132,13 @@ def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
 
 
 def peak_megabytes(step: Step, device: torch.device) -> float | None:
-    """The most memory of the device in use during a step."""
+    """The most memory of the device that a step takes beyond weights, moments and caches."""
     if device.type != "cuda":
         return None
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
 
 def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
