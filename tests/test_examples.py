@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -61,6 +63,7 @@ def run_example(name: str, *options: str) -> str:
     return subprocess.run(command, check=True, text=True, capture_output=True, timeout=200).stdout
 
 
+@pytest.mark.gpu
 def test_a_plain_loop_learns(tmp_path: Path):
     said = run_example("plain_loop.py", "--log-dir", str(tmp_path)).splitlines()
     before, after = (float(line.split()[-1].rstrip("%")) for line in (said[0], said[-1]))
@@ -69,6 +72,7 @@ def test_a_plain_loop_learns(tmp_path: Path):
     assert list(tmp_path.glob("events*"))
 
 
+@pytest.mark.gpu
 def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
     options = ("--folder", str(tmp_path), "--epochs")
     first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "3"))
@@ -77,6 +81,7 @@ def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
     assert "cache 100% full" in second
 
 
+@pytest.mark.gpu
 def test_two_towers_in_hugging_faces_trainer_learn(tmp_path: Path):
     said = run_example("hugging_face_towers.py", "--folder", str(tmp_path)).splitlines()[-1]
     before, after = (float(part.split()[-2]) for part in said.split(",")[:2])

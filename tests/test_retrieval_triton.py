@@ -225,6 +225,18 @@ def test_queries_of_any_size_fit_half_precision(size: float):
     assert bool((error <= rounding_error(scaled) + arithmetic_error(scaled, truth)).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_multiplies_the_scores(dtype: torch.dtype):
+    case = make(6, 80, 16, dtype)
+    for factor in (-7.5, torch.tensor(7.5, device=DEVICE)):
+        scaled = case._replace(queries=float(factor) * case.queries)
+        truth = run(retrieve_dense, exact(scaled), num_top=3)
+        found = run(retrieve_fused, case, factor=factor, num_top=3)
+        error = rounding_error(scaled) + arithmetic_error(scaled, truth.lse)
+        assert bool(((found.lse - truth.lse).abs() <= error).all())
+        assert bool(((found.top_scores - truth.top_scores).abs() <= error[:, None]).all())
+
+
 def test_numbers_of_samples_and_of_best_rows():
     case = make(3, 50, 6, torch.float32)
     for top_k in (None, 7):

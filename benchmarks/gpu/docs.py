@@ -89,9 +89,17 @@ def _quality(rows: list[Row], folder: Path) -> list[str]:
     for data in dict.fromkeys(str(line["data"]) for line in told):
         of_data = [line for line in told if line["data"] == data]
         seeds = max(int(line["seeds"] or 0) for line in of_data)
-        lines += [f"{data}, {seeds} seeds where there is a deviation:", ""]
-        lines += markdown.table(columns, [_quality_line(line) for line in of_data])
+        if seeds > 1:
+            lines += [f"{data}, {seeds} seeds where there is a deviation:", ""]
+            lines += markdown.table(columns, [_quality_line(line) for line in of_data])
+        elif len(of_data) > 1:  # the sweep was cut off: nothing was chosen
+            runs = [row for row in rows if row["data"] == data and "error" not in row]
+            lines += [f"{data}, the first runs of the sweep, one seed:", "", *markdown.table(_SWEEP, runs)]
     return lines
+
+
+_SWEEP = {"loss": "loss", "documents_encoded": "documents encoded", "rate": "rate", "dev_mrr@10": "dev MRR@10"}
+_SWEEP |= {"test_mrr@10": "test MRR@10", "test_ndcg@10": "test nDCG@10"}
 
 
 def _quality_line(line: Row) -> Row:

@@ -51,7 +51,9 @@ def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> T
             "Compiled code draws from a generator that is gone, or is new: run one step uncompiled first."
         )
     pins = device.type == "cuda"  # from pageable memory the copy would be waited for
-    drawn = torch.rand(tuple(shape), generator=_generators[generator], dtype=torch.float64, pin_memory=pins)
+    drawn = torch.rand(
+        tuple(shape), generator=_generators[generator], dtype=torch.float64, device="cpu", pin_memory=pins
+    )
     return drawn.to(device, non_blocking=True)
 
 

@@ -55,22 +55,24 @@ def retrieve(
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.detach()
         factor = factor_of(score_transform, queries.device, pool.score_dtype)
-        if factor is not None:
-            queries, score_transform = queries.to(pool.score_dtype) * factor, None
+        score_transform = score_transform if factor is None else None
         reason = _why_not_fused(queries, pool, score_transform, num_samples, limits)
         say_once(f"Retrieval on {queries.device.type}: " + (reason or FUSED))
-        if reason is None:
+        if reason is None and factor is not None:
             from negative_cache.retrieval.triton import retrieve_fused
 
             return retrieve_fused(
                 queries,
                 pool,
                 generator=generator,
+                factor=factor,
                 excluded=excluded,
                 top_k=top_k,
                 num_samples=num_samples,
                 num_top=num_top,
             )
+        if factor is not None:
+            queries = queries.to(pool.score_dtype) * factor
         return retrieve_streaming(
             queries,
             pool,

@@ -26,7 +26,7 @@ from negative_cache.retrieval.tiling import MAX_BLOCK, Device, Tiling, gpu_tilin
 
 MAX_HIDDEN = 16  # excluded rows per query that are held in registers; more are read again for each block
 MAX_SAMPLES = 16  # per query; beyond, their state does not fit the registers and the tiled pass is asked
-PICKED_ELEMENTS = 16384  # of the rows that the kernels after the scan hold at once
+PICKED_ELEMENTS = 8192  # of the rows that the kernels after the scan hold at once
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -125,13 +125,14 @@ def retrieve_fused(
     pool: RowPool,
     *,
     generator: torch.Generator,
+    factor: float | Tensor = 1.0,
     excluded: Tensor | None = None,
     top_k: int | None = None,
     num_samples: int = 1,
     num_top: int = 0,
     tiling: Tiling | None = None,
 ) -> Retrieved:
-    """See `negative_cache.retrieval.retrieve`; without a score transform: scale the queries instead.
+    """See `negative_cache.retrieval.retrieve`, with a factor of all scores in place of a score transform.
 
     Queries are rounded to the dtype of the rows (int8 ones with a scale per query), as the product needs it; sums are
     float32. float32 rows are multiplied in full precision unless `torch.set_float32_matmul_precision` allows less.
@@ -144,7 +145,7 @@ def retrieve_fused(
     reason = reason_against(queries, pool)
     if reason is not None:
         raise ValueError(f"The fused pass cannot run: {reason}.")
-    operands = _operands(queries.detach(), pool, excluded)
+    operands = _operands(queries.detach(), pool, factor, excluded)
     tiling = tiling or _tiling(operands, len(operands.rows) if top_k is None else -(-len(operands.rows) // top_k))
     arguments = (operands, tiling, generator, num_samples, num_top)
     with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
@@ -213,14 +214,16 @@ def _best_of_groups(
     )
 
 
-def _operands(queries: Tensor, pool: RowPool, excluded: Tensor | None) -> _Operands:
+def _operands(queries: Tensor, pool: RowPool, factor: float | Tensor, excluded: Tensor | None) -> _Operands:
     """Queries in the dtype of the rows; fp16 and int8 ones have a scale, as those dtypes have a narrow range."""
     rows, row_scales = next(pool.parts)
     scales = None
     if rows.dtype == torch.int8:
         queries, scales = quantize(queries)
-    elif rows.dtype == torch.float16:
-        queries = queries.float()
+        scales = scales * factor
+    else:
+        queries = queries.float() * factor
+    if rows.dtype == torch.float16:
         scales = torch.frexp(queries.abs().amax(dim=1)).exponent.float().exp2()
         queries = queries / scales[:, None]
     if excluded is not None and excluded.shape[1] == 0:
