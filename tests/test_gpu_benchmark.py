@@ -105,7 +105,7 @@ def test_pages_get_their_tables(tmp_path: Path):
     page.parent.mkdir()
     before = "# A page\n\n<!-- gpu: pass -->\nold\n<!-- /gpu -->\n\nmore\n\n<!-- gpu: quality -->\n<!-- /gpu -->\n"
     page.write_text(before, encoding="utf-8")
-    assert docs.update(tmp_path / "gpu.json", page.parent) == [page]
+    assert docs.update(tmp_path / "gpu.json", page.parent) == [page, page.parent / "images" / "gpu-pass.png"]
     text = page.read_text(encoding="utf-8")
     assert "Card X, torch 9, Triton 8, commit abc" in text
     assert "| bfloat16 | 131,072 | 768 | 4,096 | 3 |" in text

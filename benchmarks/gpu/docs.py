@@ -36,7 +36,38 @@ def update(path: Path, docs: Path) -> list[Path]:
         if new != text:
             page.write_text(new, encoding="utf-8")
             changed.append(page)
+    passes = found["stages"].get("passes", {}).get("rows", [])
+    if changed and passes:
+        changed.append(_draw(passes, docs / "images" / "gpu-pass.png"))
     return changed
+
+
+def _draw(rows: list[Row], path: Path) -> Path:
+    """Milliseconds of each way over the batch, for bfloat16 rows of the size with most batches."""
+    from matplotlib.figure import Figure
+
+    from benchmarks.report import COLOURS, MARKERS, style
+
+    narrow = [row for row in rows if row["dtype"] == "bfloat16" and "ms" in row]
+    sizes = [(row["rows"], row["dim"]) for row in narrow]
+    num_rows, dim = max(dict.fromkeys(sizes), key=sizes.count)
+    shown = [row for row in narrow if (row["rows"], row["dim"]) == (num_rows, dim)]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, way in enumerate(dict.fromkeys(str(row["way"]) for row in shown)):
+        of_way = [row for row in shown if row["way"] == way]
+        batches, times = ([markdown.number(row[key]) for row in of_way] for key in ("batch", "ms"))
+        axes.plot(batches, times, color=COLOURS[number], marker=MARKERS[number], label=way)
+    style(axes, f"One pass on a GPU, N={num_rows:,}, D={dim}, bfloat16 rows", "queries", "milliseconds")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({markdown.number(row["batch"]) for row in shown})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+    return path
 
 
 def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:

@@ -41,20 +41,20 @@ def targets(rows: dict[str, list[Row]]) -> list[Row]:
     fused = {_size(row): row for row in rows.get("passes", []) if row["way"] == "fused" and "ms" in row}
     compiled = {_size(row): row for row in rows.get("passes", []) if row["way"] == COMPILED and "ms" in row}
     narrow = [row for row in fused.values() if row["dtype"] == "bfloat16"]
-    many = [row for row in narrow if _number(row["batch"]) >= 128]
+    many = [row for row in narrow if number(row["batch"]) >= 128]
     against = [
-        (row, _number(row["ms"]) / _number(compiled[_size(row)]["ms"])) for row in narrow if _size(row) in compiled
+        (row, number(row["ms"]) / number(compiled[_size(row)]["ms"])) for row in narrow if _size(row) in compiled
     ]
     made = [
         _worst("pass, bfloat16 / product, B >= 128", [(row, row.get("of_product")) for row in many], PASS_OF_PRODUCT),
         _worst(
             f"pass, bfloat16 / {COMPILED}, B <= 128",
-            [pair for pair in against if _number(pair[0]["batch"]) <= 128],
+            [pair for pair in against if number(pair[0]["batch"]) <= 128],
             PASS_OF_COMPILED_FEW,
         ),
         _worst(
             f"pass, bfloat16 / {COMPILED}, B > 128",
-            [pair for pair in against if _number(pair[0]["batch"]) > 128],
+            [pair for pair in against if number(pair[0]["batch"]) > 128],
             PASS_OF_COMPILED_MANY,
         ),
         _worst(
@@ -67,7 +67,7 @@ def targets(rows: dict[str, list[Row]]) -> list[Row]:
         _worst(
             "pass, int8 / bfloat16",
             [
-                (row, _number(row["ms"]) / _number(fused[(*_size(row)[:3], "bfloat16")]["ms"]))
+                (row, number(row["ms"]) / number(fused[(*_size(row)[:3], "bfloat16")]["ms"]))
                 for row in fused.values()
                 if row["dtype"] == "int8" and (*_size(row)[:3], "bfloat16") in fused
             ],
@@ -126,7 +126,7 @@ SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
 
 def _worst(what: str, measured: Iterable[tuple[Row, Value | float]], allowed: float, *, is_least: bool = False) -> Row:
     """The row of a target; empty if nothing was measured."""
-    known = [(_number(value), row) for row, value in measured if value is not None]
+    known = [(number(value), row) for row, value in measured if value is not None]
     if not known:
         return {}
     value, row = (min if is_least else max)(known, key=lambda pair: pair[0])
@@ -143,7 +143,8 @@ def _size(row: Row) -> tuple[Value, ...]:
     return row["batch"], row["rows"], row["dim"], row["dtype"]
 
 
-def _number(value: Value) -> float:
+def number(value: Value) -> float:
+    """A value that is known to be one."""
     assert isinstance(value, int | float)
     return float(value)
 
