@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -185,15 +186,18 @@ class ParsedError(Exception):
 
 
 def parse_only(module: ModuleType, words: list[str]) -> None:
-    """Call a module's `main` until its parser is through."""
+    """Call a module's `main` until its parser is through; what must be given may lack."""
 
     def parse_and_stop(self: argparse.ArgumentParser, args: object = None, namespace: object = None) -> None:
-        _, rest = self.parse_known_args(words, namespace)
+        for action in self._actions:
+            action.required = False
+        _, rest = self.parse_known_args(args, namespace)
         assert not rest, f"unknown: {rest}"
         raise ParsedError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        patch.setattr(sys, "argv", [module.__name__, *words])
         with pytest.raises(ParsedError):
             module.main()
 

@@ -186,7 +186,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _prepare(arguments: Sequence[str]) -> int:
     parser = _parser("gpu-prepare")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path, nargs="*", default=[], help="BEIR folders for the stage quality")
+    parser.add_argument(
+        "--data", type=Path, nargs="*", default=[], help="BEIR folders for the stage quality; default: built-in"
+    )
     options = parser.parse_args(arguments)
     from benchmarks.gpu.prepare import prepare
 

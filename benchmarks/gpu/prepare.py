@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ import torch
 
 from benchmarks.encoders import MINILM_PACKAGE, minilm
 from benchmarks.gpu.machine import COMMIT, commit
-from negative_cache.workbench.data import load_data
+from negative_cache.workbench.data import RetrievalData, load_data
 
-MODEL, DATA = "minilm", "data"
+MODEL, DATA, BUILT_IN = "minilm", "data", "python-code"
 LIMIT_MIB = 62  # what is carried to the machine may have 64
 _TEXTS = ("corpus.jsonl", "queries.jsonl")
 
@@ -26,7 +27,7 @@ def prepare(folder: Path, data: Sequence[Path]) -> None:
 
     Args:
         folder: Where to write.
-        data: Folders in BEIR layout. Texts are compressed; judgements are copied.
+        data: Folders in BEIR layout. Texts are compressed; judgements are copied. Without any, the built-in data set.
 
     Raises:
         ImportError: The package with the model is missing.
@@ -42,6 +43,8 @@ def prepare(folder: Path, data: Sequence[Path]) -> None:
         _save_model(beside / MODEL)
         for source in data:
             _copy(source, beside / DATA / source.resolve().name)
+        if not data:
+            _write(load_data(BUILT_IN), beside / DATA / BUILT_IN)
         (beside / COMMIT).write_text(commit() + "\n", encoding="utf-8")
         _check_size(beside)
         _replace(folder, beside)
@@ -93,6 +96,18 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source / f"{name}.gz", target / f"{name}.gz")
     for path in sorted((source / "qrels").glob("*.tsv")):
         shutil.copyfile(path, target / "qrels" / path.name)
+
+
+def _write(data: RetrievalData, target: Path) -> None:
+    """Write a data set in BEIR layout."""
+    (target / "qrels").mkdir(parents=True)
+    for name, texts in zip(_TEXTS, (data.corpus, data.queries), strict=True):
+        lines = [json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()]
+        (target / f"{name}.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    for split, judged in data.qrels.items():
+        lines = [f"{query}\t{document}\t1\n" for query, documents in judged.items() for document in documents]
+        text = "query-id\tcorpus-id\tscore\n" + "".join(lines)
+        (target / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
 
 
 def _check_size(folder: Path) -> None:
