@@ -100,8 +100,8 @@ def _works(rows: list[Row]) -> list[str]:
 
 def _passes(rows: list[Row]) -> list[str]:
     columns = {"batch": "B", "rows": "N", "dim": "D", "dtype": "rows", "way": "", "ms": "ms", "of_product": "/ product"}
-    columns |= {"teraflops": "TFLOP/s", "of_peak": "of peak", "extra_mb": "extra MB", "failed": "failed"}
-    return table(columns, rows)
+    columns |= {"teraflops": "TFLOP/s", "of_peak": "of peak", "extra_mb": "extra MB", "lse_error": "error of lse"}
+    return table(columns | {"failed": "failed"}, rows)
 
 
 def _step(rows: list[Row]) -> list[str]:

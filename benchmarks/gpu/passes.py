@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from torch.nn.functional import normalize
 from benchmarks.dense_baseline import SCALE
 from benchmarks.gpu.machine import peak_of
 from benchmarks.gpu.results import Results, Row
-from negative_cache.features import quantize
-from negative_cache.retrieval import RowPool, Scale, explain, retrieve
+from negative_cache.features import dequantize, quantize
+from negative_cache.retrieval import Retrieved, RowPool, Scale, explain, retrieve
+from negative_cache.retrieval import triton as triton_pass
 from negative_cache.retrieval.streaming import retrieve_streaming
+from negative_cache.retrieval.tiling import Tiling
 from negative_cache.retrieval.triton import retrieve_fused
 
 CHUNK = 65_536  # rows that are made at once
@@ -33,6 +36,8 @@ ROUNDS, LEAST_ROUNDS = 9, 3
 MOST_SECONDS = 0.25  # of one way at one size; fewer rounds if they take longer
 FUSED = "fused"
 HEAD_START = 8_000_000  # cycles in which the host queues a call, or its own time for the launches would be measured
+TF32 = ("tf32", "tf32x3")  # one product of rounded operands, and three that together are nearly exact
+CHECKED = 4  # queries whose logsumexp is compared with the exact one
 CANDIDATES = 8  # draws per query that the default loss asks for
 
 
@@ -94,6 +99,8 @@ def _compile(shape: Shape) -> None:
     queries, generator = torch.randn(shape.batch, shape.dim, device=device), torch.Generator()
     for num_samples in draws_of(shape.dtype):
         fused(queries, pool, generator, num_samples)
+    for precision in TF32 if dtype == torch.float32 else ():
+        fused_on_tensor_cores(queries, pool, generator, precision)
     torch.cuda.synchronize()
 
 
@@ -124,9 +131,7 @@ def ways(shape: Shape, queries: Tensor, pool: RowPool) -> dict[str, Callable[[],
         FUSED if count == 1 else f"{FUSED}, {count} draws": partial(fused, queries, pool, generator, count)
         for count in draws_of(shape.dtype)
     }
-    found |= {
-        "tiled": partial(retrieve_streaming, SCALE * queries, pool, generator=generator),
-    }
+    found["tiled"] = partial(retrieve_streaming, SCALE * queries, pool, generator=generator)
     if rows.dtype == torch.int8:
         operand = quantize(queries)[0]
         found["product"] = lambda: torch._int_mm(operand, rows.T)
@@ -136,15 +141,38 @@ def ways(shape: Shape, queries: Tensor, pool: RowPool) -> dict[str, Callable[[],
     if rows.dtype == torch.bfloat16:
         found["product + logsumexp + Gumbel argmax, compiled"] = partial(compiled_draw, narrow, rows)
     if rows.dtype == torch.float32:
+        found |= {f"{FUSED}, {name}": partial(fused_on_tensor_cores, queries, pool, generator, name) for name in TF32}
         found["dense algorithm of the port"] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
     return found
 
 
-def fused(queries: Tensor, pool: RowPool, generator: torch.Generator, num_samples: int) -> object:
+def fused(queries: Tensor, pool: RowPool, generator: torch.Generator, num_samples: int) -> Retrieved:
     """The pass as a loss runs it; on a CPU the same kernels in Triton's interpreter."""
     if queries.is_cuda:
         return retrieve(queries, pool, generator=generator, score_transform=Scale(SCALE), num_samples=num_samples)
     return retrieve_fused(SCALE * queries, pool, generator=generator, num_samples=num_samples)
+
+
+def fused_on_tensor_cores(queries: Tensor, pool: RowPool, generator: torch.Generator, precision: str) -> Retrieved:
+    """The pass over float32 rows on tensor cores, as it is not run: a candidate to replace the exact one."""
+    processors = torch.cuda.get_device_properties(queries.device).multi_processor_count if queries.is_cuda else 1
+    tiling = Tiling(64, 128, 32, 1 if queries.is_cuda else 64, 4, 3, 2 * processors, 32, queries.is_cuda)
+    with mock.patch.object(triton_pass, "precision", return_value=precision):
+        return retrieve_fused(queries, pool, generator=generator, factor=SCALE, tiling=tiling)
+
+
+def lse_error(call: Callable[[], object], queries: Tensor, pool: RowPool) -> float | None:
+    """How far the logsumexp of the first queries is from the exact one; None for a call that gives none."""
+    found = call()
+    if not isinstance(found, Retrieved):
+        return None
+    (rows, scales), some = next(pool.parts), queries[:CHECKED].double()
+    scores = []
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        values = rows[part] if scales is None else dequantize(rows[part], scales[part])
+        scores.append(SCALE * some @ values.double().T)
+    return float((found.lse[:CHECKED] - torch.cat(scores, dim=1).logsumexp(1)).abs().max())
 
 
 def gumbel_draw(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +209,7 @@ def measure(shape: Shape, queries: Tensor, pool: RowPool) -> list[Row]:
         else:
             tera = operations / times[name] / 1e9
             row |= {"ms": round(times[name], 4), "teraflops": round(tera, 1), "extra_mb": peaks[name]}
+            row["lse_error"] = lse_error(calls[name], queries, pool)
             row["of_product"] = None if product is None else round(times[name] / product, 3)
             row["of_peak"] = None if peak is None else round(tera / peak, 3)
         if name == FUSED:
