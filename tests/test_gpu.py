@@ -115,6 +115,21 @@ def test_the_pass_equals_the_dense_one(dtype: torch.dtype, batch: int, dim: int)
             assert float((found.lse - maxima.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
 
 
+def test_products_of_float32_rows_may_be_rounded():
+    """tf32 keeps 10 bits of each factor: with unit vectors, a score of 20 moves by at most 20 * 2 * 2^-11."""
+    pool, table = make_pool(ROWS, 64, torch.float32)
+    queries = queries_for(table, 40)
+    exactly = dense_scores(20 * queries.double(), RowPool([table], pool.candidates), None, None).logsumexp(1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        settings = {"generator": torch.Generator().manual_seed(0), "score_transform": Scale(20.0)}
+        found = retrieve(queries, pool, **settings)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert float((found.lse - exactly).abs().max()) < 20 * 2 * 2.0**-11
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draws_from_many_rows_follow_the_softmax(dtype: torch.dtype):
     """Rows in the order of their scores, in cells of equal probability; and by where they stand."""
