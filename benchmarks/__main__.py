@@ -6,7 +6,7 @@
   memory      peak extra memory against the number of rows
   end-to-end  a training step of a transformer against plain in-batch negatives
   variance    how far the gradient of one step is from the exact one, for each estimator
-  gpu         all that needs a GPU, within minutes; see `python -m benchmarks gpu --help`
+  gpu         all that needs a GPU, within minutes; gpu-prepare and gpu-docs belong to it: `gpu --help` says more
 
 Prints a table, and writes it as CSV beside a plot. First the operations are checked against the dense reference; if
 a check fails, nothing is measured and the exit code is 1. Several processes are measured by

@@ -65,6 +65,7 @@ def run_example(name: str, *options: str) -> str:
 
 @pytest.mark.gpu
 def test_a_plain_loop_learns(tmp_path: Path):
+    pytest.importorskip("tensorboard")
     said = run_example("plain_loop.py", "--log-dir", str(tmp_path)).splitlines()
     before, after = (float(line.split()[-1].rstrip("%")) for line in (said[0], said[-1]))
     assert before < 2
@@ -74,6 +75,7 @@ def test_a_plain_loop_learns(tmp_path: Path):
 
 @pytest.mark.gpu
 def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
+    pytest.importorskip("lightning")
     options = ("--folder", str(tmp_path), "--epochs")
     first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "3"))
     losses = [float(said.split("val_loss ")[1].split()[0]) for said in (first, second)]
@@ -83,6 +85,8 @@ def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
 
 @pytest.mark.gpu
 def test_two_towers_in_hugging_faces_trainer_learn(tmp_path: Path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     said = run_example("hugging_face_towers.py", "--folder", str(tmp_path)).splitlines()[-1]
     before, after = (float(part.split()[-2]) for part in said.split(",")[:2])
     assert after < 0.5 * before

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from benchmarks.__main__ import main
 from benchmarks.gpu import docs, markdown
@@ -44,22 +49,59 @@ def test_a_rehearsal_measures_passes_and_steps(tmp_path: Path):
 
 
 def test_a_stage_that_fails_or_is_cut_off_does_not_end_the_others(tmp_path: Path):
-    """Without prepared files there is no quality; and two seconds are enough for nothing."""
-    arguments = ["gpu", "--output", str(tmp_path), "--prepared", str(tmp_path / "nothing")]
-    assert main([*arguments, "--only", "passes,quality", "--minutes", "2"]) == 1
+    """A model that is none, and a time that is enough for nothing."""
+    (tmp_path / "prepared" / "minilm").mkdir(parents=True)
+    arguments = ["gpu", "--output", str(tmp_path), "--prepared", str(tmp_path / "prepared")]
+    assert main([*arguments, "--only", "quality,passes", "--minutes", "2"]) == 1
     stages = load(tmp_path)["stages"]
     assert stages["passes"]["state"] == "done"
     assert stages["quality"]["state"] == "failed"
     assert "gpu-prepare" in stages["quality"]["error"]
     assert "gpu-prepare" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert main([*arguments, "--only", "passes,step", "--minutes", "0.12"]) == 0
-    assert {record["state"] for record in load(tmp_path)["stages"].values()} <= {"cut off", "no time left"}
+    rows = stages["passes"]["rows"]
+    assert main([*arguments, "--only", "step", "--minutes", "0.05"]) == 1
+    stages = load(tmp_path)["stages"]
+    assert stages["step"]["state"] == "cut off"
+    assert stages["passes"]["rows"] == rows  # of the earlier run
 
 
-def test_unknown_stages_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(number: signal.Signals, tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--output", str(tmp_path), "--only", "passes,step"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "passes.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in said
+    stages = load(tmp_path)["stages"]
+    assert stages["passes"]["state"] == "interrupted"
+    assert stages["passes"]["rows"]
+    assert stages["step"]["state"] == "not started"
+    assert not [path for path in tmp_path.iterdir() if path.name == "passes.json"]
+    left = [found.info["cmdline"] for found in psutil.process_iter(["cmdline"])]
+    assert not [words for words in left if words and str(tmp_path) in words]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "speed"), "the stages are works, passes, step, quality"),
+        (("--minutes", "nan"), "expected a positive number"),
+        (("--minutes", "0"), "expected a positive number"),
+        (("--prepared", "nothing-there"), "gpu-prepare nothing-there"),
+        (("--output", "README.md"), "cannot be made"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "minilm").mkdir()
     with pytest.raises(SystemExit):
-        main(["gpu", "--output", str(tmp_path), "--only", "speed"])
-    assert "the stages are works, passes, step, quality" in capsys.readouterr().err
+        main(["gpu", "--output", str(tmp_path / "results"), "--prepared", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
 
 
 def test_rows_are_on_disk_as_they_come(tmp_path: Path):
@@ -113,8 +155,12 @@ def test_pages_get_their_tables(tmp_path: Path):
     assert "Card X, torch 9, Triton 8, commit abc" in text
     assert "| bfloat16 | 131,072 | 768 | 4,096 | 3 |" in text
     assert "old" not in text
-    assert "Not measured yet." in text
+    assert text.endswith("<!-- gpu: quality -->\n<!-- /gpu -->\n")  # of which there are no rows
     assert docs.update(tmp_path / "gpu.json", page.parent) == []
+    rehearsed = {"machine": {**machine, "device": "cpu"}, "stages": stages}
+    (tmp_path / "cpu.json").write_text(json.dumps(rehearsed), encoding="utf-8")
+    with pytest.raises(ValueError, match="rehearsal"):
+        docs.update(tmp_path / "cpu.json", page.parent)
     page.write_text("<!-- gpu: speed -->\n<!-- /gpu -->", encoding="utf-8")
     with pytest.raises(ValueError, match="'speed'"):
         docs.update(tmp_path / "gpu.json", page.parent)

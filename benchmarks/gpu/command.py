@@ -1,13 +1,16 @@
-"""`gpu`: everything that needs a GPU, most valuable first, with every number on disk as soon as it is measured.
+"""`gpu`: everything that needs a GPU, most valuable first.
 
-  python -m benchmarks gpu-prepare DIR [--data FOLDER ...]   files that travel to the machine with the GPU
-  python -m benchmarks gpu --output DIR [--prepared DIR]     works, pass, step, quality; DIR/gpu.json and DIR/gpu.md
-  python -m benchmarks gpu-docs DIR                          put the numbers of DIR/gpu.json into the documentation
+  python -m benchmarks gpu-prepare DIR [--data FOLDER ...]   write the files that are copied to the machine with the GPU
+  python -m benchmarks gpu --output DIR [--prepared DIR]     measure; writes DIR/gpu.json and DIR/gpu.md
+  python -m benchmarks gpu-docs DIR                          replace the tables of the documentation by those of DIR
 
-Each stage is a process of its own with its own time limit. One that fails or is cut off keeps the rows that it wrote,
-and the next one runs. What a stage does not use of its time is for the later ones. Without a GPU it is a rehearsal:
-small sizes, the kernels in Triton's interpreter. It runs from a source tree, with torch, sentence-transformers and
-pytest alone.
+The stages are works, passes, step and quality. Each is a process of its own with its own time limit. Each row is on
+disk within a second. A stage that fails or is cut off keeps its rows, and the next one runs. Unused time passes to
+later stages. Stages that an earlier run of the same source on the same machine left in DIR are kept. The exit code is
+0 if all stages ended by themselves, 1 if one failed or was cut off, 130 after Ctrl-C.
+
+It needs a source tree, torch, sentence-transformers and pytest; with pytest-xdist the tests run side by side. Without a
+GPU it is a rehearsal: small sizes, the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
+import math
 import os
 import signal
 import subprocess
@@ -29,11 +32,13 @@ import torch
 
 from benchmarks.gpu.machine import describe
 from benchmarks.gpu.markdown import report
-from benchmarks.gpu.results import Results, Row, write_json
+from benchmarks.gpu.results import Results, Row, load, read_json, write_json
 
 POLL_SECONDS = 0.5
 LOG, JSON, MARKDOWN = "log.txt", "gpu.json", "gpu.md"
+PROFILE = "profile.txt"  # to which the stage step appends
 LAST_LINES = 25  # of the log of a stage that failed
+LAST_SECONDS = 5  # in which a stage that sees its own deadline ends by itself
 
 
 class Stage(NamedTuple):
@@ -77,36 +82,81 @@ def main(arguments: Sequence[str]) -> int:
     wanted = known if options.only is None else [name.strip() for name in options.only.split(",")]
     if unknown := sorted(set(wanted) - set(known)):
         parser.error(f"--only names {', '.join(unknown)}; the stages are {', '.join(known)}.")
-    if options.minutes <= 0:
+    if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes is {options.minutes:g}; expected a positive number.")
     if options.stage is not None:
         run_stage(options.stage, options.output, options.prepared, options.seconds)
         return 0
+    if "quality" in wanted and not (options.prepared / "minilm").is_dir():
+        parser.error(
+            f"{options.prepared} has no model, which the stage quality fine-tunes. Make it with `python -m benchmarks "
+            f"gpu-prepare {options.prepared}`, or leave the stage out: --only works,passes,step."
+        )
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output} cannot be made: {error}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     return run_all([stage for stage in STAGES if stage.name in wanted], options)
 
 
 def run_all(stages: Sequence[Stage], options: argparse.Namespace) -> int:
-    """Run stages one after the other; 0 if none of them failed."""
+    """Run stages one after the other; returns the exit code."""
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
-    (output / LOG).unlink(missing_ok=True)
+    for name in (LOG, PROFILE) if len(stages) == len(STAGES) else (LOG,):
+        (output / name).unlink(missing_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    found: dict[str, Any] = {"machine": describe(options.prepared), "minutes": options.minutes, "stages": {}}
+    machine = describe(options.prepared)
+    found: dict[str, Any] = {"machine": machine, "stages": _earlier(output, machine)}
+    found["stages"] |= {stage.name: {"about": stage.about, "state": "not started", "rows": []} for stage in stages}
+    try:
+        _run(stages, deadline, options, found)
+    except KeyboardInterrupt:
+        print(f"Interrupted. What was measured is in {output / JSON}.")
+        return 130
+    finally:
+        _write(output, found)
+    print(f"Written: {output / JSON} {output / MARKDOWN}")
+    return int(any(found["stages"][stage.name]["state"] != "done" for stage in stages))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _earlier(output: Path, machine: dict[str, str]) -> dict[str, Any]:
+    """The stages that an earlier run left, if its machine, versions and commit were the same."""
+    path = output / JSON
+    if not path.exists():
+        return {}
+    found = load(path)
+    if found["machine"] == machine:
+        return found["stages"]
+    print(f"{path} is of another machine, version or commit: its stages are replaced.")
+    return {}
+
+
+def _run(stages: Sequence[Stage], deadline: float, options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Run stages, and note what became of each."""
     for number, stage in enumerate(stages):
         weight = stage.weight / sum(later.weight for later in stages[number:])
-        limit = weight * (deadline - time.monotonic())
-        record = {"about": stage.about, "state": "running", "limit": round(limit), "rows": []}
-        found["stages"][stage.name] = record
+        limit, record = weight * (deadline - time.monotonic()), found["stages"][stage.name]
         if limit < 1:
             record["state"] = "no time left"
             continue
+        record |= {"state": "running", "limit": round(limit), "date": time.strftime("%Y-%m-%d %H:%M")}
+        _write(options.output, found)
         print(f"{stage.name}: {stage.about}; at most {limit:.0f} s", flush=True)
-        _watch(stage, limit, options, found)
-        error = f": {record['error'].splitlines()[-1]}" if record.get("error") else ""
-        print(f"{stage.name}: {record['state']} after {record['seconds']:.0f} s{error}", flush=True)
-    _write(output, found)
-    print(f"Written: {output / JSON} {output / MARKDOWN} {output / LOG}")
-    return int(any(record["state"] == "failed" for record in found["stages"].values()))
+        try:
+            _watch(stage, limit, options, found)
+        except KeyboardInterrupt:
+            record["state"] = "interrupted"
+            raise
+        failed = sum(row.get("outcome") == "failed" for row in record["rows"])
+        said = f", {failed} tests failed" if failed else ""
+        said += f": {record['error'].splitlines()[-1]}" if record.get("error") else ""
+        print(f"{stage.name}: {record['state']} after {record['seconds']:.0f} s{said}", flush=True)
 
 
 def run_stage(name: str, output: Path, prepared: Path, seconds: float) -> None:
@@ -122,7 +172,8 @@ def _watch(stage: Stage, limit: float, options: argparse.Namespace, found: dict[
     record, part = found["stages"][stage.name], _part(output, stage.name)
     part.unlink(missing_ok=True)
     started = time.monotonic()
-    command = [sys.executable, "-u", "-m", "benchmarks", "gpu", "--stage", stage.name, "--seconds", f"{limit:.0f}"]
+    seconds = max(limit - LAST_SECONDS, 0.8 * limit)
+    command = [sys.executable, "-u", "-m", "benchmarks", "gpu", "--stage", stage.name, "--seconds", f"{seconds:.1f}"]
     command += ["--output", str(output), "--prepared", str(options.prepared)]
     environment = dict(os.environ)
     if not torch.cuda.is_available():
@@ -139,8 +190,8 @@ def _watch(stage: Stage, limit: float, options: argparse.Namespace, found: dict[
         finally:
             is_cut_off = process.poll() is None
             _kill(process)
-    _take_rows(record, part)
-    part.unlink(missing_ok=True)
+            _take_rows(record, part)
+            part.unlink(missing_ok=True)
     record["seconds"] = round(time.monotonic() - started, 1)
     record["state"] = "cut off" if is_cut_off else "failed" if process.returncode else "done"
     if record["state"] == "failed":
@@ -153,7 +204,7 @@ def _take_rows(record: dict[str, Any], part: Path) -> bool:
     """Read what a stage has written; whether there is more than before."""
     if not part.exists():
         return False
-    rows: list[Row] = json.loads(part.read_text(encoding="utf-8"))
+    rows: list[Row] = read_json(part)
     is_more = len(rows) > len(record["rows"])
     record["rows"] = rows
     return is_more
@@ -193,7 +244,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     from benchmarks.gpu.prepare import prepare
 
     try:
-        prepare(options.folder, options.data)
+        print(f"Written: {options.folder}, {prepare(options.folder, options.data):.1f} MiB")
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return 0
@@ -201,14 +252,14 @@ def _prepare(arguments: Sequence[str]) -> int:
 
 def _docs(arguments: Sequence[str]) -> int:
     parser = _parser("gpu-docs")
-    parser.add_argument("folder", type=Path, help="with gpu.json")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("folder", type=Path, help="the output folder of gpu")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="pages with marked tables; default: docs")
     options = parser.parse_args(arguments)
     from benchmarks.gpu.docs import update
 
     try:
         changed = update(options.folder / JSON, options.docs)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    print("Changed:", *changed)
+    print("Changed:", *changed if changed else ("nothing",))
     return 0

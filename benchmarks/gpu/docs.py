@@ -5,7 +5,7 @@ A mark is `<!-- gpu: NAME -->`, the end of what is replaced `<!-- /gpu -->`; the
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import markdown
-from benchmarks.gpu.results import Row
+from benchmarks.gpu.results import Row, load
 
 MARKED = re.compile(r"(<!-- gpu: (\S+) -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 
@@ -25,11 +25,16 @@ def update(path: Path, docs: Path) -> list[Path]:
         The pages that changed.
 
     Raises:
-        ValueError: A page names a block that is not known.
-        OSError: There is no such file.
+        ValueError: A page names a block that is not known; the numbers are a rehearsal's; the file is something else.
+        OSError: There is no such file or folder.
+        ImportError: matplotlib is missing.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
-    changed = []
+    importlib.import_module("matplotlib")  # before anything is written
+    found, changed = load(path), []
+    if found["machine"]["device"] == "cpu":
+        raise ValueError(f"{path} is of a rehearsal on a CPU, whose numbers mean nothing. Run the command on a GPU.")
+    if not docs.is_dir():
+        raise NotADirectoryError(f"{docs} is not a directory; expected the folder of the pages.")
     for page in sorted(docs.rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         new = MARKED.sub(partial(_replaced, page, found, path.parent), text)
@@ -73,18 +78,14 @@ def _draw(rows: list[Row], path: Path) -> Path:
 def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:
     if mark[2] not in BLOCKS:
         raise ValueError(f"{page} has a mark for {mark[2]!r}; known are {', '.join(BLOCKS)}.")
-    return f"{mark[1]}{_block(mark[2], found, folder)}{mark[3]}"
-
-
-def _block(name: str, found: dict[str, Any], folder: Path) -> str:
-    stage, make = BLOCKS[name]
-    record = found["stages"].get(stage)
-    if record is None or not record["rows"]:
-        return "Not measured yet.\n"
+    stage, make = BLOCKS[mark[2]]
+    rows = found["stages"].get(stage, {}).get("rows")
+    if not rows:  # what another run measured stays
+        return mark[0]
     machine = found["machine"]
     about = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit']}:"
-    lines = [f"`python -m benchmarks gpu` on {about}", "", *make(record["rows"], folder)]
-    return "\n" + "\n".join(lines).rstrip("\n") + "\n\n"
+    lines = [f"`python -m benchmarks gpu` on {about}", "", *make(rows, folder)]
+    return f"{mark[1]}\n" + "\n".join(lines).rstrip("\n") + f"\n\n{mark[3]}"
 
 
 def _pass(rows: list[Row], _: Path) -> list[str]:
@@ -96,7 +97,7 @@ def _pass(rows: list[Row], _: Path) -> list[str]:
         line[str(row["way"])] = row.get("ms") if "ms" in row else "no memory"
         if row["way"] == "fused" and "ms" in row:
             line |= {"of_product": row["of_product"], "teraflops": row["teraflops"], "extra_mb": row["extra_mb"]}
-    columns = {"dtype": "rows", "rows": "N", "dim": "D", "batch": "B", "fused": "fused, ms", "of_product": "/ product"}
+    columns = {"dtype": "rows", "rows": "N", "dim": "D", "batch": "B", "fused": "1 draw, ms", "of_product": "/ product"}
     columns |= {"teraflops": "TFLOP/s", "extra_mb": "extra MB", "fused, 8 draws": "8 draws, ms", "tiled": "tiled, ms"}
     columns |= {"product": "product, ms", markdown.COMPILED: "compiled, ms"}
     return markdown.table(columns | {"dense algorithm of the port": "port, ms"}, list(sizes.values()))

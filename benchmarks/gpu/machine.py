@@ -16,7 +16,7 @@ COMMIT = "commit.txt"  # among the prepared files, for a source tree that travel
 
 
 def describe(prepared: Path) -> dict[str, str]:
-    """Card, versions and commit; that of the prepared files where git knows no commit that the source tree is."""
+    """Card, versions and commit; that of the prepared files too, where it is another one."""
     has_gpu = torch.cuda.is_available()
     found = {"device": torch.cuda.get_device_name() if has_gpu else "cpu", "cores": str(os.cpu_count())}
     for package in PACKAGES:
@@ -27,8 +27,11 @@ def describe(prepared: Path) -> dict[str, str]:
     if has_gpu:
         found["cuda"] = str(torch.version.cuda)
     file, found["commit"] = prepared / COMMIT, commit() or "unknown"
-    if file.exists() and (found["commit"] == "unknown" or found["commit"].endswith("+")):
-        found["commit"] = file.read_text(encoding="utf-8").strip()
+    said = file.read_text(encoding="utf-8").strip() if file.exists() else found["commit"]
+    if found["commit"] == "unknown":
+        found["commit"] = said
+    elif found["commit"] != said:  # a source tree may travel with an old history
+        found["commit"] += f", prepared at {said}"
     return found
 
 

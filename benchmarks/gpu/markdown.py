@@ -17,23 +17,33 @@ def report(found: dict[str, Any]) -> str:
     """All stages, most valuable first."""
     machine = "; ".join(f"{key} {value}" for key, value in found["machine"].items())
     lines = ["# On a GPU", "", machine, ""]
-    rows = {name: record["rows"] for name, record in found["stages"].items()}
     if found["machine"]["device"] == "cpu":
         lines += ["A rehearsal on a CPU: small sizes, the kernels in an interpreter. The numbers mean nothing.", ""]
-    elif rows.get("passes") or rows.get("step"):
+    lines += table(STAGES, [_stage(name, record) for name, record in found["stages"].items()])
+    rows = {name: record["rows"] for name, record in found["stages"].items()}
+    if found["machine"]["device"] != "cpu" and (rows.get("passes") or rows.get("step")):
         lines += table(TARGETS, targets(rows), "## Targets")
     for name, record in found["stages"].items():
-        lines += [f"## {name}: {record['about']}", ""]
-        lines.append(f"{record['state']} after {record.get('seconds', 0):g} of at most {record['limit']} s")
-        lines.append("")
-        if record["rows"]:
-            lines += SECTIONS[name](record["rows"])
-        if record.get("error"):
-            lines += ["```", record["error"], "```", ""]
+        if record["rows"] or record.get("error"):
+            lines += [f"## {name}: {record['about']}", ""]
+            lines += SECTIONS[name](record["rows"]) if record["rows"] else []
+            lines += ["```", record["error"], "```", ""] if record.get("error") else []
     return "\n".join(lines)
 
 
-TARGETS = {"what": "target", "measured": "measured", "allowed": "allowed", "verdict": ""}
+STAGES = {"stage": "stage", "state": "state", "seconds": "seconds", "limit": "limit", "date": "begun", "next": "next"}
+
+
+def _stage(name: str, record: dict[str, Any]) -> Row:
+    """How a stage ended, and what to do about it."""
+    known = {key: record.get(key) for key in ("state", "seconds", "limit", "date")}
+    if record["state"] in ("done", "running"):
+        return {"stage": name, **known}
+    advice = "see its error below" if record["state"] == "failed" else "the rows below are not all of them"
+    return {"stage": name, **known, "next": f"{advice}; again alone: --only {name}"}
+
+
+TARGETS = {"what": "target", "measured": "measured", "allowed": "allowed", "verdict": "verdict"}
 
 
 def targets(rows: dict[str, list[Row]]) -> list[Row]:
@@ -95,11 +105,19 @@ def _works(rows: list[Row]) -> list[str]:
     counts = {kind: sum(row["outcome"] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
     lines = [", ".join(f"{count} {kind}" for kind, count in counts.items()), ""]
     other = [row for row in rows if row["outcome"] != "passed"]
-    return [*lines, *(table({"test": "test", "outcome": "", "message": "why"}, other) if other else [])]
+    return [*lines, *(table({"test": "test", "outcome": "outcome", "message": "why"}, other) if other else [])]
 
 
 def _passes(rows: list[Row]) -> list[str]:
-    columns = {"batch": "B", "rows": "N", "dim": "D", "dtype": "rows", "way": "", "ms": "ms", "of_product": "/ product"}
+    columns = {
+        "batch": "B",
+        "rows": "N",
+        "dim": "D",
+        "dtype": "dtype of rows",
+        "way": "way",
+        "ms": "ms",
+        "of_product": "/ product",
+    }
     columns |= {"teraflops": "TFLOP/s", "of_peak": "of peak", "extra_mb": "extra MB", "lse_error": "error of lse"}
     return table(columns | {"failed": "failed"}, rows)
 
@@ -112,8 +130,10 @@ def _step(rows: list[Row]) -> list[str]:
 
 
 def _quality(rows: list[Row]) -> list[str]:
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "curve"]
-    return table({key: key for key in keys}, rows)
+    columns = {"data": "data", "loss": "loss", "rate": "rate", "seed": "seed", "steps": "steps"}
+    columns |= {"documents_encoded": "documents encoded", "dev_mrr@10": "dev MRR@10", "test_mrr@10": "test MRR@10"}
+    columns |= {"test_ndcg@10": "test nDCG@10", "train_seconds": "seconds", "error": "error"}
+    return table(columns, rows)
 
 
 SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {

@@ -75,9 +75,10 @@ def run(results: Results, prepared: Path, device: torch.device, seconds: float, 
             pool, made_for = make_pool(shape, device), (shape.rows, shape.dim, shape.dtype)
         assert pool is not None
         queries = normalize(torch.randn(shape.batch, shape.dim, device=device), dim=1)
-        for row in measure(shape, queries, pool):
+        rows = measure(shape, queries, pool)
+        for row in rows:
             results.add(**row)
-        print(shape, {row["way"]: row.get("ms") for row in results.rows if row["batch"] == shape.batch}, flush=True)
+        print(shape, {row["way"]: row.get("ms") for row in rows}, flush=True)
 
 
 def compile_all(sizes: Sequence[Shape]) -> None:

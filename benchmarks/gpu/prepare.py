@@ -20,7 +20,7 @@ LIMIT_MIB = 62  # what is carried to the machine may have 64
 _TEXTS = ("corpus.jsonl", "queries.jsonl")
 
 
-def prepare(folder: Path, data: Sequence[Path]) -> None:
+def prepare(folder: Path, data: Sequence[Path]) -> float:
     """Write `folder/minilm`, a half-precision MiniLM, `folder/data/NAME` for each data set, and the commit's name.
 
     The folder is there whole or not at all. One that an earlier call made is replaced.
@@ -28,6 +28,9 @@ def prepare(folder: Path, data: Sequence[Path]) -> None:
     Args:
         folder: Where to write.
         data: Folders in BEIR layout. Texts are compressed; judgements are copied. Without any, the built-in data set.
+
+    Returns:
+        Its size in MiB.
 
     Raises:
         ImportError: The package with the model is missing.
@@ -46,10 +49,11 @@ def prepare(folder: Path, data: Sequence[Path]) -> None:
         if not data:
             _write(load_data(BUILT_IN), beside / DATA / BUILT_IN)
         (beside / COMMIT).write_text(commit() + "\n", encoding="utf-8")
-        _check_size(beside)
+        size = _check_size(beside)
         _replace(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    return size
 
 
 def _check_target(folder: Path) -> None:
@@ -110,7 +114,7 @@ def _write(data: RetrievalData, target: Path) -> None:
         (target / "qrels" / f"{split}.tsv").write_text(text, encoding="utf-8")
 
 
-def _check_size(folder: Path) -> None:
+def _check_size(folder: Path) -> float:
     sizes = {path: _mebibytes(path) for path in (folder / MODEL, *sorted((folder / DATA).iterdir()))}
     if sum(sizes.values()) > LIMIT_MIB:
         parts = ", ".join(f"{path.name} {size:.1f}" for path, size in sizes.items())
@@ -118,6 +122,7 @@ def _check_size(folder: Path) -> None:
             f"All together has {sum(sizes.values()):.1f} MiB ({parts}); expected at most {LIMIT_MIB}, for that is "
             "what can be carried to the machine. Leave out a data set."
         )
+    return sum(sizes.values())
 
 
 def _mebibytes(folder: Path) -> float:

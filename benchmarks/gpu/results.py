@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 Value = str | int | float | bool | None
 Row = dict[str, Value]
@@ -32,3 +33,19 @@ def write_json(path: Path, value: object) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError, naming it, for another one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """`gpu.json`; ValueError for a file that is something else."""
+    found: dict[str, Any] = read_json(path)
+    if not isinstance(found, dict) or not {"machine", "stages"} <= set(found):
+        raise ValueError(f"{path} has no machine and stages; expected what `python -m benchmarks gpu` writes.")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ PLUGIN, VARIABLE = "benchmarks.gpu.pytest_rows", "GPU_BENCHMARK_ROWS"
 
 def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
     """Run them; raises if one fails."""
-    processes = min(PROCESSES, os.cpu_count() or 1)
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", str(processes), "-p", "no:cacheprovider"]
-    command += ["-p", PLUGIN, "--show-capture=no", "--tb=short", "tests"]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--strict-markers", "-m", "gpu", "-p", PLUGIN]
+    command += ["-p", "no:cacheprovider", "--show-capture=no", "--tb=short", "tests"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     ended = subprocess.run(command, env={**os.environ, VARIABLE: str(results.path)})
     if ended.returncode:
         raise RuntimeError(f"pytest ended with {ended.returncode}.")
