@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
+from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss, objective
 from negative_cache.drawing import Returned
 from negative_cache.health import PATIENCE, Health, record_updates
 from support import as_on_a_gpu
@@ -175,6 +175,40 @@ def test_what_is_kept_of_a_step_is_small_and_holds_no_graph():
     assert len(loss_fn.health._latest) == 4
     assert not any(value.requires_grad for value in kept)
     assert not any(SIZE in value.shape for value in kept)
+
+
+def test_many_products_are_not_kept(monkeypatch: pytest.MonkeyPatch):
+    """Their numbers are those of products that are kept."""
+    found = []
+    for most in (2**18, 0):
+        monkeypatch.setattr(objective, "MAX_KEPT", most)
+        loss_fn = filled_loss()
+        step(loss_fn)
+        found.append(loss_fn.metrics())
+    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
+    assert found[0] == pytest.approx(found[1])
+    assert max(value.numel() for value in kept) <= SIZE * DIM
+
+
+def test_numbers_are_those_of_the_step_whatever_becomes_of_the_embeddings():
+    """An encoder may return views of larger tensors, which are not kept alive, and what is changed in place later."""
+    count = len(QUERIES)
+    hidden = torch.randn(count, 50, DIM, dtype=torch.float64)
+    outputs: list[Tensor] = []
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        outputs.append(torch.randn(len(features["row"]), 50, DIM, dtype=torch.float64))
+        return outputs[-1][:, 0]
+
+    loss_fn = NegativeCacheLoss(encode, SIZE, embedding_dtype=torch.float64, seed=0)
+    for _ in range(SIZE // count + 2):
+        loss_fn(QUERIES, hidden[:, 0], {"row": torch.arange(count)})
+    before = loss_fn.metrics()
+    for value in (hidden, *outputs):
+        value.fill_(7.0)
+    assert loss_fn.metrics() == before
+    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
+    assert max(value.untyped_storage().nbytes() for value in kept) < hidden.nbytes
 
 
 # Staleness

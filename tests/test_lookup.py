@@ -105,3 +105,7 @@ def test_an_update_allocates_little_and_as_many_tensors_whatever_the_sizes(with_
     assert small.num_ops == large.num_ops == many.num_ops
     assert small.largest == 2**13
     assert large.largest == 2**15
+
+
+def test_no_rows_have_no_oldest():
+    assert oldest_rows(torch.empty(0, dtype=torch.int64), 3).tolist() == []

@@ -237,6 +237,19 @@ def test_a_factor_multiplies_the_scores(dtype: torch.dtype):
         assert bool(((found.top_scores - truth.top_scores).abs() <= error[:, None]).all())
 
 
+@pytest.mark.parametrize("size", [1e3, 1e10, 2.5e38])
+def test_scores_of_any_size_keep_hidden_rows_hidden(size: float):
+    """Products with log2(e) of such scores would overflow, or be rounded by more than the differences that count."""
+    table = torch.where(torch.arange(200) % 7 == 0, 1.0, -1.0)[:, None].repeat(1, 16) / 4
+    candidates = torch.arange(200) >= 70
+    case = Case(size / 4 * torch.ones(3, 16), RowPool([table], [candidates]), None)
+    found = run(retrieve_fused, case, num_samples=4, tiling=TILINGS[1])
+    assert bool((found.rows >= 70).all())
+    assert bool((found.rows % 7 == 0).all())
+    truth = size + math.log(19)  # rows 70, 77, ..., 196
+    torch.testing.assert_close(found.lse, torch.full((3,), truth), rtol=1e-6, atol=1e-5)
+
+
 def test_numbers_of_samples_and_of_best_rows():
     case = make(3, 50, 6, torch.float32)
     for top_k in (None, 7):

@@ -169,7 +169,7 @@ class UpdateRecord(NamedTuple):
 
 
 def record_updates(cache: NegativeCache, embedding_key: str, updated: Returned) -> UpdateRecord:
-    """What is to be kept of rows before they are updated."""
+    """What is to be kept of rows before they are updated; copies, as embeddings may be views of more."""
     cached = cache.read(updated.rows, [embedding_key])[embedding_key]
     age = cache.step + 1 - cache.written[updated.rows]
-    return UpdateRecord(cached, updated.embeddings, age, updated.mask)
+    return UpdateRecord(cached, updated.embeddings.clone(), age, updated.mask)

@@ -18,11 +18,13 @@ _MEAN_LOAD, _BUCKET = 16, 64
 
 def oldest_rows(written: Tensor, count: int) -> Tensor:
     """The rows with the lowest `written [num_rows]`, those first; of equal ones the lowest row: int64 `[count]`."""
-    num_rows, lowest = len(written), []
-    for start, times in zip(range(0, num_rows, _ROWS_AT_ONCE), torch.split(written, _ROWS_AT_ONCE), strict=True):
+    num_rows, lowest = len(written), [written[:0]]
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        times = written[start : start + _ROWS_AT_ONCE]
         keys = torch.arange(start, start + len(times), device=written.device).add_(times, alpha=num_rows)
         lowest.append(keys.topk(min(count, len(keys)), largest=False).values)
-    return torch.cat(lowest).topk(count, largest=False).values % num_rows
+    candidates = torch.cat(lowest)
+    return candidates.topk(min(count, num_rows), largest=False).values % max(num_rows, 1)
 
 
 class RowsOfIds(nn.Module):

@@ -19,6 +19,7 @@ from negative_cache.sharded import withheld
 from negative_cache.sharing import Serving
 
 NEAR_DUPLICATE = 0.99  # cosine with the positive from which a drawn document counts as a copy of it
+MAX_KEPT = 2**18  # products of a step that are kept until its numbers are read; more are worth some kernels more
 
 
 class Fresh(NamedTuple):
@@ -207,21 +208,20 @@ class LossRecord(NamedTuple):
     """What the numbers about a loss are computed from, without gradient.
 
     Attributes:
-        losses, positive, lse: `[batch]`: the losses, the positives' scores, the logsumexp over the cache.
-        fresh: `[batch, n]`: see `Scores`.
+        losses, positive, lse, fresh_lse: `[batch]`: the losses, the positives' scores, the logsumexp over the cache and
+            over the batch's negatives.
     """
 
     losses: Tensor
     positive: Tensor
     lse: Tensor
-    fresh: Tensor | None
+    fresh_lse: Tensor
 
     def numbers(self) -> dict[str, Tensor]:
-        fresh_lse = Scores(self.positive, self.fresh, None, None).fresh_lse
         return {
             "interpretable_loss": self.losses.mean(),
             "positive_probability": (-self.losses).exp().mean(),
-            "cache_share": estimators.cache_share(self.positive, self.lse, fresh_lse).mean(),
+            "cache_share": estimators.cache_share(self.positive, self.lse, self.fresh_lse).mean(),
         }
 
 
@@ -264,6 +264,15 @@ class DrawnRecord(NamedTuple):
         return means.sum() / self.has_negatives.sum().clamp(min=1)
 
 
+class Computed(NamedTuple):
+    """Numbers that were computed at once."""
+
+    values: dict[str, Tensor]
+
+    def numbers(self) -> dict[str, Tensor]:
+        return self.values
+
+
 class Outcome(NamedTuple):
     """The loss of a batch, and what numbers about it are computed from.
 
@@ -273,7 +282,7 @@ class Outcome(NamedTuple):
     """
 
     loss: Tensor
-    records: list[LossRecord | DrawnRecord]
+    records: list[LossRecord | DrawnRecord | Computed]
 
 
 def compute_loss(
@@ -299,29 +308,37 @@ def compute_loss(
         log_weight: Is added to the scores of all cached rows.
     """
     lse, positive = negatives.lse + log_weight, scores.positive
-    records: list[LossRecord | DrawnRecord] = []
+    records: list[LossRecord | DrawnRecord | Computed] = []
     if len(encoded):
         serving = negatives.serving[0] if negatives.serving else None
         products = _products(batch.queries, encoded, serving is not None)
         drawn = scale * _weigh(products, batch.queries, serving)
-        drawn_record = DrawnRecord(
-            products.detach(),
-            None if serving is None else serving.weights,
-            negatives.lse,
-            negatives.is_valid,
-            scale.detach() if isinstance(scale, Tensor) else scale,
-            batch.documents.detach(),
-            encoded.detach(),
-            batch.log_q is not None,
-        )
-        records.append(drawn_record)
+        records.append(_record_drawn(batch, scale, negatives, products.detach(), encoded.detach()))
     else:
         drawn = positive * 0
     loss = estimators.readable_loss(positive, drawn, lse, scores.fresh)
-    fresh_scores = None if scores.fresh is None else scores.fresh.detach()
-    records.append(LossRecord(loss.detach(), positive.detach(), lse, fresh_scores))
+    records.append(LossRecord(loss.detach(), positive.detach(), lse, scores.fresh_lse))
     shorter = _truncated_losses(dims, batch, scale, scores, fresh, negatives, encoded, log_weight)
     return Outcome(sum(shorter, loss), records)
+
+
+@torch.no_grad()
+def _record_drawn(
+    batch: Batch, scale: Tensor | float, negatives: Negatives, products: Tensor, encoded: Tensor
+) -> DrawnRecord | Computed:
+    """What the encoded documents tell. Embeddings are copied, as they may be views of more, or be changed in place."""
+    is_small = products.numel() <= MAX_KEPT
+    record = DrawnRecord(
+        products,
+        negatives.serving[0].weights if negatives.serving else None,
+        negatives.lse,
+        negatives.is_valid,
+        scale.detach() if isinstance(scale, Tensor) else scale,
+        batch.documents.detach().clone() if is_small else batch.documents.detach(),
+        encoded.clone() if is_small else encoded,
+        batch.log_q is not None,
+    )
+    return record if is_small else Computed(record.numbers())
 
 
 def _truncated_losses(

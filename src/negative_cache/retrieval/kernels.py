@@ -9,7 +9,6 @@ import triton.language as tl
 
 # Integers that change from call to call: their value must not lead to another compilation.
 _CHANGING = ["batch", "group_size", "num_longer", "num_parts", "part_blocks", "num_segments", "num_excluded"]
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -193,11 +192,12 @@ def scan(
                 best = tl.where(is_better, top, best)
             else:
                 higher = tl.maximum(best, top)
-                shift = tl.where(higher == float("-inf"), 0.0, higher) * _LOG2_E
-                weights = tl.exp2(scores * _LOG2_E - shift[:, None])
+                # Differences first: a product with log2(e) of a large score would be rounded before it is subtracted.
+                shift = tl.where(higher == float("-inf"), 0.0, higher)
+                weights = tl.exp(scores - shift[:, None])
                 parts = tl.sum(tl.reshape(weights, [BLOCK_M, NUM_S, BLOCK_S]), axis=2)
                 inside = tl.sum(parts, axis=1)
-                total = total * tl.exp2(best * _LOG2_E - shift) + inside
+                total = total * tl.exp(best - shift) + inside
                 best = higher
                 if SAMPLES > 0:
                     # The block takes the place of the chosen one with probability inside / total: never where it has
