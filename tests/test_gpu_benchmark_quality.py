@@ -149,9 +149,9 @@ def check_documents_encoded(rows: list[dict[str, Any]]) -> None:
         elif loss in ("in-batch + mined negative", "gradient cache 16x"):
             assert encoded == 2 * seen
         elif loss == "negative cache, paper":
-            assert encoded == 2 * seen - batch  # the cache is empty at first
+            assert 0 < 2 * seen - encoded <= batch  # the cache is empty at first
         else:
-            assert seen < encoded <= 2 * seen - batch  # fewer where draws are equal
+            assert seen < encoded < 2 * seen  # and fewer where draws are equal
 
 
 def check_ranks(rows: list[dict[str, Any]], folder: Path) -> None:
