@@ -182,9 +182,9 @@ def gumbel_draw(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.logsumexp(dim=1), (scores + noise).argmax(dim=1)
 
 
-@torch.compile(dynamic=True)
+@torch.compile(dynamic=True, backend="inductor" if torch.cuda.is_available() else "eager")
 def compiled_draw(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from a product, as a user would write it."""
+    """The same from a product, as a user would write it; a rehearsal has no time for a compiler."""
     return gumbel_draw((queries @ rows.T).float())
 
 
