@@ -99,18 +99,19 @@ class RowsOfIds(nn.Module):
 
 def is_last_of_equal(values: Tensor, mask: Tensor) -> Tensor:
     """The last of equal `values [n]` (at least -1), of those where `mask [n]` is True: bool `[n]`."""
-    values = values.masked_fill(~mask, -2)
-    ordered, order = values.sort(stable=True)
-    last = order[torch.searchsorted(ordered, values, right=True) - 1]
-    return (last == torch.arange(len(values), device=values.device)) & mask
+    return _is_end_of_equal(values, mask, is_last=True)
 
 
 def is_first_of_equal(values: Tensor, mask: Tensor) -> Tensor:
     """The first of equal `values [n]` (at least -1), of those where `mask [n]` is True: bool `[n]`."""
+    return _is_end_of_equal(values, mask, is_last=False)
+
+
+def _is_end_of_equal(values: Tensor, mask: Tensor, is_last: bool) -> Tensor:
     values = values.masked_fill(~mask, -2)
     ordered, order = values.sort(stable=True)
-    first = order[torch.searchsorted(ordered, values)]
-    return (first == torch.arange(len(values), device=values.device)) & mask
+    end = order[torch.searchsorted(ordered, values, right=is_last) - int(is_last)]
+    return (end == torch.arange(len(values), device=values.device)) & mask
 
 
 def is_in_row(values: Tensor, sets: Tensor) -> Tensor:
