@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from benchmarks.commit import commit
 
 Value = str | int | float | None
 Row = dict[str, Value]
@@ -98,9 +99,8 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit:
-        found["commit"] = commit + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    if name := commit():
+        found["commit"] = name
     return found
 
 
@@ -164,14 +164,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    """What git says about the folder of this file; empty without git."""
-    try:
-        ended = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return ended.stdout.strip()

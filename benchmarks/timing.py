@@ -6,8 +6,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+Call = TypeVar("Call", bound=Callable[[], object])
 
 
 def median_ms(
@@ -32,6 +35,26 @@ def median_ms(
         for name, call in able.items():
             times[name].append(seconds(call, device))
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def medians_in_turns(
+    calls: Mapping[str, Call], measure: Callable[[Call], float], rounds: int, least_rounds: int, *, most_ms: float
+) -> dict[str, float]:
+    """Median of what is measured of each call, in rounds in which they take turns.
+
+    Args:
+        calls: By name.
+        measure: Makes a call; its milliseconds.
+        rounds: At most.
+        least_rounds: Also of a call that takes long.
+        most_ms: What the other rounds of a call begin in.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name, call in calls.items():
+            if number < least_rounds or sum(times[name]) < most_ms:
+                times[name].append(measure(call))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.machine import describe
+from benchmarks.gpu.machine import MODEL, describe
 from benchmarks.gpu.markdown import report
-from benchmarks.gpu.results import Results, Row, load, read_json, write_json
+from benchmarks.gpu.results import PROFILE, Results, Row, load, read_json, write_json, write_text
 
 POLL_SECONDS = 0.5
 LOG, JSON, MARKDOWN = "log.txt", "gpu.json", "gpu.md"
-PROFILE = "profile.txt"  # to which the stage step appends
 LAST_LINES = 25  # of the log of a stage that failed
 LAST_SECONDS = 5  # in which a stage that sees its own deadline ends by itself
 
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.stage is not None:
         run_stage(options.stage, options.output, options.prepared, options.seconds)
         return 0
-    if "quality" in wanted and not (options.prepared / "minilm").is_dir():
+    if "quality" in wanted and not (options.prepared / MODEL).is_dir():
         parser.error(
             f"{options.prepared} has no model, which the stage quality fine-tunes. Make it with `python -m benchmarks "
             f"gpu-prepare {options.prepared}`, or leave the stage out: --only works,passes,step."
@@ -223,9 +222,7 @@ def _part(output: Path, name: str) -> Path:
 
 def _write(output: Path, found: dict[str, Any]) -> None:
     write_json(output / JSON, found)
-    beside = output / f"{MARKDOWN}.part"
-    beside.write_text(report(found), encoding="utf-8")
-    os.replace(beside, output / MARKDOWN)
+    write_text(output / MARKDOWN, report(found))
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

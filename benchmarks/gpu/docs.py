@@ -100,7 +100,7 @@ def _pass(rows: list[Row], _: Path) -> list[str]:
     columns = {"dtype": "rows", "rows": "N", "dim": "D", "batch": "B", "fused": "1 draw, ms", "of_product": "/ product"}
     columns |= {"teraflops": "TFLOP/s", "extra_mb": "extra MB", "fused, 8 draws": "8 draws, ms", "tiled": "tiled, ms"}
     columns |= {"product": "product, ms", markdown.COMPILED: "compiled, ms"}
-    return markdown.table(columns | {"dense algorithm of the port": "port, ms"}, list(sizes.values()))
+    return markdown.table(columns | {markdown.PORT: "port, ms"}, list(sizes.values()))
 
 
 def _step(rows: list[Row], _: Path) -> list[str]:

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu.results import Row
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.transfer import to_device
 from negative_cache.workbench.data import RetrievalData
 
 UNTRAINED, BASELINE = "untrained", "in-batch"
@@ -154,8 +155,8 @@ class Texts(NamedTuple):
         width = int(lengths.max())
         mask = torch.arange(width) < lengths[:, None]
         return {
-            "input_ids": _move(self.ids[rows, :width].long(), device),
-            "attention_mask": _move(mask.long(), device),
+            "input_ids": to_device(self.ids[rows, :width].long(), device),
+            "attention_mask": to_device(mask.long(), device),
         }
 
 
@@ -401,7 +402,7 @@ def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
     encoder.num_texts = 0
     began = time.monotonic()
     for rows in batches:
-        loss = loss_fn(_columns(dataset, rows, kind.has_mined, device), _move(dataset.labels[rows], device))
+        loss = loss_fn(_columns(dataset, rows, kind.has_mined, device), to_device(dataset.labels[rows], device))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
@@ -446,10 +447,6 @@ def rate_factor(step: int, steps: int) -> float:
     """
     warm_up = max(1, round(WARM_UP * steps))
     return (step + 1) / warm_up if step < warm_up else max(0.0, (steps - step) / max(1, steps - warm_up + 1))
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def evaluate(encoder: Encoder, dataset: Dataset) -> tuple[Row, list[float]]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from benchmarks.commit import commit
+from benchmarks.peak import peak_bytes
+
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers")
 # Dense products in bfloat16, from the makers' data sheets, in TFLOP/s; int8 has twice as many.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+MODEL, DATA = "minilm", "data"  # what is prepared
 COMMIT = "commit.txt"  # among the prepared files, for a source tree that travels without its history
 
 
@@ -43,13 +47,7 @@ def peak_of(device: str, dtype: str) -> float | None:
     return 2 * known if dtype == "int8" else known
 
 
-def commit() -> str:
-    """The commit of the source tree, with a plus sign if it was changed since; empty without git."""
-    try:
-        said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return said.stdout.strip() + ("+" if changes.stdout else "")
+def peak_megabytes(call: Callable[[], object], device: torch.device) -> float | None:
+    """Memory of a GPU that a call takes beyond what is in use; None on a CPU."""
+    peak = peak_bytes(call, device) if device.type == "cuda" else None
+    return None if peak is None else round(peak / 1e6, 2)

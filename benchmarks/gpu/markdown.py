@@ -11,6 +11,7 @@ from benchmarks.gpu.results import Row, Value
 PASS_OF_PRODUCT, PASS_OF_COMPILED_FEW, PASS_OF_COMPILED_MANY = 1.15, 0.75, 1.0
 LEAST_OF_PEAK, PASS_MEGABYTES, STEP_OF_IN_BATCH = 0.5, 24.0, 1.6
 COMPILED = "product + logsumexp + Gumbel argmax, compiled"
+PORT = "dense algorithm of the port"
 
 
 def report(found: dict[str, Any]) -> str:

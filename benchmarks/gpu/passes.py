@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +19,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.dense_baseline import SCALE
-from benchmarks.gpu.machine import peak_of
+from benchmarks.gpu.machine import peak_megabytes, peak_of
+from benchmarks.gpu.markdown import COMPILED, PORT
 from benchmarks.gpu.results import Results, Row
+from benchmarks.timing import medians_in_turns, seconds
 from negative_cache.features import dequantize, quantize
 from negative_cache.retrieval import Retrieved, RowPool, Scale, explain, retrieve
 from negative_cache.retrieval import triton as triton_pass
@@ -63,7 +63,7 @@ def shapes(is_rehearsal: bool) -> Iterator[Shape]:
                     yield Shape(batch, rows, dim, dtype)
 
 
-def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
+def run(results: Results, prepared: Path, device: torch.device, limit: float, is_rehearsal: bool) -> None:
     """Measure every shape."""
     torch.manual_seed(0)
     if device.type == "cuda":
@@ -140,10 +140,10 @@ def ways(shape: Shape, queries: Tensor, pool: RowPool) -> dict[str, Callable[[],
         narrow = (SCALE * queries).to(rows.dtype)
         found["product"] = lambda: torch.mm(narrow, rows.T)
     if rows.dtype == torch.bfloat16:
-        found["product + logsumexp + Gumbel argmax, compiled"] = partial(compiled_draw, narrow, rows)
+        found[COMPILED] = partial(compiled_draw, narrow, rows)
     if rows.dtype == torch.float32:
         found |= {f"{FUSED}, {name}": partial(fused_on_tensor_cores, queries, pool, generator, name) for name in TF32}
-        found["dense algorithm of the port"] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
+        found[PORT] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
     return found
 
 
@@ -199,7 +199,10 @@ def measure(shape: Shape, queries: Tensor, pool: RowPool) -> list[Row]:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             if queries.is_cuda:
                 torch.cuda.empty_cache()
-    times = medians({name: call for name, call in calls.items() if name in peaks}, queries.device)
+    able = {name: call for name, call in calls.items() if name in peaks}
+    times = medians_in_turns(
+        able, partial(milliseconds, device=queries.device), ROUNDS, LEAST_ROUNDS, most_ms=1000 * MOST_SECONDS
+    )
     product, operations = times.get("product"), 2 * shape.batch * shape.rows * shape.dim
     peak = peak_of(torch.cuda.get_device_name() if queries.is_cuda else "cpu", shape.dtype)
     made = []
@@ -219,23 +222,10 @@ def measure(shape: Shape, queries: Tensor, pool: RowPool) -> list[Row]:
     return made
 
 
-def medians(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call, in rounds in which they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(ROUNDS):
-        for name, call in calls.items():
-            spent = sum(times[name]) / 1000
-            if number < LEAST_ROUNDS or spent < MOST_SECONDS:
-                times[name].append(milliseconds(call, device))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     """Time of one call on the device, from its first kernel to its last."""
     if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - started)
+        return 1000 * seconds(call, device)
     cuda: Any = torch.cuda
     begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
     cuda._sleep(HEAD_START)
@@ -245,15 +235,3 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     end.synchronize()
     elapsed: float = begin.elapsed_time(end)
     return elapsed
-
-
-def peak_megabytes(call: Callable[[], object], device: torch.device) -> float | None:
-    """Memory of the device that a call takes beyond what is in use."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 2)

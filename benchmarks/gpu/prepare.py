@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.commit import commit
 from benchmarks.encoders import MINILM_PACKAGE, minilm
-from benchmarks.gpu.machine import COMMIT, commit
+from benchmarks.gpu.machine import COMMIT, DATA, MODEL
 from negative_cache.workbench.data import RetrievalData, load_data
 
-MODEL, DATA, BUILT_IN = "minilm", "data", "python-code"
+BUILT_IN = "python-code"
 LIMIT_MIB = 62  # what is carried to the machine may have 64
 _TEXTS = ("corpus.jsonl", "queries.jsonl")
 

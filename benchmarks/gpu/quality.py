@@ -34,7 +34,7 @@ from benchmarks.gpu.finetuning import (
     make_dataset,
     train,
 )
-from benchmarks.gpu.prepare import DATA, MODEL
+from benchmarks.gpu.machine import DATA, MODEL
 from benchmarks.gpu.results import Results, Row, write_json
 from benchmarks.gpu.summary import Ranks, chosen_rate
 from negative_cache.workbench.data import load_data

@@ -9,6 +9,7 @@ from typing import Any
 
 Value = str | int | float | bool | None
 Row = dict[str, Value]
+PROFILE = "profile.txt"  # beside the results: to which the stage step appends
 
 
 class Results:
@@ -30,8 +31,13 @@ class Results:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file that is there whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 

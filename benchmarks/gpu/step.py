@@ -7,7 +7,6 @@ and which lines of the library wait for the device.
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 import traceback
 import warnings
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.encoders import VOCABULARY, full_cache_loss, random_encoder, random_texts
-from benchmarks.gpu.results import Results, Row
+from benchmarks.gpu.machine import MODEL, peak_megabytes
+from benchmarks.gpu.results import PROFILE, Results, Row
+from benchmarks.timing import medians_in_turns, seconds
 
 IN_BATCH = "in-batch"
 OURS = "negative cache"
@@ -36,7 +37,6 @@ ROUNDS, LEAST_ROUNDS, WARM_UP = 15, 3, 2
 MOST_SECONDS = 1.0  # of one loss at one size; fewer rounds if they take longer
 PROFILED_STEPS = 3
 LONGEST_KERNELS = 10
-PROFILE = "profile.txt"
 # What waits on behalf of its caller, or only reports it.
 NOT_THE_CAUSE = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
 
@@ -82,7 +82,7 @@ class Step:
         self.optimizer.step()
 
 
-def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
+def run(results: Results, prepared: Path, device: torch.device, limit: float, is_rehearsal: bool) -> None:
     """Measure every loss at every batch, then look into a step of two of them."""
     sizes = REHEARSAL if is_rehearsal else Sizes()
     torch.manual_seed(0)
@@ -125,31 +125,13 @@ def make_steps(model: SentenceTransformer, batch: int, sizes: Sizes, device: tor
 
 
 def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
-    """Median milliseconds, in rounds in which all take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-1, ROUNDS):
-        for name, step in steps.items():
-            if number >= LEAST_ROUNDS and sum(times[name]) > 1000 * MOST_SECONDS:
-                continue
-            repeats = WARM_UP if number < 0 else 1
-            _wait(device)
-            started = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            _wait(device)
-            if number >= 0:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_megabytes(step: Step, device: torch.device) -> float | None:
-    """The most memory of the device that a step takes beyond weights, moments and caches."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    """Median milliseconds of each step, until the device is done with it."""
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    return medians_in_turns(
+        steps, lambda step: 1000 * seconds(step, device), ROUNDS, LEAST_ROUNDS, most_ms=1000 * MOST_SECONDS
+    )
 
 
 def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
@@ -160,9 +142,9 @@ def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
         for _ in range(PROFILED_STEPS):
             step()
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        spent = time.perf_counter() - started
     kernels, launches, busy = _device_events(found)
-    lines = [f"{title}: {launches / PROFILED_STEPS:.0f} launches a step; device busy for {busy / seconds:.0%}"]
+    lines = [f"{title}: {launches / PROFILED_STEPS:.0f} launches a step; device busy for {busy / spent:.0%}"]
     lines += [
         f"  {1e3 * total / PROFILED_STEPS:8.3f} ms  {count / PROFILED_STEPS:6.1f} x  {name[:100]}"
         for name, (total, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:LONGEST_KERNELS]
@@ -222,18 +204,13 @@ def waits(step: Callable[[], None]) -> tuple[int, int]:
     return ours, others
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _small(sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
     return random_encoder(32, 1, sizes.length, device), "a rehearsal's"
 
 
 def _model(prepared: Path, sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
     """MiniLM with float32 weights; one with random weights where it was not prepared."""
-    folder = prepared / "minilm"
+    folder = prepared / MODEL
     if not folder.exists():
         return random_encoder(384, 6, sizes.length, device), "MiniLM's size, random weights"
     model = SentenceTransformer(str(folder), device=str(device)).float().train()
