@@ -16,11 +16,11 @@ from benchmarks.dense_baseline import SCALE
 from benchmarks.sizes import Size
 from benchmarks.workload import EMBEDDING, make_features, make_workload, unit_rows
 from negative_cache import NegativeCache
-from negative_cache.features import dequantize, quantize
-from negative_cache.negatives import pool_of
+from negative_cache.cache.specs import dequantize, quantize
 from negative_cache.retrieval import RowPool, Scale, retrieve
-from negative_cache.retrieval.pool import group_bounds
-from negative_cache.retrieval.reference import dense_scores, grouped_top_k
+from negative_cache.retrieval.dense import dense_scores, grouped_top_k
+from negative_cache.retrieval.search import group_bounds
+from negative_cache.sampling.draw import pool_of
 
 TOLERANCE = 1e-4
 NUM_TOP = 8

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from negative_cache import FixedLenFeature
-from negative_cache.cache import NegativeCache
+from negative_cache.cache.rows import NegativeCache
 
 FILL, EMBEDDING_DIM = 4096, 8
 COLUMNS = ("fill s", "read ms", "write ms", "read, disk", "write, disk", "RssAnon MB", "RssFile MB")

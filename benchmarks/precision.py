@@ -25,11 +25,11 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import Tensor
 
 from negative_cache import NegativeCacheLoss
-from negative_cache.batch import EMBEDDING
-from negative_cache.features import quantize
+from negative_cache.cache.specs import quantize
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import RowPool
-from negative_cache.retrieval.product import TileProduct, narrow_products
+from negative_cache.retrieval.matmul import TileProduct, narrow_products
 from negative_cache.workbench.config import EMBEDDING_DTYPES
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import evaluate

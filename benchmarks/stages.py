@@ -13,7 +13,7 @@ from torch.nn.functional import embedding_bag, normalize
 from benchmarks.dense_baseline import SCALE
 from benchmarks.timing import progress
 from negative_cache import FixedLenFeature, NegativeCacheLoss
-from negative_cache.batch import EMBEDDING
+from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.models import learning_rate_of, load_model
 

@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from benchmarks.dense_baseline import SCALE, DenseCache
 from benchmarks.sizes import Size
 from negative_cache import CacheManager, NegativeCache, NegativeCacheLoss
-from negative_cache.features import quantize
-from negative_cache.negatives import pool_of
+from negative_cache.cache.specs import quantize
 from negative_cache.retrieval import Retrieved, Scale, retrieve
+from negative_cache.sampling.draw import pool_of
 
 EMBEDDING = "embedding"
 TABLE_ROWS = 4096  # distinct documents of the encoder

@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from negative_cache.retrieval import kernels
-from negative_cache.retrieval.tiling import Device, Tiling, gpu_tiling, power_of_two, precision
-from negative_cache.retrieval.triton import PICKED_ELEMENTS
+from negative_cache.retrieval.fused import kernels
+from negative_cache.retrieval.fused.launch import PICKED_ELEMENTS
+from negative_cache.retrieval.fused.tiling import Device, Tiling, gpu_tiling, power_of_two, precision
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
 MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # bytes of shared memory that a program may have

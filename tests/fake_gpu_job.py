@@ -29,7 +29,7 @@ from negative_cache import (
     NegativeCacheLoss,
     RaggedFeature,
 )
-from negative_cache.features import Specs
+from negative_cache.cache.specs import Specs
 
 GPU = "fakegpu"
 BATCH, DIM, WIDTH = 8, 16, 6

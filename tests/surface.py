@@ -32,7 +32,7 @@ NAMES = {
         "load_full_state_dict",
         "save_checkpoint",
     ),
-    "negative_cache.features": ("infer_specs",),
+    "negative_cache.cache.specs": ("infer_specs",),
     "negative_cache.losses": ("RetrievalReturn",),
     "negative_cache.memory": ("Bytes",),
     "negative_cache.retrieval": ("Guide", "Limits", "Retrieved", "RowPool", "Scale", "retrieve"),

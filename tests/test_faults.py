@@ -20,7 +20,7 @@ from negative_cache import (
     NegativeCacheLoss,
     approximate_top_k_with_indices,
 )
-from negative_cache.randomness import uniforms
+from negative_cache.retrieval.randomness import uniforms
 from support import Encoder, Recorder, assert_same_state, snapshot
 
 DIM = 8

@@ -20,9 +20,9 @@ from torch.nn.functional import normalize
 import fake_gpu_job
 from dense import Problem, exact
 from negative_cache import FixedLenFeature, NegativeCacheLoss, RaggedFeature, checkpoint, util
-from negative_cache.features import dequantize, quantize
+from negative_cache.cache.specs import dequantize, quantize
 from negative_cache.retrieval import FUSED, RowPool, Scale, explain, retrieve
-from negative_cache.retrieval.reference import dense_scores
+from negative_cache.retrieval.dense import dense_scores
 from stats import ALPHA, chi_square, mean_gradient
 from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import test_handlers
 import torch
+from test_ranks_equal_one_process import check_cache_has_each_document_once, check_distribution, check_write_back
 from torch import Tensor
 
-import test_handlers
 from negative_cache import CacheManager, FixedLenFeature, NegativeCacheLoss
-from negative_cache import cache as cache_module
+from negative_cache.cache import rows as cache_module
 from support import Encoder, as_on_a_gpu, assert_same_state, run_ranks, snapshot
 from test_checkpoint import documents, make_loss, step
-from test_sharded import check_cache_has_each_document_once, check_distribution, check_write_back
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu.results import Row
+from negative_cache.cache.placement import to_device
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
-from negative_cache.transfer import to_device
 from negative_cache.workbench.data import RetrievalData
 
 UNTRAINED, BASELINE = "untrained", "in-batch"

@@ -23,12 +23,12 @@ from benchmarks.gpu.machine import peak_megabytes, peak_of
 from benchmarks.gpu.markdown import COMPILED, PORT
 from benchmarks.gpu.results import Results, Row
 from benchmarks.timing import medians_in_turns, seconds
-from negative_cache.features import dequantize, quantize
+from negative_cache.cache.specs import dequantize, quantize
 from negative_cache.retrieval import Retrieved, RowPool, Scale, explain, retrieve
-from negative_cache.retrieval import triton as triton_pass
-from negative_cache.retrieval.streaming import retrieve_streaming
-from negative_cache.retrieval.tiling import Tiling
-from negative_cache.retrieval.triton import retrieve_fused
+from negative_cache.retrieval.fused import launch as triton_pass
+from negative_cache.retrieval.fused.launch import retrieve_fused
+from negative_cache.retrieval.fused.tiling import Tiling
+from negative_cache.retrieval.tiled import retrieve_streaming
 
 CHUNK = 65_536  # rows that are made at once
 LEAST_ROWS = 2**17

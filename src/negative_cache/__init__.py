@@ -1,7 +1,7 @@
 """Train retrieval models against a large cache of negatives, for the price of one more encoding per query."""
 
 from negative_cache import filter_fns, handlers, losses, negative_cache, retrieval_fns, util
-from negative_cache.features import FixedLenFeature, QuantizedFeature, RaggedFeature
+from negative_cache.cache.specs import FixedLenFeature, QuantizedFeature, RaggedFeature
 from negative_cache.filter_fns import CacheFilterFn, IsInCacheFilterFn
 from negative_cache.handlers import CacheLossHandler, MultiCacheLossHandler
 from negative_cache.losses import (
@@ -12,10 +12,10 @@ from negative_cache.losses import (
     DistributedCacheClassificationLoss,
 )
 from negative_cache.memory import predict_bytes
-from negative_cache.modules import NegativeCacheLoss
+from negative_cache.metrics import tagged_metrics, write_metrics
 from negative_cache.negative_cache import CacheManager, NegativeCache
+from negative_cache.negative_cache_loss import NegativeCacheLoss
 from negative_cache.retrieval_fns import AbstractRetrievalFn, GumbelMaxRetrievalFn, MaxScoreRetrievalFn
-from negative_cache.tracking import tagged_metrics, write_metrics
 from negative_cache.util import (
     approximate_top_k_with_indices,
     cross_replica_concat,

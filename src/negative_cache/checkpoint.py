@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from negative_cache.batch import BIAS, EMBEDDING, GUIDE
-from negative_cache.cache import NegativeCache, state_of
-from negative_cache.distributed import gather_rows, rank_seed, shard_sizes
-from negative_cache.features import embedding_spec, is_loadable, spec_from_json, spec_to_json
-from negative_cache.modules import NegativeCacheLoss
-from negative_cache.randomness import new_generator
+from negative_cache.cache.rows import NegativeCache, state_of
+from negative_cache.cache.specs import embedding_spec, is_loadable, spec_from_json, spec_to_json
+from negative_cache.distributed.ranks import gather_rows, rank_seed, shard_sizes
+from negative_cache.negative_cache_loss import NegativeCacheLoss
+from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE
+from negative_cache.retrieval.randomness import new_generator
 
 FORMAT = 1
 _JSON = "negative_cache.json"

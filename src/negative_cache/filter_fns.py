@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NegativeCache
-from negative_cache.features import QuantizedFeature, RaggedFeature, check_features, padding_value
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import QuantizedFeature, RaggedFeature, check_features, padding_value
 
 
 class CacheFilterFn(abc.ABC):

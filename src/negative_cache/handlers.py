@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache import CacheHolder, NegativeCache, module_name
-from negative_cache.distributed import Ranks, gather_rows, world
-from negative_cache.features import Features, RaggedRows, check_keys, padded
+from negative_cache.cache.rows import CacheHolder, NegativeCache, module_name
+from negative_cache.cache.specs import Features, RaggedRows, check_keys, padded
+from negative_cache.distributed.ranks import Ranks, gather_rows, world
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
 from negative_cache.negative_cache import CacheManager
-from negative_cache.negatives import DocumentEncoder
+from negative_cache.sampling.draw import DocumentEncoder
 from negative_cache.util import cross_replica_concat
 
 Items = Mapping[str, Tensor | RaggedRows]

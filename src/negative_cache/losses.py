@@ -12,11 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from negative_cache import estimators
-from negative_cache.cache import NegativeCache
-from negative_cache.distributed import Ranks, separate, world
-from negative_cache.drawing import Asked, Negatives, Returned, Rules, draw_here
-from negative_cache.meeting import NUM_TOLD, Meeting, tell
-from negative_cache.negatives import (
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.distributed.handshake import NUM_TOLD, Meeting, tell
+from negative_cache.distributed.many_ranks import draw_from_ranks
+from negative_cache.distributed.ranks import Ranks, separate, world
+from negative_cache.retrieval import ScoreTransform
+from negative_cache.retrieval.randomness import new_generator
+from negative_cache.retrieval.search import check_queries
+from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
+from negative_cache.sampling.draw import (
     DocumentEncoder,
     RetrievalFn,
     check_finite,
@@ -24,11 +28,7 @@ from negative_cache.negatives import (
     encode,
     pool_of,
 )
-from negative_cache.randomness import new_generator
-from negative_cache.retrieval import ScoreTransform
-from negative_cache.retrieval.pool import check_queries
-from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
-from negative_cache.sharded import draw_from_ranks
+from negative_cache.sampling.one_process import Asked, Negatives, Returned, Rules, draw_here
 
 Caches = Mapping[str, NegativeCache]
 Reducer = Callable[[Tensor], Tensor]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from negative_cache.batch import BIAS, EMBEDDING, GUIDE, SCORED
-from negative_cache.cache import NegativeCache
-from negative_cache.columns import ROOM
-from negative_cache.features import (
+from negative_cache.cache.columns import ROOM
+from negative_cache.cache.index import RowsOfIds
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import (
     FixedLenFeature,
     RaggedFeature,
     Specs,
@@ -19,9 +19,9 @@ from negative_cache.features import (
     check_keys,
     embedding_spec,
 )
-from negative_cache.lookup import RowsOfIds
+from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED
+from negative_cache.objective.settings import default_candidates
 from negative_cache.retrieval.tiles import BLOCK, tile_bytes
-from negative_cache.settings import default_candidates
 
 # Matrices of float32 numbers that there are at once, in the mean: of queries and drawn rows, of queries and the batch's
 # documents, with gradient.

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from negative_cache.cache import NO_ID, NegativeCache
-from negative_cache.features import (
+from negative_cache.cache.index import is_first_of_equal
+from negative_cache.cache.rows import NO_ID, NegativeCache
+from negative_cache.cache.specs import (
     Features,
     FeatureSpec,
     FixedLenFeature,
@@ -24,7 +25,6 @@ from negative_cache.features import (
     check_specs,
     is_free_to_read,
 )
-from negative_cache.lookup import is_first_of_equal
 
 __all__ = ["CacheManager", "FixedLenFeature", "NegativeCache", "QuantizedFeature", "RaggedFeature"]
 

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from negative_cache.distributed import Ranks
-from negative_cache.retrieval.reference import grouped_top_k
+from negative_cache.distributed.ranks import Ranks
+from negative_cache.retrieval.dense import grouped_top_k
 
 __all__ = ["approximate_top_k_with_indices", "cross_replica_concat", "gather_nd", "tensor_update"]
 

@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from negative_cache.distributed import Ranks, world
-from negative_cache.modules import NegativeCacheLoss
-from negative_cache.tracking import cache_losses, tagged_metrics
+from negative_cache.distributed.ranks import Ranks, world
+from negative_cache.metrics import cache_losses, tagged_metrics
+from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 FOLDER = "negative_cache"
 

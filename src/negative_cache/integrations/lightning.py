@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from negative_cache.checkpoint import CheckpointError, state_for_rank
-from negative_cache.distributed import Ranks, world
-from negative_cache.modules import NegativeCacheLoss
-from negative_cache.tracking import cache_losses, tagged_metrics
+from negative_cache.distributed.ranks import Ranks, world
+from negative_cache.metrics import cache_losses, tagged_metrics
+from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 KEY = "negative_cache"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sentence_transformers import SentenceTransformerTrainer
 
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
-from negative_cache.tracking import cache_losses
+from negative_cache.metrics import cache_losses
 
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from negative_cache.logs import say_once
-from negative_cache.retrieval.pool import Guide, Limits, Retrieved, RowPool, ScoreTransform
-from negative_cache.retrieval.product import describe
-from negative_cache.retrieval.streaming import retrieve_streaming
-from negative_cache.retrieval.transform import Scale, factor_of
+from negative_cache.retrieval.logs import say_once
+from negative_cache.retrieval.matmul import describe
+from negative_cache.retrieval.score_transform import Scale, factor_of
+from negative_cache.retrieval.search import Guide, Limits, Retrieved, RowPool, ScoreTransform
+from negative_cache.retrieval.tiled import retrieve_streaming
 
 __all__ = ["Guide", "Limits", "Retrieved", "RowPool", "Scale", "ScoreTransform", "explain", "retrieve"]
 
@@ -59,7 +59,7 @@ def retrieve(
         reason = _why_not_fused(queries, pool, score_transform, num_samples, limits)
         say_once(f"Retrieval on {queries.device.type}: " + (reason or FUSED))
         if reason is None and factor is not None:
-            from negative_cache.retrieval.triton import retrieve_fused
+            from negative_cache.retrieval.fused.launch import retrieve_fused
 
             return retrieve_fused(
                 queries,
@@ -102,7 +102,7 @@ def _why_not_fused(
         return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
     if limits is not None or pool.biases:
         return f"{tiled}: the fused kernel knows no margins, guides or corrections."
-    from negative_cache.retrieval.triton import reason_against
+    from negative_cache.retrieval.fused.launch import reason_against
 
     reason = reason_against(queries, pool, num_samples)
     return None if reason is None else f"{tiled}: {reason}."

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from negative_cache.features import is_free_to_read
-from negative_cache.retrieval.pool import Limits, RowPool, ScoreTransform
-from negative_cache.retrieval.product import TileProduct
+from negative_cache.cache.specs import is_free_to_read
+from negative_cache.retrieval.matmul import TileProduct
+from negative_cache.retrieval.search import Limits, RowPool, ScoreTransform
 
 # On a CPU a chunk of scores is read several times: it should stay in a core's cache, and be long enough for the product
 # to run at full speed. What is done per tile costs some dozen small operations. Elsewhere a tile is one chunk.

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from negative_cache import RaggedFeature, predict_bytes
-from negative_cache.features import quantize
+from negative_cache.cache.specs import quantize
+from negative_cache.objective.settings import default_candidates
 from negative_cache.retrieval import RowPool, explain
-from negative_cache.settings import default_candidates
 from negative_cache.workbench.config import EMBEDDING_DTYPES, RunError
 
 PACKAGE = "negative-cache"

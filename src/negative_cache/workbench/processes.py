@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from negative_cache.distributed import Ranks, process_rank, world
+from negative_cache.distributed.ranks import Ranks, process_rank, world
 
 logger = logging.getLogger("negative_cache")
 

@@ -10,10 +10,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from negative_cache import estimators
-from negative_cache.batch import EMBEDDING
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
-from negative_cache.negatives import pool_of
+from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import Limits, Scale, retrieve
+from negative_cache.sampling.draw import pool_of
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation import Corpus, encoding_options, rankings_of
 

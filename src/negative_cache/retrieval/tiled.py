@@ -1,0 +1,246 @@
+"""The tiled pass in plain PyTorch: one product per chunk of rows, nothing of size batch x num_rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from negative_cache.retrieval.dense import exact_top_k, inverse_cdf, sample
+from negative_cache.retrieval.matmul import narrow_products
+from negative_cache.retrieval.randomness import uniforms
+from negative_cache.retrieval.search import Limits, Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
+from negative_cache.retrieval.tiles import BLOCK, Tiles
+
+
+def retrieve_streaming(
+    queries: Tensor,
+    pool: RowPool,
+    *,
+    generator: torch.Generator,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    num_top: int = 0,
+    limits: Limits | None = None,
+    tile_rows: int | None = None,
+) -> Retrieved:
+    """See `negative_cache.retrieval.retrieve`.
+
+    Args:
+        tile_rows: Rows per tile; the distribution of the result does not depend on it.
+    """
+    check_queries(queries, pool, top_k)
+    with narrow_products(pool):
+        tiles = Tiles(queries, pool, score_transform, excluded, tile_rows, limits)
+        if top_k is not None:
+            scores, rows = _group_maxima(tiles, top_k)
+            drawn = rows.gather(1, sample(scores, num_samples, generator))
+            lse = scores.logsumexp(dim=1)
+            top_scores, top = exact_top_k(scores, min(num_top, top_k))
+            top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
+            return Retrieved(lse, drawn, top_rows, top_scores, rows, tiles.num_limited)
+        reservoir = _Reservoir(tiles, num_samples, generator)
+        best = _Best(tiles, min(num_top, pool.num_rows))
+        for start in range(0, pool.num_rows, tiles.tile_rows):
+            for first, stop in tiles.chunks_of(start):
+                chunk = tiles.scores(first, stop, at=first - start)
+                if chunk is not None:
+                    best.add(first, chunk)
+                    reservoir.add_(first - start, chunk)
+            reservoir.draw(start, min(start + tiles.tile_rows, pool.num_rows))
+        lse = reservoir.lse.to(pool.score_dtype)
+        return Retrieved(lse, reservoir.rows, best.rows(), best.top_scores, None, tiles.num_limited)
+
+
+def mine_groups(
+    queries: Tensor,
+    pool: RowPool,
+    top_k: int,
+    score_transform: ScoreTransform | None = None,
+    excluded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
+    check_queries(queries, pool, top_k)
+    with narrow_products(pool):
+        scores, rows = _group_maxima(Tiles(queries, pool, score_transform, excluded), top_k)
+        return scores.contiguous(), rows.contiguous()
+
+
+class _Reservoir:
+    """Running logsumexp, and samples from the softmax over all tiles seen so far.
+
+    After a tile with logsumexp t and a running logsumexp r (t included), a sample moves into the tile
+    with probability exp(t - r), to a row of it in proportion to exp(score).
+    """
+
+    def __init__(self, tiles: Tiles, num_samples: int, generator: torch.Generator) -> None:
+        device, batch = tiles.buffer.device, tiles.batch
+        self.tiles = tiles
+        self.generator = generator
+        # float64: over thousands of tiles a float32 sum would drift
+        self.lse = torch.full((batch,), -torch.inf, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=device)
+        # of each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
+        num_chunks, num_blocks = -(-tiles.tile_rows // tiles.chunk_rows), -(-tiles.chunk_rows // BLOCK)
+        self.top = tiles.buffer.new_empty(num_chunks, batch)
+        self.sums = tiles.buffer.new_empty(num_chunks, num_blocks, batch)
+        self.maxima = tiles.buffer.new_empty(num_blocks, batch)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.top.fill_(-torch.inf)
+        self.sums.zero_()
+        self.is_empty = True
+
+    def add_(self, at: int, scores: Tensor) -> None:
+        """Take in the chunk that begins `at` rows after its tile; its scores `[rows, batch]` become weights."""
+        chunk = at // self.tiles.chunk_rows
+        _reduce_blocks(torch.amax, scores, self.maxima)
+        top = torch.amax(self.maxima[: -(-len(scores) // BLOCK)], dim=0, out=self.top[chunk])
+        weights = scores.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+        _reduce_blocks(torch.sum, weights, self.sums[chunk])
+        self.is_empty = False
+
+    def draw(self, start: int, stop: int) -> None:
+        """Close the tile of the rows from `start` to `stop`: some samples move into it."""
+        if self.is_empty:
+            return
+        top = self.top.amax(dim=0)
+        share = (self.top - top.clamp(min=torch.finfo(top.dtype).min)).exp()
+        cumulative = (self.sums * share[:, None]).flatten(0, 1).to(torch.float64).cumsum(dim=0)
+        tile_lse = top.double() + cumulative[-1].log()
+        lse = torch.logaddexp(self.lse, tile_lse)
+        chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
+        self.lse = lse
+        if self.rows.shape[1]:
+            move, in_tile, in_block = uniforms((3, *self.rows.shape), self.generator, lse.device)
+            self._move(move < chance[:, None], start, stop, cumulative.T, in_tile, in_block)
+        self._clear()
+
+    def _move(
+        self, moves: Tensor, start: int, stop: int, cumulative: Tensor, in_tile: Tensor, in_block: Tensor
+    ) -> None:
+        """Move samples into a tile where `moves [batch, num_samples]`, by a uniform for the block and one within it."""
+        query = torch.arange(len(moves), device=moves.device)
+        if self.tiles.is_free:  # in most tiles most samples stay where they are
+            query = moves.any(dim=1).nonzero().squeeze(1)
+            if len(query) == 0:
+                return
+            moves, cumulative, in_tile, in_block = (x[query] for x in (moves, cumulative, in_tile, in_block))
+        tiles, num_blocks = self.tiles, self.sums.shape[1]
+        block = inverse_cdf(cumulative, in_tile)
+        begin = block // num_blocks * tiles.chunk_rows
+        end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
+        members = (begin + block % num_blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
+        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(torch.float64)
+        inside = torch.where(members < end, weights, 0).cumsum(dim=2)
+        within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
+        drawn = start + members.gather(2, within[:, :, None]).squeeze(2)
+        self.rows[query] = torch.where(moves, drawn, self.rows[query])
+
+
+def _reduce_blocks(reduce: Callable[..., Tensor], values: Tensor, out: Tensor) -> None:
+    """Reduce each BLOCK rows of `[rows, batch]`, the last ones of fewer, into `out [blocks, batch]`.
+
+    Threads that made the values find them in their own caches, which they do not if all rows are reduced at once.
+    """
+    whole = len(values) // BLOCK
+    if whole:
+        reduce(values[: whole * BLOCK].view(whole, BLOCK, -1), dim=1, out=out[:whole])
+    if whole * BLOCK < len(values):
+        reduce(values[whole * BLOCK :], dim=0, out=out[whole])
+
+
+class _Best:
+    """The highest scoring rows of all tiles seen so far; of equal ones the lowest."""
+
+    def __init__(self, tiles: Tiles, count: int) -> None:
+        self.count = count
+        self.is_free = tiles.is_free
+        self.top_scores = tiles.buffer.new_full((tiles.batch, count), -torch.inf)
+        self.top_rows = torch.full((tiles.batch, count), -1, device=tiles.buffer.device)
+
+    def add(self, start: int, scores: Tensor) -> None:
+        """Take a tile of scores `[rows, batch]` in."""
+        if self.count == 0:
+            return
+        query = torch.arange(scores.shape[1], device=scores.device)
+        if self.is_free:  # most tiles have nothing better for most queries
+            query = (scores.amax(dim=0) > self.top_scores[:, -1]).nonzero().squeeze(1)
+            if len(query) == 0:
+                return
+            scores = scores[:, query]
+        values, at = _exact_top_k_of_columns(scores, self.count)
+        values = torch.cat([self.top_scores[query], values], dim=1)
+        rows = torch.cat([self.top_rows[query], at + start], dim=1)
+        self.top_scores[query], order = exact_top_k(values, self.count)
+        self.top_rows[query] = rows.gather(1, order)
+
+    def rows(self) -> Tensor:
+        return torch.where(self.top_scores > -torch.inf, self.top_rows, -1)
+
+
+def _exact_top_k_of_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`exact_top_k` of `[rows, batch]` over rows: `[batch, at most k]`.
+
+    The k best rows lie in the k blocks with the highest maxima, the first ones of equals.
+    """
+    rows, batch = scores.shape
+    whole = rows // BLOCK
+    if k * BLOCK >= rows:
+        return exact_top_k(scores.T, k)
+    maxima = scores[: whole * BLOCK].view(whole, BLOCK, batch).amax(dim=1)
+    _, blocks = exact_top_k(maxima.T, k)
+    blocks = blocks.sort(dim=1).values  # rows in order, so that the first ones of equals are found
+    members = (blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=scores.device)
+    rest = torch.arange(whole * BLOCK, rows, device=scores.device).expand(batch, -1)
+    members = torch.cat([members.flatten(1), rest], dim=1)
+    values, at = exact_top_k(scores.T.gather(1, members), k)
+    return values, members.gather(1, at)
+
+
+def _group_maxima(tiles: Tiles, k: int) -> tuple[Tensor, Tensor]:
+    """`grouped_top_k` over all rows: scores and rows, `[batch, k]`."""
+    size, num_longer = group_bounds(tiles.pool.num_rows, k)
+    boundary = num_longer * (size + 1)
+    parts = []
+    for start, groups, length in ((0, num_longer, size + 1), (boundary, k - num_longer, size)):
+        step = max(tiles.tile_rows // length, 1)
+        for first in range(0, groups, step):
+            count = min(step, groups - first)
+            parts.append(_maxima(tiles, start + first * length, count, length))
+    return torch.cat([scores for scores, _ in parts]).T, torch.cat([rows for _, rows in parts]).T
+
+
+def _maxima(tiles: Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
+    """Best scores and rows `[groups, batch]` of groups of `length` rows from `start` on, several if they fit a tile."""
+    stop = start + groups * length
+    starts = torch.arange(start, stop, length, device=tiles.buffer.device)[:, None]
+    best = tiles.buffer.new_full((groups, tiles.batch), -torch.inf)
+    rows = starts.repeat(1, tiles.batch)
+    for first in range(start, stop, tiles.tile_rows):  # several parts only of one group that is longer than a tile
+        end = min(first + tiles.tile_rows, stop)
+        scores = tiles.scores(first, end)
+        if scores is None:
+            continue
+        values, at = _first_maxima(scores.view(groups, (end - first) // groups, tiles.batch))
+        is_better = values > best
+        best = torch.where(is_better, values, best)
+        rows = torch.where(is_better, first - start + starts + at, rows)
+    return best, rows
+
+
+def _first_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest values of `[groups, length, batch]` over `length`, and where they come first: `[groups, batch]`."""
+    groups, length, batch = scores.shape
+    if length % BLOCK or length < 4 * BLOCK:
+        return scores.max(dim=1)
+    # Maxima without positions are several times faster, so the position is looked for in one block alone.
+    blocks = scores.view(groups, length // BLOCK, BLOCK, batch)
+    best = blocks.amax(dim=2).max(dim=1)
+    at = best.indices[:, None, None].expand(-1, 1, BLOCK, -1)
+    within = blocks.gather(1, at).squeeze(1).max(dim=1)
+    return best.values, best.indices * BLOCK + within.indices
