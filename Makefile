@@ -40,4 +40,4 @@ wheel: setup
 	$(BIN)/python -m venv build/installed
 	build/installed/bin/pip --disable-pip-version-check install -q $(CONSTRAINTS) torch
 	build/installed/bin/pip --disable-pip-version-check install -q $(CONSTRAINTS) "$$(ls dist/*.whl)[dev]"
-	build/installed/bin/python -m pytest --ignore tests/test_docs.py --ignore tests/test_surface.py
+	build/installed/bin/python -m pytest --ignore tests/project/test_docs.py --ignore tests/project/test_surface.py

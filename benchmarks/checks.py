@@ -1,7 +1,7 @@
-"""What must hold before anything is measured: the real operations against the dense float64 reference.
+"""Checks that must pass before anything is measured: the real operations against the dense reference in float64.
 
-The error that is allowed is twice that of the plain pass in float64 whose queries are rounded to the rows' dtype, and
-a little more: the bare product of that dtype has this error too.
+The allowed error is twice that of a dense float64 pass whose queries are rounded to the rows' dtype, plus a small
+tolerance: the bare product of that dtype has this error, too.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from benchmarks.dense_baseline import SCALE
 from benchmarks.sizes import Size
 from benchmarks.workload import EMBEDDING, make_features, make_workload, unit_rows
 from negative_cache import NegativeCache
-from negative_cache.cache.specs import dequantize, quantize
-from negative_cache.retrieval import RowPool, Scale, retrieve
-from negative_cache.retrieval.dense import dense_scores, grouped_top_k
-from negative_cache.retrieval.search import group_bounds
-from negative_cache.sampling.draw import pool_of
+from negative_cache.cache.columns import dequantize, quantize
+from negative_cache.retrieval import RowPool, Scale, Search, retrieve
+from negative_cache.retrieval.dense import grouped_top_k
+from negative_cache.retrieval.search import dense_scores, group_bounds
+from negative_cache.sampling.draw import row_pool
 
 TOLERANCE = 1e-4
-NUM_TOP = 8
+NUM_BEST = 8
 NUM_DRAWS = 4096
 LARGEST_DEVIATION = 6.0  # standard deviations of a count
-MIN_ROWS = 1021  # of no round size, so that blocks do not fit
+MIN_ROWS = 1021  # not a multiple of any block size
 
 
 class CheckError(AssertionError):
-    """An operation gave something else than the reference."""
+    """The result of an operation differs from the reference."""
 
 
 def failures(sizes: Iterable[Size], device: torch.device) -> list[str]:
@@ -39,44 +39,41 @@ def failures(sizes: Iterable[Size], device: torch.device) -> list[str]:
     Returns:
         One line for each check that fails; an operation that raises fails too.
     """
-    found = []
+    problems = []
     shapes = dict.fromkeys(replace(size, rows=max(MIN_ROWS, 3 * size.batch + 1), target=None) for size in sizes)
     for size in shapes:
         for name, check in (("pass", check_pass), ("draws", check_draws), ("step", check_step)):
             try:
                 check(size, device)
             except Exception as error:
-                found.append(f"{name} of B={size.batch} D={size.dim} {size.dtype} {size.mode}: {error!r}")
-    return found
+                problems.append(f"{name} of B={size.batch} D={size.dim} {size.dtype} {size.mode}: {error!r}")
+    return problems
 
 
 def check_pass(size: Size, device: torch.device) -> None:
-    """Logsumexp, drawn rows and best rows, with rows that are invisible to all or to some queries."""
+    """Logsumexp, drawn rows and best rows, with rows that are hidden from all or from some queries."""
     torch.manual_seed(1)
-    queries = unit_rows(size.batch, size.dim, device)
-    pool = _pool(size, device)
-    excluded = torch.randint(-1, size.rows, (size.batch, 2), device=device)
-    got = retrieve(
-        queries,
-        pool,
-        generator=torch.Generator(),
-        score_transform=Scale(SCALE),
-        excluded=excluded,
+    search = Search(
+        unit_rows(size.batch, size.dim, device),
+        _pool(size, device),
+        Scale(SCALE),
+        excluded=torch.randint(-1, size.rows, (size.batch, 2), device=device),
         top_k=size.top_k,
         num_samples=3,
-        num_top=NUM_TOP,
+        num_best=NUM_BEST,
     )
-    exact, plain = (_scores(operand, pool, excluded) for operand in (queries, _as_stored(queries, size)))
+    got = retrieve(search, torch.Generator())
+    exact, plain = _scores(search), _scores(search._replace(queries=_as_stored(search.queries, size)))
     truth, rounded = (_maxima(scores, size.top_k) for scores in (exact, plain))
     is_visible = exact.isfinite()
     allowed = 2 * float((exact - plain)[is_visible].abs().amax()) + TOLERANCE
     _require_close("lse", got.lse, truth.logsumexp(1), _allowed(rounded.logsumexp(1), truth.logsumexp(1)))
-    best = truth.sort(dim=1, descending=True).values[:, :NUM_TOP]
-    _require_close("scores of the best rows", got.top_scores, best, allowed)
-    _require_close("best rows", exact.gather(1, got.top_rows), best, allowed)
-    _require(bool(is_visible.gather(1, got.rows).all()), "a row was drawn that may not be")
+    best = truth.sort(dim=1, descending=True).values[:, :NUM_BEST]
+    _require_close("scores of the best rows", got.best_scores, best, allowed)
+    _require_close("best rows", exact.gather(1, got.best_rows), best, allowed)
+    _require(bool(is_visible.gather(1, got.rows).all()), "a hidden row was drawn")
     if size.top_k is not None:
-        group_best = truth.gather(1, _groups(got.rows, size.rows, size.top_k))
+        group_best = truth.gather(1, group_of(got.rows, size.rows, size.top_k))
         _require_close("drawn rows of groups", exact.gather(1, got.rows), group_best, allowed)
 
 
@@ -84,15 +81,10 @@ def check_draws(size: Size, device: torch.device) -> None:
     """Frequencies of drawn rows against the softmax."""
     torch.manual_seed(2)
     size = replace(size, rows=64, top_k=size.top_k and 16)
-    query, pool = unit_rows(1, size.dim, device), _pool(size, device)
-    drawn = retrieve(
-        query.expand(NUM_DRAWS, -1),
-        pool,
-        generator=torch.Generator().manual_seed(0),
-        score_transform=Scale(SCALE),
-        top_k=size.top_k,
-    ).rows[:, 0]
-    scores, rows = _scores(query, pool, None), torch.arange(size.rows, device=device)[None]
+    search = Search(unit_rows(1, size.dim, device), _pool(size, device), Scale(SCALE), top_k=size.top_k)
+    many = search._replace(queries=search.queries.expand(NUM_DRAWS, -1))
+    drawn = retrieve(many, torch.Generator().manual_seed(0)).rows[:, 0]
+    scores, rows = _scores(search), torch.arange(size.rows, device=device)[None]
     if size.top_k is not None:
         scores, rows = grouped_top_k(scores, size.top_k)
     expected = torch.zeros(size.rows, dtype=torch.float64, device=device)
@@ -104,7 +96,7 @@ def check_draws(size: Size, device: torch.device) -> None:
 
 
 def check_step(size: Size, device: torch.device) -> None:
-    """The loss of a step on a full cache, and what every row holds after it."""
+    """The loss of a step on a full cache, and the content of every row after it."""
     work = make_workload(size, device)
     cache, encode = work.cache, work.loss_fn.document_encoder
     calls: list[dict[str, Tensor]] = []
@@ -118,8 +110,9 @@ def check_step(size: Size, device: torch.device) -> None:
         work.features = make_features((2 + number) * size.rows, size.batch, size.length, device)
         work.documents = encode(work.features)
         before = _Contents(cache)
-        pool = pool_of([cache], EMBEDDING)
-        pool = RowPool([part.clone() for part in pool.embeddings], pool.candidates, _copies(pool))
+        pool = row_pool(cache, EMBEDDING)
+        scales = None if pool.scales is None else pool.scales.clone()
+        pool = pool._replace(embeddings=pool.embeddings.clone(), scales=scales)
         loss = work.step(size.top_k)
     drawn = before.find(calls[-1])
     ages = before.age.clone()
@@ -130,14 +123,14 @@ def check_step(size: Size, device: torch.device) -> None:
     before.require_equal(_Contents(cache))
     queries = work.queries.detach()
     truth, rounded = (
-        _loss(_maxima(_scores(operand, pool, None), size.top_k), queries, work.documents)
+        _loss(_maxima(_scores(Search(operand, pool, Scale(SCALE))), size.top_k), queries, work.documents)
         for operand in (queries, _as_stored(queries, size))
     )
     _require_close("loss", loss.detach()[None], truth[None], _allowed(rounded, truth))
 
 
 class _Contents:
-    """What the rows of a cache hold, copied."""
+    """A copy of the rows of a cache."""
 
     def __init__(self, cache: NegativeCache) -> None:
         items = cache.read(torch.arange(cache.num_rows, device=cache.device), [EMBEDDING, "first", "second"])
@@ -149,7 +142,7 @@ class _Contents:
     def find(self, features: dict[str, Tensor]) -> Tensor:
         """The rows of documents, which are numbered by their first feature."""
         is_match = features["first"][:, :1] == self.features["first"][None, :, 0]
-        _require(bool(is_match.any(dim=1).all()), "a document was encoded that no row holds")
+        _require(bool(is_match.any(dim=1).all()), "the encoder got a document that no row has")
         return is_match.to(torch.uint8).argmax(dim=1)
 
     def write(self, rows: Tensor, embeddings: Tensor, size: Size, features: dict[str, Tensor] | None = None) -> None:
@@ -168,21 +161,20 @@ class _Contents:
 
 
 def _pool(size: Size, device: torch.device) -> RowPool:
-    """Random rows, a tenth of them invisible."""
+    """Random rows, a tenth of them no candidates."""
     rows, scales = unit_rows(size.rows, size.dim, device), None
     if size.dtype == "int8":
         rows, scales = quantize(rows)
-    return RowPool([rows.to(size.torch_dtype)], [torch.rand(size.rows, device=device) > 0.1], [scales])
+    return RowPool(rows.to(size.torch_dtype), torch.rand(size.rows, device=device) > 0.1, scales)
 
 
-def _copies(pool: RowPool) -> list[Tensor | None]:
-    return [None if scales is None else scales.clone() for _, scales in pool.parts]
-
-
-def _scores(queries: Tensor, pool: RowPool, excluded: Tensor | None) -> Tensor:
+def _scores(search: Search) -> Tensor:
     """All scores in float64."""
-    parts = [rows.double() if scales is None else dequantize(rows, scales).double() for rows, scales in pool.parts]
-    return dense_scores(queries.double(), RowPool(parts, pool.candidates), lambda scores: SCALE * scores, excluded)
+    pool = search.pool
+    rows = pool.embeddings if pool.scales is None else dequantize(pool.embeddings, pool.scales)
+    return dense_scores(
+        search._replace(queries=search.queries.double(), pool=pool._replace(embeddings=rows.double(), scales=None))
+    )
 
 
 def _maxima(scores: Tensor, top_k: int | None) -> Tensor:
@@ -195,15 +187,8 @@ def _loss(scores: Tensor, queries: Tensor, documents: Tensor) -> Tensor:
 
 
 def _as_stored(values: Tensor, size: Size) -> Tensor:
-    """What a cache of this dtype gives back."""
+    """The values after they were stored in a cache of this dtype."""
     return dequantize(*quantize(values)) if size.dtype == "int8" else values.detach().to(size.torch_dtype)
-
-
-def _groups(rows: Tensor, num_rows: int, num_groups: int) -> Tensor:
-    """The group of each row."""
-    length, num_longer = group_bounds(num_rows, num_groups)
-    boundary = num_longer * (length + 1)
-    return torch.where(rows < boundary, rows // (length + 1), num_longer + (rows - boundary) // length)
 
 
 def _allowed(rounded: Tensor, truth: Tensor) -> float:
@@ -218,3 +203,10 @@ def _require_close(name: str, got: Tensor, expected: Tensor, allowed: float) -> 
 def _require(is_right: bool, message: str) -> None:
     if not is_right:
         raise CheckError(message)
+
+
+def group_of(rows: Tensor, num_rows: int, num_groups: int) -> Tensor:
+    """The group of each of `rows [n]`: int64 `[n]`."""
+    size, num_longer = group_bounds(num_rows, num_groups)
+    boundary = num_longer * (size + 1)
+    return torch.where(rows < boundary, rows // (size + 1), num_longer + (rows - boundary) // size)

@@ -1,7 +1,6 @@
-"""A measurement in a process of its own, with limits.
+"""A measurement in its own process, with limits of time and memory.
 
-Processes are forked from a server, where the system has that, so that libraries are imported once; nothing else has
-run in it.
+Where the system supports it, processes are forked from a server that has only imported libraries.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Measurement = Callable[..., dict[str, float | None]]
 
 
 class LimitError(Exception):
-    """The measurement ran into its limit of time or memory."""
+    """The measurement reached its limit of time or memory."""
 
 
 def run(
@@ -32,16 +31,15 @@ def run(
 
     Args:
         function: A module's function.
-        arguments: What can be pickled.
+        arguments: Its arguments, which are pickled.
         seconds: Time limit.
-        num_bytes: Limit of the process's own memory on the CPU; on Linux.
+        num_bytes: Limit of the memory that the process allocates; has an effect on Linux without a GPU.
 
     Raises:
         LimitError: It took more time or memory than allowed.
         RuntimeError: It failed.
     """
-    is_forking = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if is_forking else "spawn")
+    context = new_context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, arguments, num_bytes))
     process.start()
@@ -53,7 +51,7 @@ def run(
     except EOFError:
         process.join()
         result, error = None, f"the process ended with {process.exitcode}"
-        if num_bytes is not None and process.exitcode < 0:  # C++ aborts where it gets no memory
+        if num_bytes is not None and process.exitcode < 0:  # C++ aborts when an allocation fails
             raise LimitError(f"more than {num_bytes / 1e9:.1f} GB, or crashed ({process.exitcode})") from None
     else:
         process.join()
@@ -67,6 +65,12 @@ def run(
     if num_bytes is not None and any(text in error for text in NO_MEMORY):
         raise LimitError(f"more than {num_bytes / 1e9:.1f} GB")
     raise RuntimeError(f"{function.__module__}.{function.__name__} failed: {error}")
+
+
+def new_context() -> Any:
+    """How to start processes: forked from a server without a GPU context if the system can do that, else spawned."""
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("forkserver" if can_fork else "spawn")
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""The commit that numbers are of."""
+"""The commit that results belong to."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of this source tree, marked if it was changed since; empty without git."""
+    """The commit of this source tree, with a mark if files have changed since; empty without git."""
     found = _git("rev-parse", "--short", "HEAD")
     return found and found + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _git(*arguments: str) -> str:
-    """What git says about the folder of this file; empty without git."""
+    """The output of a git command about the folder of this file; empty if it fails."""
     try:
         ended = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True

@@ -1,8 +1,8 @@
-"""The dense step that the streaming one is compared with: the algorithm of the method's earlier PyTorch port.
+"""The dense step that the tiled one is compared with: the algorithm of the earlier PyTorch port of the method.
 
-Its costs are those of the port: a score matrix of all queries and rows, a copy of it for each elementwise function,
-int64 row numbers of the same size for the groups, Gumbel noise for every score that is left, rows written one by one,
-every age counted up. All rows count as filled, as they do there.
+It has the costs of the port: a score matrix of all queries and rows, a copy of it for each elementwise function,
+int64 row numbers of the same size for the groups, Gumbel noise for every remaining score, rows that are written one by
+one, and an increment of every age. All rows count as filled, as in the port.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DenseStep(NamedTuple):
         loss: Scalar with gradient.
         interpretable_loss: `[batch]`: minus the log of each positive's probability.
         drawn: int64 `[batch]`: the sampled rows.
-        replaced: int64 `[batch]`: the rows that the batch's documents went to.
+        replaced: int64 `[batch]`: the rows that the batch's documents replaced.
     """
 
     loss: Tensor
@@ -33,7 +33,7 @@ class DenseStep(NamedTuple):
 
 
 class DenseCache:
-    """Full tensors of documents, and the step that trains against all of them.
+    """A full cache as plain tensors, and the step that trains against all of its rows.
 
     Args:
         embeddings: float32 `[num_rows, dim]`; changed in place.
@@ -57,14 +57,14 @@ class DenseCache:
     def step(
         self, queries: Tensor, documents: Tensor, features: Mapping[str, Tensor], top_k: int | None = None
     ) -> DenseStep:
-        """Loss of a batch against all rows; then drawn rows get new embeddings, the oldest rows the new documents."""
+        """Compute the loss, re-encode the drawn rows, and replace the oldest rows by the batch's documents."""
         scores, drawn = self._draw(queries.detach(), top_k)
-        fresh = self.encode({key: column[drawn] for key, column in self.features.items()})
+        encoded = self.encode({key: column[drawn] for key, column in self.features.items()})
         positive_scores = SCALE * (queries * documents).sum(dim=1)
-        negative_scores = SCALE * (queries * fresh).sum(dim=1)
+        negative_scores = SCALE * (queries * encoded).sum(dim=1)
         probability = torch.cat([positive_scores[:, None], scores], dim=1).softmax(dim=1)[:, 0].detach()
         loss = ((1 - probability) * (negative_scores - positive_scores)).mean()
-        replaced = self._update(drawn, fresh.detach(), documents.detach(), features)
+        replaced = self._update(drawn, encoded.detach(), documents.detach(), features)
         return DenseStep(loss, -probability.log(), drawn, replaced)
 
     def _draw(self, queries: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ class DenseCache:
         scores, rows = best_of_groups(scores, top_k)
         return scores, rows.gather(1, _gumbel_max(scores)[:, None]).squeeze(1)
 
-    def _update(self, drawn: Tensor, fresh: Tensor, documents: Tensor, features: Mapping[str, Tensor]) -> Tensor:
+    def _update(self, drawn: Tensor, encoded: Tensor, documents: Tensor, features: Mapping[str, Tensor]) -> Tensor:
         youngest = self.age.new_full((len(drawn),), -1)
-        write_one_by_one(self.embeddings, drawn, fresh)
+        write_one_by_one(self.embeddings, drawn, encoded)
         write_one_by_one(self.age, drawn, youngest)
         replaced = self.age.topk(len(documents)).indices
         write_one_by_one(self.embeddings, replaced, documents)
@@ -97,7 +97,7 @@ def best_of_groups(scores: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def write_one_by_one(column: Tensor, rows: Tensor, values: Tensor) -> None:
-    """`column[rows] = values`, with an assignment, and a fill-up to the column's width, for every row."""
+    """`column[rows] = values`, with an assignment, and padding to the column's width, for every row."""
     for row, value in zip(rows[:, None], values.to(column.dtype), strict=True):
         if column.dim() > 1:
             value = torch.cat([value, value.new_zeros(column.shape[1] - len(value))])

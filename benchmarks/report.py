@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -17,26 +18,26 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.commit import commit
+from benchmarks.gpu.results import Row, Value
+from negative_cache.workbench import figures
+from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure
+from negative_cache.workbench.files import write_text
 
-Value = str | int | float | None
-Row = dict[str, Value]
+__all__ = ["COLOURS", "MARKERS", "Report", "Row", "Table", "Value", "save_figure"]
 
-# Okabe and Ito's colours, told apart with any colour vision; each series has its own marker besides.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDTH_OF_A_FILE = 200  # columns where the output is no terminal
+FILE_WIDTH = 200  # columns, where the output is not a terminal
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows to print and to write as CSV.
+    """Rows that are printed, and written to a CSV file.
 
     Attributes:
         name: File name without ending.
-        title: Shown above.
+        title: Printed above the table.
         columns: Key -> heading, with the unit.
         rows: A value, or None, for each key.
-        note: Shown below.
+        note: Printed below the table.
     """
 
     name: str
@@ -48,21 +49,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Report:
-    """What a command found.
+    """The results of a command.
 
     Attributes:
         tables: The first one has the measurements.
-        plot: Draws them; its file is named after the first table.
+        plot: Draws them into a figure; its file is named after the first table.
     """
 
     tables: Sequence[Table]
     plot: Callable[[Figure], None]
 
     def show(self, device: torch.device) -> None:
-        """Print everything to stdout, the machine first."""
+        """Print everything to stdout, beginning with the machine."""
         console = Console(highlight=False)
         if not console.is_terminal:
-            console.width = WIDTH_OF_A_FILE
+            console.width = FILE_WIDTH
         console.print("   ".join(f"{key}: {value}" for key, value in describe_machine(device).items()), soft_wrap=True)
         for table in self.tables:
             console.print()
@@ -71,27 +72,17 @@ class Report:
                 console.print(table.note)
 
     def save(self, folder: Path, device: torch.device) -> list[Path]:
-        """Write CSV files and the plot; a file is there whole or not at all."""
+        """Write the CSV files and the plot, and return their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         machine = describe_machine(device)
-        paths = []
-        for table in self.tables:
-            paths.append(folder / f"{table.name}.csv")
-            with _beside(paths[-1]).open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, [*table.columns, *machine], extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows({**row, **machine} for row in table.rows)
         figure = Figure(figsize=(9, 5), layout="constrained")
         self.plot(figure)
-        paths.append(folder / f"{self.tables[0].name}.png")
-        figure.savefig(_beside(paths[-1]), dpi=150, format="png")
-        for path in paths:
-            os.replace(_beside(path), path)
-        return paths
+        paths = [write_text(folder / f"{table.name}.csv", _csv(table, machine)) for table in self.tables]
+        return [*paths, save_figure(figure, folder / f"{self.tables[0].name}.png")]
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """What numbers depend on, beside the sizes."""
+    """The machine and the versions that results depend on."""
     found = {
         "cpu": _cpu_name(),
         "cores": str(os.cpu_count()),
@@ -105,30 +96,27 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def verdict(value: float | None, target: float | None) -> str:
-    """Whether a target, the highest value allowed, is met; empty where there is none."""
+    """Whether a value is at most its target; empty if one of them is None."""
     if target is None or value is None:
         return ""
     return "met" if value <= target else "NOT MET"
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """`value / base`, None where one of them was not measured."""
+    """`value / base`; None if one of them was not measured."""
     return None if value is None or base is None else value / base
 
 
 def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Titles, and a grid that stays behind."""
+    """Set the titles and the style of a plot."""
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    figures.style(axes)
 
 
 def row_ticks(axes: Axes, counts: Sequence[int]) -> None:
-    """A logarithmic x axis with the counts written out."""
+    """Make the x axis logarithmic, with the counts written out."""
     axes.set_xscale("log", base=2)
     shown = sorted(set(counts))
     axes.set_xticks(shown, [f"{count:,}" for count in shown], rotation=30, ha="right")
@@ -153,8 +141,12 @@ def _format(value: Value) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _csv(table: Table, machine: Mapping[str, str]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*table.columns, *machine], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **machine} for row in table.rows)
+    return file.getvalue()
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""`scale`: time against the number of rows, beside the bare product of the same operands."""
+"""`scale`: time against the number of rows, compared with the bare product of the same operands."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
     lines = dict.fromkeys((row["dtype"], row["mode"]) for row in rows)
     slopes = [_slopes(dtype, mode, rows, target) for dtype, mode in lines]
     note = (
-        "The int8 product is torch._int_mm. On a CPU the product at once also pays for the pages of its result; "
-        "blocks whose rows come first are the fastest way that is known here, and what the pass itself does."
+        "The int8 product is torch._int_mm. On a CPU, the time of `queries @ rows.T` includes the allocation of its "
+        "result; `rows @ queries.T` in blocks was the fastest product that was measured, and is what the pass does."
     )
     return Report(
         [
@@ -102,7 +102,7 @@ def _slopes(dtype: Value, mode: Value, rows: list[Row], target: float | None) ->
     fits = {key: fit_line(*_points(mine, key)) for key in SERIES}
     slopes = {key: slope for key, (slope, _) in fits.items()}
     found, blocks = (
-        slopes["step_ms"] / slopes[key] if slopes[key] > 0 else None  # None: noise
+        slopes["step_ms"] / slopes[key] if slopes[key] > 0 else None  # a slope that is not positive is noise
         for key in ("product_ms", "blocks_ms")
     )
     return {
@@ -118,7 +118,7 @@ def _slopes(dtype: Value, mode: Value, rows: list[Row], target: float | None) ->
 
 
 def fit_line(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """Slope of the least-squares line, and the share of the variance that it explains; NaN for under two points."""
+    """Slope of the least-squares line, and the fraction of variance it explains; NaN for fewer than two points."""
     if len(xs) < 2:
         return float("nan"), float("nan")
     x, y = torch.tensor(xs, dtype=torch.float64), torch.tensor(ys, dtype=torch.float64)
@@ -128,14 +128,14 @@ def fit_line(xs: list[float], ys: list[float]) -> tuple[float, float]:
 
 
 def _points(rows: list[Row], key: str) -> tuple[list[float], list[float]]:
-    """Numbers of rows and times, where they were measured."""
+    """Numbers of rows and times of the measured sizes."""
     found = [(float(row["rows"] or 0), row[key]) for row in rows]
     kept = [(x, y) for x, y in found if isinstance(y, float)]
     return [x for x, _ in kept], [y for _, y in kept]
 
 
 def _plot(rows: list[Row], figure: Figure) -> None:
-    """A panel per dtype: the step in each mode, and both products."""
+    """Draw a panel per dtype, with the step in each mode and both products."""
     dtypes = list(dict.fromkeys(str(row["dtype"]) for row in rows))
     figure.set_size_inches(max(4.5 * len(dtypes), 6), 5)
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]

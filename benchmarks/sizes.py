@@ -1,7 +1,4 @@
-"""All sizes that are measured or tested, in one place.
-
-`full` is for a CPU, `gpu` for a GPU, `tiny` for tests. Targets stand beside the sizes that they are about.
-"""
+"""The sizes that are measured and their targets: `full` for a CPU, `gpu` for a GPU, `tiny` for tests."""
 
 from __future__ import annotations
 
@@ -10,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-MEMORY_TARGET_MB = 24  # of a step at batch 128, whatever the rows
-SLOPE_TARGET = 1.2  # time per row beyond that of the bare product
-PASS_TARGET = 1.15  # the fused pass on a GPU, beyond the bare product
-END_TO_END_TARGET = 1.6  # a training step, beyond plain in-batch
-VARIANCE_TARGETS = {64: 0.4, 256: 0.25}  # by batch: of the default's gradient, beside the paper's
+MEMORY_TARGET_MB = 24  # a step at batch 128, for any number of rows
+SLOPE_TARGET = 1.2  # time per row, relative to the bare product
+PASS_TARGET = 1.15  # the fused pass on a GPU, relative to the bare product
+END_TO_END_TARGET = 1.6  # a training step, relative to plain in-batch
+VARIANCE_TARGETS = {64: 0.4, 256: 0.25}  # by batch: the default's gradient, relative to the paper's
 
 
 @dataclass(frozen=True)
@@ -25,10 +22,10 @@ class Size:
         batch: Queries, each with one document.
         rows: Rows of the cache.
         dim: Dimensions of embeddings.
-        top_k: Groups of which only the best row counts; None for all rows.
+        top_k: Restrict the softmax to the best row of each of top_k groups; None for all rows.
         dtype: Stored dtype of embeddings.
         length: Values of each of the two int32 features of a document.
-        target: Highest ratio to the time of the dense step, where there is one.
+        target: Highest ratio to the time of the dense step; None for no target.
     """
 
     batch: int
@@ -51,7 +48,7 @@ class Size:
 
     @property
     def num_bytes(self) -> int:
-        """What a full cache takes."""
+        """Size of a full cache."""
         return self.rows * (self.dim * self.torch_dtype.itemsize + 8 * self.length)
 
 
@@ -60,9 +57,11 @@ class PeerSizes:
     """The same number of negatives per query for several losses.
 
     Attributes:
-        batch: Queries of a step where negatives come from a memory; mini-batch of gradient caching.
+        batch: Queries of a step of a loss with a memory; mini-batch of gradient caching.
         negatives: Numbers of negatives per query.
-        hidden, layers, length: The encoder's width and layers, and the tokens of each text.
+        hidden: Width of the encoder.
+        layers: Layers of the encoder.
+        length: Tokens of each text.
         seconds: Time limit of one measurement.
     """
 
@@ -81,10 +80,11 @@ class TrainingSizes:
     Attributes:
         batch: Pairs of a step.
         length: Tokens of each text.
-        hidden, layers: Of the transformer with random weights.
+        hidden: Width of the transformer with random weights.
+        layers: Layers of that transformer.
         rows: Rows of the cache.
         dtypes: Stored dtypes of embeddings.
-        use_minilm: Measure MiniLM too, where the package with its weights is installed.
+        use_minilm: Measure MiniLM too, if the package with its weights is installed.
     """
 
     batch: int
@@ -98,14 +98,14 @@ class TrainingSizes:
 
 @dataclass(frozen=True)
 class Case:
-    """Where estimators are compared.
+    """A setting in which estimators are compared.
 
     Attributes:
-        stage: Of the training.
-        batch: Queries.
+        stage: Stage of the training.
+        batch: Number of queries.
         rows: Rows of the cache.
         scale: Factor of the dot products.
-        is_stale: Whether the rows are as training left them, not encoded anew.
+        is_stale: Whether the rows are as training left them; if False, they are re-encoded.
         is_complete: Whether all estimators are measured, or only the main ones.
     """
 
@@ -119,14 +119,14 @@ class Case:
 
 @dataclass(frozen=True)
 class VarianceSizes:
-    """Errors of gradients at several moments of a training.
+    """Errors of gradients at several stages of a training.
 
     Attributes:
-        data: A data set of `load_data`; None for invented texts.
+        data: A data set of `load_data`; None for synthetic texts.
         batch: Pairs of a training step.
-        stages: Name -> after how many training steps.
-        cases: What is measured.
-        batches: In each case, each with other pairs.
+        stages: Name -> number of training steps before it.
+        cases: The settings to measure.
+        batches: Batches of each case, with different pairs.
         repeats: Steps of each estimator on each batch.
     """
 
@@ -139,18 +139,23 @@ class VarianceSizes:
 
     @property
     def rows(self) -> int:
-        """Rows of the cache of the training."""
+        """Rows of the cache in training."""
         return max(case.rows for case in self.cases)
 
 
 @dataclass(frozen=True)
 class SizeSet:
-    """What each command measures.
+    """The sizes of each command.
 
     Attributes:
-        step, scale, memory, peers, end_to_end, variance: By command.
-        repeats: Rounds of which the median is taken.
-        is_judged: Whether the targets of scale, memory, end-to-end and variance are about these sizes.
+        step: Sizes of `step`.
+        scale: Sizes of `scale`.
+        memory: Sizes of `memory`.
+        peers: Sizes of `peers`.
+        end_to_end: Sizes of `end-to-end`.
+        variance: Sizes of `variance`.
+        repeats: Rounds whose median is taken.
+        is_judged: Whether the targets of scale, memory, end-to-end and variance apply to these sizes.
     """
 
     step: tuple[Size, ...]
@@ -174,7 +179,7 @@ def over(size: Size, rows: Sequence[int], dtypes: Sequence[str]) -> tuple[Size, 
 
 
 def variance_sizes(batches: Sequence[int], rows: int, stages: dict[str, int]) -> VarianceSizes:
-    """All stages, with a fresh and a stale cache; more rows at the last one, other scales at the one in the middle."""
+    """All stages with re-encoded and with stale rows; more rows at the last stage, other scales at the middle one."""
     early, middle, late = stages
     return VarianceSizes(
         data="python-code",

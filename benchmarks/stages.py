@@ -1,4 +1,4 @@
-"""Models, caches and batches from several moments of a training, on real texts."""
+"""Models and caches from several stages of a training on real texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from negative_cache.workbench.models import learning_rate_of, load_model
 
 MODEL = "static"
 NUMBER = "number"
-SPECS = {NUMBER: FixedLenFeature([], torch.int64)}  # of a document: its place in the corpus
+SPECS = {NUMBER: FixedLenFeature([], torch.int64)}  # the position of a document in the corpus
 WARMUP = 0.1
 
 
@@ -27,15 +27,15 @@ class Texts(NamedTuple):
     """Token ids of many texts.
 
     Attributes:
-        tokens: int64: of all texts, one after the other.
-        starts: int64 `[n + 1]`: where each text begins.
+        tokens: int64: the tokens of all texts, concatenated.
+        starts: int64 `[n + 1]`: the position at which each text begins, and the end.
     """
 
     tokens: Tensor
     starts: Tensor
 
     def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of some texts, and where each of these begins."""
+        """Tokens of some texts, concatenated, and the position at which each of them begins."""
         starts, lengths = self.starts[numbers], self.starts[numbers + 1] - self.starts[numbers]
         offsets = lengths.cumsum(0) - lengths
         inside = torch.arange(int(lengths.sum()), device=numbers.device)
@@ -43,13 +43,13 @@ class Texts(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """A retrieval set as tokens.
+    """A tokenized data set.
 
     Attributes:
-        name: Of the data.
-        queries: Of the training pairs.
-        documents: All of them.
-        positives: int64 `[pairs, n]`: the documents of each query, the pair's own first, filled up with -1.
+        name: Name of the data set.
+        queries: The queries of the training pairs.
+        documents: All documents.
+        positives: int64 `[pairs, n]`: the documents of each query, the pair's own first, padded with -1.
         table: `[vocabulary, dim]`: embeddings of tokens before training.
     """
 
@@ -61,13 +61,13 @@ class Corpus(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A moment of a training.
+    """A stage of a training.
 
     Attributes:
-        name: What to call it.
-        step: How many steps were done.
+        name: Its name.
+        step: Training steps before it.
         table: `[vocabulary, dim]`, with gradient.
-        rows: int64 `[n]`: numbers of the documents in the cache, written last first.
+        rows: int64 `[n]`: numbers of the cached documents, the last written first.
         cached: `[n, dim]`: their embeddings as training left them.
     """
 
@@ -85,8 +85,8 @@ def encode(table: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
 
 
 def load_corpus(source: str | None, device: torch.device) -> Corpus:
-    """Tokens of a data set of `load_data`, or of invented texts if there is none, and an untrained model."""
-    data = invented() if source is None else load_data(source)
+    """The tokens of a data set of `load_data`, or of synthetic texts if it is None, and an untrained model."""
+    data = synthetic() if source is None else load_data(source)
     columns = data.training_columns()
     progress(f"{data.name}: tokenizing")
     embedding = load_model(MODEL, [*columns["anchor"], *columns["positive"]], seed=0)[0]
@@ -101,18 +101,18 @@ def load_corpus(source: str | None, device: torch.device) -> Corpus:
     return Corpus(data.name, texts(columns["anchor"]), texts(list(data.corpus.values())), positives, table)
 
 
-def invented(count: int = 400) -> RetrievalData:
-    """Queries and documents of random words, so that nothing has to be on the disk."""
+def synthetic(count: int = 400) -> RetrievalData:
+    """Queries and documents of random words, which need no files."""
     source = random.Random(0)
     words = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("ab", "el", "in", "or", "um")]
     corpus = {f"d{number}": " ".join(source.choices(words, k=12)) for number in range(count)}
     queries = {f"q{number}": " ".join(corpus[f"d{number}"].split()[:4]) for number in range(count)}
     qrels = {f"q{number}": [f"d{number}"] for number in range(count)}
-    return RetrievalData("invented", corpus, queries, {"train": qrels, "dev": {}, "test": {}})
+    return RetrievalData("synthetic", corpus, queries, {"train": qrels, "dev": {}, "test": {}})
 
 
 def batches(corpus: Corpus, batch: int, seed: int) -> Iterable[Tensor]:
-    """Numbers of pairs, each once per epoch, without end."""
+    """Endless batches of pair numbers; each pair occurs once per epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(corpus.positives), generator=generator).to(corpus.positives.device)
@@ -120,11 +120,11 @@ def batches(corpus: Corpus, batch: int, seed: int) -> Iterable[Tensor]:
 
 
 def train(corpus: Corpus, steps: dict[str, int], batch: int, num_rows: int) -> list[Stage]:
-    """Train with the library's loss, and keep what is there after some numbers of steps.
+    """Train with the library's loss, and keep the model and the cache at each stage.
 
     Args:
         corpus: The pairs.
-        steps: Name of each stage -> after how many steps; the last one ends the training.
+        steps: Name of each stage -> number of steps before it; the last one ends the training.
         batch: Pairs of a step.
         num_rows: Rows of the cache.
     """

@@ -1,4 +1,4 @@
-"""`step`: a step of the library, of the dense algorithm and the bare product, all taking turns in one run."""
+"""`step`: a step of the library, compared with a step of the dense algorithm and with the bare product."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ COLUMNS = {
 
 
 def run(sizes: SizeSet, device: torch.device) -> Report:
-    """Measure each group of sizes that differ in dtype and mode alone."""
+    """Measure each group of sizes that differ only in dtype and mode."""
     groups: dict[tuple[int, ...], list[Size]] = {}
     for size in sizes.step:
         groups.setdefault((size.batch, size.rows, size.dim, size.length), []).append(size)
     rows = [row for group in groups.values() for row in _measure(group, sizes.repeats, device)]
     columns = dict(COLUMNS)
-    if device.type != "cuda":  # the fused pass has a target; peak memory in one process would not be exact
+    if device.type != "cuda":  # only the fused pass has a target, and peak memory is not exact after other measurements
         for key in ("pass_target", "pass_met", "extra_mb"):
             del columns[key]
     title = "One step of a full cache: retrieve, write back, insert; encoders excluded, features 2 x int32"
     note = (
-        "dense step: the earlier port's algorithm (float32 rows); product: queries @ rows.T at once, in the rows' "
-        "dtype. Medians of calls that take turns."
+        "dense step: the algorithm of the earlier port (float32 rows). product: queries @ rows.T in the rows' dtype. "
+        "Medians of calls that take turns."
     )
     return Report([Table("step", title, columns, rows, note)], partial(_plot, rows))
 
@@ -103,7 +103,7 @@ def _row(size: Size, times: dict[str, float], work: Workload, device: torch.devi
 
 
 def _plot(rows: list[Row], figure: Figure) -> None:
-    """Bars of the ratio to the dense step, with the targets as lines."""
+    """Draw the ratio to the dense step as bars, and the targets as lines."""
     axes = figure.subplots()
     shown = [row for row in rows if isinstance(row["ratio"], float)]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))

@@ -1,4 +1,4 @@
-"""Times of calls that take turns, so that a slow moment of the machine hits all of them."""
+"""Times of calls that take turns, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Call = TypeVar("Call", bound=Callable[[], object])
 def median_ms(
     calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str
 ) -> dict[str, float]:
-    """Median milliseconds of each call over rounds A B C A B C ..., after one that warms up.
+    """Median milliseconds of each call over rounds A B C A B C ..., after a warm-up round.
 
     Args:
-        calls: What to measure, by name.
+        calls: The calls, by name.
         repeats: Number of rounds.
-        device: Waited for before and after each call.
-        label: What is shown on stderr while it runs.
+        device: Synchronized before and after each call.
+        label: Shown on stderr while it runs.
 
     Returns:
-        The times; without those calls for which the GPU has too little memory.
+        The times, without calls that run out of GPU memory.
     """
     progress(f"{label}: warming up")
     able = {name: call for name, call in calls.items() if _fits(call, device)}
@@ -40,14 +40,14 @@ def median_ms(
 def medians_in_turns(
     calls: Mapping[str, Call], measure: Callable[[Call], float], rounds: int, least_rounds: int, *, most_ms: float
 ) -> dict[str, float]:
-    """Median of what is measured of each call, in rounds in which they take turns.
+    """Median of the measured times of each call, in rounds in which they take turns.
 
     Args:
-        calls: By name.
-        measure: Makes a call; its milliseconds.
-        rounds: At most.
-        least_rounds: Also of a call that takes long.
-        most_ms: What the other rounds of a call begin in.
+        calls: The calls, by name.
+        measure: Runs a call, and returns its milliseconds.
+        rounds: Highest number of rounds.
+        least_rounds: Lowest number of rounds of each call.
+        most_ms: Total time after which a call gets no further rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -58,22 +58,22 @@ def medians_in_turns(
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call, until the device is done with it."""
-    synchronise(device)
+    """Time of one call, until the device has finished it."""
+    synchronize(device)
     started = time.perf_counter()
     call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device is idle; nothing on a CPU."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is idle; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def progress(message: str) -> None:
-    """One line on stderr, which the next one replaces on a terminal."""
+    """Print a line to stderr; on a terminal, the next one replaces it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{message}", end="", file=sys.stderr, flush=True)
     else:

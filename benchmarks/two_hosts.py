@@ -1,7 +1,7 @@
-"""Trains on two hosts, one rank on each, and shows that the model equals that of two ranks on one host.
+"""Train on two hosts, one rank on each, and compare the model with that of two ranks on one host.
 
-The hosts are two network namespaces of this machine, each with its own host name and address, joined by a veth pair,
-so that nothing but the cable between them carries messages. Needs Linux, root and iproute2; says so where they lack.
+The hosts are two network namespaces of this machine, each with its own host name and address. A veth pair, a virtual
+cable, is their only connection. Needs Linux, root and iproute2, and says so if they are missing.
 
 python -m benchmarks.two_hosts
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-CANNOT_RUN = 77  # the exit code for it
+CANNOT_RUN = 77  # exit code
 BATCH, STEPS = 16, 60
 HOSTS = ("nc-host-a", "nc-host-b")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -29,7 +29,7 @@ PORT = "29577"
 
 
 def make_inputs(folder: Path) -> None:
-    """A file of pairs of made-up words, and an untrained model."""
+    """Write a file of pairs of random words, and an untrained model."""
     from negative_cache.workbench.models import load_model
 
     chance = random.Random(0)
@@ -37,7 +37,9 @@ def make_inputs(folder: Path) -> None:
     pairs = []
     for _ in range(2 * BATCH * STEPS):
         document = chance.sample(words, 12)
-        query = [word[::-1] for word in chance.sample(document, 4)]  # other words, so that there is something to learn
+        query = [
+            word[::-1] for word in chance.sample(document, 4)
+        ]  # other words than the document's, so that there is something to learn
         pairs.append({"query": " ".join(query), "positive": " ".join(document)})
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
     load_model("static", [text for pair in pairs for text in pair.values()], 0).save_pretrained(str(folder / "model"))
@@ -53,39 +55,39 @@ def command(folder: Path, output: str, launch: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def two_namespaces() -> Iterator[None]:
-    """Two hosts and the cable between them; what cannot be made exits with a message."""
+    """Create two hosts and the cable between them; exits with a message if that fails."""
     if os.name != "posix" or shutil.which("ip") is None or os.geteuid() != 0:
         print("Cannot run: this needs Linux, root and the command `ip` (iproute2).")
         sys.exit(CANNOT_RUN)
     try:
         for host in HOSTS:
-            ip("netns", "add", host)
-        ip("link", "add", DEVICES[0], "netns", HOSTS[0], "type", "veth", "peer", "name", DEVICES[1], "netns", HOSTS[1])
+            ip(f"netns add {host}")
+        ip(f"link add {DEVICES[0]} netns {HOSTS[0]} type veth peer name {DEVICES[1]} netns {HOSTS[1]}")
         for host, device, address in zip(HOSTS, DEVICES, ADDRESSES, strict=True):
-            ip("-n", host, "address", "add", f"{address}/24", "dev", device)
-            ip("-n", host, "link", "set", "lo", "up")
-            ip("-n", host, "link", "set", device, "up")
+            ip(f"-n {host} address add {address}/24 dev {device}")
+            ip(f"-n {host} link set lo up")
+            ip(f"-n {host} link set {device} up")
         yield
     except subprocess.CalledProcessError as error:
         print(f"Cannot run: `{' '.join(error.cmd)}` failed: {error.stderr.decode().strip()}")
         sys.exit(CANNOT_RUN)
     finally:
-        for host in HOSTS:  # the cable goes with them
+        for host in HOSTS:  # this deletes the cable, too
             subprocess.run(["ip", "netns", "delete", host], capture_output=True)
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+def ip(arguments: str) -> None:
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
 
 
 def on_host(number: int, command: list[str]) -> list[str]:
-    """The command in a host's network and under its name."""
+    """The command that runs another command on a host."""
     named = ["unshare", "--uts", "sh", "-c", f'hostname {HOSTS[number]} && exec "$@"', "sh", *command]
     return ["ip", "netns", "exec", HOSTS[number], *named]
 
 
 def train_on_two_hosts(folder: Path) -> int:
-    """Runs both ranks; returns the bytes that the first host sent."""
+    """Run both ranks, and return the bytes that the first host sent."""
     processes = []
     for number in range(2):
         launch = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"]

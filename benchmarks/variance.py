@@ -1,4 +1,4 @@
-"""`variance`: how far the gradient of one step is from the exact one, for each estimator, on real texts."""
+"""`variance`: distance of the gradient of one step from the exact gradient, for each estimator, on real texts."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from benchmarks.stages import Corpus, Stage, load_corpus, train
 from benchmarks.timing import progress
 from negative_cache import estimators
 
-LARGEST_SHOWN = 2.0  # in the plot; what is more is written at its edge
+LARGEST_SHOWN = 2.0  # in the plot; larger values are written at its edge
 PAPER, DEFAULT = "paper: own draws", "two-phase (default)"
 
 
 class Estimator(NamedTuple):
-    """What is measured.
+    """An estimator to measure.
 
     Attributes:
-        settings: Of `NegativeCacheLoss`; None for one that is not in the library.
-        tried: Draws for one that is not.
+        settings: Arguments of `NegativeCacheLoss`; None for an estimator that is not in the library.
+        num_candidates: Draws per query of `NegativeCacheLoss`; None for its default.
+        tried: An estimator that is not in the library.
         is_main: Whether it is measured in all cases.
     """
 
     settings: Mapping[str, Any] | None = None
+    num_candidates: int | None = None
     tried: Tried | None = None
     is_main: bool = False
 
@@ -47,11 +49,11 @@ ESTIMATORS: dict[str, Estimator] = {
     PAPER: Estimator({"in_batch": False, "shared": False}, is_main=True),
     "paper, 4 per query": Estimator({"in_batch": False, "shared": False, "num_samples": 4}, is_main=True),
     "own draws + in-batch": Estimator({"shared": False}, is_main=True),
-    "shared draws": Estimator({"num_candidates": 1}, is_main=True),
+    "shared draws": Estimator({}, 1, is_main=True),
     DEFAULT: Estimator({}, is_main=True),
-    "two-phase, 4 candidates": Estimator({"num_candidates": 4}),
-    "two-phase, 16 candidates": Estimator({"num_candidates": 16}),
-    "two-phase, 32 candidates": Estimator({"num_candidates": 32}),
+    "two-phase, 4 candidates": Estimator({}, 4),
+    "two-phase, 16 candidates": Estimator({}, 16),
+    "two-phase, 32 candidates": Estimator({}, 32),
     "two-phase, 4 per query": Estimator({"num_samples": 4}, is_main=True),
     "Gumbel top-1 of each query": Estimator(tried=tried.gumbel_top_k),
     "Gumbel top-4 of each query": Estimator(tried=partial(tried.gumbel_top_k, count=4)),
@@ -109,7 +111,7 @@ SUMMARY_COLUMNS = {key: COLUMNS[key] for key in COLUMNS if key not in ("stage", 
 
 
 def run(sizes: SizeSet, device: torch.device) -> Report:
-    """Train once, and compare all estimators with the exact gradient at several moments."""
+    """Train once, and compare all estimators with the exact gradient at several stages."""
     given = sizes.variance
     corpus = load_corpus(given.data, device)
     stages = {stage.name: stage for stage in train(corpus, given.stages, given.batch, given.rows)}
@@ -123,16 +125,16 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
     return Report(
         [
             Table("variance", f"Errors of gradients, {corpus.name}", COLUMNS, rows, _note(rows, given)),
-            Table("variance-cases", "Where it was measured, and the default's variance", CASE_COLUMNS, cases, _CASES),
-            Table("variance-summary", "Geometric means over the stages, fresh cache", SUMMARY_COLUMNS, _sum_up(rows)),
+            Table("variance-cases", "All cases, and the default's variance", CASE_COLUMNS, cases, _CASES),
+            Table("variance-summary", "Geometric means over stages, re-encoded rows", SUMMARY_COLUMNS, _sum_up(rows)),
         ],
         partial(_plot, rows, corpus.name),
     )
 
 
 _CASES = (
-    "Staleness: mean squared distance of cached and new embeddings, relative. Moved: squared distance of the exact "
-    "gradient with the softmax of the stale rows from that with fresh ones, relative; no estimator here mends it."
+    "Staleness: relative mean squared distance of cached and new embeddings. Moved: relative squared distance of the "
+    "exact gradient with the softmax of the stale rows from that of the re-encoded rows; no estimator here removes it."
 )
 
 
@@ -140,13 +142,12 @@ def _note(rows: list[Row], given: VarianceSizes) -> str:
     spread = math.sqrt(statistics.mean(float(row["bias_error"] or 0) ** 2 for row in rows))
     unclear = "" if spread < 0.5 else " (too few steps to tell)"
     return (
-        "Variance: mean squared distance to the exact gradient, relative to its squared norm; "
+        "Variance: mean squared distance from the exact gradient, relative to the squared norm of that gradient; "
         f"{given.batches} batches x {given.repeats} steps; +- is the standard error of the ratio over batches. Bias: "
-        "squared distance of the mean gradient to the exact one, relative to its expectation without bias: 1, with a "
-        f"standard error of {spread:.2f} for a row{unclear}. "
-        "Documents: distinct cached documents encoded per step. The step: with the encoder, which costs "
-        "next to nothing here, and the backward pass; of the library's estimators alone, as others are written over "
-        "a dense softmax."
+        "squared distance of the mean gradient from the exact one, relative to its expectation without bias, so that "
+        f"an unbiased estimator has 1, with a standard error of {spread:.2f} per row{unclear}. Documents: distinct "
+        "cached documents encoded per step. Step: with the encoder, which is cheap here, and the backward pass; only "
+        "of the library's estimators, as the others use a dense softmax."
     )
 
 
@@ -160,12 +161,12 @@ def _measure(corpus: Corpus, stage: Stage, case: Case, given: VarianceSizes, see
         objectives = {in_batch: Objective(batch, in_batch) for in_batch in (False, True)}
         exact = {in_batch: objective.exact_gradient() for in_batch, objective in objectives.items()}
         for name in names:
-            settings, function, _ = estimator = ESTIMATORS[name]
-            if settings is not None:
-                estimate = of_library(batch, next(seeds), settings)
+            estimator, seed = ESTIMATORS[name], next(seeds)
+            if estimator.settings is not None:
+                estimate = of_library(batch, seed, estimator.settings, estimator.num_candidates)
             else:
-                assert function is not None
-                estimate = of_tried(objectives[estimator.in_batch], next(seeds), function)
+                assert estimator.tried is not None
+                estimate = of_tried(objectives[estimator.in_batch], seed, estimator.tried)
             errors[name].append(measure(estimate, batch.table, exact[estimator.in_batch], given.repeats))
     return [_row(case, name, errors[name], errors[PAPER]) for name in names]
 
@@ -173,7 +174,7 @@ def _measure(corpus: Corpus, stage: Stage, case: Case, given: VarianceSizes, see
 def _row(case: Case, name: str, errors: list[Errors], paper: list[Errors]) -> Row:
     is_library = ESTIMATORS[name].settings is not None
     variance, ratio = _mean(errors, "variance"), _mean(errors, "variance") / _mean(paper, "variance")
-    ratios = [mine.variance / its.variance for mine, its in zip(errors, paper, strict=True)]
+    ratios = [own.variance / other.variance for own, other in zip(errors, paper, strict=True)]
     return {
         **_keys(case),
         "estimator": name,
@@ -192,7 +193,7 @@ def _row(case: Case, name: str, errors: list[Errors], paper: list[Errors]) -> Ro
 
 
 def _judge(corpus: Corpus, stage: Stage, case: Case, rows: list[Row], is_judged: bool) -> Row:
-    """The case, and whether the default's variance is as small as it is to be."""
+    """The case, and whether the default's variance meets its target."""
     found = {str(row["estimator"]): row for row in rows}
     target = VARIANCE_TARGETS.get(case.batch) if is_judged else None
     paper, default = (float(found[name]["variance"] or 0) for name in (PAPER, DEFAULT))
@@ -200,15 +201,15 @@ def _judge(corpus: Corpus, stage: Stage, case: Case, rows: list[Row], is_judged:
     row |= {"ratio": default / paper, "target": target, "met": verdict(default / paper, target)}
     if case.is_stale:
         stale = make_batch(corpus, stage, case, seed=0)
-        fresh = stale._replace(cached=encode_all(stale))
-        row["staleness"] = float(estimators.staleness(stale.cached, fresh.cached).mean())
-        exact, moved = (Objective(batch, in_batch=True).exact_gradient() for batch in (fresh, stale))
+        encoded = stale._replace(cached=encode_all(stale))
+        row["staleness"] = float(estimators.staleness(stale.cached, encoded.cached).mean())
+        exact, moved = (Objective(batch, in_batch=True).exact_gradient() for batch in (encoded, stale))
         row["moved"] = float((moved - exact).square().sum() / exact.square().sum())
     return row
 
 
 def _sum_up(rows: list[Row]) -> list[Row]:
-    """A row per batch size and estimator, over the cases in which all were measured."""
+    """A row per batch size and estimator, over the cases in which all estimators were measured."""
     complete = [row for row in rows if row["is_complete"]]
     groups: dict[tuple[object, object], list[Row]] = {}
     for row in sorted(complete, key=lambda row: float(row["batch"] or 0)):
@@ -221,7 +222,7 @@ def _sum_up(rows: list[Row]) -> list[Row]:
 
 
 def _geometric(rows: list[Row], key: str) -> float | None:
-    """Geometric mean of a column; None where it is empty."""
+    """Geometric mean of a column; None if a value is missing."""
     values = [value for row in rows if isinstance(value := row[key], float)]
     return statistics.geometric_mean(values) if len(values) == len(rows) else None
 
@@ -239,7 +240,7 @@ def _standard_error(values: list[float]) -> float:
 
 
 def _keys(case: Case) -> Row:
-    cache = "stale" if case.is_stale else "fresh"
+    cache = "stale" if case.is_stale else "re-encoded"
     return {"stage": case.stage, "batch": case.batch, "rows": case.rows, "scale": case.scale, "cache": cache}
 
 
@@ -248,7 +249,7 @@ def _label(case: Case) -> str:
 
 
 def _plot(rows: list[Row], name: str, figure: Figure) -> None:
-    """A panel per batch size, a line per estimator, a marker per stage."""
+    """Draw a panel per batch size, a line per estimator, a marker per stage."""
     complete = [row for row in rows if row["is_complete"]]
     sizes = sorted({int(row["batch"] or 0) for row in complete})
     stages = list(dict.fromkeys(str(row["stage"]) for row in complete))
@@ -277,7 +278,7 @@ def _plot(rows: list[Row], name: str, figure: Figure) -> None:
 
 
 def _write_beyond(axes: Axes, rows: list[Row], names: list[str]) -> None:
-    """The values that the axis ends before."""
+    """Write values beyond the end of the axis at its edge."""
     for name in names:
         values = [float(row["variance"] or 0) for row in rows if row["estimator"] == name]
         beyond = ", ".join(f"{value:.2g}" for value in values if value > LARGEST_SHOWN)

@@ -1,6 +1,6 @@
-"""What the site has beyond the pages of this folder: pages of the root, and the source files that pages link to.
+"""Adds pages from outside `docs` to the site: pages of the repository root, and source files that pages link to.
 
-So a link such as `../CONTRIBUTING.md` or `../examples/recommender.py` leads somewhere on GitHub and on the site.
+Links such as `../CONTRIBUTING.md` and `../examples/recommender.py` then work both on GitHub and on the site.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the root -> on the site
+PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the repository root -> on the site
 LINK = re.compile(r"\]\(([\w./-]+)")
 SOURCE = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n# {name}\n\n````python\n{text}````\n"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages of the root, and a page for every file outside this folder that a page links to."""
+    """Add the pages of the repository root, and a page for every file outside `docs` that a page links to."""
     pages = [file for file in files if file.src_uri.endswith(".md") and file.abs_src_path]
     texts = {file.src_uri: Path(file.abs_src_path).read_text(encoding="utf-8") for file in pages}
     for name, page in PAGES.items():
@@ -39,7 +39,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Make links out of this folder lead to the pages made of those files."""
+    """Point links to files outside `docs` to the pages generated from them."""
     folder = posixpath.dirname(page.file.src_uri) or "."
 
     def moved(found: re.Match[str]) -> str:
@@ -52,12 +52,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _of_the_root(name: str) -> str:
-    """A page of the root, with its links as seen from this folder."""
+    """The text of a page in the repository root, with its links relative to `docs`."""
     text = (ROOT / name).read_text(encoding="utf-8")
     return LINK.sub(lambda found: f"]({posixpath.relpath(found[1], 'docs')}", text)
 
 
 def _outside(page: str, link: str) -> str:
-    """The file in the repository that a link on a page leads to, if it is outside this folder; else nothing."""
+    """The repository file outside `docs` that a link on a page points to; an empty string if there is none."""
     target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return "" if target.startswith("docs/") or not (ROOT / target).is_file() else target

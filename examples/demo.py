@@ -1,6 +1,7 @@
-"""The demo: the same model trained with in-batch negatives and with a negative cache, on code from this environment.
+"""Demo: train the same model with in-batch negatives and with a negative cache, on code from this environment.
 
-Each run is a `negative-cache train` of its own, so that its peak memory is its own. The two differ in the loss alone.
+Each run is a `negative-cache train` in its own process, so that peak memory is measured per run. The runs differ only
+in the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUERIES = (
 
 
 def train(loss: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the command line's training and return its run.json."""
+    """Run `negative-cache train`, and return the content of its run.json."""
     output = Path(options.output) / loss
     given = ["--data", options.data, "--model", options.model, "--batch-size", str(options.batch_size)]
     given += ["--epochs", str(options.epochs), "--seed", str(options.seed)]
@@ -37,7 +38,7 @@ def train(loss: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(runs: dict[str, dict[str, Any]], console: Console) -> None:
-    """Untrained, in-batch, negative cache: quality on the test split, time, memory."""
+    """Print the quality on the test split, time and memory: untrained, in-batch, negative cache."""
     configuration = runs["in-batch"]["configuration"]
     table = Table(
         title=f"{configuration['data']}, batch size {configuration['batch_size']}, "
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--cache-size", type=int, default=16_384)
-    parser.add_argument("--num-samples", type=int, default=8, help="cached documents encoded per query")
+    parser.add_argument("--num-samples", type=int, default=8, help="number of cached documents to re-encode per query")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-search", action="store_true")

@@ -1,9 +1,9 @@
-"""Two BERT towers in Hugging Face's `Trainer`, made from a configuration: nothing is downloaded.
+"""Two BERT towers in Hugging Face's `Trainer`, with random initial weights: nothing is downloaded.
 
-    python examples/hugging_face_towers.py --folder run               # some ten seconds on one core
+    python examples/hugging_face_towers.py --folder run               # about ten seconds on one core
     python examples/hugging_face_towers.py --folder run --resume      # from the last checkpoint, with its cache
 
-A query is some words of its document in another language: the towers must learn which words go together.
+A query consists of some words of its document, translated to another language. The towers must learn the translation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TwoTowers(nn.Module):
 
 
 def embed(tower: BertModel, features: dict[str, Tensor]) -> Tensor:
-    """The mean over tokens, `[n, hidden_size]`, of unit length."""
+    """The normalized mean over tokens, `[n, hidden_size]`."""
     mask = features["attention_mask"].unsqueeze(-1)
     return normalize((tower(**features).last_hidden_state * mask).sum(dim=1), dim=-1)
 
@@ -80,15 +80,15 @@ def main() -> None:
         save_steps=50,
         save_total_limit=2,
         eval_strategy="epoch",
-        label_names=[],  # the model returns its loss by itself
-        report_to=[],  # or "tensorboard", "wandb", "mlflow": they get cache/staleness and the others
+        label_names=[],  # the model itself returns the loss
+        report_to=[],  # "tensorboard", "wandb" or "mlflow" also log the metrics of the cache
         disable_tqdm=True,
     )
     trainer = TwoTowersTrainer(model=TwoTowers(), args=arguments, train_dataset=data[200:], eval_dataset=data[:200])
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=options.resume or None)
     after = trainer.evaluate()["eval_loss"]
-    print(f"loss of held-out queries: {before:.3f} before, {after:.3f} after, now against all cached documents")
+    print(f"loss of held-out queries: {before:.3f} before, {after:.3f} after, against all cached documents")
 
 
 if __name__ == "__main__":

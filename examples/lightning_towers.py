@@ -1,10 +1,10 @@
-"""Two towers in Lightning: automatic optimisation, validation, checkpoints with the cache, resume.
+"""Two towers in Lightning: automatic optimization, validation, checkpoints with the cache, resume.
 
-    python examples/lightning_towers.py --folder run                 # some ten seconds on one core
-    python examples/lightning_towers.py --folder run --epochs 6      # goes on where the first stopped
+    python examples/lightning_towers.py --folder run                 # about ten seconds on one core
+    python examples/lightning_towers.py --folder run --epochs 6      # resumes from the last checkpoint
     python examples/lightning_towers.py --folder run --devices 2     # DDP: the processes share one cache
 
-A query is some words of its document in another language: the towers must learn which words go together.
+A query consists of some words of its document, translated to another language. The towers must learn the translation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from negative_cache.integrations.lightning import NegativeCacheMixin
 VOCABULARY, NUM_DOCUMENTS, LENGTH, BATCH = 1_000, 5_000, 12, 64
 
 
-class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin first
+class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin comes first
     def __init__(self) -> None:
         super().__init__()
         self.query_tower = nn.EmbeddingBag(VOCABULARY, 64)
@@ -47,10 +47,10 @@ class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin first
         return self.compute_loss(*batch)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.compute_loss(*batch), prog_bar=True, sync_dist=True)  # writes nothing to the cache
+        self.log("val_loss", self.compute_loss(*batch), prog_bar=True, sync_dist=True)  # does not write to the cache
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=0.01)  # the loss's learnable scale is among them
+        return torch.optim.Adam(self.parameters(), lr=0.01)  # includes the loss's learnable scale
 
 
 def make_data() -> tuple[TensorDataset, TensorDataset]:

@@ -1,12 +1,12 @@
-"""A training loop in plain PyTorch: two towers on texts that it makes, mixed precision, accumulation, evaluation.
+"""A training loop in plain PyTorch: two towers on synthetic texts, mixed precision, gradient accumulation, evaluation.
 
-    python examples/plain_loop.py                    # some ten seconds on one core
+    python examples/plain_loop.py                    # about ten seconds on one core
     python examples/plain_loop.py --compile          # with compiled encoders
     python examples/plain_loop.py --log-dir runs     # with TensorBoard
 
-A document is twelve words of one of many topics; a query names some words that mean the same, in another language, so
-that towers must learn which words of the two languages go together. Prints the share of held-out queries whose own
-document is the best, or among the ten best, of all documents: before training, and after.
+A document consists of twelve words of one of many topics. A query consists of some of its words, translated to another
+language. The towers must learn the translation. Before and after training, the script prints the fraction of held-out
+queries whose document ranks first, or in the first ten, among all documents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH, ACCUMULATION, EPOCHS = 64, 2, 4
 
 
 def make_texts() -> tuple[Tensor, Tensor]:
-    """Words of queries `[documents, QUERY_LENGTH]` and of documents `[documents, LENGTH]`."""
+    """Words of queries `[documents, QUERY_LENGTH]` and of documents `[documents, LENGTH]`, int64."""
     generator = torch.Generator().manual_seed(0)
     translation = torch.randperm(VOCABULARY, generator=generator)
     topics = torch.randint(VOCABULARY, (300, 40), generator=generator)
@@ -34,7 +34,7 @@ def make_texts() -> tuple[Tensor, Tensor]:
 
 
 class Tower(nn.Module):
-    """Words `[n, length]` to embeddings `[n, 128]` of unit length."""
+    """Encodes words `[n, length]` to normalized embeddings `[n, 128]`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def hits(
 ) -> str:
     scores = query_tower(queries[held_out]) @ document_tower(documents).T
     rank = (scores > scores.gather(1, held_out[:, None])).sum(dim=1)
-    return f"best {(rank < 1).float().mean():.1%}, among ten best {(rank < 10).float().mean():.1%}"
+    return f"hit@1 {(rank < 1).float().mean():.1%}, hit@10 {(rank < 10).float().mean():.1%}"
 
 
 def main() -> None:

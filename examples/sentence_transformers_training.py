@@ -1,9 +1,9 @@
-"""Train a sentence-transformers model with a negative cache: find functions of the standard library by what they do.
+"""Train a sentence-transformers model with a negative cache: find functions of the standard library by description.
 
-    python examples/sentence_transformers_training.py    # less than a minute; the model goes to standard-library-search
+    python examples/sentence_transformers_training.py    # less than a minute; saves to standard-library-search
 
-A pair is the first paragraph of a function's docstring and the function's code without it. The model is one of static
-embeddings, from scratch, which takes seconds; `--model NAME` trains any other.
+A pair consists of the first paragraph of a function's docstring and the function's code without the docstring. The
+model has static embeddings and is trained from scratch, which takes seconds; `--model NAME` trains any other model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.trainer import NegativeCacheTrainer
+from negative_cache.workbench.data.python_code import Pair, extract
 from negative_cache.workbench.models import learning_rate_of, load_model
-from negative_cache.workbench.python_code import Pair, extract
 
 
 def standard_library() -> list[Pair]:
-    """The pairs of all modules that come with Python, each code once."""
+    """The pairs of all modules of the standard library, each code once."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(path.parts)]
     pairs = [pair for path in files for pair in extract(str(path.relative_to(root)), path)]
@@ -32,7 +32,7 @@ def standard_library() -> list[Pair]:
 
 
 def make_evaluator(pairs: list[Pair], tested: list[Pair]) -> InformationRetrievalEvaluator:
-    """The tested docstrings against the code of all pairs."""
+    """Searches the code of all pairs with the docstrings of the tested ones."""
     return InformationRetrievalEvaluator(
         queries={pair.name: pair.query for pair in tested},
         corpus={pair.name: pair.document for pair in pairs},
@@ -56,7 +56,7 @@ def main() -> None:
     print(f"{len(trained):,} pairs to train with, {len(tested):,} to test with", flush=True)
 
     model: SentenceTransformer = load_model(options.model, [text for p in trained for text in (p.query, p.document)], 0)
-    # Documents cost next to nothing to encode in a static model, so take more of them: 4 per anchor.
+    # A static model encodes documents at almost no cost, so re-encode 4 per anchor.
     loss = NegativeCacheRankingLoss(model, cache_size=4096, num_samples=4, seed=0)
     arguments = SentenceTransformerTrainingArguments(
         options.output,
@@ -66,9 +66,9 @@ def main() -> None:
         batch_sampler="no_duplicates",
         logging_steps=100,
         dataloader_pin_memory=torch.cuda.is_available(),
-        save_strategy="epoch",  # the cache is in each checkpoint: trainer.train(resume_from_checkpoint=True) goes on
+        save_strategy="epoch",  # with the cache: trainer.train(resume_from_checkpoint=True) resumes
         save_total_limit=1,
-        report_to=[],  # "tensorboard", "wandb" or "mlflow" show the cache's metrics beside the loss
+        report_to=[],  # "tensorboard", "wandb" or "mlflow" also log the metrics of the cache
         disable_tqdm=True,
     )
     trainer = NegativeCacheTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss)

@@ -1,10 +1,10 @@
-"""One cache over several processes in plain PyTorch, with DDP, checkpoints and resume.
+"""One cache for several processes in plain PyTorch, with DDP, checkpoints and resume.
 
     torchrun --nproc-per-node 2 examples/several_ranks.py --folder run
-    torchrun --nproc-per-node 2 examples/several_ranks.py --folder run --steps 200    # goes on where the first stopped
+    torchrun --nproc-per-node 2 examples/several_ranks.py --folder run --steps 200    # resumes from the last checkpoint
 
-With GPUs each process takes one and messages go over NCCL; without, over gloo. The number of processes may change
-between the two commands: the cache's rows are dealt out anew.
+On GPUs, each process uses one GPU and the NCCL backend; on CPUs, the gloo backend. The number of processes may change
+between two runs: the rows of the cache are redistributed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ VOCABULARY, BATCH, LENGTH = 5000, 32, 12
 
 
 def documents_of(step: int, rank: int, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """Ids `[BATCH]` and words `[BATCH, LENGTH]` of a step; every rank has its own."""
+    """Ids `[BATCH]` and words `[BATCH, LENGTH]` of the documents of a step, which differ between ranks."""
     ids = torch.arange(BATCH) + BATCH * (step * num_ranks + rank)
     words = torch.randint(VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(int(ids[0])))
     return ids, words
 
 
 def save(target: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: NegativeCacheLoss) -> None:
-    """Write a checkpoint beside its place and rename it, so that it is whole or not there."""
-    beside = target.with_name(target.name + ".partial")
-    save_checkpoint(loss_fn, beside / "cache")  # all ranks together, each its own rows
+    """Write a checkpoint to a temporary folder and rename it, so that `target` is complete or does not exist."""
+    partial = target.with_name(target.name + ".partial")
+    save_checkpoint(loss_fn, partial / "cache")  # collective: each rank writes its rows
     if dist.get_rank() == 0:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, beside / "model.pt")
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, partial / "model.pt")
         shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
+        partial.rename(target)
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     model = DistributedDataParallel(encoder)
     loss_fn = NegativeCacheLoss(
         lambda features: normalize(model(features["words"]), dim=-1),
-        cache_size=8192,  # of all ranks together
+        cache_size=8192,  # rows of all ranks together
         process_group="world",
         seed=0,
     )

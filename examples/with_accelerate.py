@@ -1,10 +1,10 @@
-"""A training loop with accelerate: one cache over all processes, gradient accumulation, and states that resume.
+"""A training loop with accelerate: one cache for all processes, gradient accumulation, resume.
 
     accelerate launch --num_processes 2 examples/with_accelerate.py --folder run               # on two GPUs
     torchrun --nproc-per-node 2 examples/with_accelerate.py --folder run --cpu                 # on CPUs
-    torchrun --nproc-per-node 2 examples/with_accelerate.py --folder run --cpu --epochs 4      # goes on
+    torchrun --nproc-per-node 2 examples/with_accelerate.py --folder run --cpu --epochs 4      # resumes
 
-The number of processes may change between two commands. `python examples/with_accelerate.py --folder run` is one.
+The number of processes may change between two runs. `python examples/with_accelerate.py --folder run` uses one process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
     options = parser.parse_args()
-    order = DataLoaderConfiguration(use_seedable_sampler=True)  # it depends on the epoch alone, also after a resume
+    order = DataLoaderConfiguration(use_seedable_sampler=True)  # the order depends only on the epoch
     accelerator = Accelerator(cpu=options.cpu, gradient_accumulation_steps=2, dataloader_config=order)
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def main() -> None:
     def encode(features: dict[str, Tensor]) -> Tensor:
         return normalize(encoder(features["words"]), dim=-1)
 
-    # The loss is not prepared: it shares its rows among the processes by itself.
+    # The loss is not passed to `prepare`: it distributes its rows over the processes itself.
     loss_fn = NegativeCacheLoss(encode, cache_size=2_048, process_group="world", seed=0).to(accelerator.device)
 
     def save_cache(models: list[nn.Module], weights: list[Any], folder: str) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     if done:
         accelerator.load_state(str(done[-1]))
     for epoch in range(len(done), options.epochs):
-        loader.set_epoch(epoch)  # its order
+        loader.set_epoch(epoch)  # sets the order
         for ids, documents in loader:
             with accelerator.accumulate(encoder):
                 queries = encode({"words": documents[:, : LENGTH // 3]})

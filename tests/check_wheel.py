@@ -28,7 +28,7 @@ IN_THE_SDIST = {
     "pyproject.toml",
     "tests/stats.py",
     "tests/surface.txt",
-    "tests/test_docs.py",
+    "tests/project/test_docs.py",
 }
 
 

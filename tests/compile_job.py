@@ -1,6 +1,6 @@
-"""Compiles the fused pass's kernels for GPUs, with the tiles they would get there, on a machine without one.
+"""Compile the kernels of the fused pass for GPUs, with the tiles they get there, on a machine without a GPU.
 
-Prints a line per kernel. `python tests/compile_job.py all` takes some 200 combinations, in minutes.
+Prints one line per kernel. `python tests/compile_job.py all` compiles all combinations, which takes minutes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,10 +21,10 @@ from triton.compiler import ASTSource
 
 from negative_cache.retrieval.fused import kernels
 from negative_cache.retrieval.fused.launch import PICKED_ELEMENTS
-from negative_cache.retrieval.fused.tiling import Device, Tiling, gpu_tiling, power_of_two, precision
+from negative_cache.retrieval.fused.tile_sizes import Device, Tiling, gpu_tiling, power_of_two, precision
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
-MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # bytes of shared memory that a program may have
+MEMORY = {80: 166_912, 86: 101_376, 90: 232_448}  # bytes of shared memory per program
 TENSORS = {
     "candidates": "*u8",
     "excluded": "*i64",
@@ -97,54 +97,84 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def build(name: str, mode: str, arch: int, dtype: torch.dtype, batch: int, dim: int, group: int) -> str:
+class Combination(NamedTuple):
+    """A kernel, and the problem that its tiles are chosen for.
+
+    Attributes:
+        kernel: A function of `kernels`.
+        mode: A key of `MODES[kernel]`.
+        arch: The GPU's compute capability: 80 for 8.0.
+        dtype: Of the rows.
+        batch: Number of queries.
+        dim: Of the embeddings.
+        group_size: Rows of a group.
+    """
+
+    kernel: str
+    mode: str
+    arch: int
+    dtype: torch.dtype
+    batch: int = 512
+    dim: int = 256
+    group_size: int = 2**17
+
+
+def scan_settings(tiling: Tiling, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, str]]:
+    """Constants of `scan`, and the types of its tensor descriptors."""
+    constants: dict[str, Any] = {"GROUPED": False, "PRECISION": precision(), "UPCAST": False}
+    constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
+    constants |= {"BLOCK_S": tiling.block_s, "INTEGER": dtype == torch.int8, "COPIED": tiling.is_copied}
+    if not tiling.is_copied:
+        return constants, {}
+    element = TYPES[dtype].removeprefix("*")
+    lengths = {"queries": tiling.block_m, "rows": tiling.block_n}
+    return constants, {name: f"tensordesc<{element}[{length}, {tiling.block_k}]>" for name, length in lengths.items()}
+
+
+def build(combination: Combination) -> str:
+    """Compile a kernel, check its resources, and describe them in a line."""
+    name, mode, arch, dtype, batch, dim, group_size = combination
     settings = dict(MODES[name][mode])
     absent = settings.pop("absent")
-    device = Device(MEMORY[arch], 108, arch >= 90)
-    tiling: Tiling = gpu_tiling(batch, dim, group, dtype, True, device)
-    constants = {"DIM": dim, **settings}
-    descriptors = {}
+    tiling = gpu_tiling(batch, dim, group_size, dtype, True, Device(MEMORY[arch], 108, arch >= 90))
     if name == "scan":
-        constants["BLOCK_N"] = tiling.block_n
-        constants = {"GROUPED": False, "PRECISION": precision(), "UPCAST": False, **constants}
-        constants |= {"BLOCK_M": tiling.block_m, "BLOCK_K": tiling.block_k, "BLOCK_S": tiling.block_s}
-        constants |= {"INTEGER": dtype == torch.int8, "COPIED": tiling.is_copied}
-        if tiling.is_copied:
-            element = TYPES[dtype].removeprefix("*")
-            descriptors["queries"] = f"tensordesc<{element}[{tiling.block_m}, {tiling.block_k}]>"
-            descriptors["rows"] = f"tensordesc<{element}[{tiling.block_n}, {tiling.block_k}]>"
+        constants, descriptors = scan_settings(tiling, dtype)
         options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     else:
         length = tiling.block_n if name == "pick" else tiling.block_s
-        constants["BLOCK_N" if name == "pick" else "BLOCK_S"] = length
+        constants = {"BLOCK_N" if name == "pick" else "BLOCK_S": length}
         constants |= {"BLOCK_P": 1, "BLOCK_K": min(PICKED_ELEMENTS // length, power_of_two(dim))}
-        options = {"num_warps": 4}
+        options, descriptors = {"num_warps": 4}, {}
+    constants |= {"DIM": dim, **settings}
     kernel = source(getattr(kernels, name), dtype, constants, absent, descriptors)
     compiled = triton.compile(kernel, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = resources(compiled.asm["cubin"])
-    assert compiled.metadata.shared <= MEMORY[arch], (name, mode, arch, dtype, compiled.metadata.shared)
-    line = f"sm_{arch} {name} {mode} {dtype} batch {batch} dim {dim} group {group} {tuple(tiling)}"
+    assert compiled.metadata.shared <= MEMORY[arch], (combination, compiled.metadata.shared)
+    line = f"sm_{arch} {name} {mode} {dtype} batch {batch} dim {dim} group {group_size} {tuple(tiling)}"
     line = f"{line}: {registers} registers, {stack} bytes of stack, {compiled.metadata.shared} bytes shared"
     assert stack == 0 or "all" in sys.argv, line  # spills only with many excluded rows and samples
     return line
 
 
-def combinations() -> list[tuple[Any, ...]]:
-    if "all" in sys.argv:
-        scans = itertools.product(["scan"], MODES["scan"], MEMORY, TYPES, (64, 512), (256, 768), (2**17,))
-        small = [
-            itertools.product([name], MODES[name], (80, 90), TYPES, (512,), (256,), (2**17,))
-            for name in ("draw", "pick")
-        ]
-        return [*scans, *itertools.chain(*small)]
-    few = [("scan", "default", 90, dtype, 512, 256, 2**17) for dtype in (torch.bfloat16, torch.float16, torch.int8)]
-    few += [("scan", "default", 90, torch.bfloat16, 4096, 768, 2**17)]
-    few += [("scan", "groups", 80, torch.float32, 16, 768, 20)]
-    few += [("draw", "draws", 90, torch.bfloat16, 512, 768, 2**17), ("pick", "scores", 80, torch.int8, 512, 20, 2**17)]
-    return few
+def few_combinations() -> list[Combination]:
+    """What a test compiles in seconds."""
+    narrow = [Combination("scan", "default", 90, dtype) for dtype in (torch.bfloat16, torch.float16, torch.int8)]
+    return [
+        *narrow,
+        Combination("scan", "default", 90, torch.bfloat16, batch=4096, dim=768),
+        Combination("scan", "groups", 80, torch.float32, batch=16, dim=768, group_size=20),
+        Combination("draw", "draws", 90, torch.bfloat16, dim=768),
+        Combination("pick", "scores", 80, torch.int8, dim=20),
+    ]
+
+
+def all_combinations() -> list[Combination]:
+    scans = itertools.product(["scan"], MODES["scan"], MEMORY, TYPES, (64, 512), (256, 768))
+    others = [itertools.product([name], MODES[name], (80, 90), TYPES) for name in ("draw", "pick")]
+    return [Combination(*values) for values in itertools.chain(scans, *others)]
 
 
 if __name__ == "__main__":
-    for combination in combinations():
-        print(build(*combination), flush=True)
+    for combination in all_combinations() if "all" in sys.argv else few_combinations():
+        print(build(combination), flush=True)
     print("compiled")

@@ -15,7 +15,15 @@ if not torch.cuda.is_available():  # before Triton is imported
 torch.set_num_threads(1)
 
 # The processes that tests start are forked from one that has imported these already.
-multiprocessing.set_forkserver_preload(["negative_cache.workbench.training", "torch.distributed.fsdp"])
+PRELOADED = ["negative_cache.workbench.training.driver", "torch.distributed.fsdp", "benchmarks.peers"]
+multiprocessing.set_forkserver_preload(PRELOADED)
+
+# Tests that start processes take longest. They come first, so that no process is left alone with one at the end.
+SLOW_FOLDERS = ("benchmarks", "distributed", "project", "workbench", "integrations")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in SLOW_FOLDERS and item.path.parents[1].name != "workbench")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """The loss with a cache by its dense formulas in float64, row by row: the oracle for `NegativeCacheLoss`.
 
-The cached embeddings may be stale: not what the encoder makes. The exact gradient then has the softmax of the cached
-embeddings and the scores of new ones: `sum_k softmax_k grad s_k - grad s_positive`, with the batch's documents among
-the k.
+Cached embeddings may be stale: other than what the encoder computes now. The exact gradient then has the softmax of
+the cached embeddings and the scores of re-encoded ones: `sum_k softmax_k grad s_k - grad s_positive`. The documents of
+the batch are among the k.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,13 @@ class Problem(NamedTuple):
 
     Attributes:
         queries: float64 `[batch, dim]`.
-        table: float64 `[num_documents, dim]`: what the encoder makes of each document.
+        table: float64 `[num_documents, dim]`: the encoder's embedding of each document.
         documents: int64 `[batch]`: the positives.
         given: int64 `[m]`: given negatives.
-        positives: int64 `[batch, n]`: further positives, filled up with -1.
+        positives: int64 `[batch, n]`: further positives, padded with -1.
         stale: float64 `[num_rows, dim]`: the cache's embeddings of the first documents.
         scale: float64 `[]`.
-        log_q: float64 `[num_documents]`: log of the probability with which each is met; None without a correction.
+        log_q: float64 `[num_documents]`: log of the probability with which each occurs; None without a correction.
     """
 
     queries: Tensor
@@ -50,8 +49,7 @@ def exact(
     problem: Problem,
     with_ids: bool = True,
     in_batch: bool = True,
-    groups: Sequence[int] | None = None,
-    is_fresh: bool = False,
+    is_reencoded: bool = False,
     counts_twice: bool = False,
 ) -> Exact:
     """The dense loss.
@@ -60,9 +58,8 @@ def exact(
         problem: The batch and the cache.
         with_ids: Whether ids are known: a document counts once, and known positives do not count.
         in_batch: Whether the batch's documents are negatives of its other queries.
-        groups: Group of each cached row; only the best row of a group counts. None for all.
-        is_fresh: A mistake: the cache's part of the softmax from new embeddings.
-        counts_twice: A mistake: documents that are there several times count each time.
+        is_reencoded: A mistake: the cache's part of the softmax is computed from re-encoded embeddings.
+        counts_twice: A mistake: a document that occurs several times counts each time.
     """
     queries, documents, given, table, log_scale = leaves = [
         x.clone().requires_grad_()
@@ -77,7 +74,7 @@ def exact(
     scale, num_rows, batch = log_scale.exp(), len(problem.stale), len(queries)
     ids = torch.cat([problem.documents, problem.given]).tolist()
     ids = ids if with_ids else [-1] * len(ids)
-    fresh = torch.cat([documents, given]) if in_batch else given
+    others = torch.cat([documents, given]) if in_batch else given
     ids = ids if in_batch else ids[batch:]
     total, losses = torch.zeros((), dtype=torch.float64), []
     for query in range(batch):
@@ -92,21 +89,17 @@ def exact(
         rows = [row for row in range(num_rows) if row not in hidden]
         cached = torch.full((num_rows,), -torch.inf, dtype=torch.float64)
         cached[rows] = problem.scale * problem.stale[rows] @ problem.queries[query]
-        if groups is not None:
-            best = {group: max(float(s) for s, g in zip(cached, groups, strict=True) if g == group) for group in groups}
-            is_best = [float(s) == best[g] for s, g in zip(cached, groups, strict=True)]
-            cached = cached.masked_fill(~torch.tensor(is_best), -torch.inf)
         shift = torch.zeros(len(columns) + num_rows, dtype=torch.float64)
         if problem.log_q is not None:
-            members = torch.cat([problem.documents, problem.given])[-len(fresh) :][columns]
+            members = torch.cat([problem.documents, problem.given])[-len(others) :][columns]
             shift = -problem.log_q[torch.cat([members, torch.arange(num_rows)])]
-            shift = shift - math.log(num_rows + len(fresh) - in_batch)
+            shift = shift - math.log(num_rows + len(others) - in_batch)
         positive = scale * queries[query] @ documents[query]
-        batch_scores = torch.cat([positive[None], scale * fresh[columns] @ queries[query]])
+        batch_scores = torch.cat([positive[None], scale * others[columns] @ queries[query]])
         cached_scores = scale * table[:num_rows] @ queries[query]
         shift = torch.cat([positive.new_zeros(1), shift])
         live = torch.cat([batch_scores, cached_scores])
-        scores = live.detach() if is_fresh else torch.cat([batch_scores.detach(), cached])
+        scores = live.detach() if is_reencoded else torch.cat([batch_scores.detach(), cached])
         scores = scores + shift
         losses.append(scores.logsumexp(0) - scores[0])
         total = total + (scores.softmax(0) * live).sum() - positive

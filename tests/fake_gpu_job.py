@@ -1,7 +1,7 @@
-"""Steps on a GPU that is not there: counts where the host waits for it. Run as a script; prints one JSON object.
+"""Steps on a fake GPU, which count where the host synchronizes it. Run as a script; prints one JSON object.
 
-Tensors on the fake device have shapes and no values. Whoever asks for a value would wait for a real device; so would a
-copy to the host, or one from the host that is not asynchronous.
+Tensors on the fake device have shapes but no values. Reading a value would synchronize a real device, and so would a
+copy to the host, or a copy from the host that is not asynchronous.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH, DIM, WIDTH = 8, 16, 6
 
 
 class Waits(TorchDispatchMode):
-    """Counts where the host waits, by the line of the library that makes it wait; each value asked for is `WIDTH`."""
+    """Counts synchronizations by the line of the library that causes them; every value that is read is `WIDTH`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def handler_steps(encoder: Encoder, loss: CacheClassificationLoss) -> Callable[[
 
 
 def new_ragged(encoder: Encoder) -> NegativeCacheLoss:
-    """A loss with a feature that has a slot for each row already: an arena that has to grow is waited for."""
+    """A loss with a ragged feature that has room for every row: growing its arena would synchronize the device."""
     specs: Specs = {"row": FixedLenFeature([], torch.int64), "tokens": RaggedFeature(torch.int32, 32)}
     loss = NegativeCacheLoss(encoder, 256, seed=0, specs=specs)
     embedding_spec = FixedLenFeature([DIM], torch.float32)
@@ -114,7 +114,7 @@ def wait_three_times() -> None:
     float(values.sum())
     values.cpu()
     torch.zeros(3).to(GPU)
-    torch.zeros(3).to(GPU, non_blocking=True)  # this one does not wait
+    torch.zeros(3).to(GPU, non_blocking=True)  # does not synchronize
 
 
 def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[str, Callable[[], None]]:
@@ -137,7 +137,6 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         "plain": steps(new(), encoder),
         "ids": steps(new(), encoder, document_ids=ids, positive_ids=lambda: torch.stack([ids(), ids()], dim=1)),
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
-        "top_k": steps(new(top_k=16), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
         "ragged": steps(new_ragged(encoder), encoder, tokens=tokens),
         "given negatives": steps(
@@ -150,10 +149,10 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         ),
         "own draws": steps(new(in_batch=False, shared=False), encoder),
         "margins": steps(new(absolute_margin=0.1, relative_margin=0.05), encoder, document_ids=ids),
-        "margins and top_k": steps(new(absolute_margin=0.1, top_k=16), encoder),
         "guide": steps(new(), encoder, guide_queries=guide, guide_documents=guide),
         "correction": steps(new(), encoder, log_q=lambda: torch.zeros(BATCH, device=GPU)),
-        "warm-up and refresh": steps(new(warmup_fill=0.5, refresh_per_step=3), encoder),
+        "refresh": steps(new(refresh_per_step=3), encoder),
+        "matryoshka": steps(new(matryoshka_dims=(8,)), encoder),
         "handler": handler_steps(encoder, losses[0]),
         "handler with top_k": handler_steps(encoder, losses[1]),
         "features on the host": steps(new(feature_device="cpu"), encoder),
@@ -168,7 +167,7 @@ def main() -> None:
     losses = [CacheClassificationLoss("embedding", ("row",), lambda s: 20.0 * s, top_k=top_k) for top_k in (None, 16)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, run in scenarios(Encoder(), losses).items():
-            with Waits():  # the first steps make the cache
+            with Waits():  # the first step creates the cache
                 run()
                 run()
             with Waits() as waits:

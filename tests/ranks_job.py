@@ -1,14 +1,17 @@
-"""The command line, but the last checkpoint's cache is kept beside the output: started by torchrun in a test."""
+"""The command line, except that the cache of the last checkpoint is kept next to the output.
+
+Tests start this file with torchrun.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from negative_cache.workbench import training
 from negative_cache.workbench.cli import app
+from negative_cache.workbench.training import driver
 
-clear = training._clear
+clear = driver._clear
 
 
 def clear_but_keep_the_cache(folder: Path) -> None:
@@ -20,5 +23,5 @@ def clear_but_keep_the_cache(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    training._clear = clear_but_keep_the_cache
+    driver._clear = clear_but_keep_the_cache
     app()

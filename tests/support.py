@@ -58,16 +58,18 @@ class Encoder(nn.Module):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts operations and keeps the sizes of the tensors that they allocate."""
+    """Counts operations, and keeps their names and the sizes of the tensors that they allocate."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_ops = 0
+        self.names: set[str] = set()
         self.allocated: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.num_ops += 1
+        self.names.add(func.overloadpacket.__name__)
         known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             if tensor.untyped_storage().data_ptr() not in known:
@@ -92,7 +94,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Run what runs where values cannot be looked at for free, on the CPU."""
-    name = "is_free_to_read"
+    name = "reads_without_sync"
     modules = [
         module for key, module in sys.modules.items() if key.startswith("negative_cache") and name in vars(module)
     ]
@@ -147,6 +149,11 @@ POSITIVES = [
     f"{topic} has been studied by people who like {topic} " + "very " * i + "much" for i, topic in enumerate(TOPICS)
 ]
 HARD = [f"an essay that mentions {topic} once" for topic in TOPICS]
+
+
+def columns(model: Any, *texts: list[str]) -> list[dict[str, Any]]:
+    """The inputs of a sentence-transformers model for columns of texts."""
+    return [model.preprocess(column) for column in texts]
 
 
 class TableEncoder:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from negative_cache import NegativeCacheLoss, RaggedFeature
 from negative_cache.checkpoint import (
     CheckpointError,
-    deal,
+    assign_rows,
     full_state_dict,
     load_checkpoint,
     load_full_state_dict,
@@ -119,9 +119,9 @@ def test_deal_keeps_the_newest_and_mixes_ages():
         (torch.tensor([True, True, False]), torch.tensor([5, 1, 9])),
         (torch.tensor([True, True]), torch.tensor([4, 2])),
     ]
-    assert deal(shards, 3, 0, 1).tolist() == [[1, 1], [1, 0], [0, 0]]
-    assert deal(shards, 4, 0, 2).tolist() == [[1, 1], [0, 0]]
-    assert deal(shards, 4, 1, 2).tolist() == [[0, 1], [1, 0]]
+    assert assign_rows(shards, 3, 0, 1).tolist() == [[1, 1], [1, 0], [0, 0]]
+    assert assign_rows(shards, 4, 0, 2).tolist() == [[1, 1], [0, 0]]
+    assert assign_rows(shards, 4, 1, 2).tolist() == [[0, 1], [1, 0]]
 
 
 def damage(folder: Path, kind: str) -> str:
@@ -142,7 +142,7 @@ def damage(folder: Path, kind: str) -> str:
         return "header cannot be read"
     if kind == "no json":
         (folder / "negative_cache.json").unlink()
-        return "is no checkpoint"
+        return "is not a checkpoint"
     if kind == "half json":
         path = folder / "negative_cache.json"
         path.write_text(path.read_text()[:60])

@@ -1,4 +1,4 @@
-"""What a GPU asks of a step: the host never waits for it, and `torch.compile` makes one graph of it."""
+"""A step on a GPU: it does not synchronize the device, and `torch.compile` makes one graph of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ import negative_cache
 from negative_cache import NegativeCacheLoss
 from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 
-KINDS = ("plain", "ids", "int8", "top_k", "samples and scale", "given negatives", "handler", "handler with top_k")
-SHARED_KINDS = ("own draws", "margins", "margins and top_k", "guide", "correction", "warm-up and refresh")
+KINDS = ("plain", "ids", "int8", "samples and scale", "given negatives", "handler", "handler with top_k")
+SHARED_KINDS = ("own draws", "margins", "guide", "correction", "refresh", "matryoshka")
 
 registration = pytest.importorskip("torch.utils.backend_registration")
 
 
-def test_the_host_never_waits_for_the_device():
-    """Lines of the library at which the host waits, for each kind of step on a device without values."""
+def test_a_step_does_not_synchronize_the_device():
+    """Lines of the library that synchronize, for each kind of step on a device without values."""
     if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot define a device in Python")
     job = Path(__file__).with_name("fake_gpu_job.py")
     ended = subprocess.run([sys.executable, str(job)], text=True, capture_output=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-3000:]
     waits: dict[str, dict[str, int]] = json.loads(ended.stdout)
-    assert sum(waits.pop("three waits").values()) == 3  # waits are seen
-    assert len(waits.pop("ragged")) == 1  # how wide the drawn documents are
+    assert sum(waits.pop("three waits").values()) == 3  # they are detected
+    assert len(waits.pop("ragged")) == 1  # the width of the sampled documents
     on_the_host = waits.pop("features on the host")
     assert sum(on_the_host.values()) <= 5, on_the_host
     assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
@@ -70,19 +70,19 @@ def assignments_of_numbers(source: str) -> list[str]:
     ]
 
 
-def test_no_number_is_assigned_where_a_tensor_points():
-    """`tensor[rows] = 0` copies the number from pageable memory, and waits for a CUDA device; `index_fill_` not."""
+def test_no_number_is_assigned_at_an_index_that_is_a_tensor():
+    """`tensor[rows] = 0` copies the number from pageable memory and synchronizes a GPU; `index_fill_` does not."""
     wrong = ["a[b] = False", "a[:, b] = -torch.inf", "a.b[c > 0] = NO_ID", "a[b] = 1 if c else d"]
     right = ["a[1:] = 0", "a['b'] = 0", "a[b] = c", "a[b] += 1", "a = 0"]
     assert assignments_of_numbers("\n".join(wrong + right)) == wrong
     package = Path(negative_cache.__file__).parent
     files = [path for path in package.rglob("*.py") if "workbench" not in path.parts]
     found = {str(path.relative_to(package)): assignments_of_numbers(path.read_text("utf-8")) for path in files}
-    assert len(found.pop("retrieval/tiles.py")) == 1  # on the CPU alone
+    assert len(found.pop("retrieval/tile_scores.py")) == 1  # on the CPU alone
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
-EVERYTHING = {"absolute_margin": 0.1, "guide_margin": 0.1, "warmup_fill": 0.5, "refresh_per_step": 3, "top_k": 32}
+EVERYTHING = {"absolute_margin": 0.1, "guide_margin": 0.1, "refresh_per_step": 3, "matryoshka_dims": (8,)}
 
 
 def make_step(dtype: torch.dtype, is_everything: bool):

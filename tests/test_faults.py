@@ -195,7 +195,7 @@ def test_9_random_numbers_are_finer_than_24_bits_and_all_rows_are_reached() -> N
     assert len(rows.unique()) > num_queries - 4  # hardly any is expected twice
 
 
-def test_10_the_insert_filter_is_wired() -> None:
+def test_10_the_insert_filter_is_applied() -> None:
     torch.manual_seed(0)
     is_new = IsInCacheFilterFn(("a", "wide"))  # a scalar and a vector
     handler, encoder = new_handler(cache_size=10, length=3, filter_fn=is_new), Encoder(dim=DIM)

@@ -1,7 +1,4 @@
-"""Training as users do it, on a GPU if there is one and on the CPU if not.
-
-Sizes are those of a GPU there, and small ones on the CPU.
-"""
+"""Training as users do it: on a GPU, if there is one, with sizes for a GPU; otherwise on the CPU, with small sizes."""
 
 from __future__ import annotations
 
@@ -20,9 +17,10 @@ from torch.nn.functional import normalize
 import fake_gpu_job
 from dense import Problem, exact
 from negative_cache import FixedLenFeature, NegativeCacheLoss, RaggedFeature, checkpoint, util
-from negative_cache.cache.specs import dequantize, quantize
-from negative_cache.retrieval import FUSED, RowPool, Scale, explain, retrieve
-from negative_cache.retrieval.dense import dense_scores
+from negative_cache.cache.columns import dequantize, quantize
+from negative_cache.retrieval import FUSED, RowPool, Scale, Search, explain, retrieve
+from negative_cache.retrieval.dense import grouped_top_k
+from negative_cache.retrieval.search import dense_scores
 from stats import ALPHA, chi_square, mean_gradient
 from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 
@@ -37,8 +35,8 @@ VOCABULARY, BATCH, LENGTH, DIM, SIZE = 200, 32, 6, 32, 512
 
 
 @contextlib.contextmanager
-def no_waits() -> Iterator[None]:
-    """An operation that waits for the GPU raises."""
+def no_synchronization() -> Iterator[None]:
+    """An operation that synchronizes the GPU raises an error."""
     if not ON_GPU:
         yield
         return
@@ -49,18 +47,14 @@ def no_waits() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-# The pass over the rows
-
-
-def make_pool(rows: int, dim: int, dtype: torch.dtype) -> tuple[RowPool, Tensor]:
-    """A pool of unit rows of which a tenth is no candidate, and what its rows are in float64."""
+def make_pool(rows: int, dim: int, dtype: torch.dtype) -> tuple[RowPool, RowPool]:
+    """A pool of unit rows, a tenth of which are no candidates, and the same rows in float64."""
     rng = torch.Generator().manual_seed(rows + dim)
     table = normalize(torch.randn(rows, dim, generator=rng), dim=1).to(DEVICE)
-    candidates = (torch.rand(rows, generator=rng) < 0.9).to(DEVICE)
-    if dtype == torch.int8:
-        values, scales = quantize(table)
-        return RowPool([values], [candidates], [scales]), dequantize(values, scales).double()
-    return RowPool([table.to(dtype)], [candidates]), table.to(dtype).double()
+    is_candidate = (torch.rand(rows, generator=rng) < 0.9).to(DEVICE)
+    values, scales = quantize(table) if dtype == torch.int8 else (table.to(dtype), None)
+    exact = values if scales is None else dequantize(values, scales)
+    return RowPool(values, is_candidate, scales), RowPool(exact.double(), is_candidate)
 
 
 def queries_for(table: Tensor, count: int) -> Tensor:
@@ -70,92 +64,78 @@ def queries_for(table: Tensor, count: int) -> Tensor:
     return normalize(normalize(noise, dim=1) + 0.5 * table[:count].float(), dim=1)
 
 
+def as_multiplied(queries: Tensor, dtype: torch.dtype) -> Tensor:
+    """The queries as the product sees them, in the dtype of the rows and scaled; tf32 is off."""
+    scaled = 20 * queries
+    if dtype == torch.int8:
+        return dequantize(*quantize(scaled)).double()
+    return (scaled if dtype == torch.float32 else scaled.to(dtype)).double()
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("top_k", [None, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "dim"), [(5, 384), (128, 768), (300, 256)] if ON_GPU else [(5, 24)])
-def test_the_pass_equals_the_dense_one(dtype: torch.dtype, batch: int, dim: int):
+def test_the_pass_equals_the_dense_one(dtype: torch.dtype, batch: int, dim: int, top_k: int | None):
     """Values, best rows and validity of draws, with rows hidden from all and from single queries."""
-    pool, table = make_pool(ROWS - 3, dim, dtype)
-    queries = queries_for(table, batch)
+    pool, exact = make_pool(ROWS - 3, dim, dtype)
+    queries = queries_for(exact.embeddings, batch)
+    excluded = torch.randint(-1, 50, (batch, 4), generator=generator()).to(DEVICE)
+    search = Search(queries, pool, Scale(20.0), excluded, top_k=top_k, num_samples=3, num_best=5)
     if ON_GPU:
-        assert explain(queries, pool, 3) == FUSED
-    rng = torch.Generator().manual_seed(0)
-    excluded = torch.randint(-1, 50, (batch, 4), generator=rng).to(DEVICE)
-    # What the product sees: queries in the dtype of the rows; tf32 is off.
-    seen = 20 * queries
-    if dtype == torch.int8:
-        seen = dequantize(*quantize(seen))
-    elif dtype != torch.float32:
-        seen = seen.to(dtype)
-    exactly = RowPool([table], pool.candidates)
-    scores = dense_scores(seen.double(), exactly, None, excluded)
-    rounded = float(
-        (dense_scores(20 * queries.double(), exactly, None, excluded) - scores).nan_to_num(0, 0, 0).abs().max()
-    )
-    for top_k in (None, 64):
-        found = retrieve(
-            queries,
-            pool,
-            generator=torch.Generator().manual_seed(0),
-            score_transform=Scale(20.0),
-            excluded=excluded,
-            top_k=top_k,
-            num_samples=3,
-            num_top=5,
-        )
-        assert bool((scores.gather(1, found.rows) > -torch.inf).all())
-        if top_k is None:
-            assert float((found.lse - scores.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
-            best = scores.topk(5, dim=1).values
-            assert float((found.top_scores - best).abs().max()) < 1e-4 + 2 * rounded
-            assert float((scores.gather(1, found.top_rows) - best).abs().max()) < 2e-4 + 2 * rounded
-        else:
-            sizes = torch.full((top_k,), len(table) // top_k)
-            sizes[: len(table) % top_k] += 1
-            maxima = torch.stack([part.amax(1) for part in scores.split(sizes.tolist(), dim=1)], dim=1)
-            assert float((found.lse - maxima.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
+        assert explain(search) == FUSED
+    found = retrieve(search, generator())
+    scores = dense_scores(Search(as_multiplied(queries, dtype), exact, excluded=excluded))
+    unrounded = dense_scores(Search(20 * queries.double(), exact, excluded=excluded))
+    rounded = float((unrounded - scores).nan_to_num(0, 0, 0).abs().max())
+    assert bool((scores.gather(1, found.rows) > -torch.inf).all())
+    if top_k is None:
+        assert float((found.lse - scores.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
+        best = scores.topk(5, dim=1).values
+        assert float((found.best_scores - best).abs().max()) < 1e-4 + 2 * rounded
+        assert float((scores.gather(1, found.best_rows) - best).abs().max()) < 2e-4 + 2 * rounded
+    else:
+        maxima, _ = grouped_top_k(scores, top_k)
+        assert float((found.lse - maxima.logsumexp(1)).abs().max()) < 1e-4 + 2 * rounded
 
 
 def test_products_of_float32_rows_may_be_rounded():
     """tf32 keeps 10 bits of each factor: with unit vectors, a score of 20 moves by at most 20 * 2 * 2^-11."""
-    pool, table = make_pool(ROWS, 64, torch.float32)
-    queries = queries_for(table, 40)
-    exactly = dense_scores(20 * queries.double(), RowPool([table], pool.candidates), None, None).logsumexp(1)
+    pool, exact = make_pool(ROWS, 64, torch.float32)
+    queries = queries_for(exact.embeddings, 40)
+    truth = dense_scores(Search(20 * queries.double(), exact)).logsumexp(1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        settings = {"generator": torch.Generator().manual_seed(0), "score_transform": Scale(20.0)}
-        found = retrieve(queries, pool, **settings)
+        found = retrieve(Search(queries, pool, Scale(20.0)), generator())
     finally:
         torch.set_float32_matmul_precision(before)
-    assert float((found.lse - exactly).abs().max()) < 20 * 2 * 2.0**-11
+    assert float((found.lse - truth).abs().max()) < 20 * 2 * 2.0**-11
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draws_from_many_rows_follow_the_softmax(dtype: torch.dtype):
-    """Rows in the order of their scores, in cells of equal probability; and by where they stand."""
-    pool, table = make_pool(ROWS, 64, dtype)
-    queries = queries_for(table, 1).expand(512, -1)
-    found = retrieve(
-        queries, pool, generator=torch.Generator().manual_seed(0), score_transform=Scale(20.0), num_samples=16
-    )
-    seen = 20 * queries[:1]
-    seen = dequantize(*quantize(seen)) if dtype == torch.int8 else seen if dtype == torch.float32 else seen.to(dtype)
-    scores = dense_scores(seen.double(), RowPool([table], pool.candidates), None, None)[0]
+    """Rows are counted in cells of equal probability, in the order of their scores; and by their position."""
+    pool, exact = make_pool(ROWS, 64, dtype)
+    queries = queries_for(exact.embeddings, 1).expand(512, -1)
+    found = retrieve(Search(queries, pool, Scale(20.0), num_samples=16), generator())
+    scores = dense_scores(Search(as_multiplied(queries[:1], dtype), exact))[0]
     probabilities = scores.softmax(0)
     order = scores.argsort()
     cells = torch.empty_like(order)
     cells[order] = (probabilities[order].cumsum(0) * 64).long().clamp(max=63)
-    for cell_of in (cells, torch.arange(ROWS, device=DEVICE) * 64 // ROWS, torch.arange(ROWS, device=DEVICE) % 64):
+
+    def p_value(cell_of: Tensor, probabilities: Tensor) -> float:
         expected = torch.zeros(64, dtype=torch.float64, device=DEVICE).index_add(0, cell_of, probabilities)
-        drawn = cell_of[found.rows.flatten()]
-        assert chi_square(drawn.cpu(), expected.cpu()) > ALPHA
-        wrong = (scores * 1.1).softmax(0)
-        expected = torch.zeros(64, dtype=torch.float64, device=DEVICE).index_add(0, cell_of, wrong)
-        if cell_of is cells:
-            assert chi_square(drawn.cpu(), expected.cpu()) < ALPHA
+        return chi_square(cell_of[found.rows.flatten()].cpu(), expected.cpu())
 
-
-# The loss
+    numbers = torch.arange(ROWS, device=DEVICE)
+    for cell_of in (cells, numbers * 64 // ROWS, numbers % 64):
+        assert p_value(cell_of, probabilities) > ALPHA
+    assert p_value(cells, (scores * 1.1).softmax(0)) < ALPHA
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
@@ -168,7 +148,13 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
     nothing = torch.empty(0, dtype=torch.int64)
     scale = torch.tensor(2.0).double()
     problem = Problem(
-        queries.double(), table.double(), documents, nothing, torch.full((3, 1), -1), stale.double(), scale
+        queries=queries.double(),
+        table=table.double(),
+        documents=documents,
+        given=nothing,
+        positives=torch.full((3, 1), -1),
+        stale=stale.double(),
+        scale=scale,
     )
     on_device, outputs = table.to(DEVICE), []
 
@@ -186,7 +172,7 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
     for _ in range(passes):
         loss_fn.cache = copy.deepcopy(cache)
         leaves = [x.to(DEVICE).requires_grad_() for x in (queries.clone(), table[documents])]
-        with no_waits():
+        with no_synchronization():
             loss = loss_fn(*leaves, {"row": given}, given)
             loss.backward()
         drawn, output = outputs[-1]
@@ -201,25 +187,25 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
 
 
 @needs_gpu
-def test_no_kind_of_step_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_no_kind_of_step_synchronizes_the_gpu(monkeypatch: pytest.MonkeyPatch):
     """The steps of the fake device, with values."""
     monkeypatch.setattr(fake_gpu_job, "GPU", "cuda")
     loss = fake_gpu_job.CacheClassificationLoss
     losses = [loss("embedding", ("row",), lambda s: 20.0 * s, top_k=top_k) for top_k in (None, 16)]
     encoder = fake_gpu_job.Encoder()
     nn.init.normal_(encoder.table)
-    waiting = []
+    synchronizing = []
     for name, run in fake_gpu_job.scenarios(encoder, losses).items():
         for _ in range(3):
             run()
         torch.cuda.synchronize()
         try:
-            with no_waits():
+            with no_synchronization():
                 run()
         except RuntimeError as error:
-            waiting.append((name, str(error)[:200]))
-    # How wide the drawn documents are is asked once; what is kept on the host is read there.
-    assert {name for name, _ in waiting} <= {"ragged", "features on the host", "three waits"}, waiting
+            synchronizing.append((name, str(error)[:200]))
+    # The width of drawn ragged features is read once; features on the host are read there.
+    assert {name for name, _ in synchronizing} <= {"ragged", "features on the host", "three waits"}, synchronizing
 
 
 class Tower(nn.Module):
@@ -319,8 +305,8 @@ def test_training_learns(settings: dict[str, Any]):
         assert places == {"cpu"}
 
 
-def test_a_run_goes_on_from_a_checkpoint(tmp_path: Path):
-    """With a file of `torch.save` and with a folder of `save_checkpoint`."""
+def test_a_run_resumes_bit_exactly_from_a_checkpoint(tmp_path: Path):
+    """From a file of `torch.save` and from a folder of `save_checkpoint`."""
     whole = Run()
     whole.train(0, 20)
     torch.save(
@@ -351,8 +337,8 @@ def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtyp
     results = []
     for is_compiled in (False, True):
         specs = {key: FixedLenFeature([LENGTH], torch.int64) for key in ("input_ids", "attention_mask")}
-        run = Run(embedding_dtype=dtype, specs=specs)  # a ragged feature's width is not known before it is read
-        run.train(0, 3)  # the first step makes the cache
+        run = Run(embedding_dtype=dtype, specs=specs)  # the width of a ragged feature is unknown before it is read
+        run.train(0, 3)  # the first step creates the cache
         if is_compiled:
             run.compute = torch.compile(run.plain, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
         with as_on_a_gpu():  # the branches that a compiled step takes
@@ -360,7 +346,7 @@ def test_a_compiled_step_is_one_graph_and_equals_the_plain_one(dtype: torch.dtyp
     torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(results[1]), rtol=2e-3, atol=2e-3)
 
 
-def test_with_a_default_device():
+def test_a_default_device_changes_nothing():
     plain = Run()
     losses = plain.train(0, 8)
     torch.set_default_device(DEVICE)
@@ -375,8 +361,8 @@ def test_with_a_default_device():
     assert run.loss_fn.cache.device.type == DEVICE.type
 
 
-def test_one_rank(tmp_path: Path):
-    """Of NCCL on a GPU: the same numbers as without ranks, and a checkpoint."""
+def test_one_rank_computes_what_no_rank_does(tmp_path: Path):
+    """With NCCL on a GPU: the same numbers as without ranks, and a checkpoint."""
     losses = Run().train(0, 8)
     backend = "nccl" if ON_GPU else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
@@ -392,7 +378,7 @@ def test_one_rank(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if ON_GPU else [torch.bfloat16], ids=str)
-def test_the_trainer_of_sentence_transformers(dtype: torch.dtype, tmp_path: Path):
+def test_the_trainer_of_sentence_transformers_trains_and_resumes(dtype: torch.dtype, tmp_path: Path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
     from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Predicted bytes against those of a cache that is there."""
+"""Predicted bytes equal those of a cache that was filled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from negative_cache import FixedLenFeature, NegativeCacheLoss, RaggedFeature, pr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_the_prediction_counts_what_is_there(dtype: torch.dtype):
+def test_the_prediction_equals_the_bytes_of_a_full_cache(dtype: torch.dtype):
     size, dim, batch = 5000, 48, 50
     specs = {"row": FixedLenFeature([3], torch.int32), "tokens": RaggedFeature(torch.int16, 64)}
     loss_fn = NegativeCacheLoss(lambda x: torch.ones(len(x["row"]), dim), size, specs=specs, embedding_dtype=dtype)
@@ -51,17 +51,22 @@ def test_a_guide_and_corrections_are_counted():
     assert predicted.embeddings == 4 * size * (dim + 5 + 1)
 
 
-def test_rows_that_serve_all_queries_are_weighed_for_all():
-    """Above the rest of a step: by the candidates of all queries, each once, for each query."""
-    alone, shared, fewer = (
-        predict_bytes(2**15, 64, 1024, in_batch=False, **options).step
-        for options in ({"shared": False}, {}, {"num_candidates": 2})
-    )
+def test_shared_rows_are_counted_once_per_query():
+    """The candidates of all queries, 8 each, are weighed for every query."""
+    alone, shared = (predict_bytes(2**15, 64, 1024, in_batch=False, shared=shared).step for shared in (False, True))
     assert shared - alone > 3 * 1024 * 8 * 1024 * 4
-    assert (shared - alone) / (fewer - alone) == pytest.approx(4, rel=0.1)
 
 
-def test_what_a_step_takes_does_not_depend_on_the_rows():
+def test_more_samples_than_16_are_chosen_from_as_many_candidates():
+    """`max(8, min(16, 2 * num_samples), num_samples)` candidates per query."""
+    steps = [predict_bytes(2**20, 1, 256, in_batch=False, num_samples=count).step for count in (1, 4, 16, 32)]
+    encoded = [3 * 256 * (1 + count) * 4 for count in (1, 4, 16, 32)]
+    weighed = [4 * 256 * 256 * 4 * candidates for candidates in (8, 8, 16, 32)]
+    rest = [step - ours - others for step, ours, others in zip(steps, encoded, weighed, strict=True)]
+    assert len(set(rest)) == 1
+
+
+def test_the_bytes_of_a_step_do_not_depend_on_the_rows():
     small, large = (predict_bytes(rows, 768, 128, embedding_dtype=torch.int8) for rows in (2**15, 2**24))
     assert small.step == large.step
     assert large.embeddings == 2**24 * (768 + 4)
@@ -77,25 +82,17 @@ def test_what_a_step_takes_does_not_depend_on_the_rows():
         ((10, 4, 2), {"specs": {"x": RaggedFeature(torch.int32)}, "mean_lengths": {"x": math.nan}}, "is nan"),
         ((10, 4, 2), {"specs": {"embedding": RaggedFeature(torch.int32)}}, "which the cache itself uses"),
         ((10, 4, 2), {"guide_dim": -1}, "`guide_dim` is -1"),
-        ((10, 4, 2), {"shared": False, "num_candidates": 9}, "only chosen from with shared=True"),
         ((10, 4, 2), {"embedding_dtype": torch.int32}, "floating point dtype or int8"),
         ((10, 4, 11), {}, "larger than the cache's 10 rows"),
         ((0, 4, 2), {}, "`cache_size` is 0"),
         ((10, 4.0, 2), {}, "`dim` is 4.0"),
     ],
 )
-def test_what_cannot_be_predicted_is_refused(sizes: tuple, options: dict, message: str):
+def test_wrong_sizes_and_options_are_refused(sizes: tuple, options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         predict_bytes(*sizes, **options)
 
 
-def test_a_dtype_is_no_string():
+def test_a_dtype_given_as_a_string_is_refused():
     with pytest.raises(TypeError, match=r"`embedding_dtype` is 'int8'; expected a torch\.dtype"):
         NegativeCacheLoss(lambda x: x, 4, embedding_dtype="int8")
-
-
-def test_features_on_disk_take_only_what_finds_them():
-    specs = {"row": FixedLenFeature([100], torch.int32), "tokens": RaggedFeature(torch.int32, 64)}
-    options = {"specs": specs, "mean_lengths": {"tokens": 10}}
-    assert predict_bytes(1000, 8, 4, **options, features_on_disk=True).features == 16 * 1000
-    assert predict_bytes(1000, 8, 4, **options).features == (16 + 400 + 60) * 1000

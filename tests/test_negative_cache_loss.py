@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from negative_cache import FixedLenFeature, NegativeCacheLoss, RaggedFeature
+from dense import Exact, Problem, exact
+from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss, RaggedFeature
 from support import assert_same_state, snapshot
 
-DIM, WIDTH, SIZE = 4, 6, 16
+DIM, WIDTH, SIZE, SCALE = 4, 6, 16, 5.0
+# Beside the default: the method of the paper, in which each query has draws of its own, and none from the batch.
+SETTINGS = {"default": {}, "own draws": {"in_batch": False, "shared": False}}
+both_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 class DenseEncoder(nn.Module):
@@ -40,10 +44,8 @@ def queries_of(count: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def make_loss(encoder: Any = None, size: int = SIZE, scale: float = 5.0, **settings: Any) -> NegativeCacheLoss:
-    """A loss as in the paper: each query has draws of its own, and no negatives from the batch."""
-    settings = {"seed": 0, "in_batch": False, "shared": False, **settings}
-    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **settings)
+def make_loss(encoder: Any = None, size: int = SIZE, scale: float = SCALE, **settings: Any) -> NegativeCacheLoss:
+    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, **settings})
 
 
 def train(loss_fn: NegativeCacheLoss, ids: list[int], queries: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -63,9 +65,35 @@ def filled_loss(ids: list[int], **settings: Any) -> NegativeCacheLoss:
     return loss_fn
 
 
-def cache_of(loss_fn: NegativeCacheLoss):
+def cache_of(loss_fn: NegativeCacheLoss) -> NegativeCache:
     assert loss_fn.cache is not None
     return loss_fn.cache
+
+
+def dense_loss(
+    loss_fn: NegativeCacheLoss,
+    queries: Tensor,
+    ids: list[int],
+    given: tuple[int, ...] = (),
+    positive_ids: Tensor | None = None,
+) -> Exact:
+    """What a step of `train` returns, by the dense formulas; row 0 of the cache must hold document 0, and so on."""
+    with torch.no_grad():
+        table = DenseEncoder()(batch_of(list(range(100)))).double()
+    stale = table[:0]
+    if loss_fn.cache is not None:
+        num_rows = int(loss_fn.cache.num_filled)
+        assert loss_fn.cache.document_ids[:num_rows].tolist() == list(range(num_rows))
+        stale = loss_fn.cache.embeddings("embedding")[:num_rows].double()
+    positives = torch.empty(len(ids), 0, dtype=torch.int64) if positive_ids is None else positive_ids
+    documents, given_ids = torch.tensor(ids), torch.tensor(given, dtype=torch.int64)
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+    problem = Problem(queries.detach().double(), table, documents, given_ids, positives, stale, scale)
+    return exact(problem, in_batch=loss_fn.in_batch)
+
+
+def assert_equal_value(loss: Tensor, expected: Exact) -> None:
+    torch.testing.assert_close(loss.detach().double(), expected.value, rtol=1e-5, atol=1e-6)
 
 
 def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
@@ -79,18 +107,15 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
     ("settings", "message"),
     [
         ({"cache_size": 0}, "`cache_size` is 0"),
-        ({"cache_size": 10.5}, "`cache_size` is 10.5; it must be a whole number"),
-        ({"matryoshka_dims": 8}, "`matryoshka_dims` is 8; expected several numbers"),
-        ({"top_k": 0}, "`top_k` is 0; .* 1 to the cache's 16 rows"),
-        ({"top_k": 17}, "`top_k` is 17"),
+        ({"cache_size": 10.5}, "`cache_size` is 10.5; it must be an integer of at least 1"),
+        ({"matryoshka_dims": (4, 4)}, "`matryoshka_dims` is .*; expected numbers of components, each once"),
         ({"scale": 0.0}, "`scale` is 0.0"),
         ({"scale": float("nan")}, "`scale` is nan"),
         ({"scale": float("inf")}, "`scale` is inf"),
         ({"num_samples": 0}, "`num_samples` is 0"),
+        ({"num_samples": 1.5}, "`num_samples` is 1.5; it must be an integer of at least 1"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
-        ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache itself uses"),
-        ({"num_candidates": 1, "num_samples": 2}, "`num_candidates` is 1; it must be at least `num_samples`, 2"),
-        ({"num_candidates": 4, "shared": False}, "`num_candidates` is 4; candidates are only chosen from with shared"),
+        ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache uses itself"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):
@@ -123,7 +148,7 @@ def test_specs_are_taken_from_the_first_batch():
 
 
 def test_given_specs_are_used():
-    """A narrower dtype than the batch's, room for wider items, and a padding value of its own."""
+    """A narrower dtype than that of the batch, room for wider items, and another padding value."""
     specs = {"x": FixedLenFeature([WIDTH], torch.float32), "id": FixedLenFeature([3], torch.int16, 9)}
     loss_fn = make_loss(specs=specs, embedding_dtype=torch.bfloat16)
     loss_fn(queries_of(2), queries_of(2), {"x": batch_of([1, 2])["x"], "id": torch.tensor([[1, 2], [3, 4]])})
@@ -154,28 +179,45 @@ def test_the_encoder_can_be_replaced():
     loss_fn.document_encoder = other
     assert loss_fn.document_encoder is other
     train(loss_fn, [3, 4])
-    assert len(other.calls) == 2  # the batch's own documents by `train`, then the drawn rows
+    assert len(other.calls) == 2  # by `train`, the documents of the batch; then the sampled rows
     assert not any("weight" in name for name in loss_fn.state_dict())
 
 
 # A step
 
 
-def test_the_first_step_has_loss_zero_and_a_backward_pass():
+def test_the_first_step_is_the_cross_entropy_of_the_batch():
+    """Nothing is in the cache yet: nothing is encoded, and the gradient is exact."""
     loss_fn = make_loss()
+    encoder = loss_fn.document_encoder
+    queries, documents = queries_of(3).requires_grad_(), encoder(batch_of([0, 1, 2])).detach().requires_grad_()
+    encoder.calls.clear()
+    loss = loss_fn(queries, documents, batch_of([0, 1, 2]), torch.tensor([0, 1, 2]))
+    loss.backward()
+    plain = torch.nn.functional.cross_entropy(SCALE * queries @ documents.T, torch.arange(3))
+    torch.testing.assert_close(loss, plain)
+    for leaf, gradient in zip((queries, documents), torch.autograd.grad(plain, (queries, documents)), strict=True):
+        torch.testing.assert_close(leaf.grad, gradient)
+    assert encoder.calls == []
+    assert cache_of(loss_fn).document_ids.tolist() == [0, 1, 2] + [-1] * (SIZE - 3)
+
+
+def test_without_in_batch_negatives_the_first_step_has_loss_zero_and_a_backward_pass():
+    loss_fn = make_loss(in_batch=False)
     queries = queries_of(3).requires_grad_()
     loss = train(loss_fn, [1, 2, 3], queries)
     loss.backward()
     assert loss.item() == 0
     assert queries.grad is not None
     assert not queries.grad.any()
-    assert len(loss_fn.document_encoder.calls) == 1  # by `train`: nothing was drawn
+    assert len(loss_fn.document_encoder.calls) == 1  # by `train`: nothing was sampled
     assert cache_of(loss_fn).filled.tolist() == [True] * 3 + [False] * (SIZE - 3)
 
 
-def test_the_second_step_reaches_the_encoder_through_the_drawn_rows():
-    """Queries and documents have no graph here: what the encoder gets comes from re-encoded rows alone."""
-    loss_fn = filled_loss([1, 2, 3])
+@both_settings
+def test_the_second_step_reaches_the_encoder_through_the_sampled_rows(settings: dict[str, Any]):
+    """Queries and documents have no graph here: the gradient of the encoder comes from re-encoded rows alone."""
+    loss_fn = filled_loss([1, 2, 3], **settings)
     loss = train(loss_fn, [4, 5, 6])
     loss.backward()
     assert loss.item() > 0
@@ -184,18 +226,25 @@ def test_the_second_step_reaches_the_encoder_through_the_drawn_rows():
     assert set(drawn.tolist()) <= {1, 2, 3}
 
 
-def test_the_value_is_that_of_the_dense_loss():
-    loss_fn = filled_loss([1, 2, 3, 4], num_samples=3)
-    table = cache_of(loss_fn).embeddings("embedding")[:4].clone()
+@both_settings
+def test_the_value_is_that_of_the_dense_loss(settings: dict[str, Any]):
+    loss_fn = filled_loss([0, 1, 2, 3], num_samples=3, **settings)
     queries = queries_of(2, seed=1)
-    documents = DenseEncoder()(batch_of([5, 6]))
-    scores = 5.0 * torch.cat([(queries * documents).sum(1, keepdim=True), queries @ table.T], dim=1)
-    expected = torch.nn.functional.cross_entropy(scores, torch.zeros(2, dtype=torch.int64))
-    torch.testing.assert_close(train(loss_fn, [5, 6], queries), expected)
+    expected = dense_loss(loss_fn, queries, [5, 6])
+    assert_equal_value(train(loss_fn, [5, 6], queries), expected)
 
 
-def test_drawn_rows_get_their_new_embeddings():
-    loss_fn = filled_loss([1, 2, 3])
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_each_sampled_document_is_encoded_once_for_all_queries(num_samples: int):
+    loss_fn = filled_loss(list(range(12)), num_samples=num_samples, scale=1.0)
+    train(loss_fn, [20, 21, 22])
+    (drawn,) = drawn_ids(loss_fn)[1:]
+    assert len(drawn) == len(drawn.unique()) == 3 * num_samples
+
+
+@both_settings
+def test_sampled_rows_get_their_new_embeddings(settings: dict[str, Any]):
+    loss_fn = filled_loss([1, 2, 3], **settings)
     encoder = loss_fn.document_encoder
     with torch.no_grad():
         encoder.weight.add_(torch.randn(DIM, WIDTH, generator=torch.Generator().manual_seed(1)))
@@ -230,13 +279,23 @@ def test_without_ids_every_document_gets_a_row():
     assert cache_of(loss_fn).document_ids.unique().tolist() == [-1]
 
 
+@both_settings
+@pytest.mark.parametrize("positive_ids", [None, torch.tensor([[3, 6, 99], [5, -1, -1]])], ids=["own", "more"])
+def test_known_positives_of_a_query_do_not_count(settings: dict[str, Any], positive_ids: Tensor | None):
+    """Documents 1 and 6 are in the cache and in the batch; of more positives, 6 is one of both queries."""
+    loss_fn = filled_loss([0, 1, 2, 3, 4, 5, 6], **settings)
+    queries = queries_of(2, seed=1)
+    expected = dense_loss(loss_fn, queries, [1, 6], positive_ids=positive_ids)
+    assert_equal_value(train(loss_fn, [1, 6], queries, positive_ids=positive_ids), expected)
+
+
 def draws_of_documents_1_to_6(**arguments: Any) -> set[tuple[int, int]]:
-    """(query, document) over 30 evaluated draws of queries whose positives are the documents 1 and 2."""
-    loss_fn = filled_loss([1, 2, 3, 4, 5, 6], num_samples=4, scale=1.0)
-    fresh = loss_fn.cache
+    """(query, document) over 30 steps in which queries with the positives 1 and 2 have draws of their own."""
+    loss_fn = filled_loss([1, 2, 3, 4, 5, 6], num_samples=4, scale=1.0, **SETTINGS["own draws"])
+    filled = loss_fn.cache
     found = set()
     for _ in range(30):
-        loss_fn.cache = copy.deepcopy(fresh)
+        loss_fn.cache = copy.deepcopy(filled)
         loss_fn.document_encoder.calls.clear()
         train(loss_fn, [1, 2], **arguments)
         drawn = drawn_ids(loss_fn)[1].view(2, 4)
@@ -254,13 +313,14 @@ def test_a_query_never_draws_its_known_positives():
     assert draws_of_documents_1_to_6(positive_ids=more, document_ids=None) == everything - positives | {(0, 1), (1, 2)}
 
 
-def test_a_query_whose_positives_are_all_there_is_has_loss_zero():
-    """In the place of its draw the other query's one is encoded, without gradient; no further row is touched."""
-    loss_fn = filled_loss([1, 2])
+@both_settings
+def test_a_query_that_has_only_positives_has_loss_zero(settings: dict[str, Any]):
+    """With own draws it gets the other query's one, without gradient; no other row is touched."""
+    loss_fn = filled_loss([1, 2], **settings)
     queries = queries_of(2).requires_grad_()
-    loss = train(loss_fn, [4, 3], queries, positive_ids=torch.tensor([[1, 2], [1, -1]]))
+    loss = train(loss_fn, [4, 3], queries, positive_ids=torch.tensor([[1, 2, 3], [1, 4, -1]]))
     loss.backward()
-    assert drawn_ids(loss_fn)[1].tolist() == [2, 2]
+    assert drawn_ids(loss_fn)[1].tolist() == ([2, 2] if settings else [2])
     assert cache_of(loss_fn).age[:4].tolist() == [1, 0, 0, 0]
     assert loss.isfinite()
     assert loss > 0
@@ -330,7 +390,7 @@ WRONG_BATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device of the cache": (
         {"queries": torch.ones(2, DIM, device="meta"), "documents": torch.ones(2, DIM, device="meta")},
         ValueError,
-        r"on meta, the cache on cpu. Move the loss with .to\('meta'\)",
+        r"on meta, the cache on cpu. Move the loss: loss.to\('meta'\)",
     ),
     "features of another number": ({"features": batch_of([1, 2, 3])}, ValueError, "different batch sizes"),
     "a missing feature": ({"features": {"x": torch.ones(2, WIDTH)}}, ValueError, r"missing \['id'\]"),
@@ -378,10 +438,7 @@ def test_wrong_batches_are_refused_and_change_nothing(case: str):
     batch = {"queries": queries_of(2), "documents": queries_of(2, 1), "features": batch_of([4, 5]), **changes}
     with pytest.raises(error, match=message):
         loss_fn(batch.pop("queries"), batch.pop("documents"), batch.pop("features"), **batch)
-    after = snapshot(loss_fn)
-    if case == "nan in features":  # found when they are written, after the draws: the generator has moved
-        del before["_extra_state"], after["_extra_state"]
-    assert_same_state(before, after)
+    assert_same_state(before, snapshot(loss_fn))
 
 
 def test_a_wrong_first_batch_leaves_no_cache():
@@ -399,7 +456,7 @@ def test_a_wrong_first_batch_leaves_no_cache():
 @pytest.mark.parametrize(
     ("encoder", "error", "message"),
     [
-        (lambda features: torch.full((len(features["x"]), DIM), float("nan")), ValueError, "output has NaN"),
+        (lambda features: torch.full((len(features["x"]), DIM), float("nan")), ValueError, "output, .* has NaN"),
         (lambda features: torch.ones(len(features["x"]), DIM + 1), ValueError, r"shape \[2, 5\]; expected \[2, 4\]"),
         (lambda features: torch.ones(DIM), ValueError, r"shape \[4\]; expected \[2, 4\]"),
         (lambda features: {"sentence_embedding": torch.ones(2, DIM)}, TypeError, "returned dict"),
@@ -417,40 +474,39 @@ def test_a_broken_encoder_leaves_the_cache_as_it_was(encoder, error: type[Except
 # In-batch negatives
 
 
-def test_negatives_are_masked_by_id_and_withheld_from_the_cache():
-    """Document 3 is in the cache and among the negatives: it counts once. Documents 4 and 5 are positives."""
-    loss_fn = filled_loss([1, 2, 3])
-    table = cache_of(loss_fn).embeddings("embedding")[:2].clone()  # documents 1 and 2
-    queries, documents, negatives = queries_of(2), queries_of(2, 1), queries_of(3, 2).requires_grad_()
-    loss = loss_fn(
+@both_settings
+def test_a_given_negative_counts_once_and_not_for_queries_that_it_is_a_positive_of(settings: dict[str, Any]):
+    """Document 2 is in the cache and among the negatives, document 4 is a positive."""
+    loss_fn = filled_loss([0, 1, 2], **settings)
+    queries = queries_of(2)
+    negatives = DenseEncoder()(batch_of([2, 4, 7])).detach().requires_grad_()
+    expected = dense_loss(loss_fn, queries, [4, 5], (2, 4, 7))
+    loss = train(
+        loss_fn,
+        [4, 5],
         queries,
-        documents,
-        batch_of([4, 5]),
-        document_ids=torch.tensor([4, 5]),
         negative_embeddings=negatives,
-        negative_features=batch_of([3, 4, 7]),
-        negative_ids=torch.tensor([3, 4, 7]),
+        negative_features=batch_of([2, 4, 7]),
+        negative_ids=torch.tensor([2, 4, 7]),
     )
-    own = 5.0 * (queries * documents).sum(1)
-    scores = 5.0 * queries @ torch.cat([table, negatives.detach()]).T
-    scores[0, 3] = -torch.inf  # document 4 is the positive of query 0
-    expected = torch.cat([own[:, None], scores], dim=1).logsumexp(1) - own
-    torch.testing.assert_close(loss, expected.mean())
+    assert_equal_value(loss, expected)
     loss.backward()
     assert negatives.grad is not None
-    weights = torch.cat([own[:, None], scores], dim=1).softmax(1)[:, 3:]
-    torch.testing.assert_close(negatives.grad, 5.0 * weights.T @ queries / 2)
-    assert 3 not in torch.cat(drawn_ids(loss_fn)).tolist()
-    assert cache_of(loss_fn).document_ids[:7].tolist() == [1, 2, 3, 4, 5, 7, -1]
+    start = 2 * queries.numel()  # the gradient of queries and documents comes first
+    gradient = expected.gradient[start : start + negatives.numel()].view_as(negatives)
+    torch.testing.assert_close(negatives.grad.double(), gradient, rtol=1e-4, atol=1e-6)
+    assert 2 not in torch.cat(drawn_ids(loss_fn)[1:]).tolist()
+    assert cache_of(loss_fn).document_ids[:7].tolist() == [0, 1, 2, 4, 5, 7, -1]
 
 
-def test_negatives_alone_are_enough():
-    """On the first step there is nothing to draw; the batch's own negatives count all the same."""
-    loss_fn = make_loss()
-    negatives = queries_of(3, 2).requires_grad_()
+@both_settings
+def test_given_negatives_count_in_the_first_step(settings: dict[str, Any]):
+    loss_fn = make_loss(**settings)
+    negatives = DenseEncoder()(batch_of([5, 6, 7])).detach().requires_grad_()
+    expected = dense_loss(loss_fn, queries_of(2), [1, 2], (5, 6, 7))
     loss = train(loss_fn, [1, 2], negative_embeddings=negatives, negative_features=batch_of([5, 6, 7]))
+    assert_equal_value(loss, expected)
     loss.backward()
-    assert loss.item() > 0
     assert negatives.grad is not None
     assert bool(negatives.grad.any(dim=1).all())
     assert int(cache_of(loss_fn).num_filled) == 5
@@ -459,39 +515,44 @@ def test_negatives_alone_are_enough():
 # Evaluation
 
 
+@both_settings
 @pytest.mark.parametrize("mode", ["eval", "no_grad"])
-@pytest.mark.parametrize("top_k", [None, 4])
-def test_evaluation_gives_the_exact_loss_and_changes_nothing(mode: str, top_k: int | None):
-    loss_fn = filled_loss([1, 2, 3, 4, 5], top_k=top_k)
-    before = snapshot(loss_fn)
-    queries, documents = queries_of(2, 3), queries_of(2, 4)
+def test_evaluation_gives_the_exact_loss_and_changes_nothing(mode: str, settings: dict[str, Any]):
+    loss_fn = filled_loss([0, 1, 2, 3, 4], **settings)
+    queries = queries_of(2, 3)
+    expected, before = dense_loss(loss_fn, queries, [1, 9]), snapshot(loss_fn)
     loss_fn.train(mode != "eval")
     with torch.set_grad_enabled(mode != "no_grad"):
-        loss = loss_fn(queries, documents, batch_of([1, 9]), document_ids=torch.tensor([1, 9]))
+        loss = train(loss_fn, [1, 9], queries)
     assert_same_state(before, snapshot(loss_fn))
-    assert loss_fn.document_encoder.calls == []
-    own = 5.0 * (queries * documents).sum(1)
-    scores = 5.0 * queries @ cache_of(loss_fn).embeddings("embedding")[:5].T
-    scores[0, 0] = -torch.inf
-    if top_k is not None:  # groups of 4 rows: 0 to 3, and row 4
-        scores = torch.stack([scores[:, :4].amax(1), scores[:, 4]], dim=1)
-    expected = torch.cat([own[:, None], scores], dim=1).logsumexp(1) - own
-    torch.testing.assert_close(loss, expected.mean())
+    assert len(loss_fn.document_encoder.calls) == 1  # by `train`: nothing was sampled
+    assert_equal_value(loss, expected)
 
 
-def test_evaluation_before_any_training_is_zero():
-    loss_fn = make_loss().eval()
-    assert train(loss_fn, [1, 2]).item() == 0
+@both_settings
+def test_evaluation_before_any_training_counts_the_batch_alone(settings: dict[str, Any]):
+    loss_fn = make_loss(**settings).eval()
+    expected = dense_loss(loss_fn, queries_of(2), [1, 2])
+    loss = train(loss_fn, [1, 2])
+    assert_equal_value(loss, expected)
+    assert (loss.item() == 0) == (not loss_fn.in_batch)
     assert loss_fn.cache is None
 
 
-def test_evaluation_with_negatives_counts_them():
-    loss_fn = make_loss().eval()
-    negatives = queries_of(3, 2)
+@both_settings
+def test_evaluation_counts_given_negatives(settings: dict[str, Any]):
+    loss_fn = make_loss(**settings).eval()
+    negatives = DenseEncoder()(batch_of([5, 6, 7])).detach()
     loss = train(loss_fn, [1, 2], negative_embeddings=negatives, negative_features=batch_of([5, 6, 7]))
-    queries, documents = queries_of(2), DenseEncoder()(batch_of([1, 2]))
-    scores = 5.0 * torch.cat([(queries * documents).sum(1, keepdim=True), queries @ negatives.T], dim=1)
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scores, torch.zeros(2, dtype=torch.int64)))
+    assert_equal_value(loss, dense_loss(loss_fn, queries_of(2), [1, 2], (5, 6, 7)))
+
+
+@both_settings
+def test_evaluation_takes_batches_larger_than_the_cache(settings: dict[str, Any]):
+    loss_fn = make_loss(size=3, **settings)
+    train(loss_fn, [0, 1, 2])
+    loss = train(loss_fn.eval(), list(range(20, 29)))
+    assert_equal_value(loss, dense_loss(loss_fn, queries_of(9), list(range(20, 29))))
 
 
 # Randomness
@@ -628,7 +689,7 @@ def test_other_feature_names_are_not_loaded():
         assert target.cache is None
 
 
-def test_a_used_module_can_be_set_back():
+def test_a_used_module_can_load_an_earlier_state():
     loss_fn = filled_loss([1, 2, 3])
     before = snapshot(loss_fn)
     train(loss_fn, [4, 5])
@@ -642,8 +703,8 @@ def test_a_used_module_can_be_set_back():
 
 
 @pytest.mark.parametrize(("use_lru", "replaced"), [(True, 2), (False, 1)])
-def test_the_oldest_or_the_least_recently_drawn_row_is_replaced(use_lru: bool, replaced: int):
-    """Rows hold the documents 1, 2, 3. A query next to 1, at a huge scale, draws it: LRU keeps it."""
+def test_the_oldest_or_the_least_recently_sampled_row_is_replaced(use_lru: bool, replaced: int):
+    """Rows hold the documents 1, 2, 3. A query next to 1, at a huge scale, samples it: LRU keeps it."""
     loss_fn = make_loss(size=3, scale=1e4, use_lru=use_lru)
     with torch.no_grad():
         near_first = loss_fn.document_encoder(batch_of([1]))
@@ -658,8 +719,8 @@ def test_the_oldest_or_the_least_recently_drawn_row_is_replaced(use_lru: bool, r
 # Ragged features
 
 
-def test_drawn_rows_are_padded_to_the_longest_of_them_alone():
-    """Documents of 3, 9 and 5 tokens, drawn one at a time by a query next to each."""
+def test_sampled_rows_are_padded_to_the_longest_of_them():
+    """Documents of 3, 9 and 5 tokens, each sampled by a query next to it."""
     widths = []
 
     def encoder(features: dict[str, Tensor]) -> Tensor:
@@ -674,9 +735,7 @@ def test_drawn_rows_are_padded_to_the_longest_of_them_alone():
     loss_fn = make_loss(encoder, scale=1e4)
     loss_fn(torch.eye(DIM)[:3], torch.eye(DIM)[:3], features)
     for rows, expected in (([0], 3), ([1], 9), ([2], 5), ([0, 2], 5), ([1, 0], 9)):
-        loss_fn.eval()  # not to write, and back
         cache = copy.deepcopy(loss_fn.cache)
-        loss_fn.train()
         one = {key: value[rows] for key, value in features.items()}
         loss_fn(torch.eye(DIM)[rows], -torch.eye(DIM)[rows], one)
         assert widths[-1] == expected
@@ -686,7 +745,7 @@ def test_drawn_rows_are_padded_to_the_longest_of_them_alone():
 # Precision and devices
 
 
-def test_a_training_step_under_bfloat16_autocast():
+def test_a_step_trains_under_bfloat16_autocast():
     encoder = DenseEncoder()
     loss_fn = make_loss(encoder, num_samples=2)
     losses = []
@@ -703,7 +762,7 @@ def test_a_training_step_under_bfloat16_autocast():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_embeddings_are_stored_as_asked(dtype: torch.dtype):
+def test_embeddings_are_stored_in_the_given_dtype(dtype: torch.dtype):
     loss_fn = filled_loss([1, 2, 3], embedding_dtype=dtype)
     assert cache_of(loss_fn).embeddings("embedding").dtype == dtype
     torch.testing.assert_close(
@@ -711,7 +770,7 @@ def test_embeddings_are_stored_as_asked(dtype: torch.dtype):
     )
 
 
-def test_features_stay_where_they_were_told_to():
+def test_features_stay_on_the_feature_device():
     loss_fn = filled_loss([1, 2], feature_device="cpu")
     train(loss_fn, [3, 4])
     data = cache_of(loss_fn.to("meta")).data
@@ -727,8 +786,9 @@ def test_metrics_describe_the_last_step():
     loss_fn = make_loss()
     assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
     train(loss_fn, [1, 2])
-    nothing = {"interpretable_loss": 0.0, "positive_probability": 1.0, "cache_share": 0.0, "staleness": 0.0}
-    assert loss_fn.metrics() == {**nothing, "fill": 2 / SIZE}
+    first = loss_fn.metrics()
+    assert set(first) == {"interpretable_loss", "positive_probability", "cache_share", "staleness", "fill"}
+    assert (first["cache_share"], first["staleness"], first["fill"]) == (0, 0, 2 / SIZE)
     loss = train(loss_fn, [3, 4])
     assert loss_fn.metrics()["interpretable_loss"] == pytest.approx(loss.item())
     assert loss_fn.metrics()["staleness"] == pytest.approx(0, abs=1e-10)
@@ -740,7 +800,7 @@ def test_metrics_describe_the_last_step():
 
 
 def test_metrics_raise_once_for_rejected_embeddings():
-    """Where waiting is dear, rows that are not finite are counted on the device; here the count is set by hand."""
+    """On a GPU, rows that are not finite are counted on the device; here the count is set by hand."""
     loss_fn = filled_loss([1, 2])
     cache_of(loss_fn).num_rejected += 3
     with pytest.raises(ValueError, match="3 embeddings that were not finite"):
@@ -759,11 +819,17 @@ def test_a_learnable_scale_is_a_parameter():
     assert make_loss().log_scale is None
 
 
-def test_evaluation_takes_batches_larger_than_the_cache():
-    loss_fn = NegativeCacheLoss(lambda features: features["x"], cache_size=4, in_batch=False)
-    values = torch.nn.functional.normalize(torch.randn(4, 3), dim=1)
-    loss_fn(values, values, {"x": values})
-    many = torch.nn.functional.normalize(torch.randn(9, 3), dim=1)
-    expected = torch.cat([(20 * many * many).sum(1, keepdim=True), 20 * many @ values.T], dim=1)
-    loss = loss_fn.eval()(many, many, {"x": many})
-    torch.testing.assert_close(loss, (expected.logsumexp(1) - expected[:, 0]).mean())
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (FixedLenFeature([], torch.uint8, -1), ValueError, "default_value -1"),
+        (FixedLenFeature([], torch.int64, torch.int64), TypeError, "expected a number"),
+        (RaggedFeature(torch.int64, 0), ValueError, "max_length 0"),
+    ],
+)
+def test_wrong_specs_are_refused_in_the_first_step(spec: Any, error: type[Exception], message: str):
+    loss_fn = NegativeCacheLoss(lambda features: torch.ones(2, 3), 8, specs={"words": spec})
+    queries, documents = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3)
+    with pytest.raises(error, match=message):
+        loss_fn(queries, documents, {"words": torch.ones(2, 2, dtype=torch.int64)})
+    assert loss_fn.cache is None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
 from negative_cache import NegativeCacheLoss, tagged_metrics, write_metrics
-from support import assert_same_state, needs_compiling_of_whole_steps, snapshot
+from support import assert_same_state, needs_compiling_of_whole_steps, run_ranks, snapshot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BATCH = 16
@@ -74,7 +79,7 @@ def test_a_compiled_step_trains():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_with_a_scaler(dtype: torch.dtype):
+def test_mixed_precision_with_a_scaler_trains(dtype: torch.dtype):
     plain, half = Loop(), Loop()
     expected = plain.train(40)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, enabled=dtype == torch.float16)
@@ -107,7 +112,7 @@ def test_steps_of_an_accumulated_gradient_equal_its_mean():
     assert_same_state(snapshot(by_hand.loss_fn), snapshot(accumulated.loss_fn))
 
 
-def test_metrics_go_to_tensorboard_under_the_handlers_tags(tmp_path: Path):
+def test_metrics_are_written_to_tensorboard_under_the_handlers_tags(tmp_path: Path):
     loop = Loop()
     loop.train(10)
     with SummaryWriter(tmp_path) as writer:
@@ -123,7 +128,7 @@ def test_metrics_go_to_tensorboard_under_the_handlers_tags(tmp_path: Path):
     assert tagged_metrics(nn.Linear(1, 1)) == {}
 
 
-def test_accelerate_registers_the_loss_and_goes_on(tmp_path: Path):
+def test_accelerate_saves_and_resumes_a_registered_loss(tmp_path: Path):
     def start() -> tuple[Accelerator, Loop]:
         accelerator, loop = Accelerator(cpu=True), Loop()
         loop.tower, loop.optimizer = accelerator.prepare(loop.tower, loop.optimizer)
@@ -141,17 +146,36 @@ def test_accelerate_registers_the_loss_and_goes_on(tmp_path: Path):
     assert_same_state(snapshot(whole.tower), snapshot(resumed.tower))
 
 
-def test_accelerate_on_two_processes_and_then_on_one(tmp_path: Path):
-    script = [str(EXAMPLES / "with_accelerate.py"), "--cpu", "--folder"]
+def run_script(rank: int, world_size: int, folder: Path) -> None:
+    """Run the script in `folder` with the options of the launcher, and write what it prints to a file per rank."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # the group exists already
+    sys.argv = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    with (folder / f"{rank}.txt").open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    os._exit(0)  # the script has destroyed the group, which `run_ranks` would use again
 
-    def run(launcher: list[str], folder: str, epochs: int) -> list[str]:
-        command = [sys.executable, *launcher, *script, str(tmp_path / folder), "--epochs", str(epochs)]
-        lines = subprocess.run(command, check=True, text=True, capture_output=True, timeout=200).stdout.splitlines()
-        return [line for line in lines if "[Gloo]" not in line]  # older torch says there that it is connected
 
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    whole = run(two, "whole", 2)
+def test_accelerate_resumes_on_two_processes_and_then_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    text = (EXAMPLES / "with_accelerate.py").read_text(encoding="utf-8")
+    assert "NUM_DOCUMENTS, LENGTH, BATCH = 1_000, 4_096," in text
+    script = tmp_path / "with_accelerate.py"
+    script.write_text(text.replace("4_096", "512").replace("2_048", "256"), encoding="utf-8")
+
+    def options(folder: str, epochs: int) -> list[str]:
+        return [str(script), "--cpu", "--folder", str(tmp_path / folder), "--epochs", str(epochs)]
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*launcher, *options("whole", 2)], check=True, text=True, capture_output=True, timeout=200)
+    whole = [line for line in ended.stdout.splitlines() if "[Gloo]" not in line]  # where older torch logs
     assert [line[:7] for line in whole] == ["epoch 1", "epoch 2"]
     shutil.copytree(tmp_path / "whole" / "epoch-1", tmp_path / "stopped" / "epoch-1")
-    assert run(two, "stopped", 2) == whole[1:]
-    assert [line[:7] for line in run([], "stopped", 3)] == ["epoch 3"]
+    (tmp_path / "options.json").write_text(json.dumps(options("stopped", 2)), encoding="utf-8")
+    run_ranks(run_script, 2, tmp_path)
+    assert (tmp_path / "0.txt").read_text(encoding="utf-8").splitlines() == whole[1:]
+    monkeypatch.setattr(sys, "argv", options("stopped", 3))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    runpy.run_path(str(script), run_name="__main__")
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["epoch 3"]

@@ -1,16 +1,16 @@
-"""`gpu`: everything that needs a GPU, most valuable first.
+"""`gpu`: everything that needs a GPU, in order of importance.
 
   python -m benchmarks gpu-prepare DIR [--data FOLDER ...]   write the files that are copied to the machine with the GPU
   python -m benchmarks gpu --output DIR [--prepared DIR]     measure; writes DIR/gpu.json and DIR/gpu.md
-  python -m benchmarks gpu-docs DIR                          replace the tables of the documentation by those of DIR
+  python -m benchmarks gpu-docs DIR                          replace the tables in the documentation by those of DIR
 
-The stages are works, passes, step and quality. Each is a process of its own with its own time limit. Each row is on
-disk within a second. A stage that fails or is cut off keeps its rows, and the next one runs. Unused time passes to
-later stages. Stages that an earlier run of the same source on the same machine left in DIR are kept. The exit code is
-0 if all stages ended by themselves, 1 if one failed or was cut off, 130 after Ctrl-C.
+The stages are works, passes, step and quality. Each stage is a process with its own time limit. Each row is on disk
+within a second. A stage that fails or is cut off keeps its rows, and the next one runs. Later stages get the time that
+earlier ones leave. Stages of an earlier run in DIR are kept if source and machine are the same. The exit code is 0 if
+all stages are done, 1 if one failed or was cut off, 130 after Ctrl-C.
 
-It needs a source tree, torch, sentence-transformers and pytest; with pytest-xdist the tests run side by side. Without a
-GPU it is a rehearsal: small sizes, the kernels in Triton's interpreter.
+Needs a source tree, torch, sentence-transformers and pytest; with pytest-xdist, tests run in parallel. Without a GPU
+this is a rehearsal: small sizes, with the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ import torch
 
 from benchmarks.gpu.machine import MODEL, describe
 from benchmarks.gpu.markdown import report
-from benchmarks.gpu.results import PROFILE, Results, Row, load, read_json, write_json, write_text
+from benchmarks.gpu.results import PROFILE, Results, Row, load, read_json
+from negative_cache.workbench.files import write_json, write_text
 
 POLL_SECONDS = 0.5
 LOG, JSON, MARKDOWN = "log.txt", "gpu.json", "gpu.md"
 LAST_LINES = 25  # of the log of a stage that failed
-LAST_SECONDS = 5  # in which a stage that sees its own deadline ends by itself
+LAST_SECONDS = 5  # between the deadline that a stage is given and the end of its time limit
 
 
 class Stage(NamedTuple):
     """A stage.
 
     Attributes:
-        name: Also of its module in this package.
-        weight: Of the time that is left, it and the later ones have parts in proportion to these.
+        name: Its name, and that of its module in this package.
+        weight: The remaining time is divided among a stage and the later ones in proportion to their weights.
         about: What it measures.
     """
 
@@ -70,9 +71,11 @@ def main(arguments: Sequence[str]) -> int:
     if command == "gpu-docs":
         return _docs(rest)
     parser = _parser(command)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--prepared", type=Path, default=Path(".gpu"), help="what gpu-prepare wrote; default: .gpu")
-    parser.add_argument("--minutes", type=float, default=9, help="for all stages together; default: 9")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--prepared", type=Path, default=Path(".gpu"), help="folder that gpu-prepare wrote; default: .gpu"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of all stages together; default: 9")
     parser.add_argument("--only", help="stages, separated by commas: " + ", ".join(stage.name for stage in STAGES))
     parser.add_argument("--stage", help=argparse.SUPPRESS)  # the process of one stage
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -88,20 +91,20 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if "quality" in wanted and not (options.prepared / MODEL).is_dir():
         parser.error(
-            f"{options.prepared} has no model, which the stage quality fine-tunes. Make it with `python -m benchmarks "
-            f"gpu-prepare {options.prepared}`, or leave the stage out: --only works,passes,step."
+            f"{options.prepared} has no model, which the stage quality needs. Create it with `python -m benchmarks "
+            f"gpu-prepare {options.prepared}`, or skip the stage: --only works,passes,step."
         )
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--output {options.output} cannot be made: {error}")
+        parser.error(f"--output {options.output} cannot be created: {error}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     return run_all([stage for stage in STAGES if stage.name in wanted], options)
 
 
 def run_all(stages: Sequence[Stage], options: argparse.Namespace) -> int:
-    """Run stages one after the other; returns the exit code."""
+    """Run stages one after the other, and return the exit code."""
     output: Path = options.output
     for name in (LOG, PROFILE) if len(stages) == len(STAGES) else (LOG,):
         (output / name).unlink(missing_ok=True)
@@ -112,7 +115,7 @@ def run_all(stages: Sequence[Stage], options: argparse.Namespace) -> int:
     try:
         _run(stages, deadline, options, found)
     except KeyboardInterrupt:
-        print(f"Interrupted. What was measured is in {output / JSON}.")
+        print(f"Interrupted. The results so far are in {output / JSON}.")
         return 130
     finally:
         _write(output, found)
@@ -125,19 +128,19 @@ def _interrupt(*_: object) -> None:
 
 
 def _earlier(output: Path, machine: dict[str, str]) -> dict[str, Any]:
-    """The stages that an earlier run left, if its machine, versions and commit were the same."""
+    """The stages of an earlier run, if its machine, versions and commit were the same."""
     path = output / JSON
     if not path.exists():
         return {}
     found = load(path)
     if found["machine"] == machine:
         return found["stages"]
-    print(f"{path} is of another machine, version or commit: its stages are replaced.")
+    print(f"{path} is from another machine, version or commit: its stages are replaced.")
     return {}
 
 
 def _run(stages: Sequence[Stage], deadline: float, options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Run stages, and note what became of each."""
+    """Run stages, and record their states."""
     for number, stage in enumerate(stages):
         weight = stage.weight / sum(later.weight for later in stages[number:])
         limit, record = weight * (deadline - time.monotonic()), found["stages"][stage.name]
@@ -153,20 +156,20 @@ def _run(stages: Sequence[Stage], deadline: float, options: argparse.Namespace, 
             record["state"] = "interrupted"
             raise
         failed = sum(row.get("outcome") == "failed" for row in record["rows"])
-        said = f", {failed} tests failed" if failed else ""
-        said += f": {record['error'].splitlines()[-1]}" if record.get("error") else ""
-        print(f"{stage.name}: {record['state']} after {record['seconds']:.0f} s{said}", flush=True)
+        details = f", {failed} tests failed" if failed else ""
+        details += f": {record['error'].splitlines()[-1]}" if record.get("error") else ""
+        print(f"{stage.name}: {record['state']} after {record['seconds']:.0f} s{details}", flush=True)
 
 
 def run_stage(name: str, output: Path, prepared: Path, seconds: float) -> None:
-    """Runs in the process of one stage."""
+    """Run a stage in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = importlib.import_module(f"benchmarks.gpu.{name}")
     module.run(Results(_part(output, name)), prepared, device, seconds, device.type != "cuda")
 
 
 def _watch(stage: Stage, limit: float, options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Run a stage's process, and take its rows over as they come."""
+    """Run the process of a stage, and collect its rows as they are written."""
     output: Path = options.output
     record, part = found["stages"][stage.name], _part(output, stage.name)
     part.unlink(missing_ok=True)
@@ -194,13 +197,13 @@ def _watch(stage: Stage, limit: float, options: argparse.Namespace, found: dict[
     record["seconds"] = round(time.monotonic() - started, 1)
     record["state"] = "cut off" if is_cut_off else "failed" if process.returncode else "done"
     if record["state"] == "failed":
-        said = (output / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()
-        record["error"] = "\n".join(said[-LAST_LINES:])
+        lines = (output / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()
+        record["error"] = "\n".join(lines[-LAST_LINES:])
     _write(output, found)
 
 
 def _take_rows(record: dict[str, Any], part: Path) -> bool:
-    """Read what a stage has written; whether there is more than before."""
+    """Read the rows of a stage, and return whether there are new ones."""
     if not part.exists():
         return False
     rows: list[Row] = read_json(part)
@@ -210,7 +213,7 @@ def _take_rows(record: dict[str, Any], part: Path) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a stage and every process that it started."""
+    """Kill a stage and every process that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -235,7 +238,11 @@ def _prepare(arguments: Sequence[str]) -> int:
     parser = _parser("gpu-prepare")
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--data", type=Path, nargs="*", default=[], help="BEIR folders for the stage quality; default: built-in"
+        "--data",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="BEIR folders for the stage quality; default: the built-in data set",
     )
     options = parser.parse_args(arguments)
     from benchmarks.gpu.prepare import prepare
@@ -250,7 +257,9 @@ def _prepare(arguments: Sequence[str]) -> int:
 def _docs(arguments: Sequence[str]) -> int:
     parser = _parser("gpu-docs")
     parser.add_argument("folder", type=Path, help="the output folder of gpu")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="pages with marked tables; default: docs")
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="folder of pages with marked tables; default: docs"
+    )
     options = parser.parse_args(arguments)
     from benchmarks.gpu.docs import update
 

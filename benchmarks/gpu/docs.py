@@ -1,6 +1,6 @@
-"""Puts tables of `gpu.json` between marks in pages of the documentation.
+"""Update the tables between marks in the pages of the documentation from `gpu.json`.
 
-A mark is `<!-- gpu: NAME -->`, the end of what is replaced `<!-- /gpu -->`; the names are those of `BLOCKS`.
+A table is between `<!-- gpu: NAME -->` and `<!-- /gpu -->`; the names are the keys of `BLOCKS`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ MARKED = re.compile(r"(<!-- gpu: (\S+) -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 
 
 def update(path: Path, docs: Path) -> list[Path]:
-    """Rewrite the marked blocks of all pages from one file of results.
+    """Rewrite the marked blocks of all pages from a file of results.
 
     Returns:
-        The pages that changed.
+        The files that changed.
 
     Raises:
-        ValueError: A page names a block that is not known; the numbers are a rehearsal's; the file is something else.
+        ValueError: A page has a mark with an unknown name, or the file is not a result, or is that of a rehearsal.
         OSError: There is no such file or folder.
         ImportError: matplotlib is missing.
     """
     importlib.import_module("matplotlib")  # before anything is written
     found, changed = load(path), []
     if found["machine"]["device"] == "cpu":
-        raise ValueError(f"{path} is of a rehearsal on a CPU, whose numbers mean nothing. Run the command on a GPU.")
+        raise ValueError(f"{path} is the result of a rehearsal on a CPU, without meaning. Run the command on a GPU.")
     if not docs.is_dir():
         raise NotADirectoryError(f"{docs} is not a directory; expected the folder of the pages.")
     for page in sorted(docs.rglob("*.md")):
@@ -48,10 +48,10 @@ def update(path: Path, docs: Path) -> list[Path]:
 
 
 def _draw(rows: list[Row], path: Path) -> Path:
-    """Milliseconds of each way over the batch, for bfloat16 rows of the size with most batches."""
+    """Draw the milliseconds of each implementation against the batch, for bfloat16 rows of the most measured size."""
     from matplotlib.figure import Figure
 
-    from benchmarks.report import COLOURS, MARKERS, style
+    from benchmarks.report import COLOURS, MARKERS, row_ticks, save_figure, style
 
     narrow = [row for row in rows if row["dtype"] == "bfloat16" and "ms" in row]
     sizes = [(row["rows"], row["dim"]) for row in narrow]
@@ -64,15 +64,11 @@ def _draw(rows: list[Row], path: Path) -> Path:
         batches, times = ([markdown.number(row[key]) for row in of_way] for key in ("batch", "ms"))
         axes.plot(batches, times, color=COLOURS[number], marker=MARKERS[number], label=way)
     style(axes, f"One pass on a GPU, N={num_rows:,}, D={dim}, bfloat16 rows", "queries", "milliseconds")
-    axes.set_xscale("log", base=2)
+    row_ticks(axes, [int(markdown.number(row["batch"])) for row in shown])
     axes.set_yscale("log")
-    ticks = sorted({markdown.number(row["batch"]) for row in shown})
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:
@@ -80,7 +76,7 @@ def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[st
         raise ValueError(f"{page} has a mark for {mark[2]!r}; known are {', '.join(BLOCKS)}.")
     stage, make = BLOCKS[mark[2]]
     rows = found["stages"].get(stage, {}).get("rows")
-    if not rows:  # what another run measured stays
+    if not rows:  # the table of another run stays
         return mark[0]
     machine = found["machine"]
     about = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, commit {machine['commit']}:"
@@ -89,7 +85,7 @@ def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[st
 
 
 def _pass(rows: list[Row], _: Path) -> list[str]:
-    """One line per size: the fused pass beside the others."""
+    """A line per size, with the fused pass and the other implementations."""
     sizes: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         at = (row["dtype"], row["rows"], row["dim"], row["batch"])
@@ -117,14 +113,14 @@ def _quality(rows: list[Row], folder: Path) -> list[str]:
     columns = {"loss": "loss", "documents": "documents encoded", "rate": "rate", "mrr": "MRR@10", "ndcg": "nDCG@10"}
     columns |= {"change": "MRR@10 / in-batch", "p": "p"}
     lines: list[str] = []
-    told = summary(rows, read_ranks(folder / RANKS_FILE))
-    for data in dict.fromkeys(str(line["data"]) for line in told):
-        of_data = [line for line in told if line["data"] == data]
+    summarized = summary(rows, read_ranks(folder / RANKS_FILE))
+    for data in dict.fromkeys(str(line["data"]) for line in summarized):
+        of_data = [line for line in summarized if line["data"] == data]
         seeds = max(int(line["seeds"] or 0) for line in of_data)
         if seeds > 1:
-            lines += [f"{data}, {seeds} seeds where there is a deviation:", ""]
+            lines += [f"{data}, {seeds} seeds for losses with a deviation:", ""]
             lines += markdown.table(columns, [_quality_line(line) for line in of_data])
-        elif len(of_data) > 1:  # the sweep was cut off: nothing was chosen
+        elif len(of_data) > 1:  # the sweep was cut off, so that no rate was chosen
             runs = [row for row in rows if row["data"] == data and "error" not in row]
             lines += [f"{data}, the first runs of the sweep, one seed:", "", *markdown.table(_SWEEP, runs)]
     return lines

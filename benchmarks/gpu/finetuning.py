@@ -1,7 +1,7 @@
-"""Fine-tuning of a pretrained encoder, with each loss on the same pairs, and its evaluation.
+"""Fine-tuning of a pretrained encoder with each loss on the same pairs, and its evaluation.
 
-Every loss sees the same pairs in the same batches of a seed, for the same number of epochs, where its name says
-nothing else. In a batch no two pairs share a query, a document or a mined negative.
+With the same seed, every loss gets the same pairs in the same batches for the same number of epochs, unless its name
+says otherwise. No two pairs of a batch share a query, a document or a mined negative.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu.results import Row
-from negative_cache.cache.placement import to_device
+from negative_cache.cache.device_copies import to_device
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.workbench.data import RetrievalData
 
 UNTRAINED, BASELINE = "untrained", "in-batch"
-EPOCHS, MAX_TOKENS = {"nl2bash": 2}, {"squad": 128}  # else 1 and 64
+EPOCHS, MAX_TOKENS = {"nl2bash": 2}, {"squad": 128}  # 1 and 64 for other data sets
 SCALE, MAX_NORM, WARM_UP = 20.0, 1.0, 0.1
 MAX_CACHE = 131_072
 MINED_RANKS = (10, 50)
-HELD_OUT = 10  # every so many-th training query is a dev query where there is no dev split
+HELD_OUT = 10  # without a dev split, one of this many training queries is a dev query
 ENCODED_AT_ONCE, QUERIES_AT_ONCE = 512, 256
 METRICS = ("mrr@10", "ndcg@10", "recall@100")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done.
+    """The amount of training.
 
     Attributes:
-        rates: Learning rates of the sweep, the likely best first.
-        seeds: The first one is that of the sweep.
+        rates: Learning rates of the sweep, the most promising first.
+        seeds: Seeds; the sweep uses the first one.
         batch: Pairs of a batch.
         processes: Runs at the same time.
         is_bf16: Whether encoders train under autocast to bfloat16.
-        max_tokens: Bound of the tokens of a text, for all data sets.
-        max_pairs: Training pairs that are kept; None for all, and for all queries and documents.
-        max_epochs: Bound of the epochs of all data sets.
-        num_trained: Data sets that are trained on; of the others the untrained model alone is measured.
+        max_tokens: Highest number of tokens of a text.
+        max_pairs: Training pairs to keep; None for all pairs, and for all queries and documents.
+        max_epochs: Highest number of epochs.
+        num_trained: Data sets to train on; for the others, only the untrained model is measured.
     """
 
     rates: tuple[float, ...] = (6e-5, 2e-5, 2e-4)
@@ -97,15 +97,15 @@ def _negative_cache(model: SentenceTransformer, plan: Plan, cache_size: int, see
 
 
 class Kind(NamedTuple):
-    """A loss and how it is fed.
+    """A loss and its input.
 
     Attributes:
-        make: Makes it.
-        epochs: How many times the epochs of the others.
-        batches: Batches of the plan that a step has.
+        make: Creates it.
+        epochs: Multiple of the epochs of the other losses.
+        batches: Batches of the plan per step.
         has_mined: Whether the mined negative is a third column.
         passes: How often it encodes each text.
-        cost: Texts encoded with gradient per pair, or as much work, for estimates of time.
+        cost: Work per pair in encodings with gradient, for estimates of time.
     """
 
     make: MakeLoss
@@ -127,7 +127,7 @@ KINDS = {
 
 
 class Job(NamedTuple):
-    """What a worker does next; `UNTRAINED` prepares the data set and measures the untrained model."""
+    """A task of a worker; the loss `UNTRAINED` prepares the data set and measures the untrained model."""
 
     data: str
     loss: str
@@ -137,12 +137,12 @@ class Job(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Tokenised texts.
+    """Tokenized texts.
 
     Attributes:
         ids: int32 `[n, width]`, padded on the right.
         lengths: int64 `[n]`.
-        identity: int64 `[n]`, equal for equal tokens.
+        identity: int64 `[n]`, equal for texts with equal tokens.
     """
 
     ids: Tensor
@@ -150,7 +150,7 @@ class Texts(NamedTuple):
     identity: Tensor
 
     def features(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """Model inputs of the texts `rows [m]`, no wider than the longest of them."""
+        """Model inputs of the texts `rows [m]`, padded to the longest of them."""
         lengths = self.lengths[rows]
         width = int(lengths.max())
         mask = torch.arange(width) < lengths[:, None]
@@ -161,7 +161,7 @@ class Texts(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Queries with known documents.
+    """Queries with their relevant documents.
 
     Attributes:
         queries: int64 `[m]`: rows of queries.
@@ -173,7 +173,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set as runs need it.
+    """A data set in the form that runs use.
 
     Attributes:
         pairs: int64 `[n, 3]`: rows of the query, its positive and its mined negative.
@@ -193,7 +193,7 @@ class Dataset(NamedTuple):
         return min(MAX_CACHE, 1 << (len(self.documents.lengths).bit_length() - 1))
 
     def work(self, plan: Plan) -> float:
-        """Pairs times tokens of a run; 32 tokens stand for what a text costs whatever its length."""
+        """Pairs times tokens of a run; 32 tokens account for the fixed cost of a text."""
         tokens = 32 + float(self.documents.lengths.float().mean())
         return epochs_of(self.name, plan) * len(self.pairs) * tokens
 
@@ -203,23 +203,31 @@ def epochs_of(name: str, plan: Plan) -> int:
 
 
 def make_dataset(data: RetrievalData, encoder: Encoder, plan: Plan) -> Dataset:
-    """Tokenise all texts, and mine a negative for each training pair with the encoder as it is."""
+    """Tokenize all texts, and mine a negative for each training pair with the untrained encoder."""
     data = _with_dev(data)
     if plan.max_pairs is not None:
         data = _cut(data, plan.max_pairs)
     limit = min(plan.max_tokens, MAX_TOKENS.get(data.name, 64))
     query_names, document_names = list(data.queries), sorted(data.corpus)  # equal scores rank in the order of ids
-    queries = tokenise(encoder.model, [data.queries[name] for name in query_names], limit)
-    documents = tokenise(encoder.model, [data.corpus[name] for name in document_names], limit)
+    queries = tokenize(encoder.model, [data.queries[name] for name in query_names], limit)
+    documents = tokenize(encoder.model, [data.corpus[name] for name in document_names], limit)
     rows = {name: row for row, name in enumerate(query_names)}, {name: row for row, name in enumerate(document_names)}
     dev, test = (_split(data.judged(split), *rows) for split in ("dev", "test"))
     pairs, labels = _pairs(data.judged("train"), *rows, documents.identity)
     mined = mine(encoder.embed(queries), encoder.embed(documents), documents.identity, pairs, labels)
-    return Dataset(data.name, queries, documents, torch.cat([pairs, mined[:, None]], dim=1), labels, dev, test)
+    return Dataset(
+        name=data.name,
+        queries=queries,
+        documents=documents,
+        pairs=torch.cat([pairs, mined[:, None]], dim=1),
+        labels=labels,
+        dev=dev,
+        test=test,
+    )
 
 
 def _with_dev(data: RetrievalData) -> RetrievalData:
-    """With every tenth training query held out, where there is no dev split."""
+    """Without a dev split, hold out every tenth training query."""
     if data.qrels.get("dev"):
         return data
     train = data.judged("train")
@@ -229,7 +237,7 @@ def _with_dev(data: RetrievalData) -> RetrievalData:
 
 
 def _cut(data: RetrievalData, max_pairs: int) -> RetrievalData:
-    """Some training queries with one document each, half as many of the other splits, and the documents they need."""
+    """Keep some training queries with one document each, half as many of the other splits, and their documents."""
     qrels = {split: _spread(data.judged(split), max_pairs // 2) for split in ("dev", "test")}
     train = _spread(data.judged("train"), max_pairs)
     qrels["train"] = {query: documents[:1] for query, documents in train.items()}
@@ -244,13 +252,13 @@ def _cut(data: RetrievalData, max_pairs: int) -> RetrievalData:
 
 
 def _spread(qrels: dict[str, list[str]], count: int) -> dict[str, list[str]]:
-    """Up to `count` queries, evenly spread: neighbours are often alike."""
+    """Up to `count` queries, evenly spread, as neighbours are often similar."""
     queries, count = list(qrels), min(count, len(qrels))
     return {query: qrels[query] for query in (queries[at * len(queries) // count] for at in range(count))}
 
 
-def tokenise(model: SentenceTransformer, texts: Sequence[str], max_tokens: int) -> Texts:
-    """Tokens as the model's own preparation gives them, at most `max_tokens` of a text."""
+def tokenize(model: SentenceTransformer, texts: Sequence[str], max_tokens: int) -> Texts:
+    """Tokenize texts with the model's own preprocessing, to at most `max_tokens` each."""
     model.max_seq_length = max_tokens
     rows: list[Tensor] = []
     for start in range(0, len(texts), ENCODED_AT_ONCE):
@@ -284,7 +292,7 @@ def _pairs(
 
 
 def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, labels: Tensor) -> Tensor:
-    """A negative for each pair, drawn from ranks 10 to 50 of the documents that are no positive of its query.
+    """A negative for each pair, drawn from ranks 10 to 50 of the documents that are not positives of its query.
 
     Args:
         queries: Embeddings `[q, dim]`.
@@ -297,7 +305,7 @@ def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, la
         int64 `[n]`: rows of documents.
 
     Raises:
-        ValueError: A query has no document that is none of its positives.
+        ValueError: All documents are positives of a query.
     """
     identity = identity.to(documents.device)
     generator = torch.Generator().manual_seed(0)
@@ -309,25 +317,23 @@ def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, la
         found = scores.topk(min(MINED_RANKS[1], scores.shape[1]))
         count = int(found.values.isfinite().sum(dim=1).min())
         if count == 0:
-            raise ValueError(
-                "A query is judged relevant to all documents; expected some that it is not. Add documents."
-            )
+            raise ValueError("All documents are judged relevant to a query; expected others, too. Add documents.")
         at = torch.randint(min(MINED_RANKS[0], count) - 1, count, (len(scores), 1), generator=generator)
         mined.append(found.indices.cpu().gather(1, at).squeeze(1))
     return torch.cat(mined)
 
 
 def make_batches(identities: Tensor, size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Batches of an epoch, in random order: no row twice, and in a batch no value in two rows.
+    """Batches of an epoch, in random order: no row occurs twice, and no value in two rows of a batch.
 
-    As sentence-transformers' sampler without duplicates does it, a row that conflicts waits for the next batch. What
-    is left at the end is rows of a few frequent values; batches below an eighth of `size` are left out.
+    As in sentence-transformers' sampler without duplicates, a row that conflicts goes into a later batch. The last
+    rows have few, frequent values; batches smaller than an eighth of `size` are omitted.
 
     Args:
         identities: int64 `[n, k]`.
-        size: Rows of a batch; there may be fewer at the end.
+        size: Rows of a batch; the last ones may be smaller.
         seed: Seed of the order.
-        epoch: Another order for each.
+        epoch: Each epoch has another order.
 
     Returns:
         Rows, int64, up to `[size]` each.
@@ -355,9 +361,9 @@ def make_batches(identities: Tensor, size: int, seed: int, epoch: int) -> list[T
 
 
 class Encoder:
-    """A model that counts the texts it encodes and, if asked, trains under autocast to bfloat16.
+    """A model that counts the texts it encodes, and that may train under autocast to bfloat16.
 
-    Autocast is around the model alone, as with transformers' trainer, so that losses work in float32.
+    As in transformers' trainer, autocast covers only the model, so that losses are computed in float32.
     """
 
     def __init__(self, model: SentenceTransformer, is_bf16: bool) -> None:
@@ -380,14 +386,14 @@ class Encoder:
         """Embeddings `[n, dim]` of the texts `rows [n]`, or of all: float32, of unit length."""
         self.model.eval()
         rows = torch.arange(len(texts.lengths)) if rows is None else rows
-        order = texts.lengths[rows].argsort(descending=True)  # texts of like length are padded alike
+        order = texts.lengths[rows].argsort(descending=True)  # texts of similar length need little padding
         chunks = [rows[order[part]] for part in _slices(len(rows), ENCODED_AT_ONCE)]
         parts = [self.model(texts.features(chunk, self.device))["sentence_embedding"] for chunk in chunks]
         return normalize(torch.cat(parts), dim=-1)[order.argsort().to(self.device)]
 
 
 def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
-    """Train the encoder in place, and return what it took."""
+    """Train the encoder in place, and return the cost of the training."""
     kind, rate, seed = KINDS[job.loss], job.rate, job.seed
     assert rate is not None
     assert seed is not None
@@ -408,7 +414,7 @@ def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):  # waits for the device
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):  # synchronizes the device
         raise RuntimeError(f"Training with the rate {rate} ended with weights that are not finite.")
     seconds = time.monotonic() - began
     num_pairs = sum(map(len, batches))
@@ -422,7 +428,7 @@ def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
 
 
 def _batches(dataset: Dataset, size: int, factor: int, seed: int, epoch: int) -> list[Tensor]:
-    """Of `size` pairs, or of so many times as many; those of `size` have room for mined negatives, for all losses."""
+    """Batches of `factor * size` pairs; batches of `size` avoid repeated mined negatives for all losses."""
     queries = -1 - dataset.queries.identity[dataset.pairs[:, :1]]
     documents = dataset.documents.identity[dataset.pairs[:, 1:]]
     columns = 2 if factor > 1 else 3
@@ -441,16 +447,16 @@ def _slices(count: int, size: int) -> list[slice]:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Of the learning rate at a step from 0: linear to 1 over the first tenth of the steps, then linear to 0.
+    """Factor of the learning rate at a step, from 0: linear to 1 over the first tenth of the steps, then linear to 0.
 
-    The first step has a rate above 0, unlike with transformers' schedule: a run with a gradient cache has few steps.
+    Unlike in transformers' schedule, the rate of the first step is above 0: a run with a gradient cache has few steps.
     """
     warm_up = max(1, round(WARM_UP * steps))
     return (step + 1) / warm_up if step < warm_up else max(0.0, (steps - step) / max(1, steps - warm_up + 1))
 
 
 def evaluate(encoder: Encoder, dataset: Dataset) -> tuple[Row, list[float]]:
-    """Metrics of the dev and the test split among all documents, and the test queries' reciprocal ranks."""
+    """Metrics of the dev and test splits in the whole corpus, and the reciprocal ranks of the test queries."""
     documents = encoder.embed(dataset.documents)
     dev, test = (
         metrics_of(ranks_of(encoder.embed(dataset.queries, split.queries), documents, split.relevant))
@@ -462,7 +468,7 @@ def evaluate(encoder: Encoder, dataset: Dataset) -> tuple[Row, list[float]]:
 
 
 def ranks_of(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:
-    """Rank of each relevant document: 1 + those of higher score + those of the same score in an earlier row.
+    """Rank of each relevant document: 1 + documents with a higher score, or with the same score in an earlier row.
 
     Args:
         queries: `[m, dim]`.

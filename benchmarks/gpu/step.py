@@ -1,7 +1,7 @@
 """`step`: a training step of MiniLM in bfloat16: forward, backward, AdamW.
 
-Beside the time it says what bounds a step: how many kernels the host launches, how long the device is busy with them,
-and which lines of the library wait for the device.
+Beside the time, it measures what bounds a step: the number of kernel launches, the time in which the device is busy,
+and the lines of the library that synchronize the device.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from benchmarks.timing import medians_in_turns, seconds
 IN_BATCH = "in-batch"
 OURS = "negative cache"
 GRADIENT_CACHE = "gradient cache"
-LOOKED_INTO = (IN_BATCH, f"{OURS}, bfloat16 rows")
+PROFILED = (IN_BATCH, f"{OURS}, bfloat16 rows")
 ROUNDS, LEAST_ROUNDS, WARM_UP = 15, 3, 2
-MOST_SECONDS = 1.0  # of one loss at one size; fewer rounds if they take longer
+MOST_SECONDS = 1.0  # per loss and size; fewer rounds if they take longer
 PROFILED_STEPS = 3
 LONGEST_KERNELS = 10
-# What waits on behalf of its caller, or only reports it.
+# Files that synchronize on behalf of their callers, or report it.
 NOT_THE_CAUSE = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """The sizes to measure.
 
     Attributes:
-        batches: Pairs of a step.
+        batches: Numbers of pairs of a step.
         length: Tokens of each text.
         rows: Rows of the cache.
-        multiple: How many batches one of gradient caching has.
+        multiple: Ratio of the batch of gradient caching to that of the other losses.
     """
 
     batches: tuple[int, ...] = (64, 256)
@@ -83,7 +83,7 @@ class Step:
 
 
 def run(results: Results, prepared: Path, device: torch.device, limit: float, is_rehearsal: bool) -> None:
-    """Measure every loss at every batch, then look into a step of two of them."""
+    """Measure every loss at every batch, and profile two of them."""
     sizes = REHEARSAL if is_rehearsal else Sizes()
     torch.manual_seed(0)
     model, model_name = _small(sizes, device) if is_rehearsal else _model(prepared, sizes, device)
@@ -91,7 +91,7 @@ def run(results: Results, prepared: Path, device: torch.device, limit: float, is
         steps = make_steps(model, batch, sizes, device)
         slow = [name for name in steps if name.startswith(GRADIENT_CACHE)]
         fast = [name for name in steps if name not in slow]
-        for losses, beside in ((fast, []), (slow, [IN_BATCH])):  # what takes long comes last
+        for losses, beside in ((fast, []), (slow, [IN_BATCH])):  # the slow losses come last
             times = medians({name: steps[name] for name in [*beside, *losses]}, device)
             for loss in losses:
                 row = _row(loss, steps[loss], times, device, results.path.with_name(PROFILE))
@@ -100,32 +100,32 @@ def run(results: Results, prepared: Path, device: torch.device, limit: float, is
 
 
 def _row(loss: str, step: Step, times: dict[str, float], device: torch.device, profile_path: Path) -> Row:
-    """What a step takes, beside in-batch in the same rounds."""
+    """The cost of a step, also relative to in-batch in the same rounds."""
     row: Row = {"loss": loss, "pairs": step.count, "ms": round(times[loss], 3)}
     row["of_in_batch"] = round(times[loss] / times[IN_BATCH], 3)
     row["pairs_per_second"] = round(1000 * step.count / times[loss])
     row["extra_mb"] = peak_megabytes(step, device)
-    if device.type == "cuda" and loss in LOOKED_INTO:
-        row |= look_into(step, profile_path, f"{loss}, {step.count} pairs")
+    if device.type == "cuda" and loss in PROFILED:
+        row |= profile_step(step, profile_path, f"{loss}, {step.count} pairs")
     return row
 
 
 def make_steps(model: SentenceTransformer, batch: int, sizes: Sizes, device: torch.device) -> dict[str, Step]:
     """A step of each loss, by name."""
     gradient_cache = CachedMultipleNegativesRankingLoss(model, mini_batch_size=batch)
-    found = {
+    losses: dict[str, tuple[nn.Module, int, int]] = {
         IN_BATCH: (MultipleNegativesRankingLoss(model), 2, batch),
         "in-batch, third column": (MultipleNegativesRankingLoss(model), 3, batch),
         f"{GRADIENT_CACHE}, {sizes.multiple} x": (gradient_cache, 2, sizes.multiple * batch),
     }
     for dtype in (torch.bfloat16, torch.int8):
         name = f"{OURS}, {str(dtype).removeprefix('torch.')} rows"
-        found[name] = (full_cache_loss(model, sizes.rows, sizes.length, dtype, device), 2, batch)
-    return {name: Step(loss, columns, count, sizes.length, device) for name, (loss, columns, count) in found.items()}
+        losses[name] = (full_cache_loss(model, sizes.rows, sizes.length, dtype, device), 2, batch)
+    return {name: Step(loss, columns, count, sizes.length, device) for name, (loss, columns, count) in losses.items()}
 
 
 def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each step, until the device is done with it."""
+    """Median milliseconds of each step, until the device has finished it."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -134,8 +134,8 @@ def medians(steps: dict[str, Step], device: torch.device) -> dict[str, float]:
     )
 
 
-def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
-    """Launches, busy time and waits of a step; the longest kernels are appended to a file."""
+def profile_step(step: Callable[[], None], path: Path, title: str) -> Row:
+    """Launches, busy time and synchronizations of a step; the longest kernels are appended to a file."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         started = time.perf_counter()
@@ -161,7 +161,7 @@ def look_into(step: Callable[[], None], path: Path, title: str) -> Row:
 
 
 def _device_events(found: Any) -> tuple[dict[str, tuple[float, int]], int, float]:
-    """Seconds and number of each kernel or copy; how many there were; and how long the device was busy."""
+    """Seconds and number of each kernel or copy; their total number; and the seconds that the device was busy."""
     kernels: dict[str, tuple[float, int]] = {}
     spans = []
     for event in found.events():
@@ -178,7 +178,7 @@ def _device_events(found: Any) -> tuple[dict[str, tuple[float, int]], int, float
 
 
 def waits(step: Callable[[], None]) -> tuple[int, int]:
-    """How often a step waits for the device: because of the library, and because of anything else."""
+    """Number of synchronizations in a step: those caused by the library, and all others."""
     ours = others = 0
 
     def note(message: Any, *_: Any, **__: Any) -> None:
@@ -187,7 +187,7 @@ def waits(step: Callable[[], None]) -> tuple[int, int]:
             return
         frames = [frame.filename for frame in traceback.extract_stack()[:-1]]
         last = next((name for name in reversed(frames) if not name.startswith(NOT_THE_CAUSE)), "")
-        print(f"waits: {last}", flush=True)
+        print(f"synchronizes: {last}", flush=True)
         if "negative_cache" in last and "benchmarks" not in last:
             ours += 1
         else:
@@ -205,11 +205,11 @@ def waits(step: Callable[[], None]) -> tuple[int, int]:
 
 
 def _small(sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
-    return random_encoder(32, 1, sizes.length, device), "a rehearsal's"
+    return random_encoder(32, 1, sizes.length, device), "rehearsal"
 
 
 def _model(prepared: Path, sizes: Sizes, device: torch.device) -> tuple[SentenceTransformer, str]:
-    """MiniLM with float32 weights; one with random weights where it was not prepared."""
+    """MiniLM with float32 weights; with random weights if it was not prepared."""
     folder = prepared / MODEL
     if not folder.exists():
         return random_encoder(384, 6, sizes.length, device), "MiniLM's size, random weights"

@@ -1,4 +1,4 @@
-"""What the runs of the stage "quality" say together: the rates chosen, means over seeds, and differences."""
+"""A summary of the runs of the stage "quality": the chosen rates, means over seeds, and differences."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ from benchmarks.gpu.finetuning import BASELINE
 from benchmarks.gpu.results import Row
 
 Ranks = dict[str, dict[str, dict[str, list[float]]]]
-"""Data set -> loss -> seed -> reciprocal rank (0 beyond rank 10) of each test query, at the chosen rate."""
+"""Data set -> loss -> seed -> reciprocal rank of each test query (0 beyond rank 10), at the chosen rate."""
 
 
 def chosen_rate(rows: Sequence[Row], data: str, loss: str) -> float | None:
-    """The rate of the sweep that is best on the dev split; None if no run of it has ended."""
+    """The rate of the sweep that is best on the dev split; None if no run of the sweep has ended."""
     swept = [row for row in rows if row["data"] == data and row["loss"] == loss and row["is_sweep"]]
     scores = {_number(row["rate"]): _number(row["dev_mrr@10"]) for row in swept if "error" not in row}
     return max(scores, key=lambda rate: scores[rate], default=None)
 
 
 def read_ranks(path: Path) -> Ranks:
-    """What is in `quality_ranks.json`; empty if there is no such file."""
+    """The content of `quality_ranks.json`; empty if there is no such file."""
     ranks: Ranks = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return ranks
 
 
 def summary(rows: Sequence[Row], ranks: Ranks | None = None) -> list[Row]:
-    """Each data set and loss over its seeds, at the chosen rate, and its difference to `in-batch`.
+    """A row per data set and loss, over its seeds, at the chosen rate.
 
     Args:
-        rows: Of the results.
+        rows: Rows of the results.
         ranks: See `read_ranks`; without them there are no p-values.
 
     Returns:
         `data`, `loss`, `rate`, `seeds` (their number), `documents_encoded`, the means and sample standard deviations
-        of `test_mrr@10` and `test_ndcg@10` (`..._std`, None of one seed), `difference` of the mean MRR@10 to that of
-        `in-batch`, and `p_value`, two-sided, paired over queries, whose reciprocal ranks are means over seeds. The
-        last two are None where there is nothing to compare.
+        of `test_mrr@10` and `test_ndcg@10` (`..._std`, None for one seed), the `difference` of the mean MRR@10 from
+        that of `in-batch`, and its two-sided `p_value`, paired over queries, with the means of their reciprocal ranks
+        over seeds. The last two are None if there is nothing to compare.
     """
     result: list[Row] = []
     for data, loss in dict.fromkeys((str(row["data"]), str(row["loss"])) for row in rows):
         final = _final_rows(rows, data, loss)
         if not final:
             continue
-        told: Row = {"data": data, "loss": loss, "rate": final[0]["rate"], "seeds": len(final)}
-        told["documents_encoded"] = round(statistics.fmean(_number(row["documents_encoded"]) for row in final))
+        line: Row = {"data": data, "loss": loss, "rate": final[0]["rate"], "seeds": len(final)}
+        line["documents_encoded"] = round(statistics.fmean(_number(row["documents_encoded"]) for row in final))
         for metric in ("test_mrr@10", "test_ndcg@10"):
             values = [_number(row[metric]) for row in final]
-            told |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
-        result.append(told | _against_baseline(_final_rows(rows, data, BASELINE), told, (ranks or {}).get(data, {})))
+            line |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
+        result.append(line | _against_baseline(_final_rows(rows, data, BASELINE), line, (ranks or {}).get(data, {})))
     return result
 
 
@@ -62,16 +62,16 @@ def _final_rows(rows: Sequence[Row], data: str, loss: str) -> list[Row]:
     return [row for row in of_loss if row["rate"] == rate]
 
 
-def _against_baseline(baseline: Sequence[Row], told: Row, ranks: dict[str, dict[str, list[float]]]) -> Row:
-    if not baseline or told["loss"] == BASELINE:
+def _against_baseline(baseline: Sequence[Row], line: Row, ranks: dict[str, dict[str, list[float]]]) -> Row:
+    if not baseline or line["loss"] == BASELINE:
         return {"difference": None, "p_value": None}
     mean = statistics.fmean(_number(row["test_mrr@10"]) for row in baseline)
-    p = _p_value(ranks.get(str(told["loss"]), {}), ranks.get(BASELINE, {}))
-    return {"difference": _number(told["test_mrr@10"]) - mean, "p_value": p}
+    p = _p_value(ranks.get(str(line["loss"]), {}), ranks.get(BASELINE, {}))
+    return {"difference": _number(line["test_mrr@10"]) - mean, "p_value": p}
 
 
 def _p_value(first: dict[str, list[float]], second: dict[str, list[float]]) -> float | None:
-    """Of a two-sided paired t-test over queries; None if there is nothing to compare or no query differs."""
+    """The p-value of a two-sided paired t-test over queries; None without two samples or a query that differs."""
     from scipy.stats import ttest_rel  # type: ignore[import-untyped]
 
     if not first or not second:

@@ -17,7 +17,7 @@ PLUGIN, VARIABLE = "benchmarks.gpu.pytest_rows", "GPU_BENCHMARK_ROWS"
 
 
 def run(results: Results, prepared: Path, device: torch.device, seconds: float, is_rehearsal: bool) -> None:
-    """Run them; raises if one fails."""
+    """Run the tests; raises RuntimeError if one fails."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--strict-markers", "-m", "gpu", "-p", PLUGIN]
     command += ["-p", "no:cacheprovider", "--show-capture=no", "--tb=short", "tests"]
     if importlib.util.find_spec("xdist") is not None:

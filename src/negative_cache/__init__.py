@@ -1,7 +1,7 @@
-"""Train retrieval models against a large cache of negatives, for the price of one more encoding per query."""
+"""Train retrieval models against a large cache of negatives, at the cost of one extra encoding per query."""
 
 from negative_cache import filter_fns, handlers, losses, negative_cache, retrieval_fns, util
-from negative_cache.cache.specs import FixedLenFeature, QuantizedFeature, RaggedFeature
+from negative_cache.cache.specs import FixedLenFeature, QuantizedFeature, RaggedFeature, infer_specs
 from negative_cache.filter_fns import CacheFilterFn, IsInCacheFilterFn
 from negative_cache.handlers import CacheLossHandler, MultiCacheLossHandler
 from negative_cache.losses import (
@@ -49,6 +49,7 @@ __all__ = [
     "filter_fns",
     "gather_nd",
     "handlers",
+    "infer_specs",
     "losses",
     "negative_cache",
     "predict_bytes",

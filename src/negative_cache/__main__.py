@@ -1,4 +1,4 @@
-"""The command `negative-cache`, also as `python -m negative_cache`."""
+"""The `negative-cache` command, also available as `python -m negative_cache`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it."""
+    """Run the command line, or exit with an install hint if its dependencies are missing."""
     try:
         from negative_cache.workbench.cli import app
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Checkpoints of a cache: safetensors and JSON in one folder, for any number of ranks and any cache size.
+"""Checkpoints of a cache: a folder of safetensors and JSON files, for any number of ranks and any cache size.
 
-`torch.distributed.checkpoint` writes one file per rank. A folder is written beside its place and renamed, so that it is
-there whole or not at all.
+`torch.distributed.checkpoint` writes one file per rank. The folder is written under a temporary name and then renamed,
+so a checkpoint is either complete or absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from negative_cache.cache.rows import NegativeCache, state_of
 from negative_cache.cache.specs import embedding_spec, is_loadable, spec_from_json, spec_to_json
-from negative_cache.distributed.ranks import gather_rows, rank_seed, shard_sizes
+from negative_cache.distributed import rank_seed, shard_sizes
+from negative_cache.distributed.collectives import gather_rows
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE
 from negative_cache.retrieval.randomness import new_generator
@@ -33,20 +34,21 @@ _JSON = "negative_cache.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another cache."""
+    """A checkpoint is missing, damaged, or does not fit the cache."""
 
 
 def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
-    """Write the state of a loss (cache, generator, learnable scale) to a folder, which is replaced if it exists.
+    """Save the state of a loss (cache, generator, learnable scale) to a folder, which is replaced if it exists.
 
-    Over several ranks this is collective: each writes its own rows, to a file system that all of them share.
+    With several ranks this is collective: each rank writes its own rows to a file system that all ranks share.
 
     Args:
-        loss: The loss; on each rank, its own.
-        folder: Where to write.
+        loss: The loss of this rank.
+        folder: The folder to write.
 
     Raises:
-        RuntimeError: A rank could not write; on all ranks, naming it. On one process, its own error.
+        RuntimeError: A rank could not write. The error is raised on all ranks and names that rank.
+        OSError: Writing failed, with one process.
     """
     ranks, folder = loss.ranks, Path(folder)
     beside = folder.with_name(folder.name + ".partial")
@@ -59,7 +61,9 @@ def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
 
     def look() -> tuple[None, list[int]]:
         if not beside.is_dir():
-            raise FileNotFoundError(f"{beside}, which rank 0 made, is not there: the ranks must share a file system.")
+            raise FileNotFoundError(
+                f"{beside}, created by rank 0, does not exist on this rank: the ranks must share a file system."
+            )
         return None, []
 
     def write() -> tuple[None, list[int]]:
@@ -73,10 +77,10 @@ def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
             _replace(beside, folder)
         return None, []
 
-    ranks.meet(loss.step_number, ranks.device, make, 0)
-    ranks.meet(loss.step_number, ranks.device, look, 0)
-    _, table = ranks.meet(loss.step_number, ranks.device, write, 3)
-    ranks.meet(loss.step_number, ranks.device, finish, 0)  # nobody goes on before it is there
+    ranks.run_checked(loss.step_number, ranks.device, make, 0)
+    ranks.run_checked(loss.step_number, ranks.device, look, 0)
+    _, table = ranks.run_checked(loss.step_number, ranks.device, write, 3)
+    ranks.run_checked(loss.step_number, ranks.device, finish, 0)  # no rank continues before the folder exists
 
 
 def _record(loss: NegativeCacheLoss, table: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -104,31 +108,31 @@ def _write(loss: NegativeCacheLoss, beside: Path) -> Path:
     prefix = _prefix(ranks.rank, ranks.size)
     state = {prefix + key: value.detach() for key, value in loss.state_dict().items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one process saves alone
+        warnings.simplefilter("ignore", UserWarning)  # warns that only one process saves
         writer = _storage().HuggingFaceStorageWriter(str(beside), save_distributed=True)
         try:
             save(state, storage_writer=writer, process_group=loss.process_group, no_dist=ranks.size == 1)
         except CheckpointException as error:
             if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
-                raise KeyboardInterrupt from error  # it was wrapped like a failure of the disk
+                raise KeyboardInterrupt from error  # the saver wraps it like a disk error
             raise
     return beside / _file_name(ranks.rank)
 
 
 def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
-    """Restore what `save_checkpoint` wrote, on the device of the loss's cache, or else on the CPU.
+    """Load a checkpoint onto the device of the loss's cache, or onto the CPU if it has no cache yet.
 
-    With as many ranks and the same `cache_size` every row comes back where it was, bit for bit. Otherwise the rows are
-    dealt out anew: a larger cache has empty rows, a smaller one keeps the newest; each rank gets rows of every
-    age. Every rank reads by itself; nothing is sent.
+    With the same number of ranks and the same `cache_size`, every row is restored bit-exactly at its position.
+    Otherwise the rows are redistributed: a larger cache has empty rows, a smaller one keeps the newest rows, and each
+    rank gets rows of every age. Each rank reads the files itself; nothing is sent between ranks.
 
     Args:
-        loss: The loss, made like the one that was saved, but for `cache_size` and ranks.
-        folder: Where it was written.
+        loss: A loss with the settings of the saved one; `cache_size` and the number of ranks may differ.
+        folder: The folder that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: Something is missing, truncated or damaged, or the features, dtypes or the embedding's size
-            are others, or the scale of only one of both is learnable. The loss is as it was then.
+        CheckpointError: A file is missing, truncated or damaged; or features, dtypes or the embedding dimension
+            differ; or only one of the two scales is learnable. The loss is left unchanged.
     """
     folder = Path(folder)
     if not folder.exists() and _old(folder).exists():
@@ -148,13 +152,13 @@ def _load(loss: NegativeCacheLoss, state_dict: dict[str, Tensor]) -> None:
     try:
         loss.load_state_dict(state_dict)
     except ValueError as error:
-        raise CheckpointError(f"{error} Make the loss as it was when the checkpoint was written.") from error
+        raise CheckpointError(f"{error} Create the loss with the settings of the one that was saved.") from error
 
 
 def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
-    """The `state_dict` that one process with all rows would have; collective, and as large as the whole cache.
+    """Return the `state_dict` of a single process with all rows; collective, and as large as the whole cache.
 
-    Its generator is that of rank 0. On one process it is `loss.state_dict()`.
+    It contains the generator state of rank 0. With one process, it equals `loss.state_dict()`.
     """
     ranks, cache = loss.ranks, loss.cache
     if ranks.size == 1 or cache is None:
@@ -176,28 +180,28 @@ def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(loss: NegativeCacheLoss, state_dict: Mapping[str, Tensor]) -> None:
-    """Load the `state_dict` of one process: on several ranks each takes its share of the rows. Nothing is sent.
+    """Load the `state_dict` of a single process. Each rank keeps its part of the rows; nothing is sent.
 
     Raises:
-        CheckpointError: The state is of a loss with other features, dtypes or embedding size; nothing was loaded.
+        CheckpointError: The features, dtypes or embedding dimension differ. The loss is left unchanged.
     """
     if loss.ranks.size == 1 or "cache.filled" not in state_dict:
-        loss.load_state_dict(dict(state_dict))
+        _load(loss, dict(state_dict))
         return
     _load(loss, state_for_rank(loss, [state_dict]))
 
 
 def state_for_rank(loss: NegativeCacheLoss, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The `state_dict` for this rank's loss, from those of all ranks that shared a cache before.
+    """Return the `state_dict` for this rank's loss, from those of all ranks of the saved loss.
 
-    As in `load_checkpoint`, they may have been another number of ranks, with another `cache_size`. Nothing is sent.
+    As in `load_checkpoint`, the number of ranks and `cache_size` may differ. Nothing is sent.
 
     Args:
-        loss: The loss, made like the one that was saved.
-        states: The `state_dict` of each rank.
+        loss: A loss with the settings of the saved one.
+        states: The saved `state_dict` of each rank.
 
     Raises:
-        CheckpointError: The states are of a loss with other features, dtypes or embedding size.
+        CheckpointError: The features, dtypes or embedding dimension differ.
     """
     if "cache.filled" not in states[0]:
         return dict(states[loss.ranks.rank % len(states)])
@@ -217,11 +221,13 @@ def _redistributed(
     num_rows: Sequence[int],
     loss: NegativeCacheLoss,
 ) -> dict[str, Tensor]:
-    """The state for this rank, from the rows of all shards; each is read when it is needed."""
+    """Return the state for this rank from the rows of all shards. Each shard is read when it is needed."""
     ranks = loss.ranks
     parsed = {key: spec_from_json(spec) for key, spec in specs.items()}
-    book = [(state["cache.filled"].cpu(), state["cache.written"].cpu()) for state in (read() for read in shards)]
-    kept = deal(book, loss.cache_size, ranks.rank, ranks.size)
+    fill_and_times = [
+        (state["cache.filled"].cpu(), state["cache.written"].cpu()) for state in (read() for read in shards)
+    ]
+    kept = assign_rows(fill_and_times, loss.cache_size, ranks.rank, ranks.size)
     cache = NegativeCache.empty(parsed, shard_sizes(loss.cache_size, ranks.size)[ranks.rank])
     own: dict[str, Tensor] = {}
     for shard, read in enumerate(shards):
@@ -236,36 +242,37 @@ def _redistributed(
             cache.write(here, old.read_rows(rows, list(parsed)), document_ids=old.document_ids[rows])
             cache.written[here] = old.written[rows]
     cache.step.fill_(step)
-    if ranks.rank >= len(shards):  # a rank that did not exist has no generator yet
+    if ranks.rank >= len(shards):  # a new rank has no saved generator
         generator = new_generator(rank_seed(loss.generator.initial_seed(), ranks.rank))
         own["_extra_state"] = generator.get_state()
     return {**{"cache." + key: value for key, value in cache.state_dict().items()}, **own}
 
 
-def deal(shards: list[tuple[Tensor, Tensor]], cache_size: int, rank: int, num_ranks: int) -> Tensor:
-    """Which old rows a rank gets when rows are dealt out anew.
+def assign_rows(fill_and_times: list[tuple[Tensor, Tensor]], cache_size: int, rank: int, num_ranks: int) -> Tensor:
+    """Assign saved rows to a rank when the number of ranks or rows changes.
 
-    The newest rows are kept, and dealt to the ranks in turn, so that all have rows of every age.
+    The newest rows are kept and assigned to the ranks in turn, so that every rank gets rows of every age.
 
     Args:
-        shards: For each old shard, which rows are filled and when they were written: `[rows]` each.
-        cache_size: Rows of all ranks together from now on.
-        rank: The rank that asks.
-        num_ranks: Ranks from now on.
+        fill_and_times: For each saved shard, which rows are filled, bool `[rows]`, and the step in which each row was
+            written, int64 `[rows]`.
+        cache_size: The new number of rows of all ranks together.
+        rank: This rank.
+        num_ranks: The new number of ranks.
 
     Returns:
-        int64 `[n, 2]`: old shard and row for the first n rows of the rank, oldest first.
+        int64 `[n, 2]`: saved shard and row for the first n rows of the rank, oldest first.
     """
-    shard = torch.cat([torch.full((len(filled),), number) for number, (filled, _) in enumerate(shards)])
-    row = torch.cat([torch.arange(len(filled)) for filled, _ in shards])
-    filled, written = (torch.cat([pair[i] for pair in shards]) for i in range(2))
+    shard = torch.cat([torch.full((len(filled),), number) for number, (filled, _) in enumerate(fill_and_times)])
+    row = torch.cat([torch.arange(len(filled)) for filled, _ in fill_and_times])
+    filled, written = (torch.cat([pair[i] for pair in fill_and_times]) for i in range(2))
     rows = torch.stack([shard, row], dim=1)[filled]
     newest_first = written[filled].argsort(descending=True, stable=True)[:cache_size]
     return rows[newest_first[rank::num_ranks]].flip(0)
 
 
 def _read(folder: Path, shard: int, num_shards: int) -> dict[str, Tensor]:
-    """The state that one rank wrote."""
+    """Read the state that one rank wrote."""
     reader, prefix = _storage().HuggingFaceStorageReader(str(folder)), _prefix(shard, num_shards)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -279,10 +286,10 @@ def _read(folder: Path, shard: int, num_shards: int) -> dict[str, Tensor]:
 
 
 def _check(folder: Path) -> dict[str, Any]:
-    """The folder's record; raise unless every file is there, as long as it says, and undamaged."""
+    """Read the record of the folder; raise if a file is missing, damaged, or not of the recorded size."""
     path = folder / _JSON
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no checkpoint of a negative cache: it has no {_JSON}.")
+        raise CheckpointError(f"{folder} is not a checkpoint of a negative cache: it has no {_JSON}.")
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
@@ -308,14 +315,14 @@ def _check(folder: Path) -> dict[str, Any]:
 def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
     if saved is None:
         if loss.cache is not None:
-            raise CheckpointError("The checkpoint was written before the first step; this loss has a cache already.")
+            raise CheckpointError("The checkpoint was written before the first step; this loss already has a cache.")
         return
     mine = _specs(loss.cache)
-    if mine is None:  # what is known before the first step
+    if mine is None:  # before the first step
         mine = {key: spec_to_json(spec) for key, spec in (loss.specs or {}).items()}
         (dim,) = saved[EMBEDDING]["shape"] if loss.embedding_dim is None else [loss.embedding_dim]
         mine[EMBEDDING] = spec_to_json(embedding_spec(dim, loss.embedding_dtype))
-        mine |= {key: saved[key] for key in (BIAS, GUIDE) if key in saved}  # known at the first step
+        mine |= {key: saved[key] for key in (BIAS, GUIDE) if key in saved}  # set at the first step
         if loss.specs is None:
             mine = {**saved, EMBEDDING: mine[EMBEDDING]}
     for key in sorted({*saved, *mine}):
@@ -325,7 +332,7 @@ def _check_specs(saved: dict[str, Any] | None, loss: NegativeCacheLoss) -> None:
 
 
 def _implied_size(file: Path) -> int:
-    """The size that a safetensors file's header implies, -1 where it has none."""
+    """The size that the header of a safetensors file implies; -1 if the header cannot be read."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -359,7 +366,7 @@ def _prefix(rank: int, num_ranks: int) -> str:
 
 
 def _file_name(rank: int) -> str:
-    """The name that the storage writer gives a rank's file."""
+    """The name that the storage writer gives to the file of a rank."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
@@ -373,7 +380,7 @@ def _replace(beside: Path, folder: Path) -> None:
 
 
 def _old(folder: Path) -> Path:
-    """Where the last checkpoint is while a new one takes its place."""
+    """The path of the previous checkpoint while a new one replaces it."""
     return folder.with_name(folder.name + ".old")
 
 

@@ -1,4 +1,4 @@
-"""Which new items may enter the cache."""
+"""Filters that decide which new items enter the cache."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.specs import QuantizedFeature, RaggedFeature, check_features, padding_value
+from negative_cache.cache.specs import QuantizedFeature, padding_value
+from negative_cache.cache.validation import RaggedRows, check_features, to_common_width
 
 
 class CacheFilterFn(abc.ABC):
-    """`(cache, new_items)` -> bool `[batch]`: True where the item may enter."""
+    """A function `(cache, new_items)` -> bool `[batch]`, True where the item may enter the cache."""
 
     @abc.abstractmethod
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, Tensor]) -> Tensor:
-        """Say for each new item whether to insert it."""
+        """Return, for each new item, whether to insert it."""
 
 
 class IsInCacheFilterFn(CacheFilterFn):
-    """Lets in the items that no filled row equals on all of the given keys.
+    """Admits an item unless a filled row has the same values for all of the given keys.
 
     Args:
-        keys: Feature names to compare; of any shape, integer or floating point.
+        keys: Names of the features to compare. They may be integer or floating point, and of any shape.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -33,14 +34,17 @@ class IsInCacheFilterFn(CacheFilterFn):
         self.keys = tuple(keys)
 
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, Tensor]) -> Tensor:
-        """True where the item is not yet in the cache.
+        """Return True for each item that is not in the cache yet.
 
         Args:
-            cache: `num_rows` rows; unfilled ones equal nothing.
-            new_items: Feature name -> `[batch, ...]`, padded like the cache's where it is shorter.
+            cache: The cache with `num_rows` rows. Unfilled rows match no item.
+            new_items: Feature name -> `[batch, ...]`. Shorter values are padded as for storage.
 
         Returns:
-            bool `[batch]`. Memory is of the order `batch * num_rows`.
+            bool `[batch]`. The comparison needs memory proportional to `batch * num_rows`.
+
+        Raises:
+            ValueError: The cache or the items lack a key, or a feature is stored as int8 with a scale.
         """
         specs = cache.specs
         missing = [key for key in self.keys if key not in specs or key not in new_items]
@@ -52,16 +56,11 @@ class IsInCacheFilterFn(CacheFilterFn):
                 f"The filter compares {rounded}, which the cache keeps rounded to int8. Name other features."
             )
         items = check_features("new_items", {key: new_items[key] for key in self.keys}, specs)
-        batch = len(next(iter(new_items.values())))
-        is_equal = cache.filled.expand(batch, -1)
+        is_equal = cache.filled.expand(len(next(iter(new_items.values()))), -1)
         for key in self.keys:
-            value, rows = items[key], cache.data[key]
-            spec = specs[key]
-            if not isinstance(value, Tensor):
-                width = max(value.values.shape[1], rows.shape[1])
-                pad = padding_value(spec) if isinstance(spec, RaggedFeature) else 0
-                rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=pad)
-                value = torch.nn.functional.pad(value.values, (0, width - value.values.shape[1]), value=pad)
+            value, rows = items[key], cache.embeddings(key)
+            if isinstance(value, RaggedRows):
+                value, rows = to_common_width([value.values, rows], padding_value(specs[key]))
             is_equal = is_equal & _equal_rows(value.to(rows.device), rows).to(cache.device)
         return ~is_equal.any(dim=1)
 

@@ -1,4 +1,4 @@
-"""Handlers: a loss, its caches and their updates in one module, one call per step."""
+"""Handlers: modules that compute a loss against caches and update the caches, in one call per step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.cache.rows import CacheHolder, NegativeCache, module_name
-from negative_cache.cache.specs import Features, RaggedRows, check_keys, padded
-from negative_cache.distributed.ranks import Ranks, gather_rows, world
+from negative_cache.cache.specs import Features
+from negative_cache.cache.update import RowUpdates, check_new_items, update_rows
+from negative_cache.cache.validation import Items, batch_size, check_keys, check_mask, padded
+from negative_cache.distributed import world
+from negative_cache.distributed.collectives import Ranks, gather_rows
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
-from negative_cache.negative_cache import CacheManager
-from negative_cache.sampling.draw import DocumentEncoder
+from negative_cache.negative_cache import CacheManager, check_updates
+from negative_cache.sampling.encode import DocumentEncoder
 from negative_cache.util import cross_replica_concat
-
-Items = Mapping[str, Tensor | RaggedRows]
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -26,19 +27,19 @@ if TYPE_CHECKING:
 
 
 class MultiCacheLossHandler(CacheHolder):
-    """Computes a loss against several named caches, which form one pool, and updates each of them.
+    """Computes a loss against several named caches, searched as one, and updates each of them.
 
-    The caches and the loss's generator are in `state_dict`. Nothing is written in eval mode or where
-    gradients are switched off.
+    `state_dict` contains the caches and the state of the loss's generator. Nothing is written in eval mode or with
+    gradients disabled.
 
     Args:
         cache_managers: Name -> manager of that cache.
         cache_loss: A `CacheLoss`.
         embedding_key: The feature that holds the embedding.
         data_keys: The features that the document encoder takes.
-        use_cross_replica: Insert and update what all ranks contribute, so that the caches of all ranks stay equal:
-            those of the default process group, or those of a `DistributedCacheClassificationLoss`.
-        filter_fn: Says which new items may enter. Over shards it is asked about this rank's rows alone.
+        use_cross_replica: Apply the insertions and updates of all ranks, so that all ranks hold equal caches. The ranks
+            are those of a `DistributedCacheClassificationLoss`, otherwise those of the default process group.
+        filter_fn: Decides which new items may enter. If ranks hold different rows, it sees only those of this rank.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class MultiCacheLossHandler(CacheHolder):
 
     @property
     def cache(self) -> dict[str, NegativeCache]:
-        """Name -> cache."""
+        """The caches by name."""
         return self._caches
 
     def update_cache_and_compute_loss(
@@ -90,14 +91,14 @@ class MultiCacheLossHandler(CacheHolder):
             pos_item_embeddings: `[batch, dim]`, with gradient.
             new_item_embeddings: Per cache, `[n, dim]`.
             new_item_features: Per cache, feature name -> `[n, ...]`; keys beyond `data_keys` are ignored.
-            writer: A `SummaryWriter`, or one and the global step.
-            return_topk: Return the features of so many best rows per query beside the loss.
+            writer: A `SummaryWriter`, or a tuple `(SummaryWriter, global step)`.
+            return_topk: Number of best rows per query whose features are also returned.
 
         Returns:
             The loss, or `(loss, topk_features)` with `return_topk > 0`.
 
         Raises:
-            ValueError: Whatever is wrong with the input; the caches are as they were then.
+            ValueError: The input is invalid. The caches are left unchanged.
         """
         is_writing = self.training and torch.is_grad_enabled()
         device = query_embeddings.device
@@ -116,14 +117,14 @@ class MultiCacheLossHandler(CacheHolder):
             )
             return result, []
 
-        # a distributed loss has a meeting of its own; an evaluation need not be one of all ranks
+        # a distributed loss synchronizes its ranks itself; an evaluation need not run on all ranks
         depends_on_others = is_writing and not is_distributed
-        result = ranks.meet(self._step, device, compute, 0)[0] if depends_on_others else compute()[0]
+        result = ranks.run_checked(self._step, device, compute, 0)[0] if depends_on_others else compute()[0]
         step = 0 if writer is None else self._step()
         if is_writing:
             self._update(items, result, device)
         elif state is not None and generator is not None:
-            generator.set_state(state)  # an evaluation in between does not change a training run
+            generator.set_state(state)  # an evaluation does not change the draws of the training run
         if writer is not None:
             self._log(writer, step, result)
         return (result.training_loss, result.topk_features) if return_topk > 0 else result.training_loss
@@ -146,14 +147,14 @@ class MultiCacheLossHandler(CacheHolder):
         features: Mapping[str, Features],
         device: torch.device,
     ) -> dict[str, Items]:
-        """The new items of each cache, checked; what is wrong on one rank raises on all that depend on it."""
+        """Validate the new items of each cache; an error on one rank is raised on all ranks that depend on it."""
 
         def check() -> tuple[dict[str, Items], list[int]]:
             return self._check_new_items(embeddings, features) if is_writing else {}, [is_writing]
 
         if not is_writing and not isinstance(self.cache_loss, DistributedCacheClassificationLoss):
             return {}
-        items, table = ranks.meet(self._step, device, check, 1)
+        items, table = ranks.run_checked(self._step, device, check, 1)
         if len({flag for (flag,) in table}) > 1:
             raise ValueError("The ranks differ in training or evaluating. Every rank must make the same call.")
         return items
@@ -170,7 +171,7 @@ class MultiCacheLossHandler(CacheHolder):
                 self.embedding_key: embeddings[name].detach(),
                 **{key: features[name][key] for key in self.data_keys},
             }
-            checked[name] = self.cache_managers[name].check_new_items(cache, items)
+            checked[name] = check_new_items(cache, self.cache_managers[name].specs_of(cache), items)
         return checked
 
     def _update(self, items: Mapping[str, Items], result: CacheLossReturn, device: torch.device) -> None:
@@ -183,20 +184,28 @@ class MultiCacheLossHandler(CacheHolder):
                 return {key: cross_replica_concat(value, ranks.group) for key, value in values.items()}
             return cross_replica_concat(values, ranks.group)
 
-        specs = {name: cache.specs for name, cache in self._caches.items()}
+        specs = {name: self.cache_managers[name].specs_of(cache) for name, cache in self._caches.items()}
         items = {name: gather_rows(ranks, items[name], specs[name], device) for name in self._caches}
-        if ranks.size > 1:  # together they may be too many; before any cache is written
-            for name, cache in self._caches.items():
-                self.cache_managers[name].check_new_items(cache, items[name])
+        updates: dict[str, RowUpdates | None] = {}
+        masks: dict[str, Tensor | None] = {}
+        for name, cache in self._caches.items():  # every check comes before the first write
+            updates[name] = masks[name] = None
+            if ranks.size > 1:  # the items of all ranks may outnumber the rows of the cache
+                check_new_items(cache, specs[name], items[name])
+            if result.updated_item_data is not None:
+                data, indices = of_all(result.updated_item_data[name]), of_all(result.updated_item_indices[name])
+                mask = of_all(result.updated_item_mask[name])
+                updates[name] = check_updates(cache, specs[name], data, indices, mask)
+            if self.filter_fn is not None:
+                mask = self.filter_fn(cache, padded(items[name]))
+                masks[name] = check_mask("new_items_mask", mask, batch_size(items[name]), cache.device)
         for name, cache in self._caches.items():
-            has_updates = result.updated_item_data is not None
-            self.cache_managers[name].update_cache_(
+            update_rows(
                 cache,
+                use_lru=self.cache_managers[name].use_lru,
                 new_items=items[name],
-                new_items_mask=None if self.filter_fn is None else self.filter_fn(cache, padded(items[name])),
-                updated_item_data=of_all(result.updated_item_data[name]) if has_updates else None,
-                updated_item_indices=of_all(result.updated_item_indices[name]) if has_updates else None,
-                updated_item_mask=of_all(result.updated_item_mask[name]) if has_updates else None,
+                new_items_mask=masks[name],
+                updates=updates[name],
             )
 
     def _log(self, writer: Writer, step: int, result: CacheLossReturn) -> None:
@@ -218,18 +227,18 @@ class MultiCacheLossHandler(CacheHolder):
         return torch.zeros(0, dtype=torch.uint8) if generator is None else generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue the random numbers where the saved run stopped."""
+        """Restore the generator's state, so that the draws continue where the saved run stopped."""
         generator = getattr(self.cache_loss, "generator", None)
         if generator is not None and state.numel():
             generator.set_state(state.cpu())
 
 
-# The name under which the earlier PyTorch implementation has it.
+# The name of the class in the earlier PyTorch implementation.
 _MultiCacheLossHandler = MultiCacheLossHandler
 
 
 class CacheLossHandler(nn.Module):
-    """Computes a loss against one cache, and updates the cache.
+    """Computes a loss against one cache and updates the cache.
 
     Args:
         cache_manager: Manager of the cache.
@@ -237,7 +246,7 @@ class CacheLossHandler(nn.Module):
         embedding_key: The feature that holds the embedding.
         data_keys: The features that the document encoder takes.
         use_cross_replica: See `MultiCacheLossHandler`.
-        filter_fn: Says which new items may enter, such as `IsInCacheFilterFn(data_keys)`.
+        filter_fn: Decides which new items may enter, such as `IsInCacheFilterFn(data_keys)`.
     """
 
     def __init__(
@@ -279,16 +288,16 @@ class CacheLossHandler(nn.Module):
             item_network: Features `{key: [n, ...]}` -> embeddings `[n, dim]`.
             query_embeddings: `[batch, dim]`, with gradient.
             pos_item_embeddings: `[batch, dim]`, with gradient.
-            features: Feature name -> `[batch, ...]` of the positive documents.
-            writer: A `SummaryWriter`, or one and the global step.
-            return_topk: Return the features of so many best rows per query beside the loss.
+            features: Feature name -> `[batch, ...]`, for the positive documents.
+            writer: A `SummaryWriter`, or a tuple `(SummaryWriter, global step)`.
+            return_topk: Number of best rows per query whose features are also returned.
 
         Returns:
-            The loss, or `(loss, topk_features)` with `return_topk > 0`; `topk_features` has for each query a
-            dict of features `[k, ...]`, best row first.
+            The loss, or `(loss, topk_features)` with `return_topk > 0`; `topk_features` holds one dict
+            of features `[k, ...]` per query, best row first.
 
         Raises:
-            ValueError: Whatever is wrong with the input; the cache is as it was then.
+            ValueError: The input is invalid. The cache is left unchanged.
         """
         return self._handler.update_cache_and_compute_loss(
             item_network,

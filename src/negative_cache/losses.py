@@ -1,4 +1,4 @@
-"""The cache losses as users of the earlier implementations know them."""
+"""The cache losses of the earlier implementations, built on the sampling and the estimators."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.distributed.handshake import NUM_TOLD, Meeting, tell
-from negative_cache.distributed.many_ranks import draw_from_ranks
-from negative_cache.distributed.ranks import Ranks, separate, world
-from negative_cache.retrieval import ScoreTransform
+from negative_cache.cache.several_caches import PooledCaches
+from negative_cache.cache.validation import check_finite, reads_without_sync
+from negative_cache.distributed import separate, world
+from negative_cache.distributed.collectives import Ranks
+from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
+from negative_cache.distributed.many_ranks import ManyRanks
+from negative_cache.retrieval import ScoreTransform, log_once
+from negative_cache.retrieval.dense import exact_top_k
 from negative_cache.retrieval.randomness import new_generator
-from negative_cache.retrieval.search import check_queries
-from negative_cache.retrieval_fns import GumbelMaxRetrievalFn
-from negative_cache.sampling.draw import (
-    DocumentEncoder,
-    RetrievalFn,
-    check_finite,
-    common_specs,
-    encode,
-    pool_of,
-)
-from negative_cache.sampling.one_process import Asked, Negatives, Returned, Rules, draw_here
+from negative_cache.retrieval.search import dense_scores
+from negative_cache.retrieval.tiled import mine_groups
+from negative_cache.retrieval_fns import GumbelMaxRetrievalFn, MaxScoreRetrievalFn
+from negative_cache.sampling.config import RowSource, Sample, SamplingConfig, SamplingRequest
+from negative_cache.sampling.draw import make_search, replace_missing
+from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
+from negative_cache.sampling.one_process import OneProcess
 
 Caches = Mapping[str, NegativeCache]
 Reducer = Callable[[Tensor], Tensor]
+RetrievalFn = Callable[[Tensor], Tensor]
+Updates = tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]
 
 
 class CacheLossReturn(NamedTuple):
     """What a cache loss returns.
 
     Attributes:
-        training_loss: Differentiate this; its value means nothing.
+        training_loss: The loss to differentiate; its value has no meaning.
         interpretable_loss: `-log` of the positive's probability, without gradient.
-        updated_item_data: Per cache, the embedding feature of the drawn rows, encoded anew `[n, dim]`.
-        updated_item_indices: Per cache, their rows `[n]` (those of other caches are out of its range).
-        updated_item_mask: Per cache, which of them are its own `[n]`.
-        staleness: Squared distance of cached and new embedding, relative to the new one's squared norm.
-        topk_features: Per query, the features `[k, ...]` of its best rows, best first; None if not asked for.
+        updated_item_data: Per cache, a dict with the re-encoded embeddings of the drawn rows, `[n, dim]`.
+        updated_item_indices: Per cache, the rows to update, `[n]`; rows of other caches are out of range.
+        updated_item_mask: Per cache, which of these rows belong to it, bool `[n]`.
+        staleness: Squared distance between cached and new embedding, relative to the new one's squared norm.
+        topk_features: Per query, the features `[k, ...]` of its best rows, best first; None if not requested.
     """
 
     training_loss: Any
@@ -57,16 +59,15 @@ class CacheLossReturn(NamedTuple):
 
 
 class RetrievalReturn(NamedTuple):
-    """What `_retrieve_from_cache` returns for `batch` queries.
+    """The result of `_retrieve_from_cache` for `batch` queries.
 
     Attributes:
         retrieved_data: Features of the drawn rows, `[batch, ...]` each.
-        scores: `[batch, n]`: any scores whose logsumexp is that of the query's negatives.
-        retrieved_indices: int64 `[batch, 1]`, numbered through the caches in the order of their sorted
-            names; `[0, 1]` if there is nothing to draw, then the loss is 0.
-        retrieved_cache_embeddings: The drawn rows as cached, `[batch, dim]`.
+        scores: `[batch, n]`: any scores whose logsumexp equals that of the query's negatives.
+        retrieved_indices: int64 `[batch, 1]`: the drawn rows, numbered across the caches in sorted order of their
+            names; `[0, 1]` if no row can be drawn, and the loss is then 0.
+        retrieved_cache_embeddings: The cached embeddings of the drawn rows, `[batch, dim]`.
         retrieved_cache_topk_features: See `CacheLossReturn.topk_features`.
-        negatives: How the new embeddings get to the ranks that own the rows; None if they are all here.
     """
 
     retrieved_data: dict[str, Tensor]
@@ -74,7 +75,6 @@ class RetrievalReturn(NamedTuple):
     retrieved_indices: Tensor
     retrieved_cache_embeddings: Tensor
     retrieved_cache_topk_features: list[dict[str, Tensor]] | None = None
-    negatives: Negatives | None = None
 
 
 class CacheLoss(abc.ABC):
@@ -89,14 +89,13 @@ class CacheLoss(abc.ABC):
         cache: Caches,
         return_topk: int = 0,
     ) -> CacheLossReturn:
-        """Calculate the loss and what to update in the caches."""
+        """Compute the loss and the updates of the caches."""
 
 
 class AbstractCacheClassificationLoss(CacheLoss):
-    """The sampled softmax loss; subclasses say how to score and how to retrieve.
+    """The sampled softmax loss; subclasses define how to score and how to retrieve.
 
-    A subclass defines `_retrieve_from_cache` and `_score_documents`; `embedding_key` and `reducer` are read
-    where the subclass has them.
+    A subclass defines `_retrieve_from_cache` and `_score_documents`. It may set `embedding_key` and `reducer`.
     """
 
     embedding_key: str = "embedding"
@@ -108,7 +107,7 @@ class AbstractCacheClassificationLoss(CacheLoss):
 
     @abc.abstractmethod
     def _score_documents(self, query_embeddings: Tensor, doc_embeddings: Tensor) -> Tensor:
-        """Scores of pairs: `[batch, dim]` and `[batch, dim]` -> `[batch]`, with gradient."""
+        """Score pairs: `[batch, dim]` and `[batch, dim]` -> `[batch]`, with gradient."""
 
     def __call__(
         self,
@@ -118,52 +117,51 @@ class AbstractCacheClassificationLoss(CacheLoss):
         cache: Caches,
         return_topk: int = 0,
     ) -> CacheLossReturn:
-        """Draw one negative per query, encode it anew, and compute the loss.
+        """Draw one negative per query, re-encode it, and compute the loss.
 
         Args:
             doc_network: Features `{key: [n, ...]}` -> embeddings `[n, dim]`, with gradient.
             query_embeddings: `[batch, dim]`, with gradient.
             pos_doc_embeddings: `[batch, dim]`, with gradient.
-            cache: Name -> `NegativeCache`; all of them are one pool. Nothing is written.
-            return_topk: Return the features of so many best rows per query.
+            cache: Name -> `NegativeCache`. All caches are searched as one. They are not changed.
+            return_topk: Number of best rows per query whose features are also returned.
 
         Returns:
-            `CacheLossReturn`. With no filled row the loss is 0, and backward works.
+            `CacheLossReturn`. If no row is filled, the loss is 0 and can still be differentiated.
 
         Raises:
             ValueError: Wrong shapes or devices, `top_k` above the number of rows, values that are not finite.
         """
         _check_pairs(query_embeddings, pos_doc_embeddings)
         retrieved = self._retrieve_from_cache(query_embeddings, cache, return_topk)
-        return self._loss_return(doc_network, query_embeddings, pos_doc_embeddings, cache, retrieved)
+        count, dim = len(retrieved.retrieved_indices), query_embeddings.shape[1]
+        encoded, counts = query_embeddings.new_empty(0, dim), None
+        if count:
+            dtype = retrieved.retrieved_cache_embeddings.dtype
+            encoder = _storable(doc_network, cache, self.embedding_key)
+            encoded = encode(encoder, retrieved.retrieved_data, (count, dim), dtype)
+            counts = retrieved.scores.logsumexp(dim=1) > -torch.inf
+        rows = retrieved.retrieved_indices[:, 0]
+        updates = split_updates(cache, self.embedding_key, rows, encoded.detach(), counts)
+        return self._loss_return(query_embeddings, pos_doc_embeddings, retrieved, encoded, updates)
 
     def _loss_return(
         self,
-        doc_network: DocumentEncoder,
         query_embeddings: Tensor,
         pos_doc_embeddings: Tensor,
-        cache: Caches,
         retrieved: RetrievalReturn,
+        encoded: Tensor,
+        updates: Updates,
+        *,
         weight: float = 1.0,
     ) -> CacheLossReturn:
-        """The loss from what was retrieved; `weight` multiplies a mean training loss."""
+        """Compute the loss from the re-encoded documents `[batch, dim]`; `weight` scales a mean training loss."""
         positive_scores = self._score_documents(query_embeddings, pos_doc_embeddings)
         lse = retrieved.scores.logsumexp(dim=1)
-        count, dim = len(retrieved.retrieved_indices), query_embeddings.shape[1]
-        fresh, error = query_embeddings.new_empty(0, dim), None
-        if count:
-            try:
-                fresh = encode(doc_network, retrieved.retrieved_data, count, dim)
-                _check_storable(cache, self.embedding_key, fresh)
-            except Exception as caught:
-                if retrieved.negatives is None:
-                    raise
-                error = caught
-        data, indices, mask = self._updates(cache, retrieved, lse, fresh.detach(), error)
-        if count:
-            negative_scores = self._score_documents(query_embeddings, fresh)
+        if len(encoded):
+            negative_scores = self._score_documents(query_embeddings, encoded)
             training_loss = estimators.sampled_softmax_loss(positive_scores, negative_scores[:, None], lse)
-            staleness = estimators.staleness(retrieved.retrieved_cache_embeddings, fresh)
+            staleness = estimators.staleness(retrieved.retrieved_cache_embeddings, encoded)
         else:
             training_loss = positive_scores * 0.0
             staleness = torch.zeros_like(lse)
@@ -172,36 +170,26 @@ class AbstractCacheClassificationLoss(CacheLoss):
         if self.reducer is torch.mean:
             training_loss = training_loss * weight
         return CacheLossReturn(
-            training_loss=reduce(training_loss),
-            interpretable_loss=reduce(interpretable_loss),
-            updated_item_data=data,
-            updated_item_indices=indices,
-            updated_item_mask=mask,
+            reduce(training_loss),
+            reduce(interpretable_loss),
+            *updates,
             staleness=reduce(staleness),
             topk_features=retrieved.retrieved_cache_topk_features,
         )
 
-    def _updates(
-        self, cache: Caches, retrieved: RetrievalReturn, lse: Tensor, fresh: Tensor, error: Exception | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        """Per cache what to write: the drawn rows' new embeddings, the rows, and which of them count."""
-        assert error is None
-        mask = lse > -torch.inf if len(fresh) else None
-        return split_updates(cache, self.embedding_key, retrieved.retrieved_indices[:, 0], fresh, mask)
-
 
 class CacheClassificationLoss(AbstractCacheClassificationLoss):
-    """Softmax cross-entropy against all cached documents, by one sample per query (Lindgren et al., 2021).
+    """Softmax cross-entropy against all cached documents, from one draw per query (Lindgren et al., 2021).
 
     Args:
         embedding_key: The feature that holds the embedding.
         data_keys: The features that the document encoder takes.
         score_transform: Elementwise function of the dot products, such as `lambda s: 20.0 * s`.
         top_k: Restrict the softmax to the best row of each of top_k contiguous groups of rows.
-        reducer: Reduces the losses and the staleness `[batch]`; None returns them as they are.
+        reducer: Function that reduces the losses and the staleness `[batch]`; None returns them unreduced.
 
     Attributes:
-        generator: The CPU generator of all draws, seeded from torch's global one.
+        generator: The CPU generator for all draws, seeded from torch's global generator.
     """
 
     def __init__(
@@ -226,46 +214,49 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         self._retrieval_fn: RetrievalFn = GumbelMaxRetrievalFn()
 
     def _retrieve_from_cache(self, query_embeddings: Tensor, cache: Caches, return_topk: int = 0) -> RetrievalReturn:
-        caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
+        rows = search_as_one(cache, (self.embedding_key, *self.data_keys))
         separate(self.generator, self._first_state)
-        drawn = draw_here(self._rules(return_topk), caches, Asked(query_embeddings.detach()))
-        return _retrieval_return(drawn, drawn.rows[:, None], None)
+        config, request = self._sampling(return_topk), SamplingRequest(query_embeddings.detach())
+        if rows.has_rows() and not _is_built_in(self._retrieval_fn):
+            sample = _sample_by_function(rows, config, request, self._retrieval_fn)
+        else:
+            sample = OneProcess().sample(rows, config, request)
+        return _retrieval_return(sample, sample.rows[:, None])
 
-    def _rules(self, return_topk: int) -> Rules:
-        return Rules(
+    def _sampling(self, return_topk: int) -> SamplingConfig:
+        return SamplingConfig(
             self.embedding_key,
             self.data_keys,
             self.generator,
-            retrieval_fn=self._retrieval_fn,
             score_transform=self.score_transform,
+            takes_best=isinstance(self._retrieval_fn, MaxScoreRetrievalFn),
             top_k=self.top_k,
-            num_top=return_topk,
+            num_best=return_topk,
         )
 
     def _score_documents(self, query_embeddings: Tensor, doc_embeddings: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.float32, torch.promote_types(query_embeddings.dtype, doc_embeddings.dtype))
-        scores = (query_embeddings.to(dtype) * doc_embeddings.to(dtype)).sum(dim=1)
+        scores = estimators.dot(query_embeddings, doc_embeddings)
         return scores if self.score_transform is None else self.score_transform(scores)
 
 
 class DistributedCacheClassificationLoss(CacheClassificationLoss):
-    """`CacheClassificationLoss` against the caches of all ranks of a process group as one pool.
+    """`CacheClassificationLoss` against the caches of all ranks of a process group, searched as one.
 
-    Every query sees all rows of all ranks; the drawn rows' features travel to the rank of the query, their new
-    embeddings travel back, and `updated_item_data` has those of this rank's rows. All ranks must call it
-    together. With the reducer torch.mean, the average of the ranks' losses (and, under DDP, of their gradients) is
-    the mean over all queries, also where batches differ in size. Without an initialised process group it is
+    Every query sees all rows of all ranks. The features of a drawn row are sent to the rank of the query, and its new
+    embedding is sent back; `updated_item_data` holds the new embeddings of this rank's rows. All ranks must make each
+    call together. With the reducer torch.mean, the average of the ranks' losses (and, under DDP, of their gradients) is
+    the mean over all queries, even if batch sizes differ. Without an initialized process group it is equivalent to
     `CacheClassificationLoss`.
 
-    In a handler with `use_cross_replica=True`, all ranks hold the same rows, and each scores its part of them.
+    In a handler with `use_cross_replica=True`, all ranks hold the same rows, and each rank scores its part of them.
 
     Args:
         embedding_key: See `CacheClassificationLoss`.
-        data_keys: See there.
-        score_transform: See there.
-        top_k: See there; each rank has a part of the groups, in proportion to its rows.
-        reducer: See there.
-        process_group: The ranks that share the pool; None for the default group.
+        data_keys: See `CacheClassificationLoss`.
+        score_transform: See `CacheClassificationLoss`.
+        top_k: See `CacheClassificationLoss`. Each rank gets a number of groups in proportion to its rows.
+        reducer: See `CacheClassificationLoss`.
+        process_group: The ranks that share the rows; None for the default group.
     """
 
     def __init__(
@@ -284,7 +275,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share the pool."""
+        """The ranks that share the rows."""
         return Ranks(self.process_group or world())
 
     def __call__(
@@ -295,52 +286,95 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         cache: Caches,
         return_topk: int = 0,
     ) -> CacheLossReturn:
-        """See `AbstractCacheClassificationLoss`; collective. What is wrong on one rank raises on all of them."""
+        """See `AbstractCacheClassificationLoss`; collective. An error on one rank is raised on all ranks."""
         ranks = self.ranks
         if ranks.size == 1:
             return super().__call__(doc_network, query_embeddings, pos_doc_embeddings, cache, return_topk)
         separate(self.generator, self._first_state)
+        request = SamplingRequest(query_embeddings.detach())
 
         def step() -> int:
             return max((int(part.step) for part in cache.values()), default=0)
 
-        def prepare() -> tuple[tuple[list[NegativeCache], Rules, Asked], list[int]]:
+        def prepare() -> tuple[tuple[RowSource, SamplingConfig], list[int]]:
             _check_pairs(query_embeddings, pos_doc_embeddings)
-            caches = sorted_caches(cache, (self.embedding_key, *self.data_keys))
-            check_queries(query_embeddings, pool_of(caches, self.embedding_key), None)
-            rules = replace(self._rules(return_topk), is_replicated=self.is_replicated)
-            asked = Asked(query_embeddings.detach())
-            return (caches, rules, asked), tell(rules, caches, asked, torch.is_grad_enabled())
+            if not _is_built_in(self._retrieval_fn):
+                raise ValueError(
+                    f"{type(self._retrieval_fn).__name__} needs the scores of all rows of all ranks, which are not "
+                    "sent. Over several ranks use GumbelMaxRetrievalFn() or MaxScoreRetrievalFn()."
+                )
+            rows = search_as_one(cache, (self.embedding_key, *self.data_keys))
+            config = replace(self._sampling(return_topk), is_replicated=self.is_replicated)
+            make_search(rows, replace(config, top_k=None), request).check()
+            return (rows, config), summarize(config, rows, request, is_writing=torch.is_grad_enabled())
 
-        (caches, rules, asked), table = ranks.meet(step, query_embeddings.device, prepare, NUM_TOLD)
-        meeting = Meeting(table)
-        negatives = draw_from_ranks(ranks, meeting, rules, caches, asked, step)
-        elsewhere = torch.full((negatives.count, 1), -1, device=query_embeddings.device)
-        retrieved = _retrieval_return(negatives, elsewhere, negatives)
-        weight = meeting.weight(ranks.rank)
-        return self._loss_return(doc_network, query_embeddings, pos_doc_embeddings, cache, retrieved, weight)
+        (rows, config), table = ranks.run_checked(step, query_embeddings.device, prepare, NUM_INTEGERS)
+        many = ManyRanks(Handshake(ranks, table), request, step)
+        sample = many.sample(rows, config, request)
+        encoder = _storable(doc_network, cache, self.embedding_key)
+        encoded = many.encode(encoder, config, sample, query_embeddings.detach(), needs_gradient=False)
+        elsewhere = torch.full((sample.count, 1), -1, device=query_embeddings.device)
+        data, updated_rows = encoded.own.detach()[:0].to(sample.cached.dtype), elsewhere[:0, 0]
+        if encoded.updates is not None:
+            embeddings = encoded.updates.items[self.embedding_key]
+            assert isinstance(embeddings, Tensor)
+            data, updated_rows = embeddings, encoded.updates.rows
+        return self._loss_return(
+            query_embeddings,
+            pos_doc_embeddings,
+            _retrieval_return(sample, elsewhere),
+            encoded.own,
+            split_updates(cache, self.embedding_key, updated_rows, data, None),
+            weight=many.weight,
+        )
 
-    def _updates(
-        self, cache: Caches, retrieved: RetrievalReturn, lse: Tensor, fresh: Tensor, error: Exception | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-        if retrieved.negatives is None:
-            return super()._updates(cache, retrieved, lse, fresh, error)
-        dtype = common_specs(list(cache.values()), [self.embedding_key])[self.embedding_key].dtype
-        updated, _ = retrieved.negatives.give_back(fresh.to(dtype), error=error)
-        if updated is None:
-            rows = torch.empty(0, dtype=torch.int64, device=fresh.device)
-            updated = Returned(fresh.to(dtype)[:0], rows)
-        return split_updates(cache, self.embedding_key, updated.rows, updated.embeddings, None)
+
+def _retrieval_return(sample: Sample, rows: Tensor) -> RetrievalReturn:
+    return RetrievalReturn(sample.features, sample.lse[:, None], rows, sample.cached, sample.best_features or None)
 
 
-def _retrieval_return(drawn: Negatives, rows: Tensor, negatives: Negatives | None) -> RetrievalReturn:
-    return RetrievalReturn(
-        retrieved_data=drawn.features,
-        scores=drawn.lse[:, None],
-        retrieved_indices=rows,
-        retrieved_cache_embeddings=drawn.cached,
-        retrieved_cache_topk_features=drawn.top_features or None,
-        negatives=negatives,
+def _is_built_in(retrieval_fn: RetrievalFn) -> bool:
+    """Whether the fast passes support a retrieval function: a draw from the softmax, or the best row."""
+    is_softmax = isinstance(retrieval_fn, GumbelMaxRetrievalFn) and retrieval_fn.inv_temp == 1.0
+    return is_softmax or isinstance(retrieval_fn, MaxScoreRetrievalFn)
+
+
+@torch.no_grad()
+def _sample_by_function(
+    cache: RowSource, config: SamplingConfig, request: SamplingRequest, retrieval_fn: RetrievalFn
+) -> Sample:
+    """Sample with a user-defined retrieval function of scores `[batch, n]`."""
+    search = make_search(cache, config, request)
+    with torch.autocast(request.queries.device.type, enabled=False):
+        if config.top_k is not None:
+            scores, rows = mine_groups(search, config.top_k)
+        else:
+            search.check()
+            log_once(
+                f"{type(retrieval_fn).__name__} needs the scores of all rows at once: using the dense pass, "
+                f"which allocates [batch, {search.pool.num_rows}]. Give top_k to avoid it."
+            )
+            scores = dense_scores(search)
+            rows = torch.arange(search.pool.num_rows, device=scores.device).expand_as(scores)
+    picked, batch = retrieval_fn(scores).to(rows.device, torch.int64), len(request.queries)
+    if picked.shape != (batch, 1):
+        raise ValueError(f"The retrieval function returned shape {list(picked.shape)}; expected [{batch}, 1].")
+    best_scores, best = exact_top_k(scores, min(config.num_best, scores.shape[1]))
+    best_rows = torch.where(best_scores > -torch.inf, rows.gather(1, best), -1)
+    lse = scores.logsumexp(dim=1)
+    has_negatives = lse > -torch.inf
+    is_empty = reads_without_sync(lse) and not bool(has_negatives.any())
+    drawn = replace_missing(rows.gather(1, picked), has_negatives)[: 0 if is_empty else batch, 0]
+    return Sample(
+        lse=lse,
+        num_filled=cache.num_filled,
+        cached=search.pool.gather(drawn),
+        rows=drawn,
+        count=len(drawn),
+        features=read_features(cache, drawn, config.data_keys),
+        best_features=[read_features(cache, row[row >= 0], config.data_keys) for row in best_rows]
+        if config.num_best
+        else [],
     )
 
 
@@ -356,14 +390,21 @@ def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
     check_finite("pos_doc_embeddings", pos_doc_embeddings)
 
 
-def _check_storable(cache: Caches, embedding_key: str, fresh: Tensor) -> None:
-    """Raise if new embeddings overflow in the dtype in which a cache keeps them."""
-    for part in cache.values():
-        dtype = part.specs[embedding_key].dtype
-        check_finite(f"The new embeddings, as {dtype},", fresh.detach().to(dtype))
+def _storable(doc_network: DocumentEncoder, cache: Caches, embedding_key: str) -> DocumentEncoder:
+    """Wrap the encoder to raise if embeddings overflow in the dtype of any of several caches."""
+    dtypes = {part.specs[embedding_key].dtype for part in cache.values()}
+
+    def encode_storable(features: dict[str, Tensor]) -> Tensor:
+        embeddings = doc_network(features)
+        for dtype in dtypes if isinstance(embeddings, Tensor) else ():
+            check_finite(f"The document encoder's output, stored as {dtype},", embeddings.detach().to(dtype))
+        return embeddings
+
+    return encode_storable
 
 
-def sorted_caches(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
+def search_as_one(cache: Caches, keys: Sequence[str]) -> RowSource:
+    """Combine the rows of all caches, in sorted order of their names."""
     if not cache:
         raise ValueError("`cache` has no caches; expected a dict of name -> NegativeCache.")
     for name, part in cache.items():
@@ -371,18 +412,25 @@ def sorted_caches(cache: Caches, keys: Sequence[str]) -> list[NegativeCache]:
         if missing:
             raise ValueError(f"The cache {name!r} has no features {sorted(missing)}; it has {sorted(part.specs)}.")
     caches = [cache[name] for name in sorted(cache)]
-    common_specs(caches, keys)
-    return caches
+    return caches[0] if len(caches) == 1 else PooledCaches(caches, keys)
 
 
 def split_updates(
-    cache: Caches, embedding_key: str, rows: Tensor, fresh: Tensor, counts: Tensor | None
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Split updates of pool rows by cache; `counts` says which of them count, None for all."""
+    cache: Caches, embedding_key: str, rows: Tensor, embeddings: Tensor, counts: Tensor | None
+) -> Updates:
+    """Split updates of rows `[n]`, numbered across all caches, into data, rows and mask per cache.
+
+    Args:
+        cache: Name -> cache.
+        embedding_key: The feature that holds the embedding.
+        rows: int64 `[n]`.
+        embeddings: `[n, dim]`.
+        counts: bool `[n]`: which updates count; None for all.
+    """
     data, indices, mask = {}, {}, {}
     start = 0
     for name in sorted(cache):
-        data[name] = {embedding_key: fresh}
+        data[name] = {embedding_key: embeddings}
         indices[name] = rows - start
         mask[name] = (rows >= start) & (rows < start + cache[name].num_rows)
         if counts is not None:

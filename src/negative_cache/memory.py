@@ -1,30 +1,24 @@
-"""How many bytes a cache takes, and how many a step takes beside it."""
+"""Predicts the memory of a cache, and the memory that a step allocates in addition."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from negative_cache.cache.columns import ROOM
 from negative_cache.cache.index import RowsOfIds
-from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.specs import (
-    FixedLenFeature,
-    RaggedFeature,
-    Specs,
-    check_embedding_dtype,
-    check_keys,
-    embedding_spec,
-)
+from negative_cache.cache.rows import NegativeCache, module_name
+from negative_cache.cache.specs import FixedLenFeature, RaggedFeature, Specs, check_embedding_dtype, embedding_spec
+from negative_cache.cache.validation import check_keys
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED
-from negative_cache.objective.settings import default_candidates
-from negative_cache.retrieval.tiles import BLOCK, tile_bytes
+from negative_cache.retrieval.tile_scores import BLOCK, tile_bytes
+from negative_cache.sampling.config import default_candidates
 
-# Matrices of float32 numbers that there are at once, in the mean: of queries and drawn rows, of queries and the batch's
-# documents, with gradient.
+# Average number of float32 matrices that exist at the same time: of queries by drawn rows, and, with gradient, of
+# queries by the documents of the batch.
 _CANDIDATE_MATRICES, _BATCH_MATRICES = 4, 2
 
 
@@ -32,11 +26,12 @@ class Bytes(NamedTuple):
     """Predicted memory in bytes.
 
     Attributes:
-        embeddings: The rows that are scored, with the scales of int8 ones; also those of a guide, and corrections.
+        embeddings: The scored columns: embeddings (with scales if int8), a guide's embeddings, and `log_q`
+            corrections.
         features: The documents' features.
-        bookkeeping: Ages, ids, filled rows, and what finds them.
-        step: The most that the retrieval pass and the updates of a step allocate beside, encoders and their inputs
-            excluded. It does not depend on the number of rows.
+        bookkeeping: Ages, ids, the mask of filled rows, and the index of ids.
+        step: Peak of the allocations of a step by the retrieval pass and the updates, without encoders and their
+            inputs. It does not grow with the number of rows of a large cache.
     """
 
     embeddings: int
@@ -55,95 +50,98 @@ def predict_bytes(
     mean_lengths: Mapping[str, float] | None = None,
     has_ids: bool = True,
     num_samples: int = 1,
-    num_candidates: int | None = None,
     shared: bool = True,
     in_batch: bool = True,
     guide_dim: int = 0,
     has_log_q: bool = False,
-    features_on_disk: bool = False,
 ) -> Bytes:
-    """Memory of a `NegativeCacheLoss` with a full cache, by counting the tensors that it would have.
+    """Predict the memory of a `NegativeCacheLoss` with a full cache, by counting the tensors that it would hold.
 
     Args:
-        cache_size: Rows (on one rank).
-        dim: Dimensions of an embedding.
+        cache_size: Number of rows (on one rank).
+        dim: Embedding dimension.
         batch_size: Queries per step (of all ranks).
         embedding_dtype: See `NegativeCacheLoss`.
         specs: Spec per document feature.
-        mean_lengths: Mean length of each ragged feature. Up to half as much again is counted, which is
-            the room in which such a feature is kept, or max_length per row where that is less.
+        mean_lengths: Mean length of each ragged feature. Its column is counted with 50 % spare room for new items, but
+            with at most max_length per row.
         has_ids: Whether documents have ids.
-        num_samples: See `NegativeCacheLoss`.
-        num_candidates: See there.
-        shared: See there.
-        in_batch: See there.
-        guide_dim: Dimensions of a guide's embeddings; 0 without a guide.
-        has_log_q: Whether steps have `log_q`.
-        features_on_disk: Whether features are in a `feature_folder`; only what finds them is counted then.
+        num_samples, shared, in_batch: See `NegativeCacheLoss`.
+        guide_dim: Dimension of a guide's embeddings; 0 without a guide.
+        has_log_q: Whether `log_q` is given.
 
     Returns:
-        `Bytes`. The step is that of the tiled pass on a CPU; that of the fused GPU kernel is smaller.
+        `Bytes`. `step` is predicted for the tiled pass on a CPU; the fused GPU kernel needs less.
 
     Raises:
-        ValueError: Sizes below 1 (of a guide below 0), a batch larger than the cache, candidates that are not shared, a
-            dtype that a cache cannot have, mean lengths of other features than the ragged ones or beyond their
-            max_length, a feature named like one of the cache's own.
+        ValueError: A size is below 1 (`guide_dim`: below 0), the batch is larger than the cache, the dtype is an
+            integer dtype other than int8, `mean_lengths` do not match the ragged features or exceed their max_length,
+            or `specs` has a key that the cache uses itself.
+        TypeError: `embedding_dtype` is not a dtype.
     """
+    _check_sizes(cache_size, dim, batch_size, guide_dim)
+    check_embedding_dtype(embedding_dtype)
+    specs, mean_lengths = dict(specs or {}), dict(mean_lengths or {})
+    ragged = _ragged_features(specs, mean_lengths)
+    scored: Specs = {
+        EMBEDDING: embedding_spec(dim, embedding_dtype),
+        **({GUIDE: FixedLenFeature([guide_dim], torch.float32)} if guide_dim else {}),
+        **({BIAS: FixedLenFeature([], torch.float32)} if has_log_q else {}),
+    }
+    cache = NegativeCache.empty({**scored, **specs}, cache_size, "meta")
+    embeddings, features = _column_bytes(cache, scored), _column_bytes(cache, specs)
+    bookkeeping = sum(buffer.nbytes for buffer in cache.buffers()) - embeddings - features
+    if has_ids:
+        bookkeeping += sum(buffer.nbytes for buffer in RowsOfIds(cache.document_ids).buffers())
+    features += sum(_arena_bytes(spec, cache_size, mean_lengths[key]) for key, spec in ragged.items())
+    step = tile_bytes(batch_size, dim, cache_size, embedding_dtype)
+    step += _draw_bytes(batch_size, cache_size, num_samples, default_candidates(num_samples) if shared else 0)
+    step += _BATCH_MATRICES * batch_size * batch_size * 4 if in_batch else 0
+    step += 3 * batch_size * (1 + num_samples) * dim * 4
+    return Bytes(embeddings, features, bookkeeping, step)
+
+
+def _check_sizes(cache_size: int, dim: int, batch_size: int, guide_dim: int) -> None:
     for name, value in (("cache_size", cache_size), ("dim", dim), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` is {value!r}; it must be an integer, at least 1.")
     if batch_size > cache_size:
-        raise ValueError(f"`batch_size` is {batch_size}, larger than the cache's {cache_size} rows.")
+        raise ValueError(
+            f"`batch_size` is {batch_size}, larger than the cache's {cache_size} rows. Use a cache that is larger than "
+            "the batch."
+        )
     if not isinstance(guide_dim, int) or guide_dim < 0:
         raise ValueError(f"`guide_dim` is {guide_dim!r}; it must be an integer, 0 without a guide.")
-    if num_candidates is not None and not shared:
-        raise ValueError(f"`num_candidates` is {num_candidates}; candidates are only chosen from with shared=True.")
-    num_candidates = (num_candidates or default_candidates(num_samples)) if shared else 0
-    check_embedding_dtype(embedding_dtype)
-    specs, mean_lengths = dict(specs or {}), dict(mean_lengths or {})
+
+
+def _ragged_features(specs: Specs, mean_lengths: Mapping[str, float]) -> dict[str, RaggedFeature]:
+    """Return the ragged features, after a check of their mean lengths."""
     for key in SCORED:
         if key in specs:
-            raise ValueError(f"`specs` has the key {key!r}, which the cache itself uses.")
+            raise ValueError(f"`specs` has the key {key!r}, which the cache itself uses. Rename the feature.")
     ragged = {key: spec for key, spec in specs.items() if isinstance(spec, RaggedFeature)}
     check_keys("mean_lengths", mean_lengths, list(ragged))
     for key, spec in ragged.items():
         longest = math.inf if spec.max_length is None else spec.max_length
         if not 0 <= mean_lengths[key] <= longest or math.isinf(mean_lengths[key]):
             raise ValueError(f"`mean_lengths[{key!r}]` is {mean_lengths[key]}; it must be from 0 to {longest}.")
-    scored = {EMBEDDING: embedding_spec(dim, embedding_dtype)}
-    if guide_dim:
-        scored[GUIDE] = FixedLenFeature([guide_dim], torch.float32)
-    if has_log_q:
-        scored[BIAS] = FixedLenFeature([], torch.float32)
-    cache = NegativeCache.empty({**scored, **specs}, cache_size, "meta")
-    by_part = {"embedding": 0, "feature": 0, "": 0}
-    for name, buffer in cache.named_buffers():
-        is_scored = name.startswith(tuple(f"feature_{key}." for key in scored))
-        part = "embedding" if is_scored else "feature" if "feature_" in name else ""
-        if not (features_on_disk and part == "feature" and name.endswith(".values")):
-            by_part[part] += buffer.nbytes
-    for key, spec in ragged.items():
-        if not features_on_disk:
-            length = ROOM * mean_lengths[key]
-            if spec.max_length is not None:
-                length = min(length, spec.max_length)
-            by_part["feature"] += int(cache_size * length) * spec.dtype.itemsize
-    if has_ids:
-        by_part[""] += sum(buffer.nbytes for buffer in RowsOfIds(cache.document_ids).buffers())
-    return Bytes(
-        by_part["embedding"],
-        by_part["feature"],
-        by_part[""],
-        tile_bytes(batch_size, dim, cache_size, embedding_dtype)
-        + _draw_bytes(batch_size, cache_size, num_samples, num_candidates)
-        + (_BATCH_MATRICES * batch_size * batch_size * 4 if in_batch else 0)
-        + 3 * batch_size * (1 + num_samples) * dim * 4,
-    )
+    return ragged
+
+
+def _column_bytes(cache: NegativeCache, keys: Iterable[str]) -> int:
+    columns = [cache.get_submodule(module_name("feature", key)) for key in keys]
+    return sum(buffer.nbytes for column in columns for buffer in column.buffers())
+
+
+def _arena_bytes(spec: RaggedFeature, cache_size: int, mean_length: float) -> int:
+    """Bytes of the values of a ragged feature in a full cache; a new cache has none yet."""
+    longest = math.inf if spec.max_length is None else spec.max_length
+    return int(cache_size * min(ROOM * mean_length, longest)) * spec.dtype.itemsize
 
 
 def _draw_bytes(batch_size: int, cache_size: int, num_samples: int, num_candidates: int) -> int:
-    """The most that drawing rows takes, and weighing them for all queries, if there are candidates."""
-    # float64 cumulative sums over the blocks of a tile and within one, their uniforms, and gathered numbers
+    """Peak bytes for drawing rows and, if there are candidates, for weighing them for all queries."""
+    # float64 cumulative sums over the blocks of a tile and within a block, uniforms, and gathered values
     drawing = batch_size * max(num_samples, num_candidates) * BLOCK * 8 * 6
     weighing = _CANDIDATE_MATRICES * batch_size * min(batch_size * num_candidates, cache_size) * 4
     return max(drawing, weighing)

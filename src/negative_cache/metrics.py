@@ -1,4 +1,4 @@
-"""What is logged of caches: their metrics under the same tags, whatever trains the model."""
+"""Metrics of caches, under the tags that all integrations use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from negative_cache.negative_cache_loss import NegativeCacheLoss
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# The handlers write the same numbers under these names.
+# The tags that the handlers write, where they differ from the names of the metrics.
 _TAGS = {"interpretable_loss": "interpretable_prediction_loss"}
 
 
 def cache_losses(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, NegativeCacheLoss]:
-    """Every `NegativeCacheLoss` in a module or a dict of modules, once, by its first path; a module's own is "loss"."""
+    """Find every `NegativeCacheLoss` in a module or a dict of modules; each is listed once, by its first path.
+
+    Args:
+        module: A module, or a dict of modules. The keys of a dict are the first parts of the paths.
+
+    Returns:
+        Path -> loss; the path of `module` itself is "loss". Empty if there is no such loss.
+    """
     roots = {"": module} if isinstance(module, nn.Module) else module
     seen: set[nn.Module] = set()  # one loss may serve several datasets
     return {
@@ -29,14 +36,14 @@ def cache_losses(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, Negat
 
 
 def tagged_metrics(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, float]:
-    """Metrics of every cache within a module, by the tags under which they are logged; waits for the device.
+    """Return the metrics of every cache in a module, keyed by the tags for logging; synchronizes the device.
 
     Args:
-        module: A `NegativeCacheLoss`, a model or another loss that has some in it, or a dict of those.
+        module: A `NegativeCacheLoss`, a model or loss that contains one or more, or a dict of these.
 
     Returns:
-        `cache/interpretable_prediction_loss`, `cache/staleness`, `cache/fill` and so on, see
-        `NegativeCacheLoss.metrics`; with several caches `cache/PATH/staleness`. Empty without a cache.
+        `cache/interpretable_prediction_loss`, `cache/staleness`, `cache/fill` and the other metrics of
+        `NegativeCacheLoss.metrics`; with several caches, `cache/PATH/staleness` and so on. Empty if there is no cache.
 
     Raises:
         ValueError: Embeddings that were not finite were kept out of a cache since the last call.
@@ -50,6 +57,12 @@ def tagged_metrics(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, flo
 
 
 def write_metrics(writer: SummaryWriter, module: nn.Module | Mapping[str, nn.Module], step: int) -> None:
-    """Write `tagged_metrics(module)` to TensorBoard, for a global step."""
+    """Write `tagged_metrics(module)` to TensorBoard.
+
+    Args:
+        writer: The `SummaryWriter` to write to.
+        module: See `tagged_metrics`.
+        step: The global step of the values.
+    """
     for tag, value in tagged_metrics(module).items():
         writer.add_scalar(tag, value, step)

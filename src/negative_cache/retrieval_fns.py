@@ -1,4 +1,4 @@
-"""How to pick one element from each row of scores."""
+"""Functions that pick one element from each row of scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class AbstractRetrievalFn(nn.Module, abc.ABC):
-    """Scores `[batch, n]` -> int64 indices `[batch, 1]`."""
+    """A function from scores `[batch, n]` to int64 indices `[batch, 1]`."""
 
     @abc.abstractmethod
     def forward(self, scores: Tensor) -> Tensor:
@@ -17,19 +17,19 @@ class AbstractRetrievalFn(nn.Module, abc.ABC):
 
 
 class MaxScoreRetrievalFn(AbstractRetrievalFn):
-    """The highest score, the first one of equals."""
+    """Picks the highest score; of equal scores, the first."""
 
     def forward(self, scores: Tensor) -> Tensor:
         return scores.argmax(dim=1, keepdim=True)
 
 
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
-    """A draw from `softmax(inv_temp * scores)`, as the maximum of scores perturbed by Gumbel noise.
+    """Draws from `softmax(inv_temp * scores)`, as the maximum of scores with added Gumbel noise.
 
-    The noise is float64 and never infinite, so that no element wins by a tie at the noise's upper end.
+    The noise is float64 (float32 on MPS) and never infinite, so that no tie of infinite values can occur.
 
     Args:
-        inv_temp: Factor of the scores; 1 gives the estimator of the paper, other values a biased one.
+        inv_temp: Factor of the scores. 1 gives the estimator of the paper; other values give a biased estimator.
     """
 
     def __init__(self, inv_temp: float = 1.0) -> None:
@@ -38,6 +38,6 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
 
     def forward(self, scores: Tensor) -> Tensor:
         dtype = torch.float32 if scores.device.type == "mps" else torch.float64
-        # An exponential variable that is 0 would make the noise infinite; the smallest number replaces it.
+        # An exponential variable of 0 would make the noise infinite, so it is clamped to the smallest normal number.
         exponential = torch.empty_like(scores, dtype=dtype).exponential_().clamp_(min=torch.finfo(dtype).tiny)
         return (self.inv_temp * scores.to(dtype) - exponential.log()).argmax(dim=1, keepdim=True)

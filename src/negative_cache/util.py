@@ -6,17 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from negative_cache.distributed.ranks import Ranks
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.retrieval.dense import grouped_top_k
 
 __all__ = ["approximate_top_k_with_indices", "cross_replica_concat", "gather_nd", "tensor_update"]
 
 
 def approximate_top_k_with_indices(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best element of each of k contiguous groups; of equal ones the first.
+    """Return the best element of each of k contiguous groups; of equal elements, the first.
 
     Args:
-        scores: `[batch, n]`; where k does not divide n the last groups are shorter by one.
+        scores: `[batch, n]`. If k does not divide n, the last groups are shorter by one.
         k: Number of groups, from 1 to n.
 
     Returns:
@@ -30,12 +30,12 @@ def approximate_top_k_with_indices(scores: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def cross_replica_concat(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The tensors of all ranks, one after the other in the order of ranks, without gradient.
+    """Concatenate the tensors of all ranks in rank order, without gradient.
 
     Args:
-        tensor: `[n, ...]` on a device that the group's backend takes; n may differ between ranks, the other
-            dimensions may not.
-        group: Process group; None for the default one. Without any, the tensor comes back alone.
+        tensor: `[n, ...]` on a device that the group's backend supports. n may differ between ranks; the other
+            dimensions must be equal.
+        group: Process group; None for the default group. If there is none, the tensor itself is returned.
     """
     tensor = tensor.detach().contiguous()
     if not (dist.is_available() and dist.is_initialized()):
@@ -49,7 +49,7 @@ def gather_nd(params: Tensor, indices: Tensor) -> Tensor:
 
     Args:
         params: `[d0, d1, ..., rest]`.
-        indices: int `[n, depth]`, depth at most the rank of `params`.
+        indices: int `[n, depth]`, depth at most the number of dimensions of `params`.
 
     Returns:
         `[n, rest]`, with gradient to `params`.
@@ -64,14 +64,14 @@ def gather_nd(params: Tensor, indices: Tensor) -> Tensor:
 def tensor_update(
     tensor: Tensor, indices: Tensor, updates: Tensor, padding: bool = False, padding_token: float = 0
 ) -> Tensor:
-    """Write `updates[i]` at `tensor[indices[i, 0], ...]`, in place, in one call.
+    """Write `updates[i]` to `tensor[indices[i, 0], ...]` for each i, in place.
 
     Args:
         tensor: Changed in place and returned.
         indices: int `[n, depth]`.
         updates: `[n, rest]`, cast to the tensor's dtype.
-        padding: Fill up updates that are too short in their first dimension after `n`.
-        padding_token: The value to fill up with.
+        padding: Whether to pad updates that are too short in their first dimension after `n`.
+        padding_token: The padding value.
     """
     if indices.dim() != 2 or indices.shape[1] > tensor.dim():
         raise ValueError(

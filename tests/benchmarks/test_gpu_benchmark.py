@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: its stages, what it keeps of those that fail, its tables and targets."""
+"""`python -m benchmarks gpu`: its stages, the results that it keeps of failed ones, its tables and targets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_rehearsal_measures_passes_and_steps(tmp_path: Path):
 
 
 def test_a_stage_that_fails_or_is_cut_off_does_not_end_the_others(tmp_path: Path):
-    """A model that is none, and a time that is enough for nothing."""
+    """An empty model folder, and a time limit that is too short."""
     (tmp_path / "prepared" / "minilm").mkdir(parents=True)
     arguments = ["gpu", "--output", str(tmp_path), "--prepared", str(tmp_path / "prepared")]
     assert main([*arguments, "--only", "quality,passes", "--minutes", "2"]) == 1
@@ -73,9 +73,9 @@ def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(number: signal.
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Interrupted" in said
+    assert "Interrupted" in output
     stages = load(tmp_path)["stages"]
     assert stages["passes"]["state"] == "interrupted"
     assert stages["passes"]["rows"]
@@ -92,7 +92,7 @@ def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(number: signal.
         (("--minutes", "nan"), "expected a positive number"),
         (("--minutes", "0"), "expected a positive number"),
         (("--prepared", "nothing-there"), "gpu-prepare nothing-there"),
-        (("--output", "README.md"), "cannot be made"),
+        (("--output", "README.md"), "cannot be created"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -155,7 +155,7 @@ def test_pages_get_their_tables(tmp_path: Path):
     assert "Card X, torch 9, Triton 8, commit abc" in text
     assert "| bfloat16 | 131,072 | 768 | 4,096 | 3 |" in text
     assert "old" not in text
-    assert text.endswith("<!-- gpu: quality -->\n<!-- /gpu -->\n")  # of which there are no rows
+    assert text.endswith("<!-- gpu: quality -->\n<!-- /gpu -->\n")  # this stage has no rows
     assert docs.update(tmp_path / "gpu.json", page.parent) == []
     rehearsed = {"machine": {**machine, "device": "cpu"}, "stages": stages}
     (tmp_path / "cpu.json").write_text(json.dumps(rehearsed), encoding="utf-8")

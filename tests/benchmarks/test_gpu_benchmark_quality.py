@@ -80,7 +80,7 @@ def encoder(prepared: Path) -> Encoder:
     return Encoder(SentenceTransformer(str(prepared / "minilm"), device="cpu"), is_bf16=False)
 
 
-def test_prepare(tmp_path: Path):
+def test_prepared_files_are_those_of_the_sources(tmp_path: Path):
     plain, zipped = write_beir(tmp_path / "plain"), write_beir(tmp_path / "zipped", is_gzipped=True)
     target = tmp_path / "target"
     prepare(target, [plain, zipped])
@@ -96,7 +96,7 @@ def test_prepare(tmp_path: Path):
     assert not (target / "minilm" / "README.md").exists()
 
 
-def test_prepare_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_prepare_refuses_wrong_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data, target = write_beir(tmp_path / "data"), tmp_path / "target"
     with pytest.raises(ValueError, match="not a directory; expected a BEIR folder"):
         prepare(target, [tmp_path / "absent"])
@@ -116,12 +116,12 @@ def test_prepare_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_prepare_refuses_what_is_too_large(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(preparing, "minilm", lambda device: SentenceTransformer(str(prepared / "minilm"), device="cpu"))
     monkeypatch.setattr(preparing, "LIMIT_MIB", 0.001)
-    with pytest.raises(ValueError, match=r"minilm \d.*, data 0.*at most 0.001.*Leave out"):
+    with pytest.raises(ValueError, match=r"minilm \d.*, data 0.*at most 0.001.*Omit"):
         prepare(tmp_path / "target", [write_beir(tmp_path / "data")])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_rehearsal(prepared: Path, tmp_path: Path):
+def test_a_rehearsal_runs_every_loss_and_seed(prepared: Path, tmp_path: Path):
     results = Results(tmp_path / "quality.json")
     run(results, prepared, CPU, 120.0, is_rehearsal=True)
     rows = results.rows
@@ -177,45 +177,45 @@ def test_nothing_starts_after_the_deadline(prepared: Path, tmp_path: Path, secon
 
 
 def test_what_cannot_end_in_time_is_not_started(tmp_path: Path):
-    book = quality._Book(Results(tmp_path / "quality.json"), ["nl2bash", "squad"], Plan())
+    schedule = quality._Schedule(Results(tmp_path / "quality.json"), ["nl2bash", "squad"], Plan())
     untrained = [Job("nl2bash", UNTRAINED), Job("squad", UNTRAINED)]
-    assert book.waiting() == untrained
-    book.started.update(untrained)
+    assert schedule.waiting() == untrained
+    schedule.started.update(untrained)
     for job, work in zip(untrained, (1000.0, 3000.0), strict=True):
-        book.note(job, quality.Answer(metrics(0.1), [], work), 1.0, 1)
-    first = book.waiting()[0]
+        schedule.record(job, quality.Outcome(metrics(0.1), [], work), 1.0, 1)
+    first = schedule.waiting()[0]
     assert (first.data, first.loss, first.rate, first.seed) == ("nl2bash", BASELINE, 6e-5, 0)
-    assert book.estimate(first) == 0  # nothing is known yet
-    book.note(first, quality.Answer(metrics(0.2), []), 8.0, 1)
-    assert book.estimate(first) == 8
-    assert book.estimate(first._replace(loss="in-batch, twice the epochs")) == pytest.approx(16)
-    assert book.estimate(first._replace(data="squad")) == pytest.approx(24)
+    assert schedule.estimate(first) == 0  # nothing is known yet
+    schedule.record(first, quality.Outcome(metrics(0.2), []), 8.0, 1)
+    assert schedule.estimate(first) == 8
+    assert schedule.estimate(first._replace(loss="in-batch, twice the epochs")) == pytest.approx(16)
+    assert schedule.estimate(first._replace(data="squad")) == pytest.approx(24)
 
 
 @pytest.mark.parametrize(("best", "beyond"), [(6e-5, None), (2e-5, 6e-6), (2e-4, 6e-4)])
 def test_seeds_follow_the_sweep(tmp_path: Path, best: float, beyond: float | None):
-    book = quality._Book(Results(tmp_path / "quality.json"), ["data"], Plan())
+    schedule = quality._Schedule(Results(tmp_path / "quality.json"), ["data"], Plan())
 
     def do(job: Job) -> None:
-        book.started.add(job)
+        schedule.started.add(job)
         is_best = job.rate == (best if beyond is None else beyond) or job.rate == best
-        book.note(job, quality.Answer(metrics(0.5 + (job.rate == beyond) if is_best else 0.1), [1.0]), 1.0, 1)
+        schedule.record(job, quality.Outcome(metrics(0.5 + (job.rate == beyond) if is_best else 0.1), [1.0]), 1.0, 1)
 
     do(Job("data", UNTRAINED))
-    sweep = [job for job in book.waiting() if job.loss == BASELINE]
+    sweep = [job for job in schedule.waiting() if job.loss == BASELINE]
     assert [(job.rate, job.seed) for job in sweep] == [(6e-5, 0), (2e-5, 0), (2e-4, 0)]
     for job in sweep:
         do(job)
     if beyond is not None:
-        (job,) = (job for job in book.waiting() if job.loss == BASELINE)
+        (job,) = (job for job in schedule.waiting() if job.loss == BASELINE)
         assert (job.rate, job.seed, job.is_sweep) == (beyond, 0, True)
         do(job)
-    seeds = [job for job in book.waiting() if job.loss == BASELINE]
+    seeds = [job for job in schedule.waiting() if job.loss == BASELINE]
     assert [(job.rate, job.seed, job.is_sweep) for job in seeds] == [(beyond or best, seed, False) for seed in (1, 2)]
     assert list(read_ranks(tmp_path / RANKS_FILE)["data"][BASELINE]) == ["0"]
 
 
-def test_errors_are_recorded_and_others_go_on(prepared: Path, tmp_path: Path):
+def test_a_job_that_fails_is_recorded_and_others_run(prepared: Path, tmp_path: Path):
     broken = tmp_path / "prepared"
     (broken / "data").mkdir(parents=True)
     (broken / "minilm").symlink_to(prepared / "minilm")
@@ -227,24 +227,24 @@ def test_errors_are_recorded_and_others_go_on(prepared: Path, tmp_path: Path):
     assert all("DataError" in str(row["error"]) for row in results.rows)
 
 
-def test_process_that_is_killed(prepared: Path, tmp_path: Path):
+def test_a_process_that_is_killed_is_reported(prepared: Path, tmp_path: Path):
     job = Job("things", UNTRAINED)
     with quality._Pool((prepared, tmp_path, "cpu", quality.REHEARSAL)) as pool:
-        pool.hand_out(job)
+        pool.start(job)
         assert pool.jobs == [job]
         assert not pool.has_free
         pool._processes[0]._process.kill()
-        ((ended, answer, _, runs_at_once),) = pool.wait(30)
-        assert (ended, answer.error, runs_at_once) == (job, "The process ended with exit code -9.", 1)
+        ((ended, outcome, _, runs_at_once),) = pool.wait(30)
+        assert (ended, outcome.error, runs_at_once) == (job, "The process ended with exit code -9.", 1)
         assert pool.has_free
 
 
-def test_folder_that_is_not_prepared(tmp_path: Path):
+def test_a_folder_that_is_not_prepared_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="gpu-prepare"):
         run(Results(tmp_path / "quality.json"), tmp_path, CPU, 60.0, is_rehearsal=True)
 
 
-def test_dataset_without_dev_split(encoder: Encoder, tmp_path: Path):
+def test_without_a_dev_split_training_queries_are_held_out(encoder: Encoder, tmp_path: Path):
     data = load_data(str(write_beir(tmp_path / "things", splits=("train", "test"))))
     dataset = make_dataset(data, encoder, Plan())
     assert len(dataset.dev.queries) == NUM_TRAIN // 10
@@ -264,7 +264,7 @@ def test_metrics_are_those_of_the_workbench(encoder: Encoder, tmp_path: Path):
         assert row[f"test_{metric}"] == pytest.approx(expected[metric], abs=1e-9)
 
 
-def test_ranks_and_metrics():
+def test_ranks_and_metrics_equal_the_formulas():
     documents = torch.eye(4)
     queries = torch.tensor([[0.5, 0.5, 0.9, 0.1], [0.0, 0.0, 0.0, 1.0]])
     ranks = ranks_of(queries, documents, torch.tensor([[1, 3], [3, -1]]))
@@ -286,7 +286,7 @@ def test_mined_negatives_are_hard_and_no_positives():
     assert mined == set(order[9:50])
 
 
-def test_batches():
+def test_no_value_occurs_twice_in_a_batch():
     identities = torch.stack([-1 - torch.arange(100) // 2, torch.arange(100) // 5], dim=1)
     batches = make_batches(identities, 16, seed=1, epoch=0)
     for rows in batches:
@@ -300,7 +300,7 @@ def test_batches():
     assert torch.cat(make_batches(identities, 16, seed=2, epoch=0)).tolist() != rows
 
 
-def test_rate_factor():
+def test_the_rate_rises_and_falls_linearly():
     factors = [rate_factor(step, 21) for step in range(22)]
     assert factors[:2] == [0.5, 1]
     assert factors[11] == pytest.approx(0.5)
@@ -314,11 +314,11 @@ def metrics(value: float) -> dict[str, float]:
 
 
 def made_up(loss: str, rate: float, seed: int, dev: float, test: float, **more: Any) -> dict[str, Any]:
-    told = {"data": "things", "loss": loss, "rate": rate, "seed": seed, "is_sweep": seed == 0}
-    return {**told, "documents_encoded": 100, **metrics(test), "dev_mrr@10": dev, **more}
+    job = {"data": "things", "loss": loss, "rate": rate, "seed": seed, "is_sweep": seed == 0}
+    return {**job, "documents_encoded": 100, **metrics(test), "dev_mrr@10": dev, **more}
 
 
-def test_summary():
+def test_the_summary_compares_means_over_seeds():
     rows = [
         {**made_up(UNTRAINED, 0.0, 0, 0.1, 0.1), "rate": None, "seed": None, "is_sweep": False},
         made_up(BASELINE, 1e-5, 0, dev=0.5, test=0.40),

@@ -1,4 +1,4 @@
-"""Two ranks on hosts of their own, with nothing between them but a cable."""
+"""Two ranks on separate hosts, which only a virtual cable connects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The variance benchmark compares with the right gradient, and what was tried is unbiased."""
+"""The variance benchmark compares with the exact gradient, and the estimators that were tried are unbiased."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trained() -> tuple[Corpus, Stage]:
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_exact_gradient(trained: tuple[Corpus, Stage], in_batch: bool):
+def test_the_exact_gradient_is_that_of_the_dense_loss(trained: tuple[Corpus, Stage], in_batch: bool):
     batch = make_batch(*trained, Case("late", 16, 64), seed=0)
     queries, documents = batch.encode()
     own = torch.isin(batch.rows, batch.documents) if in_batch else batch.documents[:, None] == batch.rows
@@ -35,7 +35,7 @@ def test_exact_gradient(trained: tuple[Corpus, Stage], in_batch: bool):
     torch.testing.assert_close(Objective(batch, in_batch).exact_gradient(), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_library_and_function_agree(trained: tuple[Corpus, Stage]):
+def test_the_library_and_the_tried_estimator_have_the_same_variance(trained: tuple[Corpus, Stage]):
     batch = make_batch(*trained, Case("late", 16, 64, is_stale=True), seed=0)
     objective = Objective(batch, in_batch=True)
     exact = objective.exact_gradient()

@@ -1,4 +1,4 @@
-"""Storage of one feature, against a plain dict."""
+"""Columns store and return one feature, as a plain dict of rows would."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import random
 import pytest
 import torch
 
-from negative_cache.cache.columns import FixedColumn, RaggedColumn, make_column, spec_of
-from negative_cache.cache.specs import FixedLenFeature, RaggedFeature, RaggedRows
+from negative_cache.cache.columns import (
+    FixedColumn,
+    RaggedColumn,
+    dequantize,
+    make_column,
+    make_columns,
+    quantize,
+    read_columns,
+    write_columns,
+)
+from negative_cache.cache.specs import FeatureSpec, FixedLenFeature, QuantizedFeature, RaggedFeature
+from negative_cache.cache.validation import RaggedRows
 
 NUM_ROWS = 13
 
@@ -21,16 +31,16 @@ def ragged_rows(rows: list[list[int]]) -> RaggedRows:
 
 
 def unpadded(column: RaggedColumn, row: int) -> list[int]:
-    return column.read(torch.tensor([row]))[0].tolist()
+    return column.read(torch.tensor([row])).values[0].tolist()
 
 
 def assert_equals_model(column: RaggedColumn, model: dict[int, list[int]], rng: random.Random) -> None:
     rows = [rng.randrange(NUM_ROWS) for _ in range(5)]
     longest = max(len(model.get(row, [])) for row in rows)
     expected = [model.get(row, []) + [0] * (longest - len(model.get(row, []))) for row in rows]
-    assert column.read(torch.tensor(rows)).tolist() == expected
-    again = column.read_rows(torch.tensor(rows))
-    assert again.lengths.tolist() == [len(model.get(row, [])) for row in rows]
+    read = column.read(torch.tensor(rows))
+    assert read.values.tolist() == expected
+    assert read.lengths.tolist() == [len(model.get(row, [])) for row in rows]
     longest = max(map(len, model.values()), default=0)
     dense = [model.get(row, []) + [0] * (longest - len(model.get(row, []))) for row in range(NUM_ROWS)]
     assert column.dense().tolist() == dense
@@ -39,7 +49,7 @@ def assert_equals_model(column: RaggedColumn, model: dict[int, list[int]], rng: 
 @pytest.mark.parametrize("max_length", [None, 4, 40])
 @pytest.mark.parametrize("longest", [1, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_ragged_column_rewritten_many_times(max_length: int | None, longest: int, seed: int) -> None:
+def test_ragged_rows_survive_many_compactions(max_length: int | None, longest: int, seed: int) -> None:
     rng = random.Random(seed)
     column = RaggedColumn(RaggedFeature(torch.int64, max_length), NUM_ROWS, torch.device("cpu"))
     model: dict[int, list[int]] = {}
@@ -63,11 +73,11 @@ def reloaded(column: RaggedColumn) -> RaggedColumn:
     return other
 
 
-def test_ragged_column_starts_with_empty_sequences() -> None:
+def test_a_ragged_column_starts_with_empty_sequences() -> None:
     column = RaggedColumn(RaggedFeature(torch.int64), 3, torch.device("cpu"))
-    assert column.read(torch.tensor([0, 2])).shape == (2, 0)
+    assert column.read(torch.tensor([0, 2])).values.shape == (2, 0)
     assert column.dense().shape == (3, 0)
-    assert column.read(torch.tensor([], dtype=torch.int64)).shape == (0, 0)
+    assert column.read(torch.tensor([], dtype=torch.int64)).values.shape == (0, 0)
 
 
 def test_long_sequences_turn_the_arena_into_slots() -> None:
@@ -96,21 +106,26 @@ def test_short_sequences_take_far_less_than_all_slots() -> None:
     assert int(column.lengths.sum()) >= num_rows * 8
 
 
-def test_saved_arena_has_no_unused_end() -> None:
+def test_large_columns_are_compacted_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("negative_cache.cache.columns._ROWS_AT_ONCE", 5)
+    test_ragged_rows_survive_many_compactions(max_length=40, longest=4, seed=0)
+
+
+def test_the_saved_arena_has_no_unused_end() -> None:
     column = RaggedColumn(RaggedFeature(torch.int64), 100, torch.device("cpu"))
     column.write(torch.tensor([3]), ragged_rows([[1, 2, 3]]))
     assert column.state_dict()["arena"].tolist() == [1, 2, 3]
     assert column.arena.numel() > 3
 
 
-def test_ragged_column_pads_with_the_default_value() -> None:
+def test_ragged_rows_are_padded_with_the_default_value() -> None:
     column = RaggedColumn(RaggedFeature(torch.int64, default_value=7), 2, torch.device("cpu"))
     column.write(torch.tensor([0, 1]), RaggedRows(torch.tensor([[1, 7], [2, 3]]), torch.tensor([1, 2])))
-    assert column.read(torch.tensor([0, 1])).tolist() == [[1, 7], [2, 3]]
+    assert column.read(torch.tensor([0, 1])).values.tolist() == [[1, 7], [2, 3]]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
-def test_fixed_column_write_and_read(shape: tuple[int, ...]) -> None:
+def test_fixed_values_are_read_as_written(shape: tuple[int, ...]) -> None:
     column = make_column(FixedLenFeature(shape, torch.float32), NUM_ROWS, torch.device("cpu"))
     model = torch.zeros(NUM_ROWS, *shape)
     for _ in range(10):
@@ -122,7 +137,7 @@ def test_fixed_column_write_and_read(shape: tuple[int, ...]) -> None:
     assert torch.equal(column.read(torch.tensor([5, 0, 5])), model[[5, 0, 5]])
 
 
-def test_fixed_column_keeps_its_dtype_and_storage() -> None:
+def test_a_fixed_column_keeps_its_dtype_and_storage() -> None:
     values = torch.zeros(3, dtype=torch.float16)
     column = FixedColumn(values)
     column.write(torch.tensor([1]), torch.tensor([2.0]))
@@ -132,16 +147,75 @@ def test_fixed_column_keeps_its_dtype_and_storage() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [FixedLenFeature([2, 3], torch.int32), FixedLenFeature([2], torch.int64, 7), RaggedFeature(torch.int64, 9, 1)],
+    [
+        FixedLenFeature([2, 3], torch.int32),
+        FixedLenFeature([2], torch.int64, 7),
+        RaggedFeature(torch.int64, 9, 1),
+        QuantizedFeature([3], 0.5),
+    ],
 )
-def test_spec_of_a_column(spec: FixedLenFeature | RaggedFeature) -> None:
-    assert spec_of(make_column(spec, 4, torch.device("cpu"))) == spec
+def test_a_column_has_the_spec_of_which_it_was_made(spec: FeatureSpec) -> None:
+    assert make_column(spec, 4, torch.device("cpu")).spec == spec
 
 
 @pytest.mark.parametrize("spec", [FixedLenFeature([2], torch.float32), RaggedFeature(torch.float32)])
-def test_only_a_pinned_column_stays_when_moved(spec: FixedLenFeature | RaggedFeature) -> None:
+def test_only_a_pinned_column_stays_when_moved(spec: FeatureSpec) -> None:
     cpu = torch.device("cpu")
     assert make_column(spec, 3, cpu).to("meta").device.type == "meta"
     pinned = make_column(spec, 3, torch.device("meta"), cpu)
     assert pinned.device.type == "cpu"
     assert torch.nn.Sequential(pinned).to("meta")[0].device.type == "cpu"
+
+
+SPECS: dict[str, FeatureSpec] = {
+    "fixed": FixedLenFeature([2], torch.float32),
+    "quantized": QuantizedFeature([3]),
+    "short": RaggedFeature(torch.int64, max_length=3),
+    "long": RaggedFeature(torch.int64),
+}
+
+
+def items(number: int) -> dict[str, torch.Tensor | RaggedRows]:
+    """Values for rows 1 and 3."""
+    return {
+        "fixed": torch.full((2, 2), float(number)),
+        "quantized": torch.full((2, 3), float(number)),
+        "short": ragged_rows([[number, number], [number]]),
+        "long": ragged_rows([[number] * 4, [number]]),
+    }
+
+
+@pytest.mark.parametrize("is_any", [False, True, None])
+def test_columns_change_unless_there_is_nothing_to_write(is_any: bool | None) -> None:
+    columns = make_columns(SPECS, 4, torch.device("cpu"))
+    rows = torch.tensor([1, 3])
+    for number in range(1, 4):  # the arenas are compacted on the way
+        write_columns(columns, rows, items(number), None)
+    before = {key: column.dense().clone() for key, column in columns.items()}
+    write_columns(columns, rows, items(9), None if is_any is None else torch.tensor(is_any))
+    expected = items(3) if is_any is False else items(9)
+    for key, column in columns.items():
+        value = expected[key]
+        dense = value.values if isinstance(value, RaggedRows) else value
+        torch.testing.assert_close(column.dense()[rows], dense)
+        assert torch.equal(column.dense()[[0, 2]], before[key][[0, 2]])
+
+
+def test_columns_are_read_in_the_order_of_the_keys() -> None:
+    columns = make_columns(SPECS, 4, torch.device("cpu"))
+    write_columns(columns, torch.tensor([1, 3]), items(5), None)
+    read = read_columns(columns, torch.tensor([3, 1, 0]), ["long", "fixed", "short"])
+    assert list(read) == ["long", "fixed", "short"]
+    assert read["long"].values.tolist() == [[5, 0, 0, 0], [5] * 4, [0] * 4]
+    assert read["short"].lengths.tolist() == [1, 2, 0]
+    assert read["fixed"].tolist() == [[5, 5], [5, 5], [0, 0]]
+
+
+def test_quantized_values_differ_by_at_most_half_a_level() -> None:
+    values = torch.randn(7, 2, 5, generator=torch.Generator().manual_seed(0))
+    values[3] = 0
+    levels, scales = quantize(values)
+    assert levels.dtype == torch.int8
+    assert levels.flatten(1).abs().amax(dim=1).tolist() == [127] * 3 + [0] + [127] * 3
+    error = (dequantize(levels, scales) - values).abs().flatten(1).amax(dim=1)
+    assert bool((error <= scales / 2 * (1 + 1e-5)).all())

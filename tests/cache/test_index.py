@@ -1,4 +1,4 @@
-"""Oldest rows and rows of ids, against looking at all rows."""
+"""Lookups find what a search through all rows finds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 
 from negative_cache.cache import index as lookup
 from negative_cache.cache.index import RowsOfIds, is_first_of_equal, is_last_of_equal, oldest_rows
+from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import FixedLenFeature
-from negative_cache.negative_cache import CacheManager
+from negative_cache.cache.update import RowUpdates, update_rows
 from support import Recorder
 
 
@@ -26,7 +27,7 @@ def test_the_oldest_rows_are_those_of_a_sort(num_rows: int, rows_at_once: int, m
 
 @pytest.mark.parametrize("num_rows", [1, 7, 100, 3000])
 def test_ids_are_found_in_their_rows(num_rows: int):
-    """A table that follows changes, one that is built anew, and a search through all rows."""
+    """A table that follows changes, a rebuilt one and a search through all rows agree."""
     rng = torch.Generator().manual_seed(num_rows)
     ids = torch.full((num_rows,), -1)
     table = RowsOfIds(ids)
@@ -45,19 +46,19 @@ def test_ids_are_found_in_their_rows(num_rows: int):
         expected = [known.get(value, -1) for value in wanted.tolist()]
         assert table.find(ids, wanted).tolist() == expected
         assert RowsOfIds(ids).find(ids, wanted).tolist() == expected
-    assert int((table.slots[:-1] >= 0).sum()) == int((ids >= 0).sum())  # nothing is left behind
+    assert int((table.slots[:-1] >= 0).sum()) == int((ids >= 0).sum())  # no stale entry is left
 
 
 @pytest.mark.parametrize("step", [1, 2, 10, 64, 65, 1000, 10**9 + 7, 1 << 20, 1 << 32, (1 << 32) + 1, 1 << 40])
 def test_regular_ids_fill_the_buckets_evenly(step: int):
-    """Of 2^16 ids, 16 per bucket in the mean; were they random, the fullest of 4,096 buckets would have some 35."""
+    """2^16 ids are 16 per bucket in the mean; of random ids, the fullest of 4,096 buckets would have about 35."""
     table = RowsOfIds(torch.arange(2**16) * step % (2**62))
     is_taken = table.slots[:-1] >= 0
     assert int(is_taken.sum(dim=1).amax()) <= 48
     assert int(is_taken.sum()) == 2**16
 
 
-def test_a_bucket_that_is_full_loses_the_rest_and_no_more():
+def test_a_full_bucket_loses_only_the_ids_beyond_it():
     ids = torch.arange(200)
     table = RowsOfIds(ids)
     object.__setattr__(table, "_bucket", lambda values: torch.zeros_like(values))  # all ids in one bucket
@@ -80,21 +81,19 @@ def test_first_and_last_of_equal_values(count: int):
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_an_update_allocates_little_and_as_many_tensors_whatever_the_sizes(with_ids: bool):
-    """The largest tensor is a number per row, by which the oldest rows are found; of a large cache, of some at once."""
+def test_the_number_of_operations_of_an_update_does_not_depend_on_sizes(with_ids: bool):
+    """The largest tensor has one number per row, to find the oldest rows (in large caches, those of one part)."""
     seen = {}
     for num_rows, count in ((2**13, 8), (2**15, 8), (2**13, 512)):
-        manager = CacheManager({"x": FixedLenFeature([4], torch.float32)}, num_rows)
-        cache = manager.init_cache()
+        cache = NegativeCache.empty({"x": FixedLenFeature([4], torch.float32)}, num_rows)
 
-        def update(start: int, manager=manager, cache=cache, count=count) -> None:
-            ids = torch.arange(start, start + count)
-            manager.update_cache_(
+        def update(start: int, cache=cache, count=count) -> None:
+            update_rows(
                 cache,
+                use_lru=True,
                 new_items={"x": torch.ones(count, 4)},
-                document_ids=ids if with_ids else None,
-                updated_item_data={"x": torch.zeros(8, 4)},
-                updated_item_indices=torch.arange(8),
+                document_ids=torch.arange(start, start + count) if with_ids else None,
+                updates=RowUpdates(torch.arange(8), {"x": torch.zeros(8, 4)}),
             )
 
         update(0)
@@ -107,5 +106,5 @@ def test_an_update_allocates_little_and_as_many_tensors_whatever_the_sizes(with_
     assert large.largest == 2**15
 
 
-def test_no_rows_have_no_oldest():
+def test_a_cache_without_rows_has_no_oldest_row():
     assert oldest_rows(torch.empty(0, dtype=torch.int64), 3).tolist() == []

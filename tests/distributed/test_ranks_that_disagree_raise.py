@@ -20,6 +20,7 @@ from negative_cache import (
     MultiCacheLossHandler,
     NegativeCache,
     NegativeCacheLoss,
+    RaggedFeature,
 )
 from support import assert_same_state, run_ranks, snapshot
 
@@ -109,9 +110,6 @@ def check_new_items(rank: int, world_size: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"Rank 0, step 1: `new_items\['vector'\]`"):
         loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": bad})
     assert_same_state(before, snapshot(loss_fn))
-    loss_fn.top_k = 33
-    with pytest.raises(ValueError, match="top_k is 33; it must be from 1 to the 32 rows of the caches of all ranks"):
-        loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": vectors})
 
 
 def test_what_cannot_be_stored_on_one_rank(tmp_path: Path):
@@ -133,6 +131,20 @@ def handle(handler: CacheLossHandler, model: nn.Module, numbers: Tensor, width: 
     embedded = model(features)
     loss: Tensor = handler.update_cache_and_compute_loss(model, embedded * factor, embedded, features)
     return loss
+
+
+def check_top_k(rank: int, world_size: int, folder: Path) -> None:
+    model, handler = Documents(), make_handler(DistributedCacheClassificationLoss)
+    handler.cache_loss.top_k = 33
+    with pytest.raises(ValueError, match="top_k is 33; it must be from 1 to the 32 rows of the caches of all ranks"):
+        handle(handler, model, own(rank), 2)
+    handler.cache_loss.top_k = 4 if rank else None
+    with pytest.raises(ValueError, match="The ranks differ in `top_k`"):
+        handle(handler, model, own(rank), 2)
+
+
+def test_top_k_beyond_all_rows_or_different_top_k_raises_on_every_rank(tmp_path: Path):
+    run_ranks(check_top_k, 2, tmp_path)
 
 
 def check_replicas(rank: int, world_size: int, folder: Path) -> None:
@@ -169,6 +181,16 @@ def check_replicas(rank: int, world_size: int, folder: Path) -> None:
     small.cache.filled[:] = True
     small.eval()
     assert bool(small.update_cache_and_compute_loss(model, embedded, embedded, features).isfinite())
+    manager = CacheManager({"vector": FixedLenFeature([DIM], torch.float32), "words": RaggedFeature(torch.int64)}, 1)
+    one_row = manager.update_cache(
+        manager.init_cache(), new_items={"vector": torch.ones(1, DIM), "words": torch.tensor([[1, 2]])}
+    )
+    replicated = DistributedCacheClassificationLoss("vector", ("words",))
+    replicated.is_replicated = True
+    weight = torch.ones(DIM, requires_grad=True)
+    vectors = torch.ones(2, DIM)
+    found = replicated(lambda f: f["words"].sum(1)[:, None] * weight, vectors, vectors, {"cache": one_row})
+    assert bool(found.training_loss.isfinite())  # the second rank has no row to search
     sharded = make_handler(DistributedCacheClassificationLoss)
     sharded.train(rank == 0)
     with pytest.raises(ValueError, match="differ in training or evaluating"):

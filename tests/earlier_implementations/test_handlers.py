@@ -53,7 +53,7 @@ def step(handler: Any, encoder: Encoder, seed: int, batch: int = 4, **options: A
     return handler.update_cache_and_compute_loss(encoder, queries, encoder(items), items, **options)
 
 
-def test_first_use_as_documented() -> None:
+def test_the_documented_first_use_works() -> None:
     torch.manual_seed(0)
     specs = {
         "embedding": negative_cache.FixedLenFeature(shape=[DIM], dtype=torch.float32),
@@ -85,7 +85,7 @@ def test_first_use_as_documented() -> None:
     assert handler.cache.age[:64].tolist()[32:] == [0] * 16 + [3] * 16
 
 
-def test_a_single_feature() -> None:
+def test_one_feature_is_enough() -> None:
     specs = {"data": negative_cache.FixedLenFeature([3], torch.float32), "embedding": SPECS["embedding"]}
     loss = CacheClassificationLoss("embedding", ("data",))
     handler = handlers.CacheLossHandler(CacheManager(specs, 8), loss, "embedding", ("data",))
@@ -150,7 +150,7 @@ def test_return_topk_equals_a_dense_computation(top_k: int | None) -> None:
         assert found["b"].tolist() == cache.data["b"][rows[query]].tolist()
 
 
-def test_return_topk_of_an_empty_cache() -> None:
+def test_return_topk_of_an_empty_cache_is_empty() -> None:
     _, top = step(new_handler(), Encoder(dim=DIM), 0, return_topk=3)
     assert [found["a"].tolist() for found in top] == [[]] * 4
 
@@ -163,7 +163,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("reducer", [torch.mean, None])
 @pytest.mark.parametrize("has_step", [False, True])
-def test_writer_by_position(tmp_path: Path, has_step: bool, reducer: Any) -> None:
+def test_the_writer_may_be_given_by_position(tmp_path: Path, has_step: bool, reducer: Any) -> None:
     torch.manual_seed(0)
     handler, encoder = new_handler(reducer=reducer), Encoder(dim=DIM)
     expected = []
@@ -205,10 +205,10 @@ def named_handler(filter_fn: Any = None) -> MultiCacheLossHandler:
 
 def named_step(handler: MultiCacheLossHandler, encoder: Encoder, seed: int) -> Any:
     items = {"web.pages": features(3, seed), "books": features(2, seed + 100)}
-    fresh = {name: encoder(value) for name, value in items.items()}
+    embedded = {name: encoder(value) for name, value in items.items()}
     queries = torch.randn(5, DIM, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-    positives = torch.cat([fresh["web.pages"], fresh["books"]])
-    return handler.update_cache_and_compute_loss(encoder, queries, positives, fresh, items)
+    positives = torch.cat([embedded["web.pages"], embedded["books"]])
+    return handler.update_cache_and_compute_loss(encoder, queries, positives, embedded, items)
 
 
 def test_several_caches_are_one_pool_and_each_is_updated() -> None:
@@ -221,16 +221,16 @@ def test_several_caches_are_one_pool_and_each_is_updated() -> None:
     assert books.filled.all()
     with torch.no_grad():
         encoder.first.weight.mul_(-3)
-    # All old rows of both caches are stale; only drawn rows become fresh.
+    # All old rows of both caches are stale; only sampled rows get new embeddings.
     before = torch.cat([cache.data["embedding"].clone() for cache in (books, web)])
     named_step(handler, encoder, 9)
-    fresh = [encoder(cache.read(torch.arange(cache.num_rows), ("a", "b"))) for cache in (books, web)]
+    embedded = [encoder(cache.read(torch.arange(cache.num_rows), ("a", "b"))) for cache in (books, web)]
     after = torch.cat([cache.data["embedding"] for cache in (books, web)])
-    is_fresh = torch.isclose(after, torch.cat(fresh)).all(dim=1)
+    is_new = torch.isclose(after, torch.cat(embedded)).all(dim=1)
     is_old = torch.isclose(after, before).all(dim=1)
-    assert (is_fresh | is_old).all()
-    assert 5 < is_fresh.sum() <= 10  # five inserted, one to five drawn
-    assert torch.equal(torch.cat([books.age, web.age]) == 0, is_fresh)
+    assert (is_new | is_old).all()
+    assert 5 < is_new.sum() <= 10  # five inserted, one to five drawn
+    assert torch.equal(torch.cat([books.age, web.age]) == 0, is_new)
 
 
 def test_named_caches_are_in_the_state() -> None:
@@ -251,10 +251,10 @@ def test_nan_for_one_of_several_caches_writes_none_of_them() -> None:
     items = {"web.pages": features(3, 5), "books": features(2, 6)}
     before = snapshot(handler)
     for name in items:
-        fresh = {name: encoder(value) for name, value in items.items()}
-        fresh[name] = fresh[name] * torch.nan
+        embedded = {name: encoder(value) for name, value in items.items()}
+        embedded[name] = embedded[name] * torch.nan
         with pytest.raises(ValueError, match="NaN"):
-            handler.update_cache_and_compute_loss(encoder, torch.randn(5, DIM), torch.randn(5, DIM), fresh, items)
+            handler.update_cache_and_compute_loss(encoder, torch.randn(5, DIM), torch.randn(5, DIM), embedded, items)
         assert_same_state(before, snapshot(handler))
 
 
@@ -441,7 +441,7 @@ def test_the_state_moves_with_the_handler() -> None:
     assert handler.cache.device.type == "meta"
 
 
-def test_ragged_features() -> None:
+def test_a_handler_takes_ragged_features() -> None:
     torch.manual_seed(0)
     specs = {"a": RaggedFeature(torch.int64), "embedding": SPECS["embedding"]}
     loss = CacheClassificationLoss("embedding", ("a",))
@@ -489,7 +489,7 @@ def test_ranks_share_one_cache(tmp_path: Path) -> None:
     cache = CacheManager(specs, 8).init_cache()
     cache.load_state_dict(states[0])
     assert cache.data["a"].tolist() == list(range(8))
-    scale = torch.tensor([2.0, 1, 1, 2, 2, 2, 2, 2])  # rows 0 and 3 were drawn and encoded anew
+    scale = torch.tensor([2.0, 1, 1, 2, 2, 2, 2, 2])  # rows 0 and 3 were drawn and re-encoded
     assert torch.equal(cache.data["embedding"], scale[:, None] * torch.eye(DIM))
     assert cache.age.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
 

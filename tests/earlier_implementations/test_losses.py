@@ -59,9 +59,9 @@ def grouped(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("top_k", [None, 3, 7])
 @pytest.mark.parametrize("scale", [1.0, 20.0, 1e4])
 def test_loss_values_equal_the_dense_formula(top_k: int | None, scale: float) -> None:
-    queries, positives, cached, fresh = tensors(5, 5, 17, 17)
+    queries, positives, cached, current = tensors(5, 5, 17, 17)
     loss = new_loss(score_transform=lambda s: scale * s, top_k=top_k, reducer=None)
-    result = loss(encoder_of(fresh), queries, positives, {"docs": cache_of(cached)})
+    result = loss(encoder_of(current), queries, positives, {"docs": cache_of(cached)})
     positive_scores = scale * (queries * positives).sum(dim=1)
     scores = scale * queries @ cached.T
     scores = scores if top_k is None else grouped(scores, top_k)[0]
@@ -70,7 +70,7 @@ def test_loss_values_equal_the_dense_formula(top_k: int | None, scale: float) ->
     assert torch.allclose(result.interpretable_loss, expected, rtol=1e-12, atol=1e-9)
 
     rows = result.updated_item_indices["docs"]
-    drawn = fresh[rows]
+    drawn = current[rows]
     weight = torch.sigmoid(scores.logsumexp(dim=1) - positive_scores)
     expected = weight * (scale * (queries * drawn).sum(dim=1) - positive_scores)
     assert torch.allclose(result.training_loss, expected, rtol=1e-12)
@@ -128,7 +128,7 @@ def test_rows_are_drawn_from_the_softmax(top_k: int | None) -> None:
 
 
 def test_mean_gradient_is_the_exact_one() -> None:
-    """With a fresh cache; the tolerance follows from the number of draws."""
+    """Where the cache is not stale. The tolerance follows from the number of draws."""
     query, positive, table = tensors(1, 1, 8)
     torch.manual_seed(0)
     num_draws = 40_000
@@ -188,12 +188,12 @@ def test_top_features_are_the_dense_ones_best_first(top_k: int | None, k: int) -
 
 
 def test_named_caches_form_one_pool() -> None:
-    queries, positives, cached, fresh = tensors(40, 40, 11, 11)
+    queries, positives, cached, current = tensors(40, 40, 11, 11)
     parts = {"b": cache_of(cached[4:9], first=4), "c": cache_of(cached[9:], first=9), "a": cache_of(cached[:4])}
     torch.manual_seed(3)
-    result = new_loss(reducer=None)(encoder_of(fresh), queries, positives, parts, return_topk=11)
+    result = new_loss(reducer=None)(encoder_of(current), queries, positives, parts, return_topk=11)
     torch.manual_seed(3)
-    whole = new_loss(reducer=None)(encoder_of(fresh), queries, positives, {"x": cache_of(cached)}, return_topk=11)
+    whole = new_loss(reducer=None)(encoder_of(current), queries, positives, {"x": cache_of(cached)}, return_topk=11)
     assert torch.allclose(result.interpretable_loss, whole.interpretable_loss)
     assert torch.allclose(result.training_loss, whole.training_loss)
     assert torch.allclose(result.staleness, whole.staleness)
@@ -214,7 +214,7 @@ def test_named_caches_form_one_pool() -> None:
         rows.append(updated.data["embedding"])
     drawn = whole.updated_item_indices["x"]
     expected = cached.clone()
-    expected[drawn] = fresh[drawn]
+    expected[drawn] = current[drawn]
     assert torch.equal(torch.cat(rows), expected)
 
 
@@ -287,9 +287,7 @@ def test_the_dense_path_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
             loss(encoder_of(cached), queries, positives, {"docs": cache_of(cached)})
         new_loss()(encoder_of(cached), queries, positives, {"docs": cache_of(cached)})
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert "Unheard" in messages[0]
-    assert "dense" in messages[0]
+    assert ["dense" in message for message in messages if "Unheard" in message] == [True]
 
 
 def test_a_retrieval_fn_that_returns_another_shape_is_refused() -> None:
@@ -323,14 +321,14 @@ def test_an_empty_cache_gives_loss_zero_and_backward_works(retrieval_fn: Any, to
     assert torch.equal(queries.grad, torch.zeros(3, DIM))
     assert [features["item"].tolist() for features in result.topk_features] == [[], [], []]
     before = snapshot(caches["a"])
-    manager.update_cache_(
+    updated = manager.update_cache(
         caches["a"],
         updated_item_data=result.updated_item_data["a"],
         updated_item_indices=result.updated_item_indices["a"],
         updated_item_mask=result.updated_item_mask["a"],
     )
-    caches["a"].step -= 1
-    assert_same_state(before, snapshot(caches["a"]))
+    updated.step -= 1
+    assert_same_state(before, snapshot(updated))
 
 
 class Uniform(AbstractCacheClassificationLoss):
@@ -350,7 +348,7 @@ class Uniform(AbstractCacheClassificationLoss):
         return -(query_embeddings - doc_embeddings).square().sum(dim=1)
 
 
-def test_a_subclass_with_the_two_methods() -> None:
+def test_a_subclass_needs_two_methods_only() -> None:
     queries, positives, cached = tensors(3, 3, 6)
     result = Uniform()(encoder_of(cached), queries, positives, {"docs": cache_of(cached)})
     positive_scores = -(queries - positives).square().sum(dim=1)
@@ -369,10 +367,10 @@ def test_abstract_classes_need_their_methods() -> None:
 
 
 def test_the_loss_writes_nothing() -> None:
-    queries, positives, cached, fresh = tensors(5, 5, 9, 9)
+    queries, positives, cached, current = tensors(5, 5, 9, 9)
     cache = cache_of(cached)
     before = snapshot(cache)
-    new_loss()(encoder_of(fresh), queries, positives, {"docs": cache}, return_topk=2)
+    new_loss()(encoder_of(current), queries, positives, {"docs": cache}, return_topk=2)
     assert_same_state(before, snapshot(cache))
 
 
@@ -402,7 +400,7 @@ def wrong_inputs() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"doc_network": lambda features: cached[:2]}, ValueError, r"returned shape \[2, 4\]; expected \[3, 4\]"),
         ({"doc_network": lambda features: cached[:3, :2]}, ValueError, r"expected \[3, 4\]"),
         ({"doc_network": lambda features: (cached[:3],)}, TypeError, "returned tuple"),
-        ({"doc_network": lambda features: nan}, ValueError, "encoder's output has NaN"),
+        ({"doc_network": lambda features: nan}, ValueError, "encoder's output, .* has NaN"),
     ]
 
 

@@ -65,7 +65,7 @@ class Towers(NegativeCacheMixin, LightningModule):
 
 
 def loader(num_ranks: int = 1, rank: int = 0) -> DataLoader[int]:
-    """Another order in each epoch, as in a run that was not stopped."""
+    """Another order in each epoch, the same in a resumed run."""
     sampler: DistributedSampler[int] = DistributedSampler(range(NUM_DOCUMENTS), num_ranks, rank, seed=5)
     return DataLoader(range(NUM_DOCUMENTS), BATCH, sampler=sampler)  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(accumulation: int, tmp_pa
     assert int(resumed["loss_fn.cache.step"]) == 3 * NUM_DOCUMENTS // BATCH
 
 
-def test_rows_go_with_checkpoints_that_are_deleted_and_are_not_among_the_weights(tmp_path: Path):
+def test_rows_are_deleted_with_their_checkpoint_and_are_not_among_the_weights(tmp_path: Path):
     saving = ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=1, monitor="epoch", mode="max")
     light = ModelCheckpoint(tmp_path / "light", filename="light", save_weights_only=True)
     module, trainer = fit(tmp_path, callbacks=[saving, light])
@@ -134,7 +134,7 @@ def test_rows_go_with_checkpoints_that_are_deleted_and_are_not_among_the_weights
     assert_same_state(exported, snapshot(plain))
 
 
-def test_metrics_are_logged_and_other_modules_checkpoints_are_loaded(tmp_path: Path):
+def test_metrics_are_logged_and_checkpoints_without_the_mixin_are_loaded(tmp_path: Path):
     logger = CSVLogger(tmp_path)
     module, trainer = fit(tmp_path, logger=logger, log_every_n_steps=4)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
@@ -172,7 +172,7 @@ def test_the_learning_rate_finder_leaves_no_trace(tmp_path: Path):
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_half_precision(precision: Any, tmp_path: Path):
+def test_half_precision_trains(precision: Any, tmp_path: Path):
     module, _ = fit(tmp_path, 12, precision=precision)
     assert module.loss_fn.cache is not None
     assert module.loss_fn.cache.embeddings("embedding").dtype == torch.float32
@@ -181,7 +181,7 @@ def test_half_precision(precision: Any, tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", [pytest.param("module", marks=needs_compiling_of_whole_steps), "encoder"])
-def test_compiled(what: str, tmp_path: Path):
+def test_a_compiled_module_or_encoder_trains(what: str, tmp_path: Path):
     module, trainer = Towers(), make_trainer(tmp_path, 1)
     before = snapshot(module)
     if what == "encoder":
@@ -240,5 +240,5 @@ def test_ranks_resume_whether_they_share_a_cache_or_not(process_group: Any, tmp_
     assert cache is not None
     assert len(set(cache.document_ids.tolist())) == 15  # all rows, or those of rank 0
     trainer = make_trainer(tmp_path)
-    trainer.fit(alone, loader(), ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")  # one goes on where two stopped
+    trainer.fit(alone, loader(), ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")  # one rank resumes what two have saved
     assert trainer.current_epoch == 3

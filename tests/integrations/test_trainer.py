@@ -1,4 +1,4 @@
-"""The trainer that keeps the cache in its checkpoints, on one rank and on several."""
+"""The trainer that saves the cache in its checkpoints, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ VOCABULARY = ["about", "and", *WORDS, *(word[::-1] for word in WORDS)]
 BATCH = 4
 
 
-def make_trainer(folder: Path, max_steps: int = 6, dim: int = 16, **settings: Any) -> NegativeCacheTrainer:
+def make_trainer(
+    folder: Path, max_steps: int = 6, dim: int = 16, save_steps: int = 2, **options: Any
+) -> NegativeCacheTrainer:
     torch.manual_seed(0)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="about"))
     tokenizer.pre_tokenizer = Whitespace()
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
-    loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **settings)
+    loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **options)
     args = SentenceTransformerTrainingArguments(
         str(folder),
         per_device_train_batch_size=BATCH,
@@ -44,7 +46,7 @@ def make_trainer(folder: Path, max_steps: int = 6, dim: int = 16, **settings: An
         learning_rate=0.05,
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_steps=2,
+        save_steps=save_steps,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -71,7 +73,7 @@ def test_a_resumed_trainer_equals_one_that_was_not_stopped(tmp_path: Path):
     assert_same_state(everything(whole), everything(resumed))
 
 
-def test_a_checkpoint_of_the_last_step_is_not_trained_on(tmp_path: Path):
+def test_a_checkpoint_of_the_last_step_is_not_trained_further(tmp_path: Path):
     whole = make_trainer(tmp_path)
     whole.train()
     again = make_trainer(tmp_path)
@@ -79,7 +81,7 @@ def test_a_checkpoint_of_the_last_step_is_not_trained_on(tmp_path: Path):
     assert_same_state(everything(whole), everything(again))
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
+def test_missing_damaged_and_mismatched_checkpoints_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
     make_trainer(tmp_path).train()
@@ -96,7 +98,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path):
         make_trainer(tmp_path, dim=8).train(str(tmp_path / "checkpoint-4"))
 
 
-def test_gradients_of_the_losses_own_parameters_do_not_add_up(tmp_path: Path):
+def test_gradients_of_the_losses_own_parameters_do_not_accumulate(tmp_path: Path):
     trainer = make_trainer(tmp_path, max_steps=3)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "_OptimizerZeroGradCallback":  # sentence-transformers' own, from 6.2 on
@@ -121,7 +123,8 @@ def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> No
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost"
     )
-    whole = make_trainer(folder / "whole", 14, gather_across_devices=is_shared)  # 8 steps an epoch
+    options = {"gather_across_devices": is_shared, "save_steps": 12}
+    whole = make_trainer(folder / "whole", 14, **options)  # 8 steps per epoch
     whole.train()
     scale = whole.loss.cache_loss.log_scale.detach()
     scales = [torch.empty_like(scale) for _ in range(world_size)]
@@ -130,8 +133,8 @@ def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> No
     assert all(torch.equal(scales[0], other) for other in scales)
     names = sorted(path.name for path in (folder / "whole" / "checkpoint-14" / "negative_cache").iterdir())
     assert names == (["cache_loss"] if is_shared else ["cache_loss-of-rank-0", "cache_loss-of-rank-1"])
-    make_trainer(folder / "stopped", 12, gather_across_devices=is_shared).train()
-    resumed = make_trainer(folder / "stopped", 14, gather_across_devices=is_shared)
+    make_trainer(folder / "stopped", 12, **options).train()
+    resumed = make_trainer(folder / "stopped", 14, **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same_state(everything(whole), everything(resumed))
 

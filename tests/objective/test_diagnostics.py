@@ -1,19 +1,20 @@
-"""The numbers that tell how a run is doing, each against its definition on a small case; and the warnings."""
+"""The metrics of a step, each against its definition on a small case; and the warnings."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
+from negative_cache.cache.update import RowUpdates
 from negative_cache.objective import loss as objective
-from negative_cache.objective.diagnostics import PATIENCE, Health, record_updates
-from negative_cache.sampling.one_process import Returned
+from negative_cache.objective.diagnostics import PATIENCE, Diagnostics, record_updates
 from support import as_on_a_gpu
 
 DIM, SCALE, NUM_ROWS, SIZE = 3, 2.0, 6, 10
@@ -56,10 +57,17 @@ def step(
     return loss.detach(), leaves
 
 
+def kept_tensors(loss_fn: NegativeCacheLoss) -> list[Tensor]:
+    """All tensors in the records of the last step."""
+    values = [value for record in loss_fn.diagnostics._records for value in (*record.args, *record.keywords.values())]
+    nested = [part for value in values if isinstance(value, dict) for part in value.values()]
+    return [value for value in (*values, *nested) if isinstance(value, Tensor)]
+
+
 # The loss's own numbers
 
 
-def test_numbers_of_the_softmax():
+def test_metrics_are_those_of_the_dense_softmax():
     loss_fn = filled_loss()
     loss, _ = step(loss_fn)
     metrics = loss_fn.metrics()
@@ -89,7 +97,7 @@ def test_numbers_of_the_softmax():
 
 
 def mean_of(number: str, loss_fn: NegativeCacheLoss, queries: Tensor, steps: int = 100) -> tuple[float, float]:
-    """Of the number, or its inverse, over steps from the same cache, and its standard error."""
+    """Mean and standard error of a number over steps from one cache; of `effective_negatives`, those of its inverse."""
     found, before = [], {key: value.clone() for key, value in loss_fn.cache.state_dict().items()}
     for _ in range(steps):
         step(loss_fn, queries)
@@ -133,7 +141,7 @@ def test_near_duplicates_are_the_softmax_weight_of_copies_of_the_positive(shared
 
 
 @pytest.mark.parametrize("kind", ["shared", "own", "given negatives"])
-def test_the_ratio_of_gradient_norms(kind: str):
+def test_the_ratio_of_gradient_norms_is_that_of_the_leaves(kind: str):
     loss_fn = filled_loss(shared=kind != "own", num_samples=2)
     given: dict[str, Any] = {}
     negatives = TABLE[[11]].clone().requires_grad_()
@@ -145,7 +153,7 @@ def test_the_ratio_of_gradient_norms(kind: str):
     assert loss_fn.metrics()["gradient_norm_ratio"] == pytest.approx(
         (float(queries.grad.square().sum()) / square) ** 0.5
     )
-    # of a step whose backward pass has not run there is none
+    # a step whose backward pass has not run has none
     loss_fn(QUERIES.clone().requires_grad_(), TABLE[DOCUMENTS], {"row": DOCUMENTS}, DOCUMENTS)
     assert "gradient_norm_ratio" not in loss_fn.metrics()
 
@@ -160,7 +168,7 @@ def test_a_later_step_does_not_add_to_an_earlier_ones_gradients():
     assert loss_fn.metrics()["gradient_norm_ratio"] == pytest.approx(expected)
 
 
-def test_evaluation_leaves_the_numbers_of_training():
+def test_evaluation_does_not_change_the_numbers_of_training():
     loss_fn = filled_loss()
     step(loss_fn)
     before = loss_fn.metrics()
@@ -168,12 +176,13 @@ def test_evaluation_leaves_the_numbers_of_training():
     assert loss_fn.metrics() == before
 
 
-def test_what_is_kept_of_a_step_is_small_and_holds_no_graph():
-    """Rows of the batch and of what was encoded: nothing of the cache's size, nothing that keeps a graph alive."""
+def test_records_of_a_step_are_small_and_hold_no_graph():
+    """They hold rows of the batch and re-encoded rows: nothing of the size of the cache, nothing with a graph."""
     loss_fn = filled_loss(absolute_margin=0.5, learnable_scale=True)
     step(loss_fn)
-    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
-    assert len(loss_fn.health._latest) == 4
+    kept = kept_tensors(loss_fn)
+    assert len(kept) > 10
+    assert len(loss_fn.diagnostics._records) == 4
     assert not any(value.requires_grad for value in kept)
     assert not any(SIZE in value.shape for value in kept)
 
@@ -186,15 +195,15 @@ def test_many_products_are_not_kept(monkeypatch: pytest.MonkeyPatch):
         loss_fn = filled_loss()
         step(loss_fn)
         found.append(loss_fn.metrics())
-    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
+    kept = kept_tensors(loss_fn)
     assert found[0] == pytest.approx(found[1])
     assert max(value.numel() for value in kept) <= SIZE * DIM
 
 
 def test_numbers_are_those_of_the_step_whatever_becomes_of_the_embeddings():
-    """An encoder may return views of larger tensors, which are not kept alive, and what is changed in place later."""
+    """Embeddings may be views of larger tensors, which are not kept alive, or change in place later."""
     count = len(QUERIES)
-    hidden = torch.randn(count, 50, DIM, dtype=torch.float64)
+    large = torch.randn(count, 50, DIM, dtype=torch.float64)
     outputs: list[Tensor] = []
 
     def encode(features: dict[str, Tensor]) -> Tensor:
@@ -203,13 +212,13 @@ def test_numbers_are_those_of_the_step_whatever_becomes_of_the_embeddings():
 
     loss_fn = NegativeCacheLoss(encode, SIZE, embedding_dtype=torch.float64, seed=0)
     for _ in range(SIZE // count + 2):
-        loss_fn(QUERIES, hidden[:, 0], {"row": torch.arange(count)})
+        loss_fn(QUERIES, large[:, 0], {"row": torch.arange(count)})
     before = loss_fn.metrics()
-    for value in (hidden, *outputs):
+    for value in (large, *outputs):
         value.fill_(7.0)
     assert loss_fn.metrics() == before
-    kept = [value for record in loss_fn.health._latest for value in record if isinstance(value, Tensor)]
-    assert max(value.untyped_storage().nbytes() for value in kept) < hidden.nbytes
+    kept = kept_tensors(loss_fn)
+    assert max(value.untyped_storage().nbytes() for value in kept) < large.nbytes
 
 
 # Staleness
@@ -218,38 +227,38 @@ def test_numbers_are_those_of_the_step_whatever_becomes_of_the_embeddings():
 def make_cache(ages: list[int]) -> tuple[NegativeCache, Tensor, Tensor]:
     """A cache, new embeddings of its rows, and how stale each is: row i has `i + 1` squared over the norm's square."""
     count = len(ages)
-    fresh = torch.zeros(count, DIM, dtype=torch.float64)
-    fresh[:, 0] = 2.0
-    cached = fresh.clone()
+    encoded = torch.zeros(count, DIM, dtype=torch.float64)
+    encoded[:, 0] = 2.0
+    cached = encoded.clone()
     cached[:, 1] = torch.arange(1, count + 1)
     staleness = torch.arange(1, count + 1, dtype=torch.float64).square() / 4
-    return NegativeCache({"embedding": cached}, ages), fresh, staleness
+    return NegativeCache({"embedding": cached}, ages), encoded, staleness
 
 
-def test_staleness_by_age():
-    cache, fresh, staleness = make_cache([5, 1, 9, 0, 7, 3, 2, 8])
+def test_staleness_is_reported_by_age():
+    cache, encoded, staleness = make_cache([5, 1, 9, 0, 7, 3, 2, 8])
     rows = torch.tensor([0, 2, 3, 4, 5, 7, 1])  # ages 5, 9, 0, 7, 3, 8, 1; seven rows, a quarter is two
-    found = record_updates(cache, "embedding", Returned(fresh[rows], rows)).numbers()
+    found = record_updates(cache, "embedding", RowUpdates(rows, {"embedding": encoded[rows]}), None)()
     assert float(found["staleness"]) == pytest.approx(float(staleness[rows].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[[3, 1]].mean()))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[[2, 7]].mean()))
     assert float(found["age"]) == pytest.approx(1 + (5 + 9 + 0 + 7 + 3 + 8 + 1) / 7)  # in the step to come
 
 
-def test_staleness_leaves_out_what_does_not_count():
-    cache, fresh, staleness = make_cache([5, 1, 9, 0])
+def test_staleness_leaves_out_masked_rows():
+    cache, encoded, staleness = make_cache([5, 1, 9, 0])
     rows, mask = torch.tensor([0, 1, 2, 3]), torch.tensor([True, True, False, False])
-    found = record_updates(cache, "embedding", Returned(fresh, rows, mask)).numbers()
+    found = record_updates(cache, "embedding", RowUpdates(rows, {"embedding": encoded}, mask), None)()
     assert float(found["staleness"]) == pytest.approx(float(staleness[:2].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[1]))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[0]))
     assert float(found["age"]) == pytest.approx(4.0)
-    none = Returned(fresh, rows, torch.zeros(4, dtype=torch.bool))
-    nothing = record_updates(cache, "embedding", none).numbers()
+    none = RowUpdates(rows, {"embedding": encoded}, torch.zeros(4, dtype=torch.bool))
+    nothing = record_updates(cache, "embedding", none, None)()
     assert all(float(value) == 0 for value in nothing.values())
 
 
-def test_staleness_of_a_step_is_that_of_what_was_encoded():
+def test_staleness_of_a_step_is_that_of_the_re_encoded_rows():
     for is_on_a_gpu in (False, True):
         loss_fn = filled_loss()
         cached = loss_fn.cache.data["embedding"].clone()
@@ -266,13 +275,6 @@ def test_staleness_of_a_step_is_that_of_what_was_encoded():
 
 
 # Warnings
-
-
-class Staleness(NamedTuple):
-    value: Tensor
-
-    def numbers(self) -> dict[str, Tensor]:
-        return {"staleness": self.value}
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, act: Callable[[], Any]) -> list[str]:
@@ -322,24 +324,26 @@ def test_an_uneven_gradient_gives_one_warning_with_advice(
 @pytest.mark.parametrize(
     ("staleness", "ratio", "count"), [(0.49, 9.9, 0), (0.51, 1.0, 1), (0.0, 0.09, 1), (0.6, 11.0, 2)]
 )
-def test_where_warnings_begin(staleness: float, ratio: float, count: int, caplog: pytest.LogCaptureFixture):
-    cache, health = make_cache([0])[0], Health()
-    health.take([Staleness(torch.tensor(staleness))])
+def test_warnings_begin_at_their_thresholds(
+    staleness: float, ratio: float, count: int, caplog: pytest.LogCaptureFixture
+):
+    cache, diagnostics = make_cache([0])[0], Diagnostics()
+    diagnostics.begin([partial(dict, staleness=torch.tensor(staleness))])
     queries, documents = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-    health.watch(queries, [documents])
+    diagnostics.watch(queries, [documents])
     (ratio * queries + documents).sum().backward()
-    assert health.read(cache)["gradient_norm_ratio"] == pytest.approx(ratio)
+    assert diagnostics.read(cache)["gradient_norm_ratio"] == pytest.approx(ratio)
     assert caplog.records == []  # one bad reading is none
     for _ in range(2 * PATIENCE):
-        health.read(cache)
+        diagnostics.read(cache)
     assert len(caplog.records) == count
 
 
 def test_bad_readings_with_a_good_one_between_them_give_no_warning(caplog: pytest.LogCaptureFixture):
-    cache, health = make_cache([0])[0], Health()
+    cache, diagnostics = make_cache([0])[0], Diagnostics()
     for staleness in [0.9] * (PATIENCE - 1) + [0.1] + [0.9] * (PATIENCE - 1):
-        health.take([Staleness(torch.tensor(staleness))])
-        health.read(cache)
+        diagnostics.begin([partial(dict, staleness=torch.tensor(staleness))])
+        diagnostics.read(cache)
     assert caplog.records == []
-    health.read(cache)
+    diagnostics.read(cache)
     assert len(caplog.records) == 1

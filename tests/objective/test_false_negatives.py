@@ -1,4 +1,4 @@
-"""Documents that are too good to be negatives: margins and a guide, in the cache and in the batch."""
+"""False negatives: margins and a guide hide documents of the cache and of the batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from negative_cache import FixedLenFeature, NegativeCacheLoss
 from negative_cache.objective.batch import GUIDE
-from negative_cache.objective.loss import Margins
-from negative_cache.retrieval import Guide, Limits, RowPool, Scale, retrieve
-from negative_cache.retrieval.dense import dense_scores, grouped_top_k, retrieve_dense
-from negative_cache.retrieval.tiled import retrieve_streaming
+from negative_cache.objective.loss import FalseNegativeLimits
+from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
+from negative_cache.retrieval.dense import grouped_top_k, retrieve_dense
+from negative_cache.retrieval.search import dense_scores
+from negative_cache.retrieval.tiled import retrieve_tiled
 from stats import ALPHA, chi_square
 from support import as_on_a_gpu
 
@@ -29,25 +30,25 @@ def randn(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 # Margins
 
 
-def test_ceilings_of_margins():
+def test_margins_set_ceilings():
     similarities = torch.tensor([0.8, 0.0, -0.4], dtype=torch.float64)
-    assert Margins().ceilings(similarities) is None
+    assert FalseNegativeLimits().ceilings(similarities) is None
     expected = {
-        Margins(0.1): [0.7, -0.1, -0.5],
-        Margins(-0.1): [0.9, 0.1, -0.3],
-        Margins(None, 0.05): [0.76, 0.0, -0.42],  # below a negative similarity too
-        Margins(0.1, 0.25): [0.6, -0.1, -0.5],  # the stricter one
-        Margins(None, 0.0): [0.8, 0.0, -0.4],
+        FalseNegativeLimits(0.1): [0.7, -0.1, -0.5],
+        FalseNegativeLimits(-0.1): [0.9, 0.1, -0.3],
+        FalseNegativeLimits(None, 0.05): [0.76, 0.0, -0.42],  # below a negative similarity too
+        FalseNegativeLimits(0.1, 0.25): [0.6, -0.1, -0.5],  # the stricter one
+        FalseNegativeLimits(None, 0.0): [0.8, 0.0, -0.4],
     }
-    for margins, ceilings in expected.items():
-        found = margins.ceilings(similarities)
+    for limits, ceilings in expected.items():
+        found = limits.ceilings(similarities)
         torch.testing.assert_close(found, torch.tensor(ceilings, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 @settings(deadline=None)
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1))
-def test_a_positive_is_never_below_its_own_ceiling_less_the_margin(similarity: float, absolute: float, relative: float):
-    found = Margins(absolute, relative).ceilings(torch.tensor([similarity], dtype=torch.float64))
+def test_the_stricter_margin_counts(similarity: float, absolute: float, relative: float):
+    found = FalseNegativeLimits(absolute, relative).ceilings(torch.tensor([similarity], dtype=torch.float64))
     assert found is not None
     assert float(found) == pytest.approx(min(similarity - absolute, similarity - relative * abs(similarity)))
 
@@ -61,7 +62,7 @@ def test_a_positive_is_never_below_its_own_ceiling_less_the_margin(similarity: f
         ({"guide_margin": float("inf")}, "`guide_margin` is inf"),
     ],
 )
-def test_margins_that_make_no_sense_are_refused(given: dict[str, float], message: str):
+def test_margins_out_of_range_are_refused(given: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         NegativeCacheLoss(lambda f: f["x"], 8, **given)
 
@@ -70,109 +71,90 @@ def test_margins_that_make_no_sense_are_refused(given: dict[str, float], message
 
 
 class Case(NamedTuple):
-    queries: Tensor
-    pool: RowPool
-    limits: Limits
-    excluded: Tensor
-    hidden: Tensor  # [batch, rows]: by the limits, one by one
+    search: Search  # with ceilings
+    hidden: Tensor  # [batch, rows]: by the ceilings, one by one
 
 
 def make_case(kind: str, dtype: torch.dtype = torch.float64, num_rows: int = 150, batch: int = 5) -> Case:
-    """Two caches, some rows not filled; biases, which do not count for the limits."""
-    cut = num_rows // 3
+    """Some rows are not filled, some excluded; biases, which do not count for the ceilings."""
     queries, rows = randn(batch, DIM, seed=0, dtype=dtype), randn(num_rows, DIM, seed=1, dtype=dtype)
     filled = randn(num_rows, seed=2) > -1
     biases = 3 * randn(num_rows, seed=3, dtype=torch.float32)
     guide_queries, guide_rows = randn(batch, GUIDE_DIM, seed=4), randn(num_rows, GUIDE_DIM, seed=5)
-    parts = [slice(0, cut), slice(cut, num_rows)]
-    pool = RowPool([rows[p] for p in parts], [filled[p] for p in parts], biases=[biases[p] for p in parts])
-    ceilings = torch.linspace(-1, 3, batch, dtype=torch.float64)
-    guide_ceilings = torch.linspace(2, -0.5, batch, dtype=torch.float64)
+    scores = torch.linspace(-1, 3, batch, dtype=torch.float64)
+    guide_scores = torch.linspace(2, -0.5, batch, dtype=torch.float64)
     hidden = torch.zeros(batch, num_rows, dtype=torch.bool)
     for query in range(batch):
         for row in range(num_rows):
             score = 2.0 * float(queries[query].double() @ rows[row].double())
             opinion = float(guide_queries[query] @ guide_rows[row])
-            hidden[query, row] |= kind != "guide" and score > float(ceilings[query])
-            hidden[query, row] |= kind != "ceilings" and opinion > float(guide_ceilings[query])
-    guide_pool = RowPool([guide_rows[p] for p in parts], [filled[p] for p in parts])
-    limits = Limits(
-        None if kind == "guide" else ceilings.to(pool.score_dtype),
-        None if kind == "ceilings" else Guide(guide_queries, guide_pool, guide_ceilings),
+            hidden[query, row] |= kind != "guide" and score > float(scores[query])
+            hidden[query, row] |= kind != "margins" and opinion > float(guide_scores[query])
+    pool = RowPool(rows, filled, biases=biases)
+    ceilings = Ceilings(
+        None if kind == "guide" else scores.to(pool.score_dtype),
+        *(() if kind == "margins" else (guide_queries, RowPool(guide_rows, filled), guide_scores)),
     )
-    return Case(queries, pool, limits, torch.tensor([[3, -1], [cut, 4], [-1, -1], [7, 8], [num_rows - 1, 0]]), hidden)
+    excluded = torch.tensor([[3, -1], [num_rows // 3, 4], [-1, -1], [7, 8], [num_rows - 1, 0]])
+    return Case(Search(queries, pool, Scale(2.0), excluded, ceilings), hidden)
 
 
 def expected_scores(case: Case) -> Tensor:
-    """Without the limits, and then what they hide one by one."""
-    plain = dense_scores(case.queries, case.pool, Scale(2.0), case.excluded)
-    return plain.masked_fill(case.hidden, -torch.inf)
+    """The scores without ceilings, from which hidden rows are removed one by one."""
+    return dense_scores(case.search._replace(ceilings=None)).masked_fill(case.hidden, -torch.inf)
 
 
-KINDS = ["ceilings", "guide", "both"]
+KINDS = ["margins", "guide", "both"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("how", ["dense", "one tile", "tiles of 32", "tiles of 32, on a GPU", "float32"])
-def test_limits_hide_rows_from_the_pass(kind: str, top_k: int | None, how: str):
+def test_ceilings_hide_rows_from_the_pass(kind: str, top_k: int | None, how: str):
     case = make_case(kind, torch.float32 if how == "float32" else torch.float64)
-    given: dict[str, Any] = {
-        "generator": torch.Generator().manual_seed(0),
-        "score_transform": Scale(2.0),
-        "excluded": case.excluded,
-        "top_k": top_k,
-        "num_samples": 50,
-        "num_top": 4,
-        "limits": case.limits,
-    }
+    search, generator = case.search._replace(top_k=top_k, num_samples=50, num_best=4), torch.Generator().manual_seed(0)
     if how == "dense":
-        found = retrieve_dense(case.queries, case.pool, **given)
+        found = retrieve_dense(search, generator)
     elif how == "tiles of 32":
-        found = retrieve_streaming(case.queries, case.pool, tile_rows=32, **given)
+        found = retrieve_tiled(search, generator, tile_rows=32)
     elif how == "tiles of 32, on a GPU":
         with as_on_a_gpu():
-            found = retrieve_streaming(case.queries, case.pool, tile_rows=32, **given)
+            found = retrieve_tiled(search, generator, tile_rows=32)
     else:
-        found = retrieve(case.queries, case.pool, **given)
+        found = retrieve(search, generator)
     scores = expected_scores(case)
-    is_candidate = torch.cat(list(case.pool.candidates))
-    is_own = (case.excluded[:, :, None] == torch.arange(case.pool.num_rows)).any(dim=1)
-    assert found.num_limited.tolist() == (case.hidden & is_candidate & ~is_own).sum(1).tolist()
-    assert int(found.num_limited.min()) > 0
+    is_own = (search.excluded[:, :, None] == torch.arange(search.pool.num_rows)).any(dim=1)
+    assert found.num_hidden.tolist() == (case.hidden & search.pool.is_candidate & ~is_own).sum(1).tolist()
+    assert int(found.num_hidden.min()) > 0
     if top_k is not None:
         best, rows = grouped_top_k(scores, top_k)
         scores = torch.full_like(scores, -torch.inf).scatter(1, rows, best)
     tolerance = 1e-5 if how == "float32" else 1e-12
     torch.testing.assert_close(found.lse, scores.logsumexp(1), rtol=tolerance, atol=tolerance)
-    top = scores.topk(4, dim=1)
-    torch.testing.assert_close(found.top_scores, top.values, rtol=tolerance, atol=tolerance)
+    best_scores = scores.topk(4, dim=1).values
+    torch.testing.assert_close(found.best_scores, best_scores, rtol=tolerance, atol=tolerance)
     assert bool((scores.gather(1, found.rows) > -torch.inf).all())
-    if top_k is not None:
-        assert bool((scores.gather(1, found.group_rows).amax(1) == scores.amax(1)).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_draws_follow_the_softmax_of_what_is_left(kind: str):
     case = make_case(kind, num_rows=40)
-    given = {"score_transform": Scale(2.0), "excluded": case.excluded, "num_samples": 4000}
-    generator = torch.Generator().manual_seed(0)
-    found = retrieve_streaming(case.queries, case.pool, generator=generator, limits=case.limits, tile_rows=16, **given)
+    search = case.search._replace(num_samples=4000)
+    found = retrieve_tiled(search, torch.Generator().manual_seed(0), tile_rows=16)
     probabilities = expected_scores(case).softmax(1)
-    unlimited = dense_scores(case.queries, case.pool, Scale(2.0), case.excluded).softmax(1)
+    unlimited = dense_scores(search._replace(ceilings=None)).softmax(1)
     for query in range(len(probabilities)):
         assert chi_square(found.rows[query], probabilities[query]) > ALPHA
         assert chi_square(found.rows[query], unlimited[query]) < ALPHA
 
 
-def test_where_everything_is_hidden_there_is_nothing():
-    case = make_case("ceilings")
-    limits = Limits(torch.full((5,), -1e9, dtype=torch.float64))
-    generator = torch.Generator()
+def test_a_query_from_which_all_rows_are_hidden_gets_none():
+    ceilings = Ceilings(torch.full((5,), -1e9, dtype=torch.float64))
+    search = make_case("margins").search._replace(ceilings=ceilings, num_best=2)
     for retrieve_fn in (retrieve, retrieve_dense):
-        found = retrieve_fn(case.queries, case.pool, generator=generator, limits=limits, num_top=2)
+        found = retrieve_fn(search, torch.Generator())
         assert bool((found.lse == -torch.inf).all())
-        assert bool((found.top_rows == -1).all())
+        assert bool((found.best_rows == -1).all())
 
 
 # The loss
@@ -227,9 +209,9 @@ def dense_value(
         own = int(DOCUMENTS[query])
         similarity = float(QUERIES[query] @ TABLE[own])
         opinion = float(GUIDE_QUERIES[query] @ GUIDE_TABLE[own])
-        fresh = [*DOCUMENTS.tolist(), *GIVEN.tolist()]
+        in_batch = [*DOCUMENTS.tolist(), *GIVEN.tolist()]
         scores = [SCALE * similarity]
-        for place, documents in (("batch", fresh), ("cache", [r for r in range(NUM_ROWS) if r not in fresh])):
+        for place, documents in (("batch", in_batch), ("cache", [r for r in range(NUM_ROWS) if r not in in_batch])):
             for document in documents:
                 if document == own:
                     continue
@@ -265,8 +247,8 @@ def test_the_loss_hides_documents_of_cache_and_batch(case: dict[str, float], is_
         assert value != pytest.approx(dense_value(**case, hides_in=hides_in)[0], rel=1e-3)
 
 
-def test_a_hidden_document_gets_no_gradient():
-    """Of the cache it is not drawn, of the batch not pushed away."""
+def test_a_hidden_document_is_not_trained_on():
+    """A hidden document of the cache is not drawn; one of the batch gets no gradient from the query."""
     seen: set[int] = set()
     loss_fn = make_loss(False, absolute_margin=0.2)
     encode = loss_fn.document_encoder

@@ -1,4 +1,4 @@
-"""Documents that are met with known probabilities: the corrected softmax stands for all documents alike."""
+"""`log_q`: where documents occur with known probabilities, the corrected softmax is that over all documents."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_mean_of_the_corrected_partition_is_that_of_all_documents(in_batch: 
 
 
 @pytest.mark.parametrize("log_q", [None, LOG_Q.min() - LOG_Q, LOG_Q / 2, torch.zeros(3)])
-def test_without_the_right_correction_it_is_another(log_q: Tensor | None):
+def test_without_the_right_correction_the_mean_is_another(log_q: Tensor | None):
     assert float((mean_partition(log_q) / TRUTH - 1).abs().max()) > 0.05
 
 
@@ -85,7 +85,7 @@ def trained(**settings: Any) -> NegativeCacheLoss:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_it_is_given_in_every_step_or_in_none(first: bool):
+def test_log_q_is_given_in_every_step_or_in_none(first: bool):
     loss_fn, items = make_loss(), torch.tensor([0, 1])
     step(loss_fn, items, LOG_Q if first else None)
     before = snapshot(loss_fn)
@@ -103,7 +103,7 @@ def test_it_is_given_in_every_step_or_in_none(first: bool):
         (torch.tensor([-1.0, 0.5]), ValueError, "`log_q` has 0.5; expected logs of probabilities"),
     ],
 )
-def test_wrong_ones_are_refused(log_q: Tensor, error: type[Exception], message: str):
+def test_wrong_log_q_is_refused(log_q: Tensor, error: type[Exception], message: str):
     loss_fn = make_loss()
     with pytest.raises(error, match=message):
         loss_fn(QUERIES, ITEMS[:2], {"item": torch.tensor([0, 1])}, log_q=log_q)
@@ -111,7 +111,7 @@ def test_wrong_ones_are_refused(log_q: Tensor, error: type[Exception], message: 
 
 
 @pytest.mark.parametrize("given", [{"document_ids": torch.tensor([0, 1])}, {"positive_ids": torch.tensor([[2], [-1]])}])
-def test_ids_beside_it_are_refused(given: dict[str, Tensor]):
+def test_log_q_with_ids_is_refused(given: dict[str, Tensor]):
     loss_fn = make_loss()
     with pytest.raises(ValueError, match="`log_q` was given with ids"):
         loss_fn(QUERIES, ITEMS[:2], {"item": torch.tensor([0, 1])}, log_q=LOG_Q[:2], **given)
@@ -120,7 +120,7 @@ def test_ids_beside_it_are_refused(given: dict[str, Tensor]):
 
 @pytest.mark.parametrize("with_specs", [True, False])
 @pytest.mark.parametrize("how", ["state_dict", "checkpoint", "checkpoint of another size"])
-def test_it_is_saved_with_the_cache(with_specs: bool, how: str, tmp_path: Path):
+def test_log_q_is_saved_with_the_cache(with_specs: bool, how: str, tmp_path: Path):
     settings = {"specs": SPECS if with_specs else None, "embedding_dtype": torch.float32}
     saved = trained(**settings)
     loaded = make_loss(12 if "size" in how else 8, **settings)
@@ -142,8 +142,8 @@ def test_it_is_saved_with_the_cache(with_specs: bool, how: str, tmp_path: Path):
     torch.testing.assert_close(*both, rtol=1e-6, atol=0)
 
 
-def test_it_stays_exact_where_embeddings_are_rounded_and_features_in_files(tmp_path: Path):
-    loss_fn = trained(embedding_dtype=torch.int8, feature_folder=tmp_path)
+def test_log_q_stays_exact_where_embeddings_are_rounded():
+    loss_fn = trained(embedding_dtype=torch.int8)
     cache = loss_fn.cache
     assert cache is not None
     values, scales = cache.stored(BIAS)

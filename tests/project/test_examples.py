@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_several_ranks_go_on_with_another_number_of_them(tmp_path: Path):
+def test_several_ranks_resume_with_another_number_of_them(tmp_path: Path):
     def run(ranks: int, steps: int) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += [str(EXAMPLES / "several_ranks.py"), "--folder", str(tmp_path / "run")]
@@ -23,19 +23,16 @@ def test_several_ranks_go_on_with_another_number_of_them(tmp_path: Path):
     assert "step 30: loss" in second
 
 
-def test_a_large_cache_takes_the_memory_that_was_predicted(tmp_path: Path):
+def test_a_large_cache_takes_the_memory_that_was_predicted():
     command = [sys.executable, str(EXAMPLES / "large_cache.py"), "--cache-size", "2048", "--batch-size", "256"]
-    said = subprocess.run(
-        [*command, "--folder", str(tmp_path)], check=True, text=True, capture_output=True, timeout=100
-    )
+    said = subprocess.run(command, check=True, text=True, capture_output=True, timeout=100)
     lines = said.stdout.splitlines()
     predicted = sum(
         float(line.split()[2]) for line in lines if line.startswith(("predicted e", "predicted f", "predicted b"))
     )
-    (found,) = (float(line.split()[3]) for line in lines if line.startswith("the cache has"))
-    assert abs(found - predicted) <= 0.15
+    (found,) = (float(line.split()[3]) for line in lines if line.startswith("the cache takes"))
+    assert 0.8 < found / predicted < 1.2  # the room for new tokens depends on the last compaction
     assert "fill 1.00" in said.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_recommender_is_better_with_corrected_popularity():
@@ -74,10 +71,10 @@ def test_a_plain_loop_learns(tmp_path: Path):
 
 
 @pytest.mark.gpu
-def test_two_towers_in_lightning_learn_and_go_on(tmp_path: Path):
+def test_two_towers_in_lightning_learn_and_resume(tmp_path: Path):
     pytest.importorskip("lightning")
     options = ("--folder", str(tmp_path), "--epochs")
-    first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "3"))
+    first, second = (run_example("lightning_towers.py", *options, epochs) for epochs in ("1", "2"))
     losses = [float(said.split("val_loss ")[1].split()[0]) for said in (first, second)]
     assert losses[1] < losses[0] - 0.3
     assert "cache 100% full" in second

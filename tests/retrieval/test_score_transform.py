@@ -1,20 +1,16 @@
-"""Which score transforms are multiplications."""
+"""Which score transforms count as multiplications."""
 
 from __future__ import annotations
-
-import logging
 
 import pytest
 import torch
 from torch import Tensor
 
-from negative_cache import retrieval
-from negative_cache.retrieval import RowPool, Scale, logs, retrieve
-from negative_cache.retrieval import score_transform as transform
+from negative_cache.retrieval import Scale, retrieve
 from negative_cache.retrieval.dense import retrieve_dense
-from negative_cache.retrieval.fused import launch as fused
 from negative_cache.retrieval.score_transform import factor_of
-from support import as_on_a_gpu
+from retrieval_problems import generator, in_float64, random_search
+from support import Recorder, as_on_a_gpu
 
 CPU = torch.device("cpu")
 
@@ -73,70 +69,35 @@ class Affine(torch.nn.Module):
         return self.weight * scores + self.bias
 
 
-def test_on_a_gpu_a_function_is_looked_at_once_unless_it_can_change(monkeypatch: pytest.MonkeyPatch):
-    looked = []
-    original = transform._is_multiplied
-    monkeypatch.setattr(transform, "_is_multiplied", lambda *args: (looked.append(1), original(*args))[1])
-    temperature = 0.05
+def test_on_a_gpu_a_function_is_checked_once_unless_it_can_change():
+    temperature, module = 0.05, Affine()
 
     def scaled(scores: Tensor) -> Tensor:
         return torch.div(scores, temperature)
 
-    module = Affine()
-    with as_on_a_gpu():
-        for _ in range(3):
-            assert float(factor_of(scaled, CPU, torch.float32)) == pytest.approx(20)
-            assert factor_of(lambda scores: scores + temperature, CPU, torch.float32) is None
-        assert len(looked) == 1 + 3  # each lambda is a new one
-        for value in (2.0, 5.0):
-            module.weight.fill_(value)
-            assert float(factor_of(module, CPU, torch.float32)) == value
-        module.bias.fill_(-3)
-        assert factor_of(module, CPU, torch.float32) is None
-        assert factor_of(lambda scores: module.weight * scores, CPU, torch.float32) == 5
+    def checked(function) -> tuple[float | None, bool]:
+        """The factor, and whether a value was read, which synchronizes a GPU."""
+        with as_on_a_gpu(), Recorder() as recorder:
+            factor = factor_of(function, CPU, torch.float32)
+        return None if factor is None else float(factor), "_local_scalar_dense" in recorder.names
+
+    for number in range(3):
+        factor, is_read = checked(scaled)
+        assert factor == pytest.approx(20)
+        assert is_read == (number == 0)
+        assert checked(lambda scores: scores + temperature) == (None, True)  # each lambda is a new function
+    for value in (2.0, 5.0):
+        module.weight.fill_(value)
+        assert checked(module) == (value, True)
+    module.bias.fill_(-3)
+    assert checked(module) == (None, True)
+    assert checked(lambda scores: module.weight * scores) == (5, True)
 
 
 @pytest.mark.parametrize("function", [Scale(7.0), lambda s: 7 * s, lambda s: 7 * s + 1, torch.tanh])
 def test_scores_are_those_of_the_function(function):
-    rng = torch.Generator().manual_seed(0)
-    queries, rows = (torch.randn(size, 5, generator=rng) for size in (4, 30))
-    pool = RowPool([rows], [torch.ones(30, dtype=torch.bool)])
-    exact = RowPool([rows.double()], pool.candidates)
-    found = retrieve(queries, pool, generator=rng, score_transform=function, num_top=5)
-    truth = retrieve_dense(queries.double(), exact, generator=rng, score_transform=function, num_top=5)
+    search = random_search(4, 30, torch.float32)._replace(score_transform=function, num_best=5)
+    found = retrieve(search, generator())
+    truth = retrieve_dense(in_float64(search), generator())
     torch.testing.assert_close(found.lse, truth.lse.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.top_rows, truth.top_rows)
-
-
-def test_what_runs_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logs, "_said", set())
-    pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
-    with caplog.at_level(logging.INFO, logger="negative_cache"):
-        for _ in range(3):
-            retrieve(torch.ones(2, 2), pool, generator=torch.Generator())
-    assert [record.message for record in caplog.records] == ["Retrieval on cpu: tiled PyTorch, float32 rows."]
-
-
-class OnAGpu:
-    """As much of a tensor as is looked at to choose what runs."""
-
-    device = torch.device("cuda")
-    dtype = torch.float32
-
-
-def test_a_gpu_without_triton_or_with_another_transform_gets_the_tiled_pass(monkeypatch: pytest.MonkeyPatch):
-    pool = RowPool([torch.ones(4, 2)], [torch.ones(4, dtype=torch.bool)])
-    said = retrieval._why_not_fused(OnAGpu(), pool, torch.tanh, 1, None)
-    assert said == (
-        "tiled PyTorch, float32 rows: the score transform is no multiplication, which the fused kernel needs."
-    )
-    monkeypatch.setattr(fused, "_has_triton", lambda: False)
-    assert (
-        retrieval._why_not_fused(OnAGpu(), pool, None, 1, None)
-        == "tiled PyTorch, float32 rows: Triton is not installed."
-    )
-    monkeypatch.undo()
-    assert "at most 16 samples" in (fused.reason_against(torch.ones(1, 2), pool, 17) or "")
-    several = RowPool([torch.ones(4, 2)] * 2, [torch.ones(4, dtype=torch.bool)] * 2)
-    monkeypatch.setattr(fused, "_has_triton", lambda: True)
-    assert "the pool has 2 parts" in (retrieval._why_not_fused(OnAGpu(), several, None, 1, None) or "")
+    assert torch.equal(found.best_rows, truth.best_rows)

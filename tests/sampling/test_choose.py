@@ -1,9 +1,8 @@
-"""Documents that serve all queries: every outcome of the draws and of the choice is enumerated, nothing is sampled."""
+"""The choice of shared documents: every outcome of the draws and of the choice is enumerated, nothing is sampled."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from typing import NamedTuple
 
 import pytest
@@ -20,18 +19,17 @@ from negative_cache.estimators import (
     inclusion_probabilities,
     systematic_sample,
 )
-from negative_cache.retrieval import Limits, RowPool, Scale
-from negative_cache.retrieval.dense import dense_scores, retrieve_dense
-from negative_cache.sampling.choose import Candidates, candidates_of, choose, count_equal
+from negative_cache.retrieval import Ceilings, RowPool, Scale, Search
+from negative_cache.retrieval.dense import retrieve_dense
+from negative_cache.retrieval.search import dense_scores
+from negative_cache.sampling.choose import Candidates, choose, count_equal, weigh_candidates
 from support import as_on_a_gpu
 
 QUERIES, ROWS, DIM = 2, 3, 4
 
 
 class Case(NamedTuple):
-    queries: Tensor  # [2, dim]
-    pool: RowPool  # three rows
-    excluded: Tensor  # [2, 1]: the second query does not see row 0
+    search: Search  # two queries and three rows; the second query does not see row 0
     lse: Tensor  # [2]
     rho: Tensor  # [2, 3]
 
@@ -40,9 +38,10 @@ class Case(NamedTuple):
 def case() -> Case:
     generator = torch.Generator().manual_seed(0)
     queries, rows = (torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in (QUERIES, ROWS))
-    pool, excluded = RowPool([rows], [torch.ones(ROWS, dtype=torch.bool)]), torch.tensor([[-1], [0]])
-    scores = dense_scores(queries, pool, excluded=excluded)
-    return Case(queries, pool, excluded, scores.logsumexp(1), scores.softmax(1))
+    pool = RowPool(rows, torch.ones(ROWS, dtype=torch.bool))
+    search = Search(queries, pool, excluded=torch.tensor([[-1], [0]]))
+    scores = dense_scores(search)
+    return Case(search, scores.logsumexp(1), scores.softmax(1))
 
 
 def outcomes(rho: Tensor, num_samples: int):
@@ -56,8 +55,8 @@ def outcomes(rho: Tensor, num_samples: int):
 
 
 def weigh(case: Case, rows: Tensor, num_samples: int) -> Candidates:
-    everyone = torch.ones_like(rows, dtype=torch.bool)
-    return candidates_of(case.queries, case.pool, case.lse, rows, everyone, num_samples, None, case.excluded)
+    search = case.search._replace(num_samples=num_samples)
+    return weigh_candidates(search, case.lse, rows, torch.ones_like(rows, dtype=torch.bool))
 
 
 def by_row(values: Tensor, rows: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ def by_row(values: Tensor, rows: Tensor) -> Tensor:
 
 def expected_weights(case: Case, num_samples: int) -> Tensor:
     return sum(
-        probability * by_row(candidates.weights, candidates.rows)
+        probability * by_row(candidates.views[0].weights, candidates.rows)
         for rows, probability in outcomes(case.rho, num_samples)
         for candidates in [weigh(case, rows, num_samples)]
     )
@@ -96,10 +95,10 @@ def test_no_draw_weighs_more_than_one_of_its_own(case: Case, num_samples: int):
     for rows, _ in outcomes(case.rho, num_samples):
         candidates = weigh(case, rows, num_samples)
         counts = torch.bincount(rows, minlength=ROWS)[candidates.rows]
-        assert bool((candidates.weights <= counts / num_samples + 1e-12).all())
+        assert bool((candidates.views[0].weights <= counts / num_samples + 1e-12).all())
 
 
-def choices(candidates: Candidates, sizes: Tensor, query: Tensor, count: int):
+def choices(sizes: Tensor, query: Tensor, count: int):
     """All outcomes of the choice: it is constant between the points at which the running sum has whole distances."""
     chances = inclusion_probabilities(sizes, count)[query.argsort(stable=True)]
     edges = sorted({0.0, 1.0, *(chances.cumsum(0) % 1).tolist()})
@@ -112,26 +111,26 @@ def choices(candidates: Candidates, sizes: Tensor, query: Tensor, count: int):
 def two_phases(case: Case, num_candidates: int, count: int, has_factors: bool = True) -> tuple[Tensor, Tensor]:
     """The means of the final weights by row, and of the correction."""
     shares = torch.tensor([0.9, 0.2], dtype=torch.float64)
-    weights, corrections = torch.zeros_like(case.rho), torch.zeros_like(case.queries)
+    weights, corrections = torch.zeros_like(case.rho), torch.zeros_like(case.search.queries)
     for rows, probability in outcomes(case.rho, num_candidates):
         candidates = weigh(case, rows, num_candidates)
-        for choice, part in choices(candidates, *candidates.sizes(shares, case.queries), count):
-            final = candidates.weights[:, choice.at] * (choice.factors if has_factors else 1)
+        for choice, part in choices(*candidates.sizes(shares, case.search.queries), count):
+            factors = choice.factors if has_factors else torch.ones_like(choice.factors)
+            (final,) = candidates.weigh(choice.at, factors)
             assert len(choice.at.unique()) == len(choice.at) <= count
-            weights += probability * part * by_row(final, candidates.rows[choice.at])
-            correction = candidates.weights @ candidates.cached - final @ candidates.cached[choice.at]
-            corrections += probability * part * correction
+            weights += probability * part * by_row(final.weights, candidates.rows[choice.at])
+            corrections += probability * part * final.correction
     return weights, corrections
 
 
 @pytest.mark.parametrize(("num_candidates", "count"), [(1, 1), (2, 1), (2, 2), (3, 2)])
-def test_what_is_chosen_has_the_softmax_as_its_mean(case: Case, num_candidates: int, count: int):
+def test_chosen_documents_have_the_softmax_as_their_mean(case: Case, num_candidates: int, count: int):
     weights, correction = two_phases(case, num_candidates, count)
     torch.testing.assert_close(weights, case.rho, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(correction, torch.zeros_like(correction), rtol=0, atol=1e-12)
 
 
-def test_what_is_chosen_without_its_factor_has_another_mean(case: Case):
+def test_chosen_documents_without_their_factors_have_another_mean(case: Case):
     weights, correction = two_phases(case, 2, 1, has_factors=False)
     assert float((weights - case.rho).abs().max()) > 0.05
     assert float(correction.abs().max()) > 0.05
@@ -140,66 +139,75 @@ def test_what_is_chosen_without_its_factor_has_another_mean(case: Case):
 # The parts
 
 
-def test_candidates_have_the_probabilities_of_the_pass_that_drew_them():
+def test_candidates_have_the_probabilities_of_the_pass_that_drew_them(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Tensor] = []
+
+    def recorded(log_probabilities: Tensor, counts: Tensor, num_samples: int) -> Tensor:
+        seen.append(log_probabilities)
+        return balance_weights(log_probabilities, counts, num_samples)
+
+    monkeypatch.setattr(estimators, "balance_weights", recorded)
     generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(5, DIM, generator=generator, dtype=torch.float64)
-    parts = [torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in (4, 7)]
-    visible = [torch.rand(len(part), generator=generator) > 0.2 for part in parts]
-    biases = [torch.randn(len(part), generator=generator) for part in parts]
-    pool, excluded = RowPool(parts, visible, biases=biases), torch.tensor([[0, 5], [1, -1], [7, 8], [-1, -1], [10, 2]])
-    limits = Limits(torch.full((5,), 1.5, dtype=torch.float64))
-    for top_k in (None, 4):
-        given = {"score_transform": Scale(2.0), "excluded": excluded, "limits": limits}
-        drawn = retrieve_dense(queries, pool, generator=generator, top_k=top_k, num_samples=6, **given)
-        rows = drawn.rows.flatten()
-        everyone = torch.ones_like(rows, dtype=torch.bool)
-        found = candidates_of(queries, pool, drawn.lse, rows, everyone, 6, group_rows=drawn.group_rows, **given)
-        truth = dense_scores(queries, pool, **given)
-        if drawn.group_rows is not None:
-            is_best = torch.zeros_like(truth, dtype=torch.bool).scatter(1, drawn.group_rows, True)
-            truth = truth.masked_fill(~is_best, -torch.inf)
-        assert bool((truth[:, found.rows] == -torch.inf).any())
-        expected = truth.log_softmax(1)[:, found.rows]
-        torch.testing.assert_close(found.log_probabilities, expected, rtol=1e-12, atol=1e-12)
-        assert found.rows.tolist() == list(dict.fromkeys(rows.tolist()))
-        torch.testing.assert_close(found.cached, torch.cat(parts)[found.rows], rtol=0, atol=0)
+    queries, rows = (torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in (5, 11))
+    is_candidate = torch.rand(len(rows), generator=generator) > 0.2
+    search = Search(
+        queries,
+        RowPool(rows, is_candidate, biases=torch.randn(len(rows), generator=generator)),
+        Scale(2.0),
+        excluded=torch.tensor([[0, 5], [1, -1], [7, 8], [-1, -1], [10, 2]]),
+        ceilings=Ceilings(torch.full((5,), 1.5, dtype=torch.float64)),
+        num_samples=6,
+    )
+    drawn = retrieve_dense(search, generator)
+    flat = drawn.rows.flatten()
+    found = weigh_candidates(search, drawn.lse, flat, torch.ones_like(flat, dtype=torch.bool))
+    truth = dense_scores(search)
+    assert bool((truth[:, found.rows] == -torch.inf).any())
+    (log_probabilities,) = seen
+    torch.testing.assert_close(log_probabilities, truth.log_softmax(1)[:, found.rows], rtol=1e-12, atol=1e-12)
+    assert found.rows.tolist() == list(dict.fromkeys(flat.tolist()))
+    torch.testing.assert_close(found.views[0].cached, rows[found.rows], rtol=0, atol=0)
 
 
 def test_a_query_without_negatives_has_weights_of_zero(case: Case):
     lse = torch.stack([case.lse[0], torch.tensor(-torch.inf, dtype=torch.float64)])
     rows, is_drawn = torch.tensor([2, 2, 0, 0]), torch.tensor([True, True, False, False])
-    excluded = torch.tensor([[-1, -1, -1], [0, 1, 2]])
-    found = candidates_of(case.queries, case.pool, lse, rows, is_drawn, 2, None, excluded)
+    search = case.search._replace(excluded=torch.tensor([[-1, -1, -1], [0, 1, 2]]), num_samples=2)
+    found = weigh_candidates(search, lse, rows, is_drawn)
     assert found.rows.tolist() == [2]
-    assert found.weights.tolist() == [[1.0], [0.0]]  # two draws of two, and no other query could draw it
+    assert found.views[0].weights.tolist() == [[1.0], [0.0]]  # two draws of two, and no other query could draw it
 
 
-def test_what_cannot_be_looked_at_gives_the_same(case: Case):
-    """On a GPU the numbers of candidates and of chosen ones are fixed: superfluous ones weigh nothing."""
+def test_padded_candidates_have_the_same_weights(case: Case):
+    """On a GPU the numbers of candidates and of chosen documents are fixed; placeholders have the weight 0."""
     shares = torch.tensor([0.9, 0.2], dtype=torch.float64)
+    queries = case.search.queries
     for rows, _ in outcomes(case.rho, 2):
         found = weigh(case, rows, 2)
         with as_on_a_gpu():
             fixed = weigh(case, rows, 2)
         assert len(fixed.rows) == 4
         torch.testing.assert_close(
-            by_row(fixed.weights, fixed.rows), by_row(found.weights, found.rows), rtol=1e-14, atol=0
+            by_row(fixed.views[0].weights, fixed.rows), by_row(found.views[0].weights, found.rows), rtol=1e-14, atol=0
         )
         assert torch.equal(fixed.positions[found.positions], found.positions)
         for number in range(8):
             uniform = torch.tensor((number + 0.5) / 8, dtype=torch.float64)
-            choice = choose(*found.sizes(shares, case.queries), 2, uniform)
+            choice = choose(*found.sizes(shares, queries), 2, uniform)
             with as_on_a_gpu():
-                other = choose(*fixed.sizes(shares, case.queries), 2, uniform)
+                other = choose(*fixed.sizes(shares, queries), 2, uniform)
             assert len(other.at) == 2
             at = other.at[other.is_chosen]
             assert sorted(fixed.rows[at].tolist()) == sorted(found.rows[choice.at].tolist())
             assert other.factors[~other.is_chosen].tolist() == [0.0] * int((~other.is_chosen).sum())
-            final = found.weights[:, choice.at] * choice.factors
-            padded = fixed.weights[:, other.at] * other.factors
+            (final,), (padded,) = found.weigh(choice.at, choice.factors), fixed.weigh(other.at, other.factors)
             torch.testing.assert_close(
-                by_row(padded, fixed.rows[other.at]), by_row(final, found.rows[choice.at]), rtol=1e-12, atol=0
+                by_row(padded.weights, fixed.rows[other.at]),
+                by_row(final.weights, found.rows[choice.at]),
+                rtol=1e-12,
+                atol=0,
             )
+            torch.testing.assert_close(padded.correction, final.correction, rtol=1e-10, atol=1e-14)
 
 
 @settings(deadline=None)
@@ -218,14 +226,14 @@ def test_count_equal_counts_at_the_first_occurrence(entries: list[tuple[int, boo
 
 def test_the_share_is_the_derivative_of_the_loss_by_the_lse_of_the_cache():
     values = [torch.tensor(x, dtype=torch.float64) for x in ([0.3, -2.0, 40.0], [1.0, 3.0, -40.0], [0.5, -1.0, 2.0])]
-    positive, lse, fresh = values
+    positive, lse, in_batch_lse = values
     leaf = lse.clone().requires_grad_()
-    loss = torch.nn.functional.softplus(torch.logaddexp(leaf, fresh) - positive)
+    loss = torch.nn.functional.softplus(torch.logaddexp(leaf, in_batch_lse) - positive)
     (expected,) = torch.autograd.grad(loss.sum(), leaf)
-    torch.testing.assert_close(cache_share(positive, lse, fresh), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cache_share(positive, lse, in_batch_lse), expected, rtol=1e-12, atol=0)
     nothing = torch.full((3,), -torch.inf, dtype=torch.float64)
     torch.testing.assert_close(cache_share(positive, lse, nothing), (lse - positive).sigmoid(), rtol=1e-12, atol=0)
-    assert cache_share(positive, nothing, fresh).tolist() == [0, 0, 0]
+    assert cache_share(positive, nothing, in_batch_lse).tolist() == [0, 0, 0]
     assert cache_share(positive, nothing, nothing).tolist() == [0, 0, 0]
 
 
@@ -244,7 +252,7 @@ SIZES = st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e12), st.sampled_from
 
 @settings(max_examples=300, deadline=None)
 @given(SIZES, st.integers(1, 12))
-def test_inclusion_probabilities(sizes: list[float], count: int):
+def test_inclusion_probabilities_are_proportional_to_sizes_but_at_most_1(sizes: list[float], count: int):
     given = torch.tensor(sizes, dtype=torch.float64)
     chances = inclusion_probabilities(given, count)
     num_possible = int((given > 0).sum())
@@ -258,11 +266,11 @@ def test_inclusion_probabilities(sizes: list[float], count: int):
     factors = chances[is_open] / given[is_open]
     if bool(is_open.any()):
         torch.testing.assert_close(factors, factors.mean().expand_as(factors), rtol=1e-9, atol=0)
-        # who is certain would have a probability of 1 or more in proportion to its size
+        # in proportion to its size, an element with probability 1 would have at least 1
         assert bool((given[chances == 1] * factors.mean() >= 1 - 1e-9).all())
 
 
-def test_inclusion_probabilities_of_large_float32_sizes():
+def test_inclusion_probabilities_keep_small_float32_sizes():
     """Sums of float32 sizes would lose the small ones: 100,000 of them are worth as much as the large one."""
     sizes = torch.cat([torch.tensor([1e8]), torch.ones(100_000)])
     chances = inclusion_probabilities(sizes, 3)
@@ -270,31 +278,32 @@ def test_inclusion_probabilities_of_large_float32_sizes():
     torch.testing.assert_close(chances[1:], torch.full((100_000,), 2e-5, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-# Multiples of 1/64 have exact sums: the choice is constant on each of 64 intervals of the uniform.
-STEPS = 64
+# Multiples of 1/16 have exact sums: the choice is constant on each of 16 intervals of the uniform.
+STEPS = 16
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, STEPS), min_size=1, max_size=10))
-def test_a_systematic_sample_takes_each_with_its_probability_and_nobody_twice(parts: list[int]):
+def test_a_systematic_sample_takes_each_element_with_its_probability_and_at_most_once(parts: list[int]):
     parts = [*parts, -sum(parts) % STEPS]
     total = sum(parts) // STEPS
     count = max(total, 1)
     probabilities = torch.tensor(parts, dtype=torch.float64) / STEPS
     taken = torch.zeros(len(parts), dtype=torch.int64)
-    bounds = [0, *itertools.accumulate(parts)]
+    bounds = torch.tensor([0, *itertools.accumulate(parts)])
+    sums = (bounds - bounds[:, None]).triu()  # of the parts from one place to another
     for number in range(STEPS):
         for offset in (0.0, 0.5):  # the edge belongs to the interval
             uniform = torch.tensor((number + offset) / STEPS, dtype=torch.float64)
             at, is_chosen = systematic_sample(probabilities, count, uniform)
             assert int(is_chosen.sum()) == total
-            chosen = at[is_chosen].tolist()
-            assert chosen == sorted(set(chosen))
+            chosen = at[is_chosen]
+            assert chosen.tolist() == sorted(set(chosen.tolist()))
             taken[chosen] += 1
             # each neighbourhood gets its share, rounded up or down
-            for low, high in itertools.combinations(range(len(bounds)), 2):
-                share = (bounds[high] - bounds[low]) / STEPS
-                assert math.floor(share) <= sum(low <= i < high for i in chosen) <= math.ceil(share)
+            below = torch.searchsorted(chosen, torch.arange(len(bounds)))
+            found = (below - below[:, None]).triu()
+            assert bool(((sums // STEPS <= found) & (found <= -(-sums // STEPS))).all())
     assert taken.tolist() == [2 * part for part in parts]
 
 

@@ -7,15 +7,23 @@ positive and (through the encoder's output) the drawn rows: one backward pass gi
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from negative_cache import CacheClassificationLoss, FixedLenFeature, GumbelMaxRetrievalFn, NegativeCache
-from negative_cache import NegativeCacheLoss as Loss
-from negative_cache.sampling import one_process as drawing
+from negative_cache import (
+    CacheClassificationLoss,
+    FixedLenFeature,
+    GumbelMaxRetrievalFn,
+    NegativeCache,
+    NegativeCacheLoss,
+)
+from negative_cache.retrieval import Retrieved, Search
+from negative_cache.sampling import one_process
+from negative_cache.sampling.config import SamplingConfig
 from stats import ALPHA, mean_gradient
 from support import TableEncoder
 
@@ -42,7 +50,7 @@ def make_embeddings() -> tuple[Tensor, Tensor]:
 
 
 def exact(query: int, negatives: list[int], top_k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient as in `Gradients.flat`, and that of the whole table `[num_documents, dim]`, of the dense loss."""
+    """The dense loss: value, gradient as in `Gradients.flat`, and that of the whole table `[num_documents, dim]`."""
     queries, table = (value.clone().requires_grad_() for value in make_embeddings())
     positive = table[query].detach().clone().requires_grad_()
     scores = SCALE * table[negatives] @ queries[query]
@@ -151,27 +159,27 @@ def test_a_lost_row_is_rejected():
 # NegativeCacheLoss
 
 
-def filled_loss(encoder: TableEncoder, **settings) -> Loss:
+def filled_loss(encoder: TableEncoder, **settings) -> NegativeCacheLoss:
     """A loss whose cache holds the table's first rows under ids 0 to 11, and has room for a batch."""
     queries, table = make_embeddings()
     specs = {"row": FixedLenFeature([], torch.int64)}
     size = NUM_ROWS + NUM_QUERIES * COPIES + 8
     settings = {"in_batch": False, "shared": False, **settings}
-    loss_fn = Loss(encoder, size, SCALE, specs=specs, embedding_dtype=torch.float64, seed=0, **settings)
+    loss_fn = NegativeCacheLoss(encoder, size, SCALE, specs=specs, embedding_dtype=torch.float64, seed=0, **settings)
     rows = torch.arange(NUM_ROWS)
     loss_fn(queries[:1].expand(NUM_ROWS, -1), table[:NUM_ROWS], {"row": rows}, rows)
     return loss_fn
 
 
-def module_gradients(num_samples: int = 1, passes: int = PASSES, with_ids: bool = True, **negatives):
+def loss_gradients(num_samples: int = 1, passes: int = PASSES, with_ids: bool = True, **negatives):
     """Gradients per query, and per pass those of the shared `negative_embeddings`."""
     encoder = TableEncoder(make_embeddings()[1])
     loss_fn = filled_loss(encoder, num_samples=num_samples)
-    fresh_cache = loss_fn.cache
+    filled_cache = loss_fn.cache
     which = torch.arange(NUM_QUERIES).repeat(COPIES)
 
     def step(queries: Tensor, positives: Tensor) -> Tensor:
-        loss_fn.cache = copy.deepcopy(fresh_cache)  # what the last pass wrote is not there
+        loss_fn.cache = copy.deepcopy(filled_cache)  # without what the last pass wrote
         return loss_fn(queries, positives, {"row": which}, which if with_ids else None, **negatives)
 
     return collect(step, encoder, passes)
@@ -183,8 +191,8 @@ OTHER_ROWS = [[row for row in range(NUM_ROWS) if row != query] for query in rang
 
 @pytest.mark.parametrize(("num_samples", "passes"), [(1, PASSES), (4, 5)])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_module_is_unbiased(num_samples: int, passes: int, with_ids: bool):
-    gradients = module_gradients(num_samples, passes, with_ids)
+def test_negative_cache_loss_is_unbiased(num_samples: int, passes: int, with_ids: bool):
+    gradients = loss_gradients(num_samples, passes, with_ids)
     negatives = OTHER_ROWS if with_ids else EVERY_ROW
     assert worst_p_value(gradients, negatives) > ALPHA
     mean = torch.stack([exact(query, rows)[0] for query, rows in enumerate(negatives)]).mean()
@@ -193,16 +201,16 @@ def test_module_is_unbiased(num_samples: int, passes: int, with_ids: bool):
 
 def test_the_known_positive_matters():
     """The test without the mask must not accept the masked gradient, nor the reverse."""
-    assert worst_p_value(module_gradients(passes=5, with_ids=False), OTHER_ROWS) < ALPHA
-    assert worst_p_value(module_gradients(passes=5, with_ids=True), EVERY_ROW) < ALPHA
+    assert worst_p_value(loss_gradients(passes=5, with_ids=False), OTHER_ROWS) < ALPHA
+    assert worst_p_value(loss_gradients(passes=5, with_ids=True), EVERY_ROW) < ALPHA
 
 
-def test_module_with_in_batch_negatives_is_unbiased():
+def test_negative_cache_loss_with_given_negatives_is_unbiased():
     """Documents 12 to 14 are new; 4 and 1 are in the cache too, where they must not count again; 1 is a positive."""
     _, table = make_embeddings()
     ids = torch.tensor([12, 13, 14, 4, 1])
     leaf = table[ids].clone().requires_grad_()
-    gradients = module_gradients(
+    gradients = loss_gradients(
         negative_embeddings=leaf, negative_features={"row": ids}, negative_ids=ids, passes=PASSES
     )
     in_cache = [row for row in range(NUM_ROWS) if row not in (1, 4)]
@@ -221,7 +229,7 @@ def test_module_with_in_batch_negatives_is_unbiased():
 def test_the_learnable_scale_is_unbiased():
     encoder = TableEncoder(make_embeddings()[1])
     loss_fn = filled_loss(encoder, learnable_scale=True)
-    fresh_cache = loss_fn.cache
+    filled_cache = loss_fn.cache
     queries, table = make_embeddings()
     which = torch.arange(NUM_QUERIES).repeat(COPIES // 10)
     assert loss_fn.log_scale is not None
@@ -234,7 +242,7 @@ def test_the_learnable_scale_is_unbiased():
     (truth,) = torch.autograd.grad(torch.stack(values).mean(), log_scale)
     found = []
     for _ in range(60):
-        loss_fn.cache = copy.deepcopy(fresh_cache)
+        loss_fn.cache = copy.deepcopy(filled_cache)
         loss_fn.log_scale.grad = None
         loss_fn(queries[which], table[which], {"row": which}, which).backward()
         found.append(loss_fn.log_scale.grad)
@@ -242,42 +250,41 @@ def test_the_learnable_scale_is_unbiased():
     assert mean_gradient(torch.stack(found)[:, None].double(), 1.2 * truth[None].double()) < ALPHA
 
 
-def with_sampler(monkeypatch: pytest.MonkeyPatch, sampler) -> None:
-    """Take the rows from `sampler(pool, settings)`, everything else from the true draws."""
-    draw = drawing.draw_negatives
+def with_sampler(monkeypatch: pytest.MonkeyPatch, change: Callable[[Search], Search]) -> None:
+    """Draw the rows from a changed search, and take everything else from the right one."""
+    right = one_process.draw
 
-    def wrong(queries: Tensor, pool, has_rows: bool, **settings):
-        drawn = draw(queries, pool, has_rows, **settings)
-        pool, settings = sampler(pool, settings)
-        return drawn._replace(rows=draw(queries, pool, has_rows, **settings).rows)
+    def wrong(search: Search, config: SamplingConfig, has_rows: bool) -> Retrieved:
+        drawn = right(search, config, has_rows)
+        return drawn._replace(rows=right(change(search), config, has_rows).rows)
 
-    monkeypatch.setattr(drawing, "draw_negatives", wrong)
+    monkeypatch.setattr(one_process, "draw", wrong)
 
 
-def test_a_wrong_temperature_in_the_module_is_rejected(monkeypatch: pytest.MonkeyPatch):
-    def hotter(pool, settings):
-        transform = settings["score_transform"]
-        return pool, {**settings, "score_transform": lambda scores: 1.05 * transform(scores)}
+def test_a_wrong_temperature_in_negative_cache_loss_is_rejected(monkeypatch: pytest.MonkeyPatch):
+    def hotter(search: Search) -> Search:
+        assert search.score_transform is not None
+        transform = search.score_transform
+        return search._replace(score_transform=lambda scores: 1.05 * transform(scores))
 
     with_sampler(monkeypatch, hotter)
-    assert worst_p_value(module_gradients(), OTHER_ROWS) < ALPHA
+    assert worst_p_value(loss_gradients(), OTHER_ROWS) < ALPHA
 
 
-def test_a_lost_row_in_the_module_is_rejected(monkeypatch: pytest.MonkeyPatch):
+def test_a_lost_row_in_negative_cache_loss_is_rejected(monkeypatch: pytest.MonkeyPatch):
     queries, table = make_embeddings()
     likely = 1 + int((table[1:NUM_ROWS] @ queries[0]).argmax())
 
-    def forgetful(pool, settings):
-        candidates = pool.candidates[0].clone()
-        if bool(candidates.any()):
-            candidates[likely] = False
-        return pool._replace(candidates=[candidates]), settings
+    def forgetful(search: Search) -> Search:
+        is_candidate = search.pool.is_candidate.clone()
+        is_candidate[likely] = False
+        return search._replace(pool=search.pool._replace(is_candidate=is_candidate))
 
     with_sampler(monkeypatch, forgetful)
-    assert worst_p_value(module_gradients(passes=5), OTHER_ROWS) < ALPHA
+    assert worst_p_value(loss_gradients(passes=5), OTHER_ROWS) < ALPHA
 
 
-def test_the_sampler_swap_itself_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_a_swapped_sampler_of_the_right_law_is_unbiased(monkeypatch: pytest.MonkeyPatch):
     """Two independent draws of the right law: what the two tests above reject is not the swap."""
-    with_sampler(monkeypatch, lambda pool, settings: (pool, settings))
-    assert worst_p_value(module_gradients(passes=5), OTHER_ROWS) > ALPHA
+    with_sampler(monkeypatch, lambda search: search)
+    assert worst_p_value(loss_gradients(passes=5), OTHER_ROWS) > ALPHA

@@ -1,47 +1,56 @@
-"""The cache of past documents: per row its features, embedding, age and id."""
+"""`NegativeCache`, the rows of a cache with their bookkeeping, and `CacheHolder`, a module that owns caches."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache.columns import Column, FixedColumn, QuantizedColumn, RaggedColumn, spec_of
-from negative_cache.cache.index import RowsOfIds, oldest_rows
-from negative_cache.cache.specs import (
-    FeatureSpec,
-    RaggedFeature,
+from negative_cache.cache.columns import (
+    Column,
+    FixedColumn,
+    QuantizedColumn,
+    RaggedColumn,
+    make_columns,
+    put,
+    read_columns,
+    write_columns,
+)
+from negative_cache.cache.index import RowsOfIds
+from negative_cache.cache.specs import NO_ID, FeatureSpec, RaggedFeature, Specs, is_loadable, spec_to_json
+from negative_cache.cache.validation import (
+    Items,
     RaggedRows,
-    Specs,
     batch_size,
     check_keys,
-    is_free_to_read,
-    is_loadable,
     padded,
+    reads_without_sync,
     select,
-    spec_to_json,
 )
-from negative_cache.cache.table import make_columns, read_columns, write_columns
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-NO_ID = -1
-
 
 class NegativeCache(nn.Module):
-    """Rows of past documents: per row its features, its possibly stale embedding and its age.
+    """Rows of past documents. A row has features with a possibly stale embedding, an age and a document id.
 
-    Everything is a buffer: `state_dict` holds it, `.to()` moves it. A cache made by hand from tensors
-    counts all of its rows as filled; the one of `CacheManager.init_cache` starts with none.
+    All tensors are buffers: `state_dict` contains them, and `.to()` moves them. All rows of a cache that is constructed
+    from tensors count as filled; a cache from `CacheManager.init_cache` starts without filled rows.
 
     Args:
-        data: Feature name -> tensor `[num_rows, *shape]`; kept, not copied.
+        data: Feature name -> tensor `[num_rows, *shape]`; not copied.
         age: Update steps since each row was written, `[num_rows]`, a tensor or a list of integers.
+
+    Attributes:
+        filled: bool `[num_rows]`: whether each row holds a document.
+        document_ids: int64 `[num_rows]`: the id of each row's document, -1 for unknown.
+        written: int64 `[num_rows]`: the step in which each row was written. Its age is `step - written`.
+        step: int64 scalar: the number of update steps.
+        num_rejected: int64 scalar: the number of rows that were not written because of non-finite values.
     """
 
     filled: Tensor
@@ -57,8 +66,10 @@ class NegativeCache(nn.Module):
         sizes = {key: len(value) for key, value in data.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The tensors of `data` have different numbers of rows: {sizes}.")
-        self._fill_in({key: FixedColumn(value) for key, value in data.items()}, next(iter(sizes.values())), True)
-        ages = torch.as_tensor(age, device=self.device)
+        columns = {key: FixedColumn(value) for key, value in data.items()}
+        device = next(iter(columns.values())).device
+        self._register(columns, next(iter(sizes.values())), device, is_filled=True)
+        ages = torch.as_tensor(age, device=device)
         self.written = -ages.to(torch.int64)
 
     @classmethod
@@ -69,50 +80,38 @@ class NegativeCache(nn.Module):
         device: torch.device | str = "cpu",
         feature_device: torch.device | str | None = None,
         scored_keys: Sequence[str] = (),
-        feature_folder: str | Path | None = None,
     ) -> NegativeCache:
         """A cache of `num_rows` unfilled rows.
 
         Args:
             specs: Spec per feature.
             num_rows: Number of rows.
-            device: Where the rows live.
-            feature_device: Where all features but `scored_keys` live, whatever `.to()` says; None for `device`.
-            scored_keys: The features that every step reads of all rows, and that stay on `device`.
-            feature_folder: Folder in which all features but `scored_keys` live, in files without a name.
-
-        Raises:
-            ValueError: The folder does not exist, or a ragged feature has no max_length.
-            OSError: The folder's disk has not enough room.
+            device: Device of the rows.
+            feature_device: Device of all features except `scored_keys`. They stay there when the cache is moved. None
+                for `device`.
+            scored_keys: Features that every step reads for all rows. They are on `device`.
         """
         cache = cls.__new__(cls)
         nn.Module.__init__(cache)
-        columns = make_columns(specs, num_rows, torch.device(device), scored_keys, feature_device, feature_folder)
-        cache._fill_in(columns, num_rows, False, torch.device(device))
+        columns = make_columns(specs, num_rows, torch.device(device), scored_keys, feature_device)
+        cache._register(columns, num_rows, torch.device(device), is_filled=False)
         return cache
 
-    def _fill_in(
-        self,
-        columns: Mapping[str, Column],
-        num_rows: int,
-        is_filled: bool,
-        device: torch.device | None = None,
-    ) -> None:
-        device = next(iter(columns.values())).device if device is None else device
+    def _register(self, columns: Mapping[str, Column], num_rows: int, device: torch.device, is_filled: bool) -> None:
         self._columns = dict(columns)
         for key, column in columns.items():
             self.add_module(module_name("feature", key), column)
-        self._has_rows: bool | None = is_filled and num_rows > 0
+        self._has_rows: bool | None = is_filled and num_rows > 0  # None: read `filled`
         self.register_buffer("filled", torch.full((num_rows,), is_filled, device=device))
         self.register_buffer("document_ids", torch.full((num_rows,), NO_ID, dtype=torch.int64, device=device))
         self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.int64, device=device))
-        self._rows_of_ids: RowsOfIds | None = None  # built when ids are looked up for the first time
+        self._rows_of_ids: RowsOfIds | None = None  # built at the first lookup of ids
 
     @property
     def data(self) -> dict[str, Tensor]:
-        """Feature name -> `[num_rows, *shape]`; ragged features padded to their longest row (a copy)."""
+        """Feature name -> `[num_rows, *shape]`; ragged features are padded to their longest row (a copy)."""
         return {key: column.dense() for key, column in self._columns.items()}
 
     @property
@@ -122,6 +121,7 @@ class NegativeCache(nn.Module):
 
     @property
     def num_rows(self) -> int:
+        """Number of rows, filled or not."""
         return self.filled.shape[0]
 
     @property
@@ -131,23 +131,23 @@ class NegativeCache(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the bookkeeping (and the embeddings) live."""
+        """Device of the bookkeeping and the embeddings."""
         return self.filled.device
 
     @property
     def specs(self) -> dict[str, FeatureSpec]:
         """Spec per feature, as stored."""
-        return {key: spec_of(column) for key, column in self._columns.items()}
+        return {key: column.spec for key, column in self._columns.items()}
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.data, self.age))
 
     def has_rows(self) -> bool:
-        """Whether any row is filled. A device is waited for only after a state was loaded.
+        """Whether any row is filled. Synchronizes the device only after a state was loaded.
 
-        On a GPU, True also where all that was ever written was masked there: nobody looked.
+        On a GPU, this is also True if all written rows were masked, because the mask is not read.
         """
-        if self._has_rows is None or (not self._has_rows and is_free_to_read(self.filled)):
+        if self._has_rows is None or (not self._has_rows and reads_without_sync(self.filled)):
             self._has_rows = bool(self.filled.any())
         return self._has_rows
 
@@ -156,17 +156,17 @@ class NegativeCache(nn.Module):
         return self._columns[key].dense()
 
     def stored(self, key: str) -> tuple[Tensor, Tensor | None]:
-        """The storage of a feature of fixed shape, `[num_rows, *shape]`, and the scales of a quantised one."""
+        """The storage of a fixed-shape feature, `[num_rows, *shape]`, and its scales if it is quantized, else None."""
         column = self._columns[key]
         assert not isinstance(column, RaggedColumn)
         return column.values, column.scales if isinstance(column, QuantizedColumn) else None
 
     def read(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Features of `rows [n]`: `[n, *shape]` each, ragged ones padded to the longest of these rows."""
+        """Features of `rows [n]`: `[n, *shape]` each; ragged ones are padded to the longest of these rows."""
         return padded(self.read_rows(rows, keys))
 
     def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
-        """Features of `rows [n]` as `write` takes them."""
+        """Features of `rows [n]` in the form that `write` accepts, each on its own device."""
         return read_columns(self._columns, rows, keys)
 
     def lengths(self, rows: Tensor, key: str) -> Tensor:
@@ -176,7 +176,7 @@ class NegativeCache(nn.Module):
         return column.lengths[rows.to(column.device)]
 
     def find(self, document_ids: Tensor) -> Tensor:
-        """Row of each document.
+        """The row of each document.
 
         Args:
             document_ids: `[n]`, int64; negative entries are never found.
@@ -190,31 +190,22 @@ class NegativeCache(nn.Module):
             self._rows_of_ids = RowsOfIds(self.document_ids)
         return self._rows_of_ids.find(self.document_ids, document_ids)
 
-    def oldest(self, count: int) -> Tensor:
-        """The `count` rows that were written longest ago, those first; of equal ones the lowest: int64 `[count]`."""
-        return oldest_rows(self.written, count)
-
-    def make_young(self, rows: Tensor, mask: Tensor) -> None:
-        """Make `rows [n]` the youngest ones where `mask [n]` is True; rows that are not may be -1."""
-        times = torch.where(mask, self.step, torch.iinfo(torch.int64).min)
-        self.written.scatter_reduce_(0, rows.clamp(min=0), times, "amax")
-
     def write(
         self,
         rows: Tensor,
-        items: Mapping[str, Tensor | RaggedRows],
+        items: Items,
         mask: Tensor | None = None,
         resets_age: bool = True,
         document_ids: Tensor | None = None,
     ) -> None:
-        """Overwrite rows in place; of several entries for one row the last one counts.
+        """Overwrite rows in place. If several entries have the same row, the last one is written.
 
         Args:
-            rows: int64 `[m]`: where items go; entry i is item `i % n`.
-            items: Checked values, `n` each. With every feature given, the rows become filled.
-            mask: bool `[m]`; entries that are False change nothing.
-            resets_age: Whether the written rows become the youngest.
-            document_ids: int64 `[n]`, stored when every feature is given.
+            rows: int64 `[m]`: the rows to write. Entry i writes item `i % n`.
+            items: `n` validated values per feature. If every feature is given, the rows become filled.
+            mask: bool `[m]`; False entries are not written.
+            resets_age: Whether to set the age of the written rows to 0.
+            document_ids: int64 `[n]`, stored if every feature is given.
         """
         if rows.numel() == 0:
             return
@@ -222,37 +213,35 @@ class NegativeCache(nn.Module):
         if rows.numel() == 0:
             return
         source = entries % batch_size(items)
-        items = select(items, source)
-
-        def put(stored: Tensor, new: Tensor) -> None:
-            stored[rows] = new if is_any is None else torch.where(is_any, new, stored[rows])
-
-        write_columns(self._columns, rows, items, is_any)
+        write_columns(self._columns, rows, select(items, source), is_any)
         if resets_age:
-            put(self.written, self.step)
-        if set(items) == set(self._columns):
-            put(self.document_ids, torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source])
-            if self._rows_of_ids is not None:
-                is_once = is_free_to_read(rows)
-                is_repeated = None if is_once else entries != torch.arange(len(rows), device=rows.device)
-                self._rows_of_ids.move(rows, self.document_ids[rows], is_repeated)
-            self.filled[rows] |= True if is_any is None else is_any
-            self._has_rows = True
+            put(self.written, rows, self.step, is_any)
+        if len(items) < len(self._columns):
+            return
+        new_ids = torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source]
+        put(self.document_ids, rows, new_ids, is_any)
+        if self._rows_of_ids is not None:
+            is_once = reads_without_sync(rows)
+            is_repeated = None if is_once else entries != torch.arange(len(rows), device=rows.device)
+            self._rows_of_ids.move(rows, self.document_ids[rows], is_repeated)
+        self.filled[rows] |= True if is_any is None else is_any
+        self._has_rows = True
 
     def get_extra_state(self) -> Tensor:
-        """The specs as JSON in a uint8 tensor, so that a state dict holds tensors alone."""
-        return _to_bytes({"num_rows": self.num_rows, "specs": {k: spec_to_json(s) for k, s in self.specs.items()}})
+        """The size and specs as JSON in a uint8 tensor, so that all values of a state dict are tensors."""
+        state = {"num_rows": self.num_rows, "specs": {key: spec_to_json(spec) for key, spec in self.specs.items()}}
+        return torch.tensor(list(json.dumps(state, sort_keys=True).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Checked in `check_loadable`, before anything is copied."""
+        """Do nothing: `check_loadable` checks the specs before anything is copied."""
 
     def check_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise ValueError if the state is of a cache with other rows, keys, shapes or dtypes."""
+        """Raise ValueError if the saved number of rows, keys, shapes or dtypes differ from those of this cache."""
         saved = state_of(state_dict, prefix)
         if saved["num_rows"] != self.num_rows:
             raise ValueError(
-                f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}. "
-                "negative_cache.checkpoint loads into caches of another size, and into those of several ranks."
+                f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}. Use "
+                "negative_cache.checkpoint, which loads into caches of another size or number of ranks."
             )
         mine = {key: spec_to_json(spec) for key, spec in self.specs.items()}
         check_keys("state_dict", saved["specs"], list(mine))
@@ -261,7 +250,7 @@ class NegativeCache(nn.Module):
                 raise ValueError(f"The saved cache's feature {key!r} is {spec}, this one's is {mine[key]}.")
             self._check_lengths(key, state_dict.get(f"{prefix}{module_name('feature', key)}.lengths"))
         for name, buffer in self.named_buffers(prefix.removesuffix(".")):
-            if name.startswith(f"{prefix}_rows_of_ids."):  # built anew from the rest
+            if name.startswith(f"{prefix}_rows_of_ids."):  # not saved, but rebuilt
                 continue
             value = state_dict.get(name)
             if value is None:
@@ -274,7 +263,7 @@ class NegativeCache(nn.Module):
                 )
 
     def _check_lengths(self, key: str, lengths: Tensor | None) -> None:
-        """Raise if saved items of a ragged feature are longer than they may be here."""
+        """Raise if saved items of a ragged feature are longer than this cache's max_length."""
         spec = self.specs[key]
         if not isinstance(spec, RaggedFeature) or spec.max_length is None or lengths is None or len(lengths) == 0:
             return
@@ -292,9 +281,9 @@ class NegativeCache(nn.Module):
 
 
 class CacheHolder(nn.Module):
-    """A module with caches that DDP does not see: it would overwrite every rank's rows with those of rank 0.
+    """A module that hides its caches from DDP, which would overwrite the rows on all ranks with those of rank 0.
 
-    They are no submodules, but `state_dict`, `load_state_dict` and `.to()` reach them.
+    The caches are not submodules, but `state_dict`, `load_state_dict` and `.to()` include them.
     """
 
     def __init__(self) -> None:
@@ -314,7 +303,7 @@ class CacheHolder(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = dict(state_dict)
         parts = {}
-        for name, cache in self._held.items():  # all of them before anything is changed
+        for name, cache in self._held.items():  # all caches are checked before any is changed
             start = f"{prefix}{name}."
             cache.check_loadable(state_dict, start)
             parts[name] = {key[len(start) :]: own.pop(key) for key in state_dict if key.startswith(start)}
@@ -332,29 +321,28 @@ def state_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return parsed
 
 
+def module_name(prefix: str, key: str) -> str:
+    """A valid module name (without dots) for any key. Different keys have different names."""
+    return f"{prefix}_" + key.replace("~", "~0").replace(".", "~1")
+
+
 def _last_entries(rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The entries to write, so that no row gets two different values.
+    """Select the entries to write, so that no row gets two different values.
+
+    On a CPU, entries that are masked or overwritten by a later entry are removed. On other devices, counting them would
+    synchronize the device, so all entries stay: a repeated row gets the value of its last entry each time, and a masked
+    entry repeats the entry of the highest row.
 
     Returns:
-        Rows, the entry whose value each of them gets, and, where the number of entries cannot be known
-        without waiting for the device, whether there is any: then all slots are used, superfluous ones
-        repeat another entry.
+        Rows, the entry whose value each row gets, and a bool scalar: whether to write at all; None means True.
     """
+    # Entries sorted by row, masked ones (-1) first. The sort is stable, so a row's last entry is the end of its run.
     ordered, order = (rows if mask is None else torch.where(mask, rows, -1)).sort(stable=True)
-    if mask is not None:  # what is masked repeats the entry of the highest row
+    if mask is not None:
         rows = torch.where(mask, rows, ordered[-1])
     entries = order[torch.searchsorted(ordered, rows, right=True) - 1]
-    if is_free_to_read(rows):
+    if reads_without_sync(rows):
         is_last = entries == torch.arange(len(rows), device=rows.device)
         entries = (is_last if mask is None else is_last & mask).nonzero().squeeze(1)
         return rows[entries], entries, None
     return rows.clamp(min=0), entries, None if mask is None else ordered[-1] >= 0
-
-
-def module_name(prefix: str, key: str) -> str:
-    """A module name for any key; different keys give different names, though a name may have no dot."""
-    return f"{prefix}_" + key.replace("~", "~0").replace(".", "~1")
-
-
-def _to_bytes(value: Any) -> Tensor:
-    return torch.tensor(list(json.dumps(value, sort_keys=True).encode()), dtype=torch.uint8)

@@ -1,254 +1,326 @@
-"""Negatives from the caches of all ranks as one pool.
+"""A step over ranks that each hold a part of the rows; it equals `sampling.one_process` in distribution.
 
-A step sends, beside a few integers: the queries to all ranks, each shard's logsumexp to all, the drawn documents to
-the ranks of their queries, and their new embeddings to the ranks that own the rows. Nothing as long as the cache
-ever travels. Who sends what to whom follows from numbers that all ranks have, so nobody is told.
+Besides a few integers, a step sends the queries to all ranks, each shard's logsumexp to all ranks, the drawn documents
+to the ranks of their queries, and their new embeddings to the ranks that own the rows. No message grows with the size
+of the cache. All ranks compute the same routes, from numbers that every rank has.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from negative_cache.cache.index import is_first_of_equal, is_last_of_equal
-from negative_cache.cache.rows import NO_ID, NegativeCache
-from negative_cache.cache.specs import RaggedFeature, RaggedRows, padded, select
-from negative_cache.distributed.handshake import Meeting, num_new
-from negative_cache.distributed.ranks import Ranks, bytes_of, pack_rows, unpack_rows
-from negative_cache.distributed.routing import Entries, plan
-from negative_cache.distributed.shard_search import Search
+from negative_cache.cache.specs import NO_ID, RaggedFeature
+from negative_cache.cache.update import RowUpdates
+from negative_cache.cache.validation import Items, RaggedRows, padded, select, to_device
+from negative_cache.distributed.handshake import Handshake
+from negative_cache.distributed.packing import bytes_of, pack_rows, unpack_rows
+from negative_cache.distributed.routes import Routes, plan_routes
+from negative_cache.distributed.shard_search import choose_together, search_shard
 from negative_cache.retrieval.randomness import uniforms
-from negative_cache.sampling.choose import Serving
-from negative_cache.sampling.draw import common_specs, lengths_of, read_items, read_pool
-from negative_cache.sampling.one_process import Asked, Negatives, Returned, Rules
-
-
-@torch.no_grad()
-def draw_from_ranks(
-    ranks: Ranks,
-    meeting: Meeting,
-    rules: Rules,
-    caches: Sequence[NegativeCache],
-    asked: Asked,
-    step: Callable[[], int],
-) -> Negatives:
-    """Draw from the caches of all ranks as one pool: that of rank 0, then that of rank 1, and so on.
-
-    In distribution this equals `draw_here` on one process that has all rows and all queries. All ranks call
-    it with the same rules. Ids are those of the first cache of each rank.
-    """
-    queries, batch = asked.queries, len(asked.queries)
-    width = rules.num_draws + 1 if rules.num_draws else 0  # an evaluation changes no random numbers
-    uniform = uniforms((batch, width), rules.generator, queries.device)
-    of_all, all_uniform = _share_queries(ranks, meeting, asked, uniform)
-    new_ids = queries.new_empty(0, dtype=torch.int64) if of_all.new_ids is None else of_all.new_ids
-    found = caches[0].find(new_ids) if len(new_ids) else new_ids
-    document_rows = None if asked.new_ids is None else torch.split(found, meeting.num_new)[ranks.rank]
-    search = Search(ranks, meeting, rules, caches, of_all, withheld(meeting, found))
-    shard = search.result
-    candidates = torch.cat([shard.rows.flatten(), shard.top_rows.flatten()])
-    ragged = [key for key in sorted(rules.data_keys) if isinstance(caches[0].specs[key], RaggedFeature)]
-    longest = [lengths_of(caches, candidates.clamp(min=0), key).amax() for key in ragged if len(candidates)]
-    widths = torch.stack(longest) if longest else torch.zeros(len(ragged), dtype=torch.int64, device=queries.device)
-    limited = torch.zeros_like(found[:0]) if shard.num_limited is None else shard.num_limited
-    filled = torch.stack([cache.num_filled for cache in caches])
-    told = [shard.lse.double(), shard.top_scores.double(), found, widths, limited, filled]
-    results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
-    # Who sends what is found out on the CPU, on every rank alike.
-    lse, top_scores, found, widths, limited, filled = (
-        value.cpu().view(ranks.size, *own.shape) for value, own in zip(results, told, strict=True)
-    )
-    entries = plan(rules, meeting, lse, top_scores, all_uniform.cpu())
-    own = meeting.queries_of(ranks.rank)
-    none = torch.empty(0, dtype=torch.int64, device=queries.device)
-    merged = lse.logsumexp(dim=0).to(queries.device, shard.lse.dtype)
-    serving: list[Serving] = []
-    lse_of_dims = [merged[own] for _ in rules.dims]
-    if rules.num_candidates and len(entries.query):
-        entries, serving, lse_of_dims = search.choose(entries, merged, all_uniform[0, -1])
-    negatives = _FromRanks(
-        lse=merged[own],
-        is_valid=merged[own] > -torch.inf,
-        count=0,
-        features={},
-        cached=queries.new_empty(0, queries.shape[1]),
-        serving=serving,
-        lse_of_dims=lse_of_dims,
-        top_features=[read_pool(caches, none, rules.data_keys) for _ in range(batch)] if rules.num_top else [],
-        num_limited=None if shard.num_limited is None else limited.sum(dim=0)[own].to(queries.device),
-        num_filled=filled.sum().to(queries.device),
-        document_rows=document_rows,
-        is_shared=rules.num_candidates > 0,
-        ranks=ranks,
-        meeting=meeting,
-        entries=entries,
-        candidates=candidates,
-        new_ids=new_ids.cpu(),
-        found=found,
-        has_ids=asked.new_ids is not None,
-        step=step,
-    )
-    if len(entries.query):  # the same on all ranks
-        negatives.bring(rules, caches, dict(zip(ragged, widths.amax(dim=0).tolist(), strict=True)))
-    return negatives
-
-
-def share_ids(ranks: Ranks, meeting: Meeting | None, asked: Asked) -> Tensor | None:
-    """Ids of the new documents of all ranks: int64 `[n]`, -1 for unknown; None where there is one process."""
-    if meeting is None:
-        return None
-    new_ids = asked.new_ids
-    if not any(meeting.num_new):
-        return torch.empty(0, dtype=torch.int64, device=asked.queries.device)
-    if new_ids is None:
-        new_ids = torch.full((num_new(asked),), NO_ID, dtype=torch.int64, device=asked.queries.device)
-    return ranks.gather([new_ids], [[count] for count in meeting.num_new])[0]
-
-
-def _share_queries(ranks: Ranks, meeting: Meeting, asked: Asked, uniform: Tensor) -> tuple[Asked, Tensor]:
-    """What all ranks ask, and their uniforms."""
-    device, width = asked.queries.device, max(meeting.num_positives)
-    positives = asked.positives
-    if positives is None:
-        positives = torch.full((len(asked.queries), 0), -1, dtype=torch.int64, device=device)
-    positives = torch.nn.functional.pad(positives, (0, width - positives.shape[1]), value=-1)
-    optional = ("positive_scores", "fresh_lse", "ceilings", "guide_queries", "guide_ceilings")
-    given: dict[str, Any] = {name: getattr(asked, name) for name in optional if getattr(asked, name) is not None}
-    told = [uniform, positives, asked.queries, *given.values()]
-    result = ranks.gather(told, [[batch] * len(told) for batch in meeting.batches])
-    others: dict[str, Any] = dict(zip(given, result[3:], strict=True))
-    return Asked(result[2], result[1] if width else None, asked.ids_of_all, **others), result[0]
-
-
-def withheld(meeting: Meeting, new_ids: Tensor) -> Tensor | None:
-    """The ids of documents that no query may see, of all ranks; or their rows, from those of all new documents."""
-    if not any(meeting.num_withheld):
-        return None
-    parts = torch.split(new_ids, meeting.num_new)
-    return torch.cat([part[len(part) - n :] for part, n in zip(parts, meeting.num_withheld, strict=True)])
+from negative_cache.sampling.config import (
+    DocumentWeights,
+    Encoded,
+    InBatch,
+    RowSource,
+    Sample,
+    SamplingConfig,
+    SamplingRequest,
+)
+from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 
 
 @dataclass
-class _FromRanks(Negatives):
-    """Drawn from the caches of all ranks.
+class RoutedSample(Sample):
+    """A sample of the rows of all ranks.
 
     Attributes:
-        candidates: int64 `[n]`: this rank's candidate rows, numbered through its caches.
-        new_ids: int64 `[n]`: ids of the new documents of all ranks.
-        found: int64 `[ranks, n]`: their rows on each rank, -1 where they have none.
-        has_ids: Whether this rank gave ids.
-        step: Says the current step, for an error's message.
-        is_shared: Whether every document serves the queries of all ranks.
+        routes: Which rows were sent from which rank to which rank.
+        candidate_rows: int64 `[n]`: this rank's rows that `Routes.candidate` refers to.
+        arrivals: The new documents of all ranks, and where they are written.
     """
 
-    is_shared: bool
-    ranks: Ranks
-    meeting: Meeting
-    entries: Entries
-    candidates: Tensor
-    new_ids: Tensor
-    found: Tensor
-    has_ids: bool
-    step: Callable[[], int]
+    routes: Routes = field(kw_only=True)
+    candidate_rows: Tensor = field(kw_only=True)
+    arrivals: Arrivals = field(kw_only=True)
 
-    def of_all(self, fresh: Tensor) -> Tensor:
-        if not self.is_shared or not self.entries.num_draws:
-            return fresh
-        return self.ranks.gather_with_gradient(
-            fresh, _counts(self.entries.asker[: self.entries.num_draws], self.ranks.size)
-        )
 
-    def bring(self, rules: Rules, caches: Sequence[NegativeCache], widths: dict[str, int]) -> None:
-        """Send the chosen rows to the ranks of their queries, and take in what arrives."""
-        entries, ranks, device = self.entries, self.ranks, self.candidates.device
-        keys = [*rules.data_keys, *([] if self.is_shared else [rules.embedding_key])]
-        sent, wanted = entries.of_owner(ranks.rank), entries.of_asker(ranks.rank)
-        rows = self.candidates[entries.candidate[sent].to(device)]
-        raw = ranks.exchange(
-            pack_rows(read_items(caches, rows, keys), widths),
-            _counts(entries.asker[sent], ranks.size),
-            _counts(entries.owner[wanted], ranks.size),
-        )
-        specs = common_specs(caches, keys)
-        came = unpack_rows(raw, specs, widths)
-        arrival = wanted.argsort().to(device)  # where each entry arrived, in the order of entries
-        entry = wanted.sort().values
-        is_draw = entry < entries.num_draws
-        drawn = _pick(came, arrival[is_draw.to(device)])
-        self.count = int(is_draw.sum())
-        self.cached = drawn.pop(rules.embedding_key, self.cached)
-        self.features = drawn
-        if rules.num_top:
-            first, batch = sum(self.meeting.batches[: ranks.rank]), len(self.lse)
-            counts = _counts(entries.query[entry[~is_draw]] - first, batch)
-            data = {key: came[key] for key in rules.data_keys}
-            tops = torch.split(arrival[~is_draw.to(device)], counts)
-            self.top_features = [_pick(data, top) for top in tops]
+@dataclass(frozen=True)
+class Arrivals:
+    """The new documents of all ranks, on the CPU. Every rank has the same list.
 
-    def give_back(
-        self, fresh: Tensor, new_embeddings: Tensor | None = None, error: Exception | None = None
-    ) -> tuple[Returned | None, Returned | None]:
-        entries, ranks = self.entries, self.ranks
-        new_owner, new_asker, _ = self._fate_of_new
-        travelling = self._travelling
-        if not entries.num_draws and not len(travelling):
-            return None, None  # the same on all ranks
-        # What this rank sends and what it gets: each message begins with a row that says whether its sender
-        # failed, then come drawn rows, then new documents; each in the order of entries.
-        everyone = torch.arange(ranks.size)
-        first_draw = int((entries.asker[: entries.num_draws] < ranks.rank).sum())
-        first_new = sum(self.meeting.num_new[: ranks.rank])
-        drawn = (entries.is_update & (entries.asker == ranks.rank)).nonzero().squeeze(1)
-        brought = travelling[new_asker[travelling] == ranks.rank]
-        to = torch.cat([everyone, entries.owner[drawn], new_owner[brought]])
-        owned = (entries.is_update & (entries.owner == ranks.rank)).nonzero().squeeze(1)
-        known = travelling[new_owner[travelling] == ranks.rank]
-        origin = torch.cat([everyone, entries.asker[owned], new_asker[known]])
+    If a document occurs several times, its last occurrence counts if it has a row, otherwise its first.
 
-        device, dim = fresh.device, fresh.shape[1]
-        if error is not None:
-            fresh = fresh.new_zeros(self.count, dim)
-        rows = [fresh.new_full((ranks.size, dim), float(error is not None)), fresh[(drawn - first_draw).to(device)]]
-        if new_embeddings is not None:
-            rows.append(new_embeddings[(brought - first_new).to(device)].to(fresh.dtype))
-        message = torch.cat(rows)[to.argsort(stable=True).to(device)]
-        came = ranks.exchange(bytes_of(message), _counts(to, ranks.size), _counts(origin, ranks.size))
-        came = came.view(fresh.dtype)[origin.argsort(stable=True).argsort().to(device)]
-        failed, updates, refreshes = torch.split(came, [ranks.size, len(owned), len(known)])
-        ranks.raise_together([flag != 0 for flag in failed[:, 0].tolist()], error, self.step, device)
-        rows_here = self.candidates[entries.candidate[owned].to(device)]
-        return Returned(updates, rows_here), Returned(refreshes, self.found[ranks.rank][known].to(device))
+    Attributes:
+        owner: int64 `[n]`: the rank that has a row of the document; -1 for none.
+        bringer: int64 `[n]`: the rank whose batch has it.
+        counts: bool `[n]`: whether it is written.
+        rows: int64 `[ranks, n]`: its row on each rank, -1 for none.
+    """
 
-    def new_items_mask(self) -> Tensor | None:
-        if not self.has_ids:
-            return None
-        owner, asker, counts = self._fate_of_new
-        is_mine = asker == self.ranks.rank
-        return (counts & ((owner < 0) | (owner == self.ranks.rank)))[is_mine].to(self.candidates.device)
-
-    @functools.cached_property
-    def _fate_of_new(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the new documents of all ranks: who has a row of it (or -1), who brought it, and whether it counts.
-
-        Of a document that several bring, the last counts if it has a row, and the first if not.
-        """
-        is_known = (self.found >= 0).any(dim=0)
-        owner = torch.where(is_known, (self.found >= 0).to(torch.uint8).argmax(dim=0), -1)
-        asker = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.meeting.num_new))
-        is_new = ~is_known & (self.new_ids >= 0)
-        is_first = is_first_of_equal(self.new_ids, is_new)
-        return owner, asker, is_last_of_equal(self.new_ids, is_known) | is_first | (self.new_ids < 0)
+    owner: Tensor
+    bringer: Tensor
+    counts: Tensor
+    rows: Tensor
 
     @property
-    def _travelling(self) -> Tensor:
-        """Positions of the new documents that have their row on another rank than the one that brings them."""
-        owner, asker, counts = self._fate_of_new
-        return (counts & (owner >= 0) & (owner != asker)).nonzero().squeeze(1)
+    def remote(self) -> Tensor:
+        """Positions of the documents whose row is on another rank than the one whose batch has them."""
+        return (self.counts & (self.owner >= 0) & (self.owner != self.bringer)).nonzero().squeeze(1)
+
+    def inserted_by(self, rank: int) -> Tensor:
+        """bool `[n of the rank]`: which of its documents a rank writes itself."""
+        return (self.counts & ((self.owner < 0) | (self.owner == rank)))[self.bringer == rank]
+
+
+class ManyRanks:
+    """One step over ranks, with the methods of `OneProcess`. All of them are collective.
+
+    Args:
+        handshake: The summaries of all ranks.
+        request: The queries and ids of this rank; other fields are not used.
+        step: Function that returns the current step, for error messages.
+    """
+
+    def __init__(self, handshake: Handshake, request: SamplingRequest, step: Callable[[], int]) -> None:
+        self.handshake = handshake
+        self.ranks = handshake.ranks
+        self.step = step
+        self.device = request.queries.device
+        self.has_ids = request.new_ids is not None
+        self.new_ids = self._gather_ids(request.new_ids)
+
+    def _gather_ids(self, own: Tensor | None) -> Tensor:
+        """Ids of the new documents of all ranks: int64 `[n]`, -1 for unknown."""
+        counts, rank = self.handshake.num_new, self.ranks.rank
+        if own is None:
+            own = torch.full((counts[rank],), NO_ID, dtype=torch.int64, device=self.device)
+        return self.ranks.gather([own], [[count] for count in counts])[0] if any(counts) else own
+
+    def in_batch_negatives(self, own: InBatch) -> InBatch:
+        counts, rank = self.handshake.num_in_batch, self.ranks.rank
+        if not any(counts):
+            return own
+        extras = {"biases": own.biases, "guide": own.guide}
+        given = {name: value for name, value in extras.items() if value is not None}
+        sizes = [[count] * len(given) for count in counts]
+        gathered = dict(zip(given, self.ranks.gather(list(given.values()), sizes), strict=True)) if given else {}
+        parts = torch.split(self.new_ids, self.handshake.num_new)
+        ids = torch.cat([part[len(part) - count :] for part, count in zip(parts, counts, strict=True)])
+        embeddings = own.embeddings
+        if self.handshake.needs_gradient and not embeddings.requires_grad:
+            embeddings = embeddings.detach().requires_grad_()  # all ranks take part in the backward pass, or none
+        return InBatch(
+            embeddings=self.ranks.gather_with_gradient(embeddings, counts),
+            ids=ids,
+            first_own=own.first_own if own.first_own < 0 else sum(counts[:rank]),
+            biases=gathered.get("biases"),
+            guide=gathered.get("guide"),
+        )
+
+    def sample(self, cache: RowSource, config: SamplingConfig, request: SamplingRequest) -> Sample:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self._sample(cache, config, request)
+
+    def _sample(self, cache: RowSource, config: SamplingConfig, request: SamplingRequest) -> Sample:
+        ranks, handshake, own = self.ranks, self.handshake, self.handshake.own_queries
+        width = config.num_draws + 1 if config.num_draws else 0  # an evaluation does not advance the generator
+        uniform = uniforms((len(request.queries), width), config.generator, self.device)
+        of_all, uniform = self._gather_requests(request, uniform)
+        shard = search_shard(handshake, cache, config, of_all, uniform)
+        drawn = shard.drawn
+        candidate_rows = torch.cat([drawn.rows.flatten(), drawn.best_rows.flatten()])
+        ragged = [key for key in sorted(config.data_keys) if isinstance(cache.specs[key], RaggedFeature)]
+        widths = self._widths(cache, candidate_rows, ragged)
+        hidden = shard.found.new_empty(0) if drawn.num_hidden is None else drawn.num_hidden
+        told = [drawn.lse.double(), drawn.best_scores.double(), shard.found, widths, hidden, cache.num_filled[None]]
+        results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
+        # Every rank computes the same routes, on the CPU.
+        lse, best_scores, found, widths, hidden, filled = (
+            value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, told, strict=True)
+        )
+        routes = plan_routes(config, handshake, lse, best_scores, uniform.cpu())
+        merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
+        shard = shard._replace(drawn=drawn._replace(lse=merged))
+        weights: list[DocumentWeights] = []
+        lse_of_dims = [merged[own] for _ in config.dims]
+        if config.is_shared and len(routes.query):
+            routes, weights, lse_of_dims = choose_together(handshake, config, of_all, shard, routes)
+        arrivals = self._arrivals(found)
+        own_found = torch.split(shard.found, handshake.num_new)[ranks.rank]
+        none = candidate_rows[:0]
+        no_features = read_features(cache, none, config.data_keys) if config.num_best else {}
+        sample = RoutedSample(
+            lse=merged[own],
+            num_filled=filled.sum().to(self.device),
+            cached=shard.search.pool.gather(none),
+            rows=none,
+            weights=weights,
+            lse_of_dims=lse_of_dims,
+            num_hidden=None if drawn.num_hidden is None else hidden.sum(dim=0)[own].to(self.device),
+            document_rows=own_found if self.has_ids else None,
+            new_items_mask=arrivals.inserted_by(ranks.rank).to(self.device) if self.has_ids else None,
+            best_features=[no_features for _ in request.queries] if config.num_best else [],
+            routes=routes,
+            candidate_rows=candidate_rows,
+            arrivals=arrivals,
+        )
+        if len(routes.query):  # the same on all ranks
+            self._fetch(sample, cache, config, dict(zip(ragged, widths.amax(dim=0).tolist(), strict=True)))
+        return sample
+
+    def _gather_requests(self, request: SamplingRequest, uniform: Tensor) -> tuple[SamplingRequest, Tensor]:
+        """Gather the requests of all ranks, and their uniforms."""
+        width = max(self.handshake.num_positives)
+        positives = request.positive_ids
+        if positives is None:
+            positives = torch.full((len(request.queries), 0), NO_ID, dtype=torch.int64, device=self.device)
+        positives = torch.nn.functional.pad(positives, (0, width - positives.shape[1]), value=NO_ID)
+        optional = ("positive_scores", "in_batch_lse", "ceilings", "guide_queries", "guide_ceilings")
+        given: dict[str, Any] = {name: getattr(request, name) for name in optional}
+        given = {name: value for name, value in given.items() if value is not None}
+        told = [uniform, positives, request.queries, *given.values()]
+        result = self.ranks.gather(told, [[batch] * len(told) for batch in self.handshake.batches])
+        others: dict[str, Any] = dict(zip(given, result[3:], strict=True))
+        new_ids = self.new_ids if len(self.new_ids) else None
+        return SamplingRequest(result[2], result[1] if width else None, new_ids, **others), result[0]
+
+    def _widths(self, cache: RowSource, rows: Tensor, ragged: Sequence[str]) -> Tensor:
+        """The length of the longest of `rows [n]` in each ragged feature: int64 `[len(ragged)]`."""
+        if not ragged or len(rows) == 0:
+            return torch.zeros(len(ragged), dtype=torch.int64, device=self.device)
+        return torch.stack([cache.lengths(rows.clamp(min=0), key).amax() for key in ragged]).to(self.device)
+
+    def _arrivals(self, rows: Tensor) -> Arrivals:
+        """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
+        ids, is_here = self.new_ids.cpu(), rows >= 0
+        is_known = is_here.any(dim=0)
+        owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
+        bringer = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.handshake.num_new))
+        is_first = is_first_of_equal(ids, ~is_known & (ids >= 0))
+        return Arrivals(owner, bringer, is_last_of_equal(ids, is_known) | is_first | (ids < 0), rows)
+
+    def _fetch(self, sample: RoutedSample, cache: RowSource, config: SamplingConfig, widths: dict[str, int]) -> None:
+        """Send the chosen rows to the ranks that requested them, and receive the rows that this rank requested."""
+        routes, ranks = sample.routes, self.ranks
+        keys = [*config.data_keys, *([] if config.is_shared else [config.embedding_key])]
+        sent, wanted = routes.of_owner(ranks.rank), routes.of_requester(ranks.rank)
+        rows = sample.candidate_rows[routes.candidate[sent].to(self.device)]
+        items = {key: to_device(value, self.device) for key, value in cache.read_rows(rows, keys).items()}
+        raw = ranks.exchange(
+            pack_rows(items, widths),
+            _counts(routes.requester[sent], ranks.size),
+            _counts(routes.owner[wanted], ranks.size),
+        )
+        came = unpack_rows(raw, {key: cache.specs[key] for key in keys}, widths)
+        # Rows arrive sorted by owner. `route` lists this rank's routes in order, `arrival` where each of them arrived.
+        arrival, route = wanted.argsort().to(self.device), wanted.sort().values
+        is_draw = route < routes.num_draws
+        drawn = _pick(came, arrival[is_draw.to(self.device)])
+        sample.count = int(is_draw.sum())
+        sample.cached = drawn.pop(config.embedding_key, sample.cached)
+        sample.features = drawn
+        if config.num_best:
+            first, batch = self.handshake.own_queries.start, len(sample.lse)
+            counts = _counts(routes.query[route[~is_draw]] - first, batch)
+            data = {key: came[key] for key in config.data_keys}
+            best = torch.split(arrival[~is_draw.to(self.device)], counts)
+            sample.best_features = [_pick(data, at) for at in best]
+
+    def encode(
+        self,
+        document_encoder: DocumentEncoder,
+        config: SamplingConfig,
+        sample: Sample,
+        new_embeddings: Tensor,
+        needs_gradient: bool,
+    ) -> Encoded:
+        assert isinstance(sample, RoutedSample)
+        cached, error = sample.cached, None
+        own = new_embeddings.new_empty(0, cached.shape[1])
+        if config.num_samples == 0:
+            return Encoded(own, own)
+        if sample.count:
+            try:
+                shape = (sample.count, cached.shape[1])
+                own = encode(document_encoder, sample.features, shape, cached.dtype, needs_gradient)
+            except Exception as caught:  # raised on all ranks in `_write_back`
+                error = caught
+        updates, reinserted = self._write_back(config, sample, own.detach().to(cached.dtype), new_embeddings, error)
+        documents = own
+        if config.is_shared and sample.routes.num_draws:
+            counts = _counts(sample.routes.requester[: sample.routes.num_draws], self.ranks.size)
+            documents = self.ranks.gather_with_gradient(own, counts)
+        return Encoded(own, documents, updates, reinserted)
+
+    def _write_back(
+        self,
+        config: SamplingConfig,
+        sample: RoutedSample,
+        own: Tensor,
+        new_embeddings: Tensor,
+        error: Exception | None,
+    ) -> tuple[RowUpdates | None, RowUpdates | None]:
+        """Send new embeddings to the owners of their rows. If a rank could not encode, all ranks raise.
+
+        Args:
+            config: The settings of sampling.
+            sample: The result of `sample`.
+            own: `[count, dim]`: what this rank encoded, without gradient, in the dtype of the cache.
+            new_embeddings: `[n, dim]`: embeddings of the new documents of this rank.
+            error: The error of this rank's encoder; None for none.
+        """
+        routes, arrivals, ranks, rank = sample.routes, sample.arrivals, self.ranks, self.ranks.rank
+        remote = arrivals.remote
+        if not routes.num_draws and not len(remote):
+            return None, None  # the same on all ranks
+        # Each message starts with a row that tells whether its sender failed. Sampled rows follow, then new documents,
+        # each in the order of routes. `to` is the receiver of each row that is sent, `origin` the sender of each row
+        # that is received.
+        everyone = torch.arange(ranks.size)
+        is_draw = torch.arange(len(routes.owner)) < routes.num_draws
+        first_draw = int((routes.requester[is_draw] < rank).sum())
+        first_new = sum(self.handshake.num_new[:rank])
+        drawn = (routes.is_update & (routes.requester == rank)).nonzero().squeeze(1)
+        brought = remote[arrivals.bringer[remote] == rank]
+        to = torch.cat([everyone, routes.owner[drawn], arrivals.owner[brought]])
+        owned = (routes.is_update & (routes.owner == rank)).nonzero().squeeze(1)
+        known = remote[arrivals.owner[remote] == rank]
+        origin = torch.cat([everyone, routes.requester[owned], arrivals.bringer[known]])
+
+        device, dim = own.device, own.shape[1]
+        if error is not None:
+            own = own.new_zeros(sample.count, dim)
+        rows = [own.new_full((ranks.size, dim), float(error is not None)), own[(drawn - first_draw).to(device)]]
+        if self.has_ids:
+            rows.append(new_embeddings[(brought - first_new).to(device)].to(own.dtype))
+        message = torch.cat(rows)[to.argsort(stable=True).to(device)]
+        raw = ranks.exchange(bytes_of(message), _counts(to, ranks.size), _counts(origin, ranks.size))
+        came = raw.view(own.dtype)[origin.argsort(stable=True).argsort().to(device)]
+        failed, updates, reinserted = torch.split(came, [ranks.size, len(owned), len(known)])
+        ranks.raise_together([flag != 0 for flag in failed[:, 0].tolist()], error, self.step, device)
+        rows_here = sample.candidate_rows[routes.candidate[owned].to(device)]
+        return (
+            RowUpdates(rows_here, {config.embedding_key: updates}),
+            RowUpdates(arrivals.rows[rank][known].to(device), {config.embedding_key: reinserted}),
+        )
+
+    def average_gradient(self, parameter: Tensor) -> Tensor:
+        return self.ranks.average_gradient(parameter)
+
+    @property
+    def weight(self) -> float:
+        """The factor that makes the average of the ranks' mean losses equal to the mean over all queries."""
+        batches = self.handshake.batches
+        return batches[self.ranks.rank] * len(batches) / sum(batches)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        return losses.mean() * self.weight
 
 
 def _counts(values: Tensor, length: int) -> list[int]:
@@ -257,10 +329,12 @@ def _counts(values: Tensor, length: int) -> list[int]:
 
 
 def _pick(items: Mapping[str, Tensor | RaggedRows], index: Tensor) -> dict[str, Tensor]:
-    """Items `[n]` of those that arrived, ragged ones cut to the longest of them."""
-    picked = select(items, index)
-    for key, value in picked.items():
-        if isinstance(value, RaggedRows):
-            width = int(value.lengths.amax()) if len(index) else 0
-            picked[key] = RaggedRows(value.values[:, :width], value.lengths)
-    return padded(picked)
+    """Select received items at `index [n]`, `[n, ...]` each; ragged ones are cut to the longest selected item."""
+    picked: Items = select(items, index)
+    cut = {
+        key: RaggedRows(value.values[:, : int(value.lengths.amax()) if len(index) else 0], value.lengths)
+        if isinstance(value, RaggedRows)
+        else value
+        for key, value in picked.items()
+    }
+    return padded(cut)

@@ -1,150 +1,196 @@
-"""One rank's part of the answer to the queries of all ranks."""
+"""Search one rank's rows for the queries of all ranks, and choose the documents to re-encode on all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from negative_cache.cache.rows import NegativeCache
-from negative_cache.distributed.choose_together import choose_together
-from negative_cache.distributed.handshake import Meeting
-from negative_cache.distributed.ranks import Ranks, shard_sizes
-from negative_cache.distributed.routing import Entries
-from negative_cache.retrieval import Retrieved, retrieve
-from negative_cache.sampling.choose import Serving, candidates_of
-from negative_cache.sampling.draw import is_max_score, pool_of
-from negative_cache.sampling.one_process import Asked, Rules
+from negative_cache import estimators
+from negative_cache.distributed import shard_sizes
+from negative_cache.distributed.collectives import Ranks
+from negative_cache.distributed.handshake import Handshake
+from negative_cache.distributed.routes import Routes
+from negative_cache.retrieval import Retrieved, Search
+from negative_cache.sampling.choose import Candidates, Choice, choose, weigh_candidates
+from negative_cache.sampling.config import DocumentWeights, RowSource, SamplingConfig, SamplingRequest
+from negative_cache.sampling.draw import draw, find_rows, make_search
+
+
+class Shard(NamedTuple):
+    """This rank's part of a search.
+
+    Attributes:
+        search: The search of this rank's rows, with the queries of all ranks.
+        drawn: Its result. Rows are numbered as in this rank's cache, and the best rows are padded to `num_best`.
+        found: int64 `[n]`: this rank's rows of the new documents of all ranks, -1 for none.
+        uniform: float64 `[batch of all, draws + 1]`: uniforms of all ranks, which choose the owners of the draws. The
+            last uniform of the first query chooses the documents to re-encode.
+    """
+
+    search: Search
+    drawn: Retrieved
+    found: Tensor
+    uniform: Tensor
+
+
+class Chosen(NamedTuple):
+    """The documents that all ranks chose to re-encode.
+
+    Attributes:
+        routes: The routes of the chosen documents, then those of the best rows.
+        weights: The weights of the documents for the queries of this rank, see `Sample`.
+        lse_of_dims: See `Sample`.
+    """
+
+    routes: Routes
+    weights: list[DocumentWeights]
+    lse_of_dims: list[Tensor]
 
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
-    """How many of top_k groups lie in one shard: in proportion to its rows, at least one where it has any."""
+    """The number of top_k groups in one shard: in proportion to its rows, and at least one if it has rows."""
     ends = [round(top_k * sum(num_rows[: r + 1]) / max(sum(num_rows), 1)) for r in range(len(num_rows))]
-    share = ends[rank] - (ends[rank - 1] if rank else 0)
-    return min(max(share, 1), num_rows[rank])
+    count = ends[rank] - (ends[rank - 1] if rank else 0)
+    return min(max(count, 1), num_rows[rank])
 
 
-class Search:
-    """This rank's part of the answer to all queries; rows are numbered through its caches.
+def search_shard(
+    handshake: Handshake, cache: RowSource, config: SamplingConfig, request: SamplingRequest, uniform: Tensor
+) -> Shard:
+    """Search this rank's rows.
 
     Args:
-        ranks, meeting, rules, caches, asked: See `draw_from_ranks`; with the queries of all ranks.
-        hidden: int64 `[n]`: rows of the first cache that no query may see, -1 for none; or None.
+        handshake: The sizes of all ranks.
+        cache: This rank's rows; all rows, if they are replicated.
+        config: How to sample.
+        request: The queries and ids of all ranks.
+        uniform: See `Shard`.
     """
+    rank = handshake.ranks.rank
+    found, positive_rows = find_rows(cache, request)
+    if found is None:
+        found = torch.empty(0, dtype=torch.int64, device=request.queries.device)
+    in_batch_rows = None
+    if any(handshake.num_in_batch):  # their ids are the last ones of each rank
+        parts = zip(torch.split(found, handshake.num_new), handshake.num_in_batch, strict=True)
+        in_batch_rows = torch.cat([part[len(part) - count :] for part, count in parts])
+    search = make_search(cache, config, request, in_batch_rows, positive_rows)
+    first, num_rows = 0, handshake.num_rows
+    if config.is_replicated:
+        num_rows = shard_sizes(search.pool.num_rows, handshake.ranks.size)
+        first = sum(num_rows[:rank])
+        search = search._replace(pool=search.pool.slice(first, first + num_rows[rank]))
+    if config.top_k is not None:
+        search = search._replace(top_k=top_k_of_shard(config.top_k, num_rows, rank))
+    drawn = draw(search, config, has_rows=bool(handshake.summaries[rank].has_rows))
+    missing = search.num_best - drawn.best_rows.shape[1]
+    best_rows = torch.where(drawn.best_rows >= 0, drawn.best_rows + first, -1)
+    drawn = drawn._replace(
+        rows=drawn.rows + (first if search.pool.num_rows else 0),  # an empty part has no row of its own
+        best_rows=torch.nn.functional.pad(best_rows, (0, missing), value=-1),
+        best_scores=torch.nn.functional.pad(drawn.best_scores, (0, missing), value=-torch.inf),
+    )
+    return Shard(search, drawn, found, uniform)
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        meeting: Meeting,
-        rules: Rules,
-        caches: Sequence[NegativeCache],
-        asked: Asked,
-        hidden: Tensor | None,
-    ) -> None:
-        self.ranks, self.meeting, self.rules, self.asked = ranks, meeting, rules, asked
-        self.pool = pool_of(caches, rules.embedding_key, hidden, rules.bias_key)
-        self.limits = asked.limits(None if rules.guide_key is None else pool_of(caches, rules.guide_key))
-        positives = asked.positives
-        self.excluded = None if positives is None else caches[0].find(positives.flatten()).view(positives.shape)
-        self.result = self._search()
 
-    def _search(self) -> Retrieved:
-        ranks, rules, meeting, pool = self.ranks, self.rules, self.meeting, self.pool
-        first, num_rows = 0, meeting.num_rows
-        if rules.is_replicated:
-            num_rows = shard_sizes(pool.num_rows, ranks.size)
-            first = sum(num_rows[: ranks.rank])
-            pool = pool.slice(first, first + num_rows[ranks.rank])
-        is_max = is_max_score(rules.retrieval_fn)
-        num_top = max(rules.num_top, int(is_max))
-        batch, device = len(self.asked.queries), self.asked.queries.device
-        rows = torch.zeros(batch, rules.num_draws, dtype=torch.int64, device=device)
-        top_rows = torch.full((batch, num_top), -1, device=device)
-        top_scores = torch.full((batch, num_top), -torch.inf, dtype=pool.score_dtype, device=device)
-        lse = torch.full((batch,), -torch.inf, dtype=pool.score_dtype, device=device)
-        num_limited = None if self.limits is None else torch.zeros(batch, dtype=torch.int64, device=device)
-        group_rows = None
-        if meeting.told[ranks.rank].has_rows and pool.num_rows:
-            result = retrieve(
-                self.asked.queries,
-                pool,
-                generator=rules.generator,
-                score_transform=rules.score_transform,
-                excluded=self.excluded,
-                top_k=None if rules.top_k is None else top_k_of_shard(rules.top_k, num_rows, ranks.rank),
-                num_samples=rules.num_draws,
-                num_top=num_top,
-                limits=self.limits,
-            )
-            lse, rows, found = result.lse, result.rows + first, result.top_rows.shape[1]
-            group_rows, num_limited = result.group_rows, result.num_limited
-            top_scores[:, :found] = result.top_scores
-            top_rows[:, :found] = torch.where(result.top_rows >= 0, result.top_rows + first, -1)
-        if is_max and rules.num_draws:
-            rows = top_rows[:, :1].clamp(min=0)
-        return Retrieved(lse, rows, top_rows, top_scores, group_rows, num_limited)
+def choose_together(
+    handshake: Handshake, config: SamplingConfig, request: SamplingRequest, shard: Shard, routes: Routes
+) -> Chosen:
+    """Choose the documents to re-encode from the draws of all ranks; collective. Each rank then encodes its part.
 
-    def choose(self, entries: Entries, lse: Tensor, uniform: Tensor) -> tuple[Entries, list[Serving], list[Tensor]]:
-        """Choose the documents to encode from the draws; then each rank has its part of them.
+    The choice has the same distribution as with one process.
 
-        Args:
-            entries: The draws, and the best rows.
-            lse: `[batch of all]`: of all shards.
-            uniform: float64 `[]`.
+    Args:
+        handshake: The sizes of all ranks.
+        config: How to sample.
+        request: The queries of all ranks.
+        shard: This rank's part of the search, with `drawn.lse` over the rows of all ranks.
+        routes: The routes of the draws, then those of the best rows.
+    """
+    assert request.positive_scores is not None
+    assert request.in_batch_lse is not None
+    ranks, lse = handshake.ranks, shard.drawn.lse
+    owner, candidate = routes.owner[: routes.num_draws], routes.candidate[: routes.num_draws]
+    mine = (owner == ranks.rank).nonzero().squeeze(1)
+    candidates = weigh_candidates(
+        shard.search,
+        lse,
+        shard.drawn.rows.flatten()[candidate[mine].to(lse.device)],
+        routes.is_update[mine].to(lse.device),
+        dims=config.dims,
+        merge=lambda partial: merge_lse(ranks, partial),
+    )
+    shares = estimators.cache_share(request.positive_scores, lse, request.in_batch_lse)
+    sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
+    count = config.num_samples * len(request.queries)
+    choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False)
+    parts = torch.tensor([config.num_samples * batch for batch in handshake.batches])
+    best = slice(routes.num_draws, None)
+    chosen = Routes(
+        query=torch.cat([torch.full_like(choice.at, -1), routes.query[best]]),
+        requester=torch.cat([torch.repeat_interleave(torch.arange(ranks.size), parts), routes.requester[best]]),
+        owner=torch.cat([owner[choice.at], routes.owner[best]]),
+        candidate=torch.cat([candidate[choice.at], routes.candidate[best]]),
+        is_update=torch.cat([choice.is_chosen, routes.is_update[best]]),
+        num_draws=len(choice.at),
+    )
+    lse_of_dims = [view.lse[handshake.own_queries] for view in candidates.views[1:]]
+    return Chosen(chosen, _weights_of_all(handshake, owner, candidates, choice), lse_of_dims)
 
-        Returns:
-            The entries with the chosen ones for the draws, and `Negatives.serving` and `.lse_of_dims`.
-        """
-        rules, asked, meeting = self.rules, self.asked, self.meeting
-        draws = slice(entries.num_draws)
-        owner, candidate, is_drawn = entries.owner[draws], entries.candidate[draws], entries.is_update[draws]
-        mine = (owner == self.ranks.rank).nonzero().squeeze(1)
-        device = lse.device
-        candidates = candidates_of(
-            asked.queries,
-            self.pool,
-            lse,
-            self.result.rows.flatten()[candidate[mine].to(device)],
-            is_drawn[mine].to(device),
-            rules.num_candidates,
-            rules.score_transform,
-            self.excluded,
-            self.limits,
-            self.result.group_rows,
-            rules.dims,
-            self._merge,
-        )
-        assert asked.positive_scores is not None
-        assert asked.fresh_lse is not None
-        count = rules.num_samples * len(asked.queries)
-        shared = choose_together(
-            self.ranks,
-            meeting,
-            owner,
-            candidates,
-            asked.queries,
-            asked.positive_scores,
-            asked.fresh_lse,
-            lse,
-            count,
-            uniform,
-        )
-        parts = torch.tensor([rules.num_samples * batch for batch in meeting.batches])
-        asker = torch.repeat_interleave(torch.arange(self.ranks.size), parts)
-        tops = slice(entries.num_draws, None)
-        chosen = Entries(
-            query=torch.cat([torch.full_like(shared.at, -1), entries.query[tops]]),
-            asker=torch.cat([asker, entries.asker[tops]]),
-            owner=torch.cat([owner[shared.at], entries.owner[tops]]),
-            candidate=torch.cat([candidate[shared.at], entries.candidate[tops]]),
-            is_update=torch.cat([shared.is_chosen, entries.is_update[tops]]),
-            num_draws=len(shared.at),
-        )
-        own = meeting.queries_of(self.ranks.rank)
-        return chosen, shared.serving, [level.lse[own] for level in candidates.levels]
 
-    def _merge(self, lse: Tensor) -> Tensor:
-        """From logsumexps of this shard's rows `[batch of all]` to those of all shards."""
-        (gathered,) = self.ranks.gather([lse], [[len(lse)]] * self.ranks.size)
-        return gathered.view(self.ranks.size, -1).logsumexp(dim=0)
+def merge_lse(ranks: Ranks, lse: Tensor) -> Tensor:
+    """Combine logsumexps over each rank's rows, `[batch of all]`, into those over the rows of all ranks; collective."""
+    (gathered,) = ranks.gather([lse], [[len(lse)]] * ranks.size)
+    return gathered.view(ranks.size, -1).logsumexp(dim=0)
+
+
+def _sizes_of_all(
+    ranks: Ranks, owner: Tensor, candidates: Candidates, own: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gather `Candidates.sizes` of the draws of all ranks, on the CPU; collective.
+
+    Args:
+        ranks: The ranks.
+        owner: int64 `[n]`: the rank that has each draw; the same list on all ranks, on the CPU.
+        candidates: The draws that this rank owns. A draw that repeats another may be missing; its size is 0.
+        own: Their sizes and queries, see `Candidates.sizes`.
+    """
+    order, counts = _by_owner(owner, ranks.size)
+    mine = [values.new_zeros(counts[ranks.rank]).index_copy(0, candidates.positions, values) for values in own]
+    gathered = ranks.gather(mine, [[count, count] for count in counts])
+    back = order.argsort()  # `order` maps a place in the order of owners to a draw, `back` maps a draw to its place
+    sizes, query = (values.cpu()[back] for values in gathered)
+    return sizes, query
+
+
+def _weights_of_all(
+    handshake: Handshake, owner: Tensor, candidates: Candidates, choice: Choice
+) -> list[DocumentWeights]:
+    """The weights of the chosen documents of all ranks for the queries of this rank; collective."""
+    ranks, device = handshake.ranks, candidates.rows.device
+    order, counts = _by_owner(owner, ranks.size)
+    chosen_owner = owner[choice.at]
+    chosen_order, chosen_counts = _by_owner(chosen_owner, ranks.size)
+    mine = (chosen_owner == ranks.rank).nonzero().squeeze(1)
+    # Map each draw to its place among its owner's draws, and each place to its column. A draw that repeats another has
+    # no column of its own and gets column 0. It was not chosen.
+    place = order.argsort() - sum(counts[: ranks.rank])
+    column_of = torch.zeros(counts[ranks.rank], dtype=torch.int64, device=device)
+    column_of[candidates.positions] = torch.arange(len(candidates.rows), device=device)
+    columns = column_of[place[choice.at[mine]].to(device)]
+    back = chosen_order.argsort().to(device)
+    result = []
+    for weights, correction in candidates.weigh(columns, choice.factors[mine].to(device)):
+        (gathered,) = ranks.gather([weights.T.contiguous()], [[count] for count in chosen_counts])
+        own = handshake.own_queries
+        result.append(DocumentWeights(gathered[back][:, own].T, ranks.sum(correction)[own]))
+    return result
+
+
+def _by_owner(owner: Tensor, num_ranks: int) -> tuple[Tensor, list[int]]:
+    """Return the positions sorted by owner, and the number of positions of each owner."""
+    counts: list[int] = torch.bincount(owner, minlength=num_ranks).tolist()
+    return owner.argsort(stable=True), counts

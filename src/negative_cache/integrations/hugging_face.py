@@ -1,4 +1,4 @@
-"""The cache in the checkpoints and logs of transformers' `Trainer`, and of trainers that are built on it."""
+"""Saves caches in the checkpoints of transformers' `Trainer` and its subclasses, and logs their metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from negative_cache.distributed.ranks import Ranks, world
+from negative_cache.distributed import world
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.metrics import cache_losses, tagged_metrics
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 
@@ -21,13 +22,14 @@ FOLDER = "negative_cache"
 
 
 class NegativeCacheTrainerMixin:
-    """Saves every cache of a trainer in each of its checkpoint folders, and restores it on resume.
+    """Saves every cache of a trainer in each of its checkpoint folders, restores it on resume, and logs its metrics.
 
-    Put it before the trainer's class: `class MyTrainer(NegativeCacheTrainerMixin, Trainer)`, where Trainer is that of
-    transformers or one that is built on it. The losses are those in `trainer.loss` (a module or a dict of modules), or
-    without such an attribute those in the model. They may be wrapped in others. `save_total_limit` applies to the
-    caches as to all else. The caches' metrics are logged beside the loss. A model that has the loss in it is saved
-    without the cache.
+    Put the mixin before the trainer's class: `class MyTrainer(NegativeCacheTrainerMixin, Trainer)`, where `Trainer` is
+    `transformers.Trainer` or a subclass. The mixin finds every `NegativeCacheLoss`, also inside other losses, in
+    `trainer.loss` (a module or a dict of modules) or, if there is no such attribute, in the model.
+
+    Caches are saved in the folder `negative_cache` of each checkpoint, so `save_total_limit` applies to them. If the
+    model contains the loss, the model's own file does not contain the cached rows.
     """
 
     args: Any
@@ -38,21 +40,27 @@ class NegativeCacheTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_MendingCallback())  # type: ignore[attr-defined]
+        self.add_callback(_TrainerFixesCallback())  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
+        """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
+
+        A checkpoint of the last step is not trained further.
 
         Raises:
-            ValueError: There is none.
-            CheckpointError: The cache in it is damaged or another one.
+            ValueError: There is no complete checkpoint.
+            CheckpointError: The checkpoint has no cache, or the cache is damaged or does not match the loss. The model
+                is unchanged.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"There is no complete checkpoint in {self.args.output_dir}.")
+                raise ValueError(
+                    f"There is no complete checkpoint in {self.args.output_dir}. Call train() without "
+                    "resume_from_checkpoint to start from the beginning."
+                )
         if resume_from_checkpoint:
-            self._restore(str(resume_from_checkpoint))  # before the model, which stays as it is if this is refused
+            self._restore(str(resume_from_checkpoint))  # first, so that an error leaves the model unchanged
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         except _AlreadyTrainedError:
@@ -60,14 +68,14 @@ class NegativeCacheTrainerMixin:
             return TrainOutput(self.state.global_step, 0.0, {})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """What the trainer logs while it trains, and the metrics of each cache beside it, as `cache/...`."""
+        """Log the metrics of each cache as `cache/...` together with the training loss."""
         if "loss" in logs:
-            logs |= tagged_metrics(self._has_losses)
+            logs |= tagged_metrics(self._loss_root)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     @property
-    def _has_losses(self) -> Any:
-        """The module, or dict of modules, that the losses are in."""
+    def _loss_root(self) -> Any:
+        """The module, or dict of modules, that contains the losses."""
         loss = getattr(self, "loss", None)
         return self.model if loss is None else loss
 
@@ -79,52 +87,57 @@ class NegativeCacheTrainerMixin:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with _left_alone(cache_losses(self.model).values()):
+        with _without_caches(cache_losses(self.model).values()):
             super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        with _left_alone(cache_losses(self.model).values()):
+        with _without_caches(cache_losses(self.model).values()):
             super()._load_best_model()  # type: ignore[misc]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The trainer calls this after it has saved the model, before it writes trainer_state.json (by which a
-        # checkpoint is known to be complete) and before it deletes older checkpoints.
+        # The trainer calls this after it saves the model. It then writes trainer_state.json, which marks the checkpoint
+        # as complete, and deletes older checkpoints.
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        for name, loss in cache_losses(self._has_losses).items():
+        for name, loss in cache_losses(self._loss_root).items():
             save_checkpoint(loss, _folder(output_dir, name, loss))
 
     def _restore(self, checkpoint_path: str) -> None:
-        losses = cache_losses(self._has_losses)
+        losses = cache_losses(self._loss_root)
         if losses and not (Path(checkpoint_path) / FOLDER).is_dir():
-            raise CheckpointError(f"{checkpoint_path} was saved by a trainer without NegativeCacheTrainerMixin.")
+            raise CheckpointError(
+                f"{checkpoint_path} has no folder {FOLDER!r}: it was saved by a trainer without "
+                "NegativeCacheTrainerMixin. Resume from a checkpoint with a cache, or start from the beginning."
+            )
         for name, loss in losses.items():
             try:
                 load_checkpoint(loss, _folder(checkpoint_path, name, loss))
             except CheckpointError as error:
-                raise CheckpointError(f"{error} Without {checkpoint_path} the one before is taken.") from error
+                raise CheckpointError(
+                    f"{error} If {checkpoint_path} is damaged, delete it to resume from the checkpoint before it."
+                ) from error
             loss.to(self.args.device)
 
 
 class _AlreadyTrainedError(Exception):
-    """The checkpoint is of the last step."""
+    """The checkpoint was saved after the last step."""
 
 
-class _MendingCallback(TrainerCallback):
-    """What the trainer itself does not do when it resumes, or with parameters that are in the loss."""
+class _TrainerFixesCallback(TrainerCallback):
+    """Fixes for the trainer: resuming after the last step, gradients of the loss's parameters, epochs of samplers."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        # After a checkpoint of the last step it would make one more.
+        # When resumed from a checkpoint of the last step, the trainer would train one more step.
         if state.global_step >= state.max_steps:
             raise _AlreadyTrainedError
         optimizer.zero_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        # It clears the model's gradients alone: those of a learnable scale, which is the loss's, would add up.
+        # The trainer clears only the model's gradients. Those of a learnable scale in the loss would accumulate.
         optimizer.zero_grad()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
-        # On several ranks, skipping batches puts one more sampler around the one that shuffles, which it then does not
-        # tell the epoch: the order would be that of the first one.
+        # To skip batches on several ranks, the trainer wraps the shuffling sampler in another one, but does not set the
+        # epoch of the inner sampler: every epoch would have the order of the first.
         sampler = getattr(train_dataloader, "batch_sampler", None)
         while sampler is not None:
             if hasattr(sampler, "set_epoch"):
@@ -133,28 +146,31 @@ class _MendingCallback(TrainerCallback):
 
 
 @contextlib.contextmanager
-def _left_alone(losses: Iterable[NegativeCacheLoss]) -> Iterator[None]:
-    """While the weights of the model that they are in are loaded: without their caches, on every rank the same."""
-    kept = [(loss, loss.cache, loss.get_extra_state()) for loss in losses]
-    for loss, _, _ in kept:
+def _without_caches(losses: Iterable[NegativeCacheLoss]) -> Iterator[None]:
+    """Remove the caches from the losses while the weights of the model that contains the losses are loaded."""
+    saved = [(loss, loss.cache, loss.get_extra_state()) for loss in losses]
+    for loss, _, _ in saved:
         del loss.cache
     try:
         yield
     finally:
-        for loss, cache, generator_state in kept:
+        for loss, cache, generator_state in saved:
             loss.set_extra_state(generator_state)
             if cache is not None:
                 loss.cache = cache
 
 
 def _folder(checkpoint: str, name: str, loss: NegativeCacheLoss) -> Path:
-    """The folder of a cache: one for all ranks that share it."""
+    """The folder of a cache within a checkpoint: one for all ranks that share the cache."""
     is_shared_by_all = loss.ranks.size == Ranks(world()).size
     return Path(checkpoint) / FOLDER / (name if is_shared_by_all else f"{name}-of-rank-{loss.ranks.first}")
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` folder whose last file, trainer_state.json, is whole; None without any."""
+    """The newest complete `checkpoint-N` folder in `output_dir`, or None.
+
+    A checkpoint is complete if its trainer_state.json, the file that the trainer writes last, is valid JSON.
+    """
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:

@@ -1,4 +1,4 @@
-"""The cache in the checkpoints and logs of Lightning, on one process or several."""
+"""Saves caches in Lightning checkpoints and logs their metrics, in one process or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from negative_cache.checkpoint import CheckpointError, state_for_rank
-from negative_cache.distributed.ranks import Ranks, world
+from negative_cache.distributed import world
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.metrics import cache_losses, tagged_metrics
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 
@@ -16,17 +17,19 @@ KEY = "negative_cache"
 
 
 class NegativeCacheMixin:
-    """Lets a LightningModule train with `NegativeCacheLoss`: put it before LightningModule in the class's bases.
+    """Saves every cache of a LightningModule in its checkpoints, restores it on resume, and logs its metrics.
 
-    Every `NegativeCacheLoss` that is a submodule, however deep, is found. Its metrics are logged as `cache/...` every
-    `log_every_n_steps`. Its rows of all ranks are in each checkpoint, under "negative_cache", and come back with
-    `fit(ckpt_path=...)`, also on another number of ranks; `state_dict` in the checkpoint has none. A checkpoint of the
-    weights alone has no rows, and leaves the cache as it is.
+    Put the mixin before `LightningModule` in the bases of the class. It finds every `NegativeCacheLoss` among the
+    submodules, at any depth, and logs its metrics as `cache/...` every `log_every_n_steps`.
 
-    A class that overrides `on_save_checkpoint`, `on_load_checkpoint` or `on_train_batch_end` calls `super()`.
+    A checkpoint contains the rows of all ranks under "negative_cache"; its `state_dict` contains none.
+    `fit(ckpt_path=...)` restores them, also on a different number of ranks if the ranks share the cache. A checkpoint
+    with `save_weights_only=True` contains no rows, and loading it does not change the cache.
+
+    Classes that override `on_save_checkpoint`, `on_load_checkpoint` or `on_train_batch_end` must call `super()`.
 
     Raises:
-        TypeError: When a class is made that has LightningModule before the mixin.
+        TypeError: A class is defined with `LightningModule` before the mixin.
     """
 
     trainer: Any
@@ -35,51 +38,52 @@ class NegativeCacheMixin:
         super().__init_subclass__(**kwargs)
         if not hasattr(super(), "on_save_checkpoint"):
             raise TypeError(
-                f"{cls.__name__} must have a LightningModule behind NegativeCacheMixin, which would otherwise do "
-                f"nothing: class {cls.__name__}(NegativeCacheMixin, LightningModule)."
+                f"The bases of {cls.__name__} must have NegativeCacheMixin before LightningModule; otherwise the mixin "
+                f"has no effect. Write class {cls.__name__}(NegativeCacheMixin, LightningModule)."
             )
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Log the caches' metrics, of rank 0 where there are several, in the steps that are logged."""
+        """Log the metrics of each cache every `log_every_n_steps`; with several ranks, those of rank 0."""
         super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
         if self.trainer._logger_connector.should_update_logs:
             self.log_dict(tagged_metrics(self), batch_size=1)  # type: ignore[attr-defined,arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Move the rows from the weights to a place of their own, with those of the other ranks; collective."""
+        """Move the rows from the weights to their own entry, with the rows of all ranks. Call it on all ranks."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         is_weights_only = "optimizer_states" not in checkpoint
         saved = {}
         for name, prefix, loss in _named(self):
             _drop_rows(checkpoint["state_dict"], prefix)
             if not is_weights_only:
-                saved[name] = {"ranks": _sharing(name, loss), "states": Ranks(world()).collect(loss.state_dict())}
+                saved[name] = {"ranks": _num_sharing(name, loss), "states": Ranks(world()).collect(loss.state_dict())}
         if not is_weights_only:
             checkpoint[KEY] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give this rank's rows back to the weights that are about to be loaded.
+        """Put this rank's rows back into the weights before the weights are loaded.
 
         Raises:
-            CheckpointError: The cache is one of other features, dtypes, embedding size or ranks.
+            CheckpointError: Features, dtypes, embedding size or the sharing of the saved cache differ from those of the
+                loss, or rows of other ranks are missing.
         """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         saved = checkpoint.get(KEY, {})
         for name, prefix, loss in _named(self):
             if name in saved:
                 state = _state_of_rank(name, loss, **saved[name])
-                if "cache.filled" not in state:  # from before the first step
+                if "cache.filled" not in state:  # saved before the first step
                     del loss.cache
             elif f"{prefix}cache.filled" in checkpoint["state_dict"]:
-                _check_alone(name)
-                continue  # from a module without the mixin
+                _check_one_rank(name)
+                continue  # saved without the mixin: the rows are among the weights
             else:
                 state = {key: value for key, value in loss.state_dict().items() if key.startswith("cache.")}
             checkpoint["state_dict"] |= {prefix + key: value for key, value in state.items()}
 
 
 def _named(module: Any) -> list[tuple[str, str, NegativeCacheLoss]]:
-    """Name, prefix in the state dict, and loss."""
+    """The name, the state dict prefix and the loss of each cache."""
     return [(name, f"{name}.", loss) for name, loss in cache_losses(module).items()]
 
 
@@ -88,36 +92,37 @@ def _drop_rows(state_dict: dict[str, Tensor], prefix: str) -> None:
         del state_dict[key]
 
 
-def _sharing(name: str, loss: NegativeCacheLoss) -> int:
-    """How many ranks share the rows: all of them, or each has a cache of its own."""
+def _num_sharing(name: str, loss: NegativeCacheLoss) -> int:
+    """The number of ranks that share the cache: all of them, or 1 if each has its own."""
     if loss.ranks.size not in (1, Ranks(world()).size):
         raise ValueError(
-            f"The cache of {name!r} is shared by {loss.ranks.size} of {Ranks(world()).size} ranks. In Lightning's "
-            "checkpoints it must be shared by all of them (process_group='world') or by none."
+            f"The cache of {name!r} is shared by {loss.ranks.size} of {Ranks(world()).size} ranks. To be saved in "
+            "Lightning's checkpoints, a cache must be shared by all ranks (process_group='world') or by none "
+            "(process_group=None)."
         )
     return loss.ranks.size
 
 
-def _check_alone(name: str) -> None:
+def _check_one_rank(name: str) -> None:
     if Ranks(world()).size > 1:
         raise CheckpointError(
-            f"The checkpoint has the rows of {name!r} of one rank alone. It was saved without NegativeCacheMixin, or "
-            "by an on_save_checkpoint that does not call super()."
+            f"The checkpoint has the rows of {name!r} of only one rank. It was saved without NegativeCacheMixin, or by "
+            "an on_save_checkpoint that does not call super(). Fix that and save again, or load it in one process."
         )
 
 
 def _state_of_rank(
     name: str, loss: NegativeCacheLoss, ranks: int, states: list[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The state for this rank's loss, from all ranks' states, of which so many shared a cache."""
+    """The state for this rank's loss, from the `states` of all ranks that saved; `ranks` of them shared a cache."""
     if ranks == len(states):
         return state_for_rank(loss, states)
     if loss.ranks.size > 1:
         raise CheckpointError(
-            f"The checkpoint has {len(states)} caches of {name!r}, one per rank; one that all ranks share cannot be "
-            "made of them. Leave process_group out, as in the run that was saved."
+            f"The checkpoint has {len(states)} caches of {name!r}, one per rank; a cache that all ranks share cannot "
+            "be restored from them. Leave process_group out, as in the run that saved the checkpoint."
         )
     rank = Ranks(world()).rank
     if rank < len(states):
         return state_for_rank(loss, states[rank : rank + 1])
-    return dict(loss.state_dict())  # a rank that did not exist begins anew
+    return dict(loss.state_dict())  # a new rank starts with its own state

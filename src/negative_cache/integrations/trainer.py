@@ -1,4 +1,4 @@
-"""sentence-transformers' trainer, with the cache in its checkpoints."""
+"""`SentenceTransformerTrainer` with the cache in its checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", 
 
 
 class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):
-    """`SentenceTransformerTrainer` with the cache in its checkpoints; see `NegativeCacheTrainerMixin`."""
+    """`SentenceTransformerTrainer` with the cache in its checkpoints and logs; see `NegativeCacheTrainerMixin`."""

@@ -1,71 +1,64 @@
-"""What a training batch brings: checked, and in the form in which a step takes it."""
+"""The inputs of a training batch, validated and in the form that a step uses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from negative_cache.cache.rows import NO_ID, NegativeCache
-from negative_cache.cache.specs import (
-    Features,
-    FeatureSpec,
-    FixedLenFeature,
-    RaggedRows,
-    Specs,
-    concatenate,
-    embedding_spec,
-    is_free_to_read,
-)
-from negative_cache.negative_cache import CacheManager, check_ids
-from negative_cache.sampling.draw import check_finite
-from negative_cache.sampling.one_process import Asked, Rules
+from negative_cache.cache.specs import NO_ID, Features, FeatureSpec, FixedLenFeature, Specs, embedding_spec
+from negative_cache.cache.validation import check_finite, check_ids, concatenate, reads_without_sync
+from negative_cache.sampling.config import InBatch, SamplingRequest
 
-# The cache's own columns beside a document's features: scored in each step.
+# The cache's own columns, in addition to the document features. Every step scores them.
 EMBEDDING, BIAS, GUIDE = SCORED = ("embedding", "negative_log_q", "guide_embedding")
 
 
+class BatchInputs(NamedTuple):
+    """The arguments of `NegativeCacheLoss.forward`; see there."""
+
+    query_embeddings: Tensor
+    document_embeddings: Tensor
+    document_features: Features
+    document_ids: Tensor | None = None
+    positive_ids: Tensor | None = None
+    negative_embeddings: Tensor | None = None
+    negative_features: Features | None = None
+    negative_ids: Tensor | None = None
+    log_q: Tensor | None = None
+    guide_queries: Tensor | None = None
+    guide_documents: Tensor | None = None
+
+
 class Batch(NamedTuple):
-    """A batch of `batch` queries.
+    """A batch of `batch` queries and `m` given negatives.
 
     Attributes:
         queries: `[batch, dim]`, with gradient.
         documents: `[batch, dim]`, with gradient: the positive of each query.
-        positives: int64 `[batch, n]`: ids of documents that are no negatives of a query, -1 for none; or None.
-        negatives: `[m, dim]`, with gradient: given negatives; or None.
-        new_embeddings: `[batch + m, dim]`, without gradient: documents and negatives.
-        new_features: Their features.
+        negatives: `[m, dim]`, with gradient: negatives of every query; None for none.
+        positive_ids: int64 `[batch, n]`: ids of documents that are not negatives of a query, padded with -1; or None.
+        new_items: Items to insert into the cache: embeddings and features of documents and negatives, `batch + m` each.
         new_ids: int64 `[batch + m]`: their ids, -1 for unknown; or None.
-        log_q: `[batch + m]`: log of the probability with which each is met; or None.
+        log_q: `[batch + m]`: log of the probability of each document, as in `forward`; or None.
         guide_queries: `[batch, guide_dim]`; or None.
         guide_documents: `[batch + m, guide_dim]`; or None.
     """
 
     queries: Tensor
     documents: Tensor
-    positives: Tensor | None
     negatives: Tensor | None
-    new_embeddings: Tensor
-    new_features: Features
+    positive_ids: Tensor | None
+    new_items: Mapping[str, Any]
     new_ids: Tensor | None
-    log_q: Tensor | None = None
-    guide_queries: Tensor | None = None
-    guide_documents: Tensor | None = None
-
-    @property
-    def new_items(self) -> dict[str, Any]:
-        """What goes into the cache."""
-        items = {EMBEDDING: self.new_embeddings, **self.new_features}
-        if self.log_q is not None:
-            items[BIAS] = -self.log_q
-        if self.guide_documents is not None:
-            items[GUIDE] = self.guide_documents
-        return items
+    log_q: Tensor | None
+    guide_queries: Tensor | None
+    guide_documents: Tensor | None
 
     def scored_specs(self, embedding_dtype: torch.dtype) -> dict[str, FeatureSpec]:
-        """Specs of the columns that every step reads of all rows."""
+        """Specs of the columns that every step scores."""
         specs: dict[str, FeatureSpec] = {EMBEDDING: embedding_spec(self.queries.shape[1], embedding_dtype)}
         if self.log_q is not None:
             specs[BIAS] = FixedLenFeature([], torch.float32)
@@ -73,46 +66,101 @@ class Batch(NamedTuple):
             specs[GUIDE] = FixedLenFeature([self.guide_documents.shape[1]], torch.float32)
         return specs
 
-    def check_extras(self, specs: Specs, dims: Sequence[int] = ()) -> None:
-        """Raise unless the batch has just what a cache of these specs keeps, and more dimensions than `dims`."""
+    def in_batch(self, has_documents: bool) -> InBatch:
+        """The in-batch negatives of this process.
+
+        Args:
+            has_documents: Whether each query's document is a negative of the other queries.
+        """
+        negatives = self.queries.detach()[:0] if self.negatives is None else self.negatives
+        if has_documents:
+            negatives = self.documents if self.negatives is None else torch.cat([self.documents, negatives])
+        start, count = (0 if has_documents else len(self.queries)), len(negatives)
+        return InBatch(
+            embeddings=negatives,
+            ids=torch.full((count,), NO_ID, device=negatives.device) if self.new_ids is None else self.new_ids[start:],
+            first_own=0 if has_documents else -1,
+            biases=None if self.log_q is None else -self.log_q[start:],
+            guide=None if self.guide_documents is None else self.guide_documents[start:],
+        )
+
+    def request(self, num_in_batch: int) -> SamplingRequest:
+        """The request for sampling, before anything is scored."""
+        return SamplingRequest(
+            self.queries.detach(),
+            positive_ids=self.positive_ids,
+            new_ids=self.new_ids,
+            num_in_batch=num_in_batch,
+            guide_queries=self.guide_queries,
+        )
+
+    def check_against(self, specs: Specs, dims: Sequence[int]) -> None:
+        """Raise unless the batch matches the columns of `specs`, and all `dims` are below the embedding dimension."""
         width = self.queries.shape[1]
-        if any(dim >= width for dim in dims):
+        if dims and max(dims) >= width:
             raise ValueError(
-                f"`matryoshka_dims` is {list(dims)}; the embeddings themselves have {width} dimensions, which are "
-                "counted anyway: give smaller numbers."
+                f"`matryoshka_dims` is {list(dims)}; the embeddings have {width} dimensions, and "
+                "the full dimension always has a loss. Give smaller numbers."
             )
         for key, name, value in ((BIAS, "log_q", self.log_q), (GUIDE, "guide_documents", self.guide_documents)):
             if (key in specs) != (value is not None):
-                raise ValueError(f"`{name}` must be given in every step or in none; the cache was made the other way.")
-
-    def fresh(self, in_batch: bool) -> Tensor | None:
-        """The documents that are differentiated exactly as negatives, with gradient: those of the last `new_ids`."""
-        if not in_batch:
-            return self.negatives
-        return self.documents if self.negatives is None else torch.cat([self.documents, self.negatives])
-
-    @property
-    def guide(self) -> tuple[Tensor, Tensor] | None:
-        """A guide's embeddings of the queries and of their positives."""
-        if self.guide_queries is None or self.guide_documents is None:
-            return None
-        return self.guide_queries, self.guide_documents[: len(self.queries)]
+                raise ValueError(
+                    f"`{name}` must be given in every step or in none; the first step decides what the cache stores."
+                )
 
 
-class Step(NamedTuple):
-    """A batch that was checked, and what `NegativeCacheLoss` uses it with; no `new_items` where nothing is written."""
+def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:
+    """Validate the inputs of a step and put them together.
 
-    batch: Batch
-    new_items: dict[str, Tensor | RaggedRows]
-    manager: CacheManager
-    cache: NegativeCache
-    rules: Rules
-    asked: Asked
-    is_writing: bool
+    Args:
+        inputs: The arguments of `NegativeCacheLoss.forward`.
+        specs: Specs of the document features; may include those of the cache's own columns.
+
+    Raises:
+        ValueError: Wrong keys, shapes, sizes, devices or ids, or values that are not finite (checked only on the
+            CPU). Features are validated later, against the cache.
+        TypeError: Wrong dtypes.
+    """
+    _check_embeddings(inputs)
+    queries, documents, negatives = inputs.query_embeddings, inputs.document_embeddings, inputs.negative_embeddings
+    document_ids = _ids("document_ids", inputs.document_ids, (len(documents),), queries.device)
+    positive_ids = document_ids if document_ids is None else document_ids[:, None]
+    if inputs.positive_ids is not None:
+        if inputs.positive_ids.dim() != 2:
+            raise ValueError(
+                f"`positive_ids` has shape {list(inputs.positive_ids.shape)}; expected [{len(queries)}, n]."
+            )
+        shape = (len(queries), inputs.positive_ids.shape[1])
+        further = _ids("positive_ids", inputs.positive_ids, shape, queries.device)
+        assert further is not None
+        positive_ids = further if positive_ids is None else torch.cat([positive_ids, further], dim=1)
+    embeddings, features, new_ids = documents, inputs.document_features, document_ids
+    if negatives is not None:
+        embeddings, features, new_ids = _append_negatives(inputs, negatives, document_ids, specs)
+    elif inputs.negative_features is not None or inputs.negative_ids is not None:
+        raise ValueError("`negative_features` and `negative_ids` need `negative_embeddings`.")
+    log_q, guide_queries, guide_documents = _check_extras(inputs, len(embeddings))
+    new_items = {EMBEDDING: embeddings.detach(), **features}
+    if log_q is not None:
+        new_items[BIAS] = -log_q
+    if guide_documents is not None:
+        new_items[GUIDE] = guide_documents
+    return Batch(
+        queries=queries,
+        documents=documents,
+        negatives=negatives,
+        positive_ids=positive_ids,
+        new_items=new_items,
+        new_ids=new_ids,
+        log_q=log_q,
+        guide_queries=guide_queries,
+        guide_documents=guide_documents,
+    )
 
 
-def check_embeddings(queries: Tensor, documents: Tensor, negatives: Tensor | None) -> None:
-    """Raise unless the embeddings of a batch fit together and are finite (which is looked at on the CPU alone)."""
+def _check_embeddings(inputs: BatchInputs) -> None:
+    """Raise unless the embeddings of a batch fit together and are finite."""
+    queries, documents, negatives = inputs.query_embeddings, inputs.document_embeddings, inputs.negative_embeddings
     if queries.dim() != 2 or queries.shape != documents.shape:
         raise ValueError(
             f"`query_embeddings` has shape {list(queries.shape)}, `document_embeddings` {list(documents.shape)}; "
@@ -132,115 +180,62 @@ def check_embeddings(queries: Tensor, documents: Tensor, negatives: Tensor | Non
         check_finite(f"`{name}_embeddings`", value)
 
 
-def make_batch(
-    queries: Tensor,
-    documents: Tensor,
-    document_features: Features,
-    specs: Specs,
-    document_ids: Tensor | None = None,
-    positive_ids: Tensor | None = None,
-    negative_embeddings: Tensor | None = None,
-    negative_features: Features | None = None,
-    negative_ids: Tensor | None = None,
-    log_q: Tensor | None = None,
-    guide_queries: Tensor | None = None,
-    guide_documents: Tensor | None = None,
-) -> Batch:
-    """Put together what `NegativeCacheLoss` was given; see there. Embeddings are checked already."""
-    embeddings, features, ids, negatives = documents, document_features, document_ids, negative_embeddings
-    if negatives is not None:
-        embeddings, features, ids = _join(documents, features, ids, negatives, negative_features, negative_ids, specs)
-    elif negative_features is not None or negative_ids is not None:
-        raise ValueError("`negative_features` and `negative_ids` need `negative_embeddings`.")
-    if ids is not None:
-        check_ids("document_ids", ids, (len(embeddings),))
-        ids = ids.to(queries.device, torch.int64)
-    count, device = len(embeddings), queries.device
+def _append_negatives(
+    inputs: BatchInputs, negatives: Tensor, document_ids: Tensor | None, specs: Specs
+) -> tuple[Tensor, Features, Tensor | None]:
+    """Concatenate the documents and the given negatives as new items: embeddings, features, ids."""
+    documents, features, new_ids = inputs.document_embeddings, inputs.document_features, None
+    if inputs.negative_features is None:
+        raise ValueError("`negative_embeddings` needs `negative_features`, to re-encode the documents later.")
+    specs = {key: spec for key, spec in specs.items() if key not in SCORED}
+    for name, given in (("document_features", features), ("negative_features", inputs.negative_features)):
+        if set(specs) - set(given):
+            raise ValueError(f"`{name}` must have the keys {sorted(specs)}, got {sorted(given)}.")
+    negative_ids = _ids("negative_ids", inputs.negative_ids, (len(negatives),), documents.device)
+    if document_ids is not None or negative_ids is not None:
+        both = ((document_ids, documents), (negative_ids, negatives))
+        new_ids = torch.cat(
+            [value.new_full((len(value),), NO_ID, dtype=torch.int64) if i is None else i for i, value in both]
+        )
+    return torch.cat([documents, negatives]), concatenate(features, inputs.negative_features, specs), new_ids
+
+
+def _check_extras(inputs: BatchInputs, count: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Validate and return `log_q` and the guide's embeddings of queries and documents."""
+    log_q, queries, documents = inputs.log_q, inputs.guide_queries, inputs.guide_documents
     if log_q is not None:
-        if ids is not None or positive_ids is not None:
+        if inputs.document_ids is not None or inputs.negative_ids is not None or inputs.positive_ids is not None:
             raise ValueError(
-                "`log_q` was given with ids. By its id a document has one row, however often it is met, and `log_q` "
-                "corrects for being met often: give one of them."
+                "`log_q` was given with ids. With ids a document has one row, however often it occurs, and `log_q` "
+                "corrects for frequent documents: give one of the two."
             )
-        log_q = _extra("log_q", log_q, (count,), device)
-        if is_free_to_read(log_q) and bool((log_q > 0).any()):
+        log_q = _extra("log_q", log_q, (count,), inputs)
+        if reads_without_sync(log_q) and bool((log_q > 0).any()):
             raise ValueError(f"`log_q` has {float(log_q.max()):g}; expected logs of probabilities, at most 0.")
-    if (guide_queries is None) != (guide_documents is None):
+    if (queries is None) != (documents is None):
         raise ValueError("`guide_queries` and `guide_documents` must be given together.")
-    if guide_queries is not None and guide_documents is not None:
-        guide_queries = _extra("guide_queries", guide_queries, (len(queries), guide_queries.shape[-1]), device)
-        guide_documents = _extra("guide_documents", guide_documents, (count, guide_queries.shape[1]), device)
-    return Batch(
-        queries=queries,
-        documents=documents,
-        positives=_positive_ids(document_ids, positive_ids, len(queries), queries.device),
-        negatives=negatives,
-        new_embeddings=embeddings.detach(),
-        new_features=features,
-        new_ids=ids,
-        log_q=log_q,
-        guide_queries=guide_queries,
-        guide_documents=guide_documents,
-    )
+    if queries is not None and documents is not None:
+        queries = _extra("guide_queries", queries, (len(inputs.query_embeddings), queries.shape[-1]), inputs)
+        documents = _extra("guide_documents", documents, (count, queries.shape[1]), inputs)
+    return log_q, queries, documents
 
 
-def _extra(name: str, values: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers that come beside the embeddings, checked, as float32 without gradient."""
+def _extra(name: str, values: Tensor, shape: tuple[int, ...], inputs: BatchInputs) -> Tensor:
+    """Validate an optional input and return it as float32 without gradient."""
     if values.shape != shape:
         raise ValueError(
-            f"`{name}` has shape {list(values.shape)}; expected {list(shape)}, the documents of the batch and then "
-            "its negatives."
+            f"`{name}` has shape {list(values.shape)}; expected {list(shape)}: the documents of the batch, then its "
+            "negatives."
         )
     if not values.is_floating_point():
         raise TypeError(f"`{name}` is {values.dtype}; expected a floating point dtype.")
     check_finite(f"`{name}`", values)
-    return values.detach().to(device, torch.float32)
+    return values.detach().to(inputs.query_embeddings.device, torch.float32)
 
 
-def _join(
-    embeddings: Tensor,
-    features: Features,
-    ids: Tensor | None,
-    negative_embeddings: Tensor,
-    negative_features: Features | None,
-    negative_ids: Tensor | None,
-    specs: Specs,
-) -> tuple[Tensor, Features, Tensor | None]:
-    """The batch's documents and its negatives as one list of new items."""
-    if negative_features is None:
-        raise ValueError("`negative_embeddings` needs `negative_features`, to encode the documents again later.")
-    for name, given in (("document_features", features), ("negative_features", negative_features)):
-        missing = set(specs) - set(given)
-        if missing:
-            raise ValueError(f"`{name}` must have the keys {sorted(specs)}, got {sorted(given)}.")
-    if ids is not None or negative_ids is not None:
-        first = _ids_or_unknown("document_ids", ids, embeddings)
-        ids = torch.cat([first, _ids_or_unknown("negative_ids", negative_ids, negative_embeddings)])
-    return (
-        torch.cat([embeddings, negative_embeddings]),
-        concatenate(features, negative_features, specs),
-        ids,
-    )
-
-
-def _ids_or_unknown(name: str, ids: Tensor | None, embeddings: Tensor) -> Tensor:
+def _ids(name: str, ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Validate ids and return them as int64 on the device."""
     if ids is None:
-        return torch.full((len(embeddings),), NO_ID, dtype=torch.int64, device=embeddings.device)
-    check_ids(name, ids, (len(embeddings),))
-    return ids.to(embeddings.device, torch.int64)
-
-
-def _positive_ids(
-    document_ids: Tensor | None, positive_ids: Tensor | None, batch: int, device: torch.device
-) -> Tensor | None:
-    """All known positives of each query, `[batch, n]`."""
-    parts = []
-    if document_ids is not None:
-        check_ids("document_ids", document_ids, (batch,))
-        parts.append(document_ids[:, None].to(device, torch.int64))
-    if positive_ids is not None:
-        if positive_ids.dim() != 2:
-            raise ValueError(f"`positive_ids` has shape {list(positive_ids.shape)}; expected [{batch}, n].")
-        check_ids("positive_ids", positive_ids, (batch, positive_ids.shape[1]))
-        parts.append(positive_ids.to(device, torch.int64))
-    return torch.cat(parts, dim=1) if parts else None
+        return None
+    check_ids(name, ids, shape)
+    return ids.to(device, torch.int64)

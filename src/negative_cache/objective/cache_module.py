@@ -1,9 +1,8 @@
-"""The cache of a loss: made at the first step, shared by the ranks of a process group, saved with the loss."""
+"""The module that holds the cache of a loss, which is created at the first step and saved with the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,19 +11,20 @@ from torch import Tensor
 
 from negative_cache.cache.rows import CacheHolder, NegativeCache, state_of
 from negative_cache.cache.specs import Features, FeatureSpec, Specs, embedding_spec, infer_specs, spec_from_json
-from negative_cache.distributed.ranks import Ranks, shard_sizes, world
+from negative_cache.distributed import shard_sizes, world
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.objective.batch import EMBEDDING, SCORED
-from negative_cache.sampling.draw import DocumentEncoder
+from negative_cache.sampling.encode import DocumentEncoder
 
 
-class RanksCache(CacheHolder):
-    """Holds this rank's rows of a cache, the generator of its draws, and what is known before there are rows.
+class CacheModule(CacheHolder):
+    """Holds this rank's rows of a cache, the generator for draws, and the settings known before the first step.
 
     Args:
         document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`.
-        cache_size: Rows of all ranks.
-        specs: Spec per document feature; None for those of the first batch.
-        embedding_dtype, feature_device, feature_folder, process_group: See `NegativeCacheLoss`.
+        cache_size: Number of rows of all ranks.
+        specs: Spec per document feature; None to infer them from the first batch.
+        embedding_dtype, feature_device, process_group: See `NegativeCacheLoss`.
         generator: Source of randomness.
     """
 
@@ -35,19 +35,17 @@ class RanksCache(CacheHolder):
         specs: Specs | None,
         embedding_dtype: torch.dtype,
         feature_device: torch.device | str | None,
-        feature_folder: str | Path | None,
         generator: torch.Generator,
         process_group: dist.ProcessGroup | Literal["world"] | None,
     ) -> None:
         super().__init__()
-        # In a tuple, the encoder is no submodule: its parameters and its training mode are the caller's.
+        # Inside a tuple, the encoder is not a submodule: the caller manages its parameters and its training mode.
         self._document_encoder = (document_encoder,)
         self.cache_size = cache_size
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self.embedding_dtype = embedding_dtype
-        self.embedding_dim: int | None = None  # where it is known before the first step
+        self.embedding_dim: int | None = None  # set if it is known before the first step
         self.feature_device = feature_device
-        self.feature_folder = feature_folder
         self.generator = generator
         self._first_state = generator.get_state()
         self._process_group = process_group
@@ -55,7 +53,7 @@ class RanksCache(CacheHolder):
 
     @property
     def document_encoder(self) -> DocumentEncoder:
-        """The encoder of drawn rows; may be replaced at any time."""
+        """The encoder of cached documents; may be replaced at any time."""
         return self._document_encoder[0]
 
     @document_encoder.setter
@@ -63,7 +61,7 @@ class RanksCache(CacheHolder):
         self._document_encoder = (encoder,)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("document_encoder", "cache"):  # nn.Module would register a module, and never reach the property
+        if name in ("document_encoder", "cache"):  # nn.Module would register a module and bypass the property
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -83,7 +81,7 @@ class RanksCache(CacheHolder):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The processes that share the cache; None for this one alone."""
+        """The process group that shares the cache; None for this process alone."""
         if self._process_group != "world":
             return self._process_group
         return world()
@@ -96,33 +94,36 @@ class RanksCache(CacheHolder):
         return self._ranks
 
     def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
-        """The specs of documents: the cache's, or what is known before there is one."""
+        """The specs of all features of the cache; before the first step, those of the document features."""
         if not isinstance(document_features, Mapping):
             raise TypeError(
                 f"`document_features` is {type(document_features).__name__}; expected a dict of feature name -> "
-                "values, what the document encoder takes."
+                "values, the input of the document encoder."
             )
-        if self.cache is None:
-            return self.specs or infer_specs(document_features)
-        return {key: spec for key, spec in self.cache.specs.items() if key not in SCORED}
+        return (self.specs or infer_specs(document_features)) if self.cache is None else self.cache.specs
 
     def step_number(self) -> int:
-        """How many steps have updated the cache; waits for the device."""
+        """The number of steps that have updated the cache; synchronizes the device."""
         return 0 if self.cache is None else int(self.cache.step)
 
     def _new_cache(self, specs: Specs, device: torch.device) -> NegativeCache:
-        """An empty cache of this rank's share of the rows."""
-        num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
+        """Create an empty cache for this rank's part of the rows."""
+        num_rows = self.cache_size
+        if self.process_group is not None:
+            num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
         if num_rows == 0:
-            raise ValueError(f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it.")
-        return NegativeCache.empty(specs, num_rows, device, self.feature_device, SCORED, self.feature_folder)
+            raise ValueError(
+                f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it. "
+                "Use a larger cache."
+            )
+        return NegativeCache.empty(specs, num_rows, device, self.feature_device, SCORED)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue the draws where the saved run stopped."""
+        """Restore the generator's state, so that the draws continue where the saved run stopped."""
         self.generator.set_state(state.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

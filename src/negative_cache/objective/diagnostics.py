@@ -1,80 +1,70 @@
-"""How a run is doing: numbers that a step leaves behind, read when they are logged, and advice when they are bad."""
+"""Diagnostics of a run: values of the last step, computed when they are read, and warnings about bad values."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.sampling.one_process import Returned
+from negative_cache.cache.update import RowUpdates
 
-# A relative squared distance of 0.5 is that of unit vectors with a cosine of 0.75: what was drawn is no more what the
-# softmax was computed from. One of two encoders that gets ten times the gradient of the other leaves it behind.
+# Unit vectors with a cosine of 0.75 have a relative squared distance of 0.5. The draws then no longer follow the
+# softmax of the new embeddings. If one of two encoders has ten times the gradient of the other, it learns much faster.
 STALE, UNEVEN = 0.5, 10.0
-PATIENCE = 3  # readings in a row: a model from scratch moves far in its first steps
+PATIENCE = 3  # bad readings in a row until a warning: a model from scratch changes much in its first steps
+NEAR_DUPLICATE = 0.99  # a document with at least this cosine to the positive counts as a copy of it
+MAX_KEPT = 2**18  # number of products that a step keeps until `read`; with more, values are computed at once
 
+Record = Callable[[], dict[str, Tensor]]
 logger = logging.getLogger("negative_cache")
 
 
-class Record(Protocol):
-    """Small tensors of a step, without gradient, and the numbers that they give when somebody asks."""
-
-    def numbers(self) -> dict[str, Tensor]: ...
-
-
-class Health:
-    """Numbers of the last training step: records of it are kept, and nothing is computed until `read`."""
+class Diagnostics:
+    """Values of the last training step. Only records are kept; nothing is computed until `read`."""
 
     def __init__(self) -> None:
-        self._latest: list[Record] = []
+        self._records: list[Record] = []
         self._gradients: dict[str, list[Tensor]] = {}
-        self._readings = {"staleness": 0, "ratio": 0}  # bad ones in a row; a warning came if there are enough
+        self._num_bad = {"staleness": 0, "ratio": 0}  # bad readings in a row; PATIENCE of them log a warning
 
-    def take(self, records: Sequence[Record]) -> None:
-        """Begin a step."""
-        self._latest = list(records)
+    def begin(self, records: Sequence[Record]) -> None:
+        """Start a step with its first records."""
+        self._records = list(records)
 
     def add(self, record: Record) -> None:
-        """More of the same step."""
-        self._latest.append(record)
+        """Add a record of the same step."""
+        self._records.append(record)
 
-    def watch(self, queries: Tensor, documents: list[Tensor]) -> None:
-        """Note the norms of the gradients that the next backward pass gives to the two sides."""
+    def watch(self, queries: Tensor, documents: Sequence[Tensor]) -> None:
+        """Record the norms of the gradients of queries and documents in the next backward pass."""
         if torch.compiler.is_compiling():
             return
         self._gradients = {}
         for side, tensors in (("queries", [queries]), ("documents", documents)):
             for tensor in tensors:
                 if tensor.requires_grad and len(tensor):
-                    tensor.register_hook(self._note(side))  # type: ignore[no-untyped-call]
-
-    def _note(self, side: str) -> Callable[[Tensor], None]:
-        found = self._gradients  # of this step: a later one has a dict of its own
-
-        def note(gradient: Tensor) -> None:
-            found.setdefault(side, []).append(gradient.detach().float().norm())
-
-        return note
+                    found = self._gradients.setdefault(side, [])  # of this step; a later step has its own lists
+                    tensor.register_hook(partial(_append_norm, found))  # type: ignore[no-untyped-call]
 
     def read(self, cache: NegativeCache | None) -> dict[str, float]:
-        """All numbers; waits for the device. Warns, once for each, of what is going wrong.
+        """Return all values; synchronizes the device. Logs one warning per value that is bad several times in a row.
 
         Raises:
             ValueError: Embeddings that were not finite were kept out of the cache since the last call.
         """
         if cache is None:
             return {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
-        _check_rejected(cache)
+        raise_for_rejected(cache)
         with torch.no_grad():
-            latest = {key: float(value) for record in self._latest for key, value in record.numbers().items()}
+            latest = {key: float(value) for record in self._records for key, value in record().items()}
         numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
-        if len(self._gradients) == 2:
+        if all(self._gradients.get(side) for side in ("queries", "documents")):
             queries, documents = (math.hypot(*map(float, self._gradients[side])) for side in ("queries", "documents"))
             if documents > 0 and math.isfinite(queries + documents):  # else a GradScaler's scale was too high
                 numbers["gradient_norm_ratio"] = queries / documents
@@ -85,91 +75,146 @@ class Health:
         staleness, ratio = numbers.get("staleness", 0.0), numbers.get("gradient_norm_ratio", 1.0)
         if self._is_time_to_warn("staleness", staleness > STALE):
             logger.warning(
-                f"Cached embeddings are far from what the encoder makes now: staleness {staleness:.2f}, above {STALE}. "
-                "What is drawn are no longer the hard negatives. Lower the learning rate, warm it up for longer, set "
-                "refresh_per_step, or use a smaller cache."
+                f"Cached embeddings are far from what the encoder computes now: staleness {staleness:.2f}, above "
+                f"{STALE}. The sampled documents are no longer the hard negatives. Lower the learning rate, warm it up "
+                "for longer, set refresh_per_step, or use a smaller cache."
             )
         if self._is_time_to_warn("ratio", not 1 / UNEVEN < ratio < UNEVEN):
             side, other = ("queries", "documents") if ratio > 1 else ("documents", "queries")
             logger.warning(
                 f"The gradient of the {side}' embeddings is {max(ratio, 1 / max(ratio, 1e-12)):.0f} times that of the "
-                f"{other}'. One encoder will leave the other behind: lower its learning rate, clip gradients, use more "
-                "num_samples, or train in both directions."
+                f"{other}'. One encoder will learn much faster than the other: lower its learning rate, clip "
+                "gradients, use more num_samples, or train in both directions."
             )
 
     def _is_time_to_warn(self, what: str, is_bad: bool) -> bool:
-        """Whether a reading is the last of so many bad ones in a row, for the first time."""
-        if self._readings[what] < PATIENCE:
-            count = self._readings[what] + 1 if is_bad else 0
-            self._readings[what] = count
+        """Whether this reading is the last of PATIENCE bad readings in a row, for the first time."""
+        if self._num_bad[what] < PATIENCE:
+            count = self._num_bad[what] + 1 if is_bad else 0
+            self._num_bad[what] = count
             return count == PATIENCE
         return False
 
 
-def _check_rejected(cache: NegativeCache) -> None:
+def _append_norm(found: list[Tensor], gradient: Tensor) -> None:
+    found.append(gradient.detach().float().norm())
+
+
+def raise_for_rejected(cache: NegativeCache, name: str = "") -> None:
+    """Raise ValueError if non-finite embeddings were kept out since the last call; synchronizes the device."""
     rejected = int(cache.num_rejected)
     if rejected:
         cache.num_rejected.zero_()
         raise ValueError(
-            f"{rejected} embeddings that were not finite were kept out of the cache; look for a learning "
-            "rate that is too high or an overflow in half precision."
+            f"{rejected} embeddings that were not finite were kept out of the cache{name}; look for a learning rate "
+            "that is too high or an overflow in half precision."
         )
 
 
-class LimitRecord(NamedTuple):
-    """How many of the filled rows, `[]`, were hidden from each query, `[batch]`."""
+def loss_numbers(losses: Tensor, positive: Tensor, lse: Tensor, in_batch_lse: Tensor) -> dict[str, Tensor]:
+    """Means over the batch of the loss, the positive's probability, and the softmax weight of the cache.
 
-    num_limited: Tensor
-    num_filled: Tensor
-
-    def numbers(self) -> dict[str, Tensor]:
-        return {"masked": self.num_limited.float().mean() / self.num_filled.clamp(min=1)}
-
-
-class UpdateRecord(NamedTuple):
-    """Rows `[n]` that are about to be updated.
-
-    Attributes:
-        cached, embeddings: `[n, dim]`: the cached embeddings, and those that come.
-        age: `[n]`: how many steps ago they were written.
-        mask: bool `[n]`: which of them count; None for all.
+    Args:
+        losses, positive, lse, in_batch_lse: `[batch]`: the losses, the positives' scores, the logsumexp over the cache
+            and over the in-batch negatives.
     """
-
-    cached: Tensor
-    embeddings: Tensor
-    age: Tensor
-    mask: Tensor | None
-
-    def numbers(self) -> dict[str, Tensor]:
-        """Staleness of these rows, by how long ago they were written.
-
-        Returns:
-            `staleness` (mean), `staleness_youngest` and `staleness_oldest` (means over the quarter of these rows
-            written last, and that written longest ago), `age` (mean, in steps).
-        """
-        dtype = torch.promote_types(self.cached.dtype, torch.float32)
-        staleness = estimators.staleness(self.cached, self.embeddings.to(dtype))
-        counts = torch.ones_like(staleness) if self.mask is None else self.mask.to(staleness.dtype)
-        age = self.age.to(staleness.dtype)
-        order = age.argsort(stable=True)
-        sorted_counts, sorted_staleness = counts[order], staleness[order]
-        total = counts.sum()
-        until = sorted_counts.cumsum(0)
-        edge = (total / 4).ceil()
-
-        def mean(weights: Tensor) -> Tensor:
-            return (weights * sorted_staleness).sum() / weights.sum().clamp(min=1)
-
-        return {
-            "staleness": mean(sorted_counts),
-            "staleness_youngest": mean(sorted_counts * (until <= edge)),
-            "staleness_oldest": mean(sorted_counts * (until > total - edge)),
-            "age": (counts * age).sum() / total.clamp(min=1),
-        }
+    return {
+        "interpretable_loss": losses.mean(),
+        "positive_probability": (-losses).exp().mean(),
+        "cache_share": estimators.cache_share(positive, lse, in_batch_lse).mean(),
+    }
 
 
-def record_updates(cache: NegativeCache, embedding_key: str, updated: Returned) -> UpdateRecord:
-    """What is to be kept of rows before they are updated; copies, as embeddings may be views of more."""
-    cached = cache.read(updated.rows, [embedding_key])[embedding_key]
-    age = cache.step + 1 - cache.written[updated.rows]
-    return UpdateRecord(cached, updated.embeddings.clone(), age, updated.mask)
+def hidden_numbers(num_hidden: Tensor, num_filled: Tensor) -> dict[str, Tensor]:
+    """The fraction of filled rows, `[]`, that were hidden as false negatives, `[batch]`; the mean over queries."""
+    return {"masked": num_hidden.float().mean() / num_filled.clamp(min=1)}
+
+
+def document_numbers(
+    *,
+    products: Tensor,
+    weights: Tensor | None,
+    lse: Tensor,
+    scale: Tensor | float,
+    documents: Tensor,
+    encoded: Tensor,
+    is_corrected: bool,
+) -> dict[str, Tensor]:
+    """The effective number of negatives, and the softmax weight of near copies of the positives.
+
+    Args:
+        products: `[batch, n]`: the queries' products with the re-encoded documents.
+        weights: `[batch, n]`: their weights; None for the mean over each query's own documents.
+        lse: `[batch]`: logsumexp over the cache; -inf for a query without negatives.
+        scale: Factor of the products.
+        documents: `[batch, dim]`: the positives.
+        encoded: `[n, dim]`, or `[batch * n, dim]` where each query has its own.
+        is_corrected: Whether the scores include `log_q` corrections.
+    """
+    documents, encoded = (torch.nn.functional.normalize(side) for side in (documents, encoded))
+    if weights is None:
+        weights = torch.full_like(products, 1 / products.shape[1])
+        cosines = estimators.dot(documents[:, None], encoded.view(len(documents), -1, documents.shape[1]))
+    else:
+        cosines = estimators.products(documents, encoded)
+    values = {"near_duplicates": (cosines >= NEAR_DUPLICATE).to(weights.dtype)}
+    if not is_corrected:  # the mean probability of a drawn row is the sum of squared probabilities
+        values["concentration"] = (scale * products - lse[:, None]).clamp(max=0.0).exp()
+    has_negatives = lse > -torch.inf
+    numbers = {
+        name: torch.where(has_negatives, (weights * value).sum(dim=1), 0).sum() / has_negatives.sum().clamp(min=1)
+        for name, value in values.items()
+    }
+    concentration = numbers.pop("concentration", None)
+    if concentration is not None:
+        numbers["effective_negatives"] = 1 / concentration.clamp(min=torch.finfo(concentration.dtype).tiny)
+    return numbers
+
+
+def record_updates(cache: NegativeCache, embedding_key: str, updates: RowUpdates, cached: Tensor | None) -> Record:
+    """Record the values from which the staleness of rows is computed, before they are updated.
+
+    Args:
+        cache: The cache.
+        embedding_key: The feature with the embedding.
+        updates: The updates that will be written.
+        cached: `[n, dim]`: the cached embeddings of these rows; None to read them from the cache.
+    """
+    if cached is None:
+        cached = cache.read(updates.rows, [embedding_key])[embedding_key]
+    embeddings, age = updates.items[embedding_key], cache.step + 1 - cache.written[updates.rows]
+    assert isinstance(embeddings, Tensor)
+    # a copy, because embeddings may be views of larger tensors, or change in place later
+    return partial(update_numbers, cached, embeddings.clone(), age, updates.mask)
+
+
+def update_numbers(cached: Tensor, embeddings: Tensor, age: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Compute the staleness of updated rows, by their age.
+
+    Args:
+        cached: `[n, dim]`: the embeddings before the update.
+        embeddings: `[n, dim]`: the re-encoded ones.
+        age: int64 `[n]`, in steps.
+        mask: bool `[n]`: which of them count; None for all.
+
+    Returns:
+        `staleness` (mean), `staleness_youngest` and `staleness_oldest` (means over the youngest and the oldest quarter
+        of these rows), `age` (mean, in steps).
+    """
+    staleness = estimators.staleness(cached, embeddings.to(torch.promote_types(cached.dtype, torch.float32)))
+    counts = torch.ones_like(staleness) if mask is None else mask.to(staleness.dtype)
+    ages = age.to(staleness.dtype)
+    order = ages.argsort(stable=True)
+    sorted_counts, sorted_staleness = counts[order], staleness[order]
+    total, until = counts.sum(), sorted_counts.cumsum(0)
+    edge = (total / 4).ceil()
+
+    def mean(weights: Tensor) -> Tensor:
+        return (weights * sorted_staleness).sum() / weights.sum().clamp(min=1)
+
+    return {
+        "staleness": mean(sorted_counts),
+        "staleness_youngest": mean(sorted_counts * (until <= edge)),
+        "staleness_oldest": mean(sorted_counts * (until > total - edge)),
+        "age": (counts * ages).sum() / total.clamp(min=1),
+    }

@@ -1,108 +1,82 @@
-"""One pass over the cached rows: the softmax's normaliser, samples from it, and the best rows."""
+"""One pass over the cached rows: the logsumexp of each query's scores, draws from its softmax, and its best rows.
+
+`retrieve` chooses the implementation: fused on a GPU, otherwise tiled. `dense` is the reference. Imports `cache/`.
+"""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 from torch import Tensor
 
-from negative_cache.retrieval.logs import say_once
-from negative_cache.retrieval.matmul import describe
-from negative_cache.retrieval.score_transform import Scale, factor_of
-from negative_cache.retrieval.search import Guide, Limits, Retrieved, RowPool, ScoreTransform
-from negative_cache.retrieval.tiled import retrieve_streaming
+from negative_cache.retrieval.score_transform import factor_of
+from negative_cache.retrieval.search import Ceilings, Retrieved, RowPool, Scale, ScoreTransform, Search
+from negative_cache.retrieval.tile_scores import describe
+from negative_cache.retrieval.tiled import retrieve_tiled
 
-__all__ = ["Guide", "Limits", "Retrieved", "RowPool", "Scale", "ScoreTransform", "explain", "retrieve"]
+__all__ = ["Ceilings", "Retrieved", "RowPool", "Scale", "ScoreTransform", "Search", "explain", "retrieve"]
 
 FUSED = "fused kernel (Triton)."
 
+logger = logging.getLogger("negative_cache")
+_logged: set[str] = set()
+
 
 @torch.no_grad()
-def retrieve(
-    queries: Tensor,
-    pool: RowPool,
-    *,
-    generator: torch.Generator,
-    score_transform: ScoreTransform | None = None,
-    excluded: Tensor | None = None,
-    top_k: int | None = None,
-    num_samples: int = 1,
-    num_top: int = 0,
-    limits: Limits | None = None,
-) -> Retrieved:
+def retrieve(search: Search, generator: torch.Generator) -> Retrieved:
     """Score all rows against all queries, without gradient, and sample from each query's softmax.
 
-    With `s = score_transform(queries @ rows.T)`, restricted to each query's candidates (and, with top_k,
-    to the best row of each of k contiguous groups of rows): `lse = s.logsumexp(1)`, and `rows` are draws
-    from `s.softmax(1)`, independent between queries and samples.
-
     Args:
-        queries: `[batch, dim]`, on the pool's device.
-        pool: The rows. Scores are computed in float32, or float64 for float64 rows.
-        generator: CPU generator of all randomness; it advances.
-        score_transform: Elementwise function of the dot products.
-        excluded: int64 `[batch, n]`: rows that one query must not see; -1 for none.
-        top_k: Number of groups; None for all rows.
-        num_samples: Independent draws per query.
-        num_top: How many of the best rows to return; with top_k they are chosen among its rows.
-        limits: What makes a row too good to be a negative.
+        search: The queries, the rows, and what to return.
+        generator: CPU generator for all draws; its state advances.
 
     Returns:
         `Retrieved`.
 
     Raises:
-        ValueError: Wrong shape or device of the queries, top_k above the number of rows.
+        ValueError: Wrong shape or device of the queries, or top_k above the number of rows.
     """
+    queries, pool = search.queries.detach(), search.pool
     with torch.autocast(queries.device.type, enabled=False):
-        queries = queries.detach()
-        factor = factor_of(score_transform, queries.device, pool.score_dtype)
-        score_transform = score_transform if factor is None else None
-        reason = _why_not_fused(queries, pool, score_transform, num_samples, limits)
-        say_once(f"Retrieval on {queries.device.type}: " + (reason or FUSED))
+        transform = search.score_transform
+        if isinstance(transform, Scale):
+            factor: float | Tensor | None = transform.factor
+        else:
+            factor = factor_of(transform, queries.device, pool.score_dtype)
+        search = search._replace(queries=queries, score_transform=transform if factor is None else None)
+        reason = _why_not_fused(search)
+        log_once(f"Retrieval on {queries.device.type}: " + (reason or FUSED))
         if reason is None and factor is not None:
             from negative_cache.retrieval.fused.launch import retrieve_fused
 
-            return retrieve_fused(
-                queries,
-                pool,
-                generator=generator,
-                factor=factor,
-                excluded=excluded,
-                top_k=top_k,
-                num_samples=num_samples,
-                num_top=num_top,
-            )
-        if factor is not None:
-            queries = queries.to(pool.score_dtype) * factor
-        return retrieve_streaming(
-            queries,
-            pool,
-            generator=generator,
-            score_transform=score_transform,
-            excluded=excluded,
-            top_k=top_k,
-            num_samples=num_samples,
-            num_top=num_top,
-            limits=limits,
-        )
+            return retrieve_fused(search, generator, factor)
+        if factor is not None:  # multiplying the queries is cheaper than multiplying all scores
+            search = search._replace(queries=queries.to(pool.score_dtype) * factor)
+        return retrieve_tiled(search, generator)
 
 
-def explain(queries: Tensor, pool: RowPool, num_samples: int = 1) -> str:
-    """Which implementation `retrieve` runs for these and a scale, and why it is not the fused kernel."""
-    return _why_not_fused(queries, pool, None, num_samples, None) or FUSED
+def explain(search: Search) -> str:
+    """Describe the implementation that `retrieve` runs if the score transform is a scale, and why it is not fused."""
+    return _why_not_fused(search._replace(score_transform=None)) or FUSED
 
 
-def _why_not_fused(
-    queries: Tensor, pool: RowPool, score_transform: ScoreTransform | None, num_samples: int, limits: Limits | None
-) -> str | None:
-    """What runs in place of the fused kernel, and why; None if that can run."""
+def _why_not_fused(search: Search) -> str | None:
+    """Describe what runs instead of the fused kernel, and why; None if the fused kernel can run."""
+    pool = search.pool
     tiled = f"tiled PyTorch, {describe(pool)}"
-    if queries.device.type != "cuda":
+    if search.queries.device.type != "cuda":
         return f"{tiled}."
-    if score_transform is not None:
-        return f"{tiled}: the score transform is no multiplication, which the fused kernel needs."
-    if limits is not None or pool.biases:
-        return f"{tiled}: the fused kernel knows no margins, guides or corrections."
+    if search.score_transform is not None:
+        return f"{tiled}: the score transform is not a multiplication; the fused kernel needs one."
     from negative_cache.retrieval.fused.launch import reason_against
 
-    reason = reason_against(queries, pool, num_samples)
+    reason = reason_against(search)
     return None if reason is None else f"{tiled}: {reason}."
+
+
+def log_once(message: str) -> None:
+    """Log a message at level INFO, unless it was logged before or the code is being compiled."""
+    if not torch.compiler.is_compiling() and message not in _logged:
+        _logged.add(message)
+        logger.info(message)

@@ -1,4 +1,4 @@
-"""Uniform numbers from a generator that the user can seed, the same on every device, also in compiled code."""
+"""Random numbers from a generator that the user can seed, the same on every device and in compiled code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _registry() -> MutableMapping[int, torch.Generator]:
-    """Generators by number; where torch is too old for weak references to them they are kept, some 5 kB each."""
+    """Generators by id. If torch is too old for weak references to them, they are kept alive, about 5 kB each."""
     try:
         weakref.ref(torch.Generator())
     except TypeError:
@@ -18,12 +18,12 @@ def _registry() -> MutableMapping[int, torch.Generator]:
     return weakref.WeakValueDictionary()
 
 
-# `torch.compile` cannot hold a generator; compiled code names it by its number.
+# `torch.compile` cannot hold a generator; compiled code refers to it by its id.
 _generators = _registry()
 
 
 def new_generator(seed: int | None = None) -> torch.Generator:
-    """A CPU generator with the given seed, or one taken from torch's global generator."""
+    """Create a CPU generator with the given seed, or with a seed from torch's global generator."""
     generator = torch.Generator()
     generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
     register(generator)
@@ -31,7 +31,7 @@ def new_generator(seed: int | None = None) -> torch.Generator:
 
 
 def register(generator: torch.Generator) -> None:
-    """Let compiled code draw from a generator; for what runs before it is compiled."""
+    """Make a generator known to compiled code; called before compilation."""
     if not torch.compiler.is_compiling():
         _generators[id(generator)] = generator
 
@@ -45,12 +45,38 @@ def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.d
     return _uniforms(id(generator), shape, device)
 
 
+def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+    """Draw positions from the softmax of `scores [batch, n]` by inverse CDF: int64 `[batch, num_samples]`.
+
+    The cumulative sums and the uniforms are float64, so that improbable positions are neither lost nor tied. A row
+    without a finite score gives arbitrary positions.
+    """
+    top = scores.amax(dim=1, keepdim=True)
+    weights = (scores - torch.where(top.isfinite(), top, 0)).to(torch.float64).exp()
+    uniform = uniforms((scores.shape[0], num_samples), generator, scores.device)
+    return inverse_cdf(weights.cumsum(dim=1), uniform)
+
+
+def inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Draw positions in proportion to weights: int64 `[batch, n]`. Weight 0 is drawn only if all weights are 0.
+
+    Args:
+        cumulative: `[batch, length]`: cumulative sums of the weights.
+        uniform: `[batch, n]` in [0, 1), in the same dtype.
+    """
+    cumulative = cumulative.contiguous()
+    # `right=True` never ends on an element of weight 0: its cumulative sum equals that of the element before it.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = cumulative.argmax(dim=1, keepdim=True)  # the first position with the full sum, in case rounding went beyond
+    return torch.minimum(drawn, last)
+
+
 def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if generator not in _generators:
         raise RuntimeError(
-            "Compiled code draws from a generator that is gone, or is new: run one step uncompiled first."
+            "Compiled code draws from a generator that is not registered: run one step uncompiled first."
         )
-    pins = device.type == "cuda"  # from pageable memory the copy would be waited for
+    pins = device.type == "cuda"  # a copy from pageable memory would synchronize the device
     drawn = torch.rand(
         tuple(shape), generator=_generators[generator], dtype=torch.float64, device="cpu", pin_memory=pins
     )
@@ -58,7 +84,7 @@ def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> T
 
 
 def _define() -> None:
-    """Make `_uniforms` an operator that is never merged with another call of it or left out."""
+    """Register `_uniforms` as an operator whose calls are never merged or dropped by the compiler."""
     tags = (torch.Tag.nondeterministic_seeded,)
     torch.library.define(
         "negative_cache::uniforms", "(int generator, SymInt[] shape, Device device) -> Tensor", tags=tags

@@ -1,138 +1,148 @@
-"""The rows of one or several caches, seen as one numbered pool."""
+"""The input and the output of a pass over the cached rows, for all implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from negative_cache.cache.specs import dequantize
+from negative_cache.cache.columns import dequantize
+from negative_cache.cache.index import is_in_row
 
 ScoreTransform = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A score transform that multiplies by a factor: a float, or a tensor `[]`."""
+
+    factor: float | Tensor
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return scores * self.factor
+
+
 class RowPool(NamedTuple):
-    """Embeddings of all rows, and which of them may be retrieved.
+    """The embeddings of all rows, and which of them may be retrieved.
 
     Attributes:
-        embeddings: Tensors `[num_rows, dim]`, concatenated in thought: row numbers run through all of them.
-        candidates: bool `[num_rows]` each; False rows are invisible.
-        scales: float32 `[num_rows]` for a tensor of int8 rows, which are multiplied with them; None for others.
-        biases: float32 `[num_rows]` each: what is added to the scores of a row; empty for nothing.
+        embeddings: `[num_rows, dim]`.
+        is_candidate: bool `[num_rows]`; False for rows that no query may see.
+        scales: float32 `[num_rows]`, factors of int8 rows; None for other dtypes.
+        biases: float32 `[num_rows]`, added to the scores of each row; None for nothing.
     """
 
-    embeddings: Sequence[Tensor]
-    candidates: Sequence[Tensor]
-    scales: Sequence[Tensor | None] = ()
-    biases: Sequence[Tensor] = ()
+    embeddings: Tensor
+    is_candidate: Tensor
+    scales: Tensor | None = None
+    biases: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
-        return sum(len(part) for part in self.embeddings)
+        return self.embeddings.shape[0]
 
     @property
     def score_dtype(self) -> torch.dtype:
         """float64 for float64 rows, float32 for all narrower ones."""
-        return torch.float64 if self.embeddings[0].dtype == torch.float64 else torch.float32
-
-    @property
-    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each tensor of rows with its scales."""
-        return zip(self.embeddings, self.scales or [None] * len(self.embeddings), strict=True)
+        return torch.float64 if self.embeddings.dtype == torch.float64 else torch.float32
 
     def slice(self, start: int, stop: int) -> RowPool:
         """A range of the rows, as views."""
-        pieces: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        biases: list[Tensor] = []
-        offset = 0
-        for number, ((part, scales), candidates) in enumerate(zip(self.parts, self.candidates, strict=True)):
-            low, high = max(start - offset, 0), min(stop - offset, len(part))
-            if low < high or (start == stop and not pieces):
-                at = slice(low, max(low, high))
-                pieces.append((part[at], candidates[at], None if scales is None else scales[at]))
-                biases.extend(bias[at] for bias in self.biases[number : number + 1])
-            offset += len(part)
-        embeddings, visible, scales_of_parts = zip(*pieces, strict=True)
-        return RowPool(embeddings, visible, scales_of_parts, biases)
+        at = slice(start, stop)
+        scales = None if self.scales is None else self.scales[at]
+        biases = None if self.biases is None else self.biases[at]
+        return RowPool(self.embeddings[at], self.is_candidate[at], scales, biases)
 
     def select(self, rows: Tensor) -> RowPool:
-        """`rows [n]` as a pool of their own, in which all are candidates."""
-        biases = [torch.cat(list(self.biases))[rows]] if self.biases else []
-        return RowPool([self.gather(rows)], [torch.ones_like(rows, dtype=torch.bool)], biases=biases)
+        """Copy `rows [n]` to a pool in which all rows may be retrieved; int8 rows become float32."""
+        biases = None if self.biases is None else self.biases[rows]
+        return RowPool(self.gather(rows), torch.ones_like(rows, dtype=torch.bool), None, biases)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Embeddings of `rows [n]`: `[n, dim]`, int8 ones multiplied with their scales."""
-        if len(self.embeddings) == 1:
-            return _rows_of(*next(self.parts), rows)
-        gathered, start = None, 0
-        for part, scales in self.parts:
-            inside = (rows >= start) & (rows < start + len(part))
-            values = _rows_of(part, scales, torch.where(inside, rows - start, 0))
-            gathered = values if gathered is None else torch.where(inside[:, None], values, gathered)
-            start += len(part)
-        assert gathered is not None
-        return gathered
+        """Embeddings of `rows [n]`: `[n, dim]`; int8 rows become float32."""
+        values = self.embeddings[rows]
+        return values if self.scales is None else dequantize(values, self.scales[rows])
 
 
-def _rows_of(part: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
-    return part[rows] if scales is None else dequantize(part[rows], scales[rows])
-
-
-class Guide(NamedTuple):
-    """Products of other embeddings, by which a row may be taken for a false negative.
+class Ceilings(NamedTuple):
+    """The highest similarities that a negative of each query may have. Rows above them count as false negatives.
 
     Attributes:
-        queries: `[batch, guide_dim]`.
-        rows: The guide's embeddings of all rows.
-        ceilings: `[batch]`: rows with a larger product are hidden from the query.
+        scores: `[batch]`: rows with a higher score (before biases) are hidden from the query; None for no limit.
+        guide_queries: `[batch, guide_dim]`: a guide's embeddings of the queries; None without a guide.
+        guide_pool: The guide's embeddings of all rows; None without a guide.
+        guide_scores: `[batch]`: rows with a larger product of the guide's embeddings are hidden; None without a guide.
+    """
+
+    scores: Tensor | None = None
+    guide_queries: Tensor | None = None
+    guide_pool: RowPool | None = None
+    guide_scores: Tensor | None = None
+
+
+class Search(NamedTuple):
+    """A pass over the rows of a pool, without gradient, that samples from each query's softmax.
+
+    With `s = score_transform(queries @ rows.T) + biases`, restricted to the rows that a query may see (and, with
+    top_k, to the best row of each of k contiguous groups of rows), the pass computes `s.logsumexp(1)` and draws from
+    `s.softmax(1)`, independently for each query and sample.
+
+    Attributes:
+        queries: `[batch, dim]`, on the pool's device.
+        pool: The rows. Scores are computed in float32, or in float64 for float64 rows.
+        score_transform: Elementwise function of the dot products; None for the products themselves.
+        excluded: int64 `[batch, n]`: rows that each query must not see, -1 for none; or None.
+        ceilings: Limits above which a row counts as a false negative; None for no limit.
+        top_k: Number of groups; None for all rows.
+        num_samples: Draws per query.
+        num_best: Number of highest-scoring rows to return; with top_k, out of the best rows of the groups.
     """
 
     queries: Tensor
-    rows: RowPool
-    ceilings: Tensor
+    pool: RowPool
+    score_transform: ScoreTransform | None = None
+    excluded: Tensor | None = None
+    ceilings: Ceilings | None = None
+    top_k: int | None = None
+    num_samples: int = 1
+    num_best: int = 0
 
-
-class Limits(NamedTuple):
-    """What makes a row too good to be a negative of a query.
-
-    Attributes:
-        ceilings: `[batch]`: rows with a larger score (before biases) are hidden from the query; None for no limit.
-        guide: The same by other embeddings.
-    """
-
-    ceilings: Tensor | None = None
-    guide: Guide | None = None
-
-    def select(self, rows: Tensor) -> Limits:
-        """The limits for `rows [n]` alone, as numbered in `RowPool.select`."""
-        guide = None if self.guide is None else self.guide._replace(rows=self.guide.rows.select(rows))
-        return self._replace(guide=guide)
+    def check(self) -> None:
+        """Raise ValueError for queries that do not match the pool, or top_k above the number of rows."""
+        queries, pool = self.queries, self.pool
+        dim = pool.embeddings.shape[1]
+        if queries.dim() != 2 or queries.shape[1] != dim:
+            raise ValueError(f"Query embeddings have shape {list(queries.shape)}; expected [batch, {dim}].")
+        if queries.device != pool.embeddings.device:
+            raise ValueError(
+                f"Query embeddings are on {queries.device}, the cache is on {pool.embeddings.device}. "
+                "Move the handler or loss with .to(device)."
+            )
+        if self.top_k is not None and not 1 <= self.top_k <= pool.num_rows:
+            raise ValueError(f"top_k is {self.top_k}; it must be from 1 to the {pool.num_rows} rows of the cache.")
 
 
 class Retrieved(NamedTuple):
-    """What one pass over the pool gives for `batch` queries.
+    """The result of a `Search` of `batch` queries.
 
     Attributes:
-        lse: `[batch]`: logsumexp of the scores of each query's candidates (of the top_k rows where that
-            is given); -inf for a query without candidates.
-        rows: int64 `[batch, num_samples]`: rows drawn from the softmax over the same scores; arbitrary but
-            valid numbers where lse is -inf.
-        top_rows: int64 `[batch, num_top]`: the highest scoring rows in falling order, -1 where there are
-            not so many candidates.
-        top_scores: `[batch, num_top]`: their scores, -inf where there are not so many candidates.
-        group_rows: int64 `[batch, top_k]`: the best row of each group, arbitrary for one without candidates; None
-            without top_k.
-        num_limited: int64 `[batch]`: how many candidates the limits hide; None without limits.
+        lse: `[batch]`: logsumexp of the scores of all rows that the query sees (with top_k: of the best of each
+            group); -inf for a query that sees no row.
+        rows: int64 `[batch, num_samples]`: rows drawn from the softmax of the same scores; arbitrary but valid
+            numbers where lse is -inf.
+        best_rows: int64 `[batch, num_best]`: the highest-scoring rows in descending order, padded with -1.
+        best_scores: `[batch, num_best]`: their scores, padded with -inf.
+        num_hidden: int64 `[batch]`: how many rows the ceilings hide; None without ceilings.
     """
 
     lse: Tensor
     rows: Tensor
-    top_rows: Tensor
-    top_scores: Tensor
-    group_rows: Tensor | None = None
-    num_limited: Tensor | None = None
+    best_rows: Tensor
+    best_scores: Tensor
+    num_hidden: Tensor | None = None
 
 
 def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:
@@ -144,22 +154,61 @@ def group_bounds(num_rows: int, num_groups: int) -> tuple[int, int]:
     return num_rows // num_groups, num_rows % num_groups
 
 
-def group_of(rows: Tensor, num_rows: int, num_groups: int) -> Tensor:
-    """The group of each of `rows [n]`: int64 `[n]`."""
-    size, num_longer = group_bounds(num_rows, num_groups)
-    boundary = num_longer * (size + 1)
-    return torch.where(rows < boundary, rows // (size + 1), num_longer + (rows - boundary) // size)
+def dense_scores(search: Search) -> Tensor:
+    """The scores of all rows, -inf where a query must not see a row: `[batch, num_rows]` in the pool's score dtype."""
+    pool, scores = search.pool, similarities(search)
+    if search.ceilings is not None:
+        scores = scores.masked_fill(is_above(scores, search.ceilings), -torch.inf)
+    if pool.biases is not None:
+        scores = scores + pool.biases
+    scores = scores.masked_fill(~pool.is_candidate, -torch.inf)
+    return scores if search.excluded is None else exclude(scores, search.excluded)
 
 
-def check_queries(queries: Tensor, pool: RowPool, top_k: int | None) -> None:
-    """Raise ValueError for queries that do not match the pool, or a pool smaller than top_k."""
-    dim = pool.embeddings[0].shape[1]
-    if queries.dim() != 2 or queries.shape[1] != dim:
-        raise ValueError(f"Query embeddings have shape {list(queries.shape)}; expected [batch, {dim}].")
-    if queries.device != pool.embeddings[0].device:
-        raise ValueError(
-            f"Query embeddings are on {queries.device}, the cache is on {pool.embeddings[0].device}. "
-            "Move the handler or loss with .to(device)."
-        )
-    if top_k is not None and not 1 <= top_k <= pool.num_rows:
-        raise ValueError(f"top_k is {top_k}; it must be from 1 to the {pool.num_rows} rows of the cache.")
+def score_rows(search: Search, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Score a few rows in the same way as the pass that drew them, which must not use top_k.
+
+    Args:
+        search: The search that drew the rows.
+        rows: int64 `[n]`.
+
+    Returns:
+        The scores of the rows for all queries, `[batch, n]`, -inf where a query must not see a row; and the embeddings
+        of the rows, `[n, dim]`.
+    """
+    assert search.top_k is None
+    ceilings, pool = search.ceilings, search.pool.select(rows)
+    if ceilings is not None and ceilings.guide_pool is not None:
+        ceilings = ceilings._replace(guide_pool=ceilings.guide_pool.select(rows))
+    scores = dense_scores(search._replace(pool=pool, excluded=None, ceilings=ceilings))
+    if search.excluded is not None:
+        scores = scores.masked_fill(is_in_row(rows, search.excluded), -torch.inf)
+    return scores, pool.embeddings
+
+
+def similarities(search: Search) -> Tensor:
+    """Scores before biases, of all rows: `[batch, num_rows]`."""
+    products = _products(search.queries, search.pool)
+    return products if search.score_transform is None else search.score_transform(products)
+
+
+def _products(queries: Tensor, pool: RowPool) -> Tensor:
+    rows = pool.embeddings if pool.scales is None else dequantize(pool.embeddings, pool.scales)
+    return queries.to(pool.score_dtype) @ rows.to(pool.score_dtype).T
+
+
+def is_above(scores: Tensor, ceilings: Ceilings) -> Tensor:
+    """bool `[batch, num_rows]`: which rows count as false negatives."""
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if ceilings.scores is not None:
+        hidden = scores > ceilings.scores[:, None]
+    if ceilings.guide_pool is not None and ceilings.guide_queries is not None and ceilings.guide_scores is not None:
+        hidden = hidden | (_products(ceilings.guide_queries, ceilings.guide_pool) > ceilings.guide_scores[:, None])
+    return hidden
+
+
+def exclude(scores: Tensor, excluded: Tensor) -> Tensor:
+    """Copy `scores [batch, num_rows]`, with -inf at the rows `excluded [batch, n]`; -1 excludes nothing."""
+    width = scores.shape[1]
+    at = torch.where(excluded >= 0, excluded, width)  # -1 writes to an extra column
+    return torch.nn.functional.pad(scores, (0, 1)).scatter_(1, at, -torch.inf)[:, :width]

@@ -1,4 +1,4 @@
-"""The tiled pass in plain PyTorch: one product per chunk of rows, nothing of size batch x num_rows."""
+"""The tiled pass in plain PyTorch: one product per chunk of rows, and no tensor of size batch x num_rows."""
 
 from __future__ import annotations
 
@@ -7,43 +7,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from negative_cache.retrieval.dense import exact_top_k, inverse_cdf, sample
-from negative_cache.retrieval.matmul import narrow_products
-from negative_cache.retrieval.randomness import uniforms
-from negative_cache.retrieval.search import Limits, Retrieved, RowPool, ScoreTransform, check_queries, group_bounds
-from negative_cache.retrieval.tiles import BLOCK, Tiles
+from negative_cache.retrieval.dense import exact_top_k
+from negative_cache.retrieval.randomness import inverse_cdf, sample, uniforms
+from negative_cache.retrieval.search import Retrieved, Search, group_bounds
+from negative_cache.retrieval.tile_scores import BLOCK, Tiles, narrow_products
 
 
-def retrieve_streaming(
-    queries: Tensor,
-    pool: RowPool,
-    *,
-    generator: torch.Generator,
-    score_transform: ScoreTransform | None = None,
-    excluded: Tensor | None = None,
-    top_k: int | None = None,
-    num_samples: int = 1,
-    num_top: int = 0,
-    limits: Limits | None = None,
-    tile_rows: int | None = None,
-) -> Retrieved:
+def retrieve_tiled(search: Search, generator: torch.Generator, tile_rows: int | None = None) -> Retrieved:
     """See `negative_cache.retrieval.retrieve`.
 
     Args:
+        search: The queries, the rows, and what to return.
+        generator: Source of randomness.
         tile_rows: Rows per tile; the distribution of the result does not depend on it.
     """
-    check_queries(queries, pool, top_k)
+    search.check()
+    pool = search.pool
     with narrow_products(pool):
-        tiles = Tiles(queries, pool, score_transform, excluded, tile_rows, limits)
-        if top_k is not None:
-            scores, rows = _group_maxima(tiles, top_k)
-            drawn = rows.gather(1, sample(scores, num_samples, generator))
-            lse = scores.logsumexp(dim=1)
-            top_scores, top = exact_top_k(scores, min(num_top, top_k))
-            top_rows = torch.where(top_scores > -torch.inf, rows.gather(1, top), -1)
-            return Retrieved(lse, drawn, top_rows, top_scores, rows, tiles.num_limited)
-        reservoir = _Reservoir(tiles, num_samples, generator)
-        best = _Best(tiles, min(num_top, pool.num_rows))
+        tiles = Tiles(search, tile_rows)
+        if search.top_k is not None:
+            return _best_of_groups(tiles, search, search.top_k, generator)
+        reservoir = _Reservoir(tiles, search.num_samples, generator)
+        best = _Best(tiles, min(search.num_best, pool.num_rows))
         for start in range(0, pool.num_rows, tiles.tile_rows):
             for first, stop in tiles.chunks_of(start):
                 chunk = tiles.scores(first, stop, at=first - start)
@@ -52,28 +37,34 @@ def retrieve_streaming(
                     reservoir.add_(first - start, chunk)
             reservoir.draw(start, min(start + tiles.tile_rows, pool.num_rows))
         lse = reservoir.lse.to(pool.score_dtype)
-        return Retrieved(lse, reservoir.rows, best.rows(), best.top_scores, None, tiles.num_limited)
+        return Retrieved(lse, reservoir.rows, best.rows(), best.best_scores, tiles.num_hidden)
 
 
-def mine_groups(
-    queries: Tensor,
-    pool: RowPool,
-    top_k: int,
-    score_transform: ScoreTransform | None = None,
-    excluded: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Score and row of the best candidate of each of top_k contiguous groups of rows: `[batch, top_k]`."""
-    check_queries(queries, pool, top_k)
-    with narrow_products(pool):
-        scores, rows = _group_maxima(Tiles(queries, pool, score_transform, excluded), top_k)
+def _best_of_groups(tiles: Tiles, search: Search, top_k: int, generator: torch.Generator) -> Retrieved:
+    scores, rows = _group_maxima(tiles, top_k)
+    best_scores, best = exact_top_k(scores, min(search.num_best, top_k))
+    return Retrieved(
+        lse=scores.logsumexp(dim=1),
+        rows=rows.gather(1, sample(scores, search.num_samples, generator)),
+        best_rows=torch.where(best_scores > -torch.inf, rows.gather(1, best), -1),
+        best_scores=best_scores,
+        num_hidden=tiles.num_hidden,
+    )
+
+
+def mine_groups(search: Search, top_k: int) -> tuple[Tensor, Tensor]:
+    """Score and position of the best row of each of top_k contiguous groups: `[batch, top_k]` each."""
+    search._replace(top_k=top_k).check()
+    with narrow_products(search.pool):
+        scores, rows = _group_maxima(Tiles(search), top_k)
         return scores.contiguous(), rows.contiguous()
 
 
 class _Reservoir:
     """Running logsumexp, and samples from the softmax over all tiles seen so far.
 
-    After a tile with logsumexp t and a running logsumexp r (t included), a sample moves into the tile
-    with probability exp(t - r), to a row of it in proportion to exp(score).
+    Let t be the logsumexp of a tile, and r the running logsumexp including t. A sample moves into the tile with
+    probability exp(t - r), to one of its rows in proportion to exp(score).
     """
 
     def __init__(self, tiles: Tiles, num_samples: int, generator: torch.Generator) -> None:
@@ -83,7 +74,7 @@ class _Reservoir:
         # float64: over thousands of tiles a float32 sum would drift
         self.lse = torch.full((batch,), -torch.inf, dtype=torch.float64, device=device)
         self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=device)
-        # of each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
+        # for each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
         num_chunks, num_blocks = -(-tiles.tile_rows // tiles.chunk_rows), -(-tiles.chunk_rows // BLOCK)
         self.top = tiles.buffer.new_empty(num_chunks, batch)
         self.sums = tiles.buffer.new_empty(num_chunks, num_blocks, batch)
@@ -96,7 +87,7 @@ class _Reservoir:
         self.is_empty = True
 
     def add_(self, at: int, scores: Tensor) -> None:
-        """Take in the chunk that begins `at` rows after its tile; its scores `[rows, batch]` become weights."""
+        """Add the chunk that begins `at` rows into its tile. Its scores `[rows, batch]` are overwritten by weights."""
         chunk = at // self.tiles.chunk_rows
         _reduce_blocks(torch.amax, scores, self.maxima)
         top = torch.amax(self.maxima[: -(-len(scores) // BLOCK)], dim=0, out=self.top[chunk])
@@ -105,7 +96,7 @@ class _Reservoir:
         self.is_empty = False
 
     def draw(self, start: int, stop: int) -> None:
-        """Close the tile of the rows from `start` to `stop`: some samples move into it."""
+        """Finish the tile of rows `start` to `stop`, and move some samples into it."""
         if self.is_empty:
             return
         top = self.top.amax(dim=0)
@@ -123,7 +114,7 @@ class _Reservoir:
     def _move(
         self, moves: Tensor, start: int, stop: int, cumulative: Tensor, in_tile: Tensor, in_block: Tensor
     ) -> None:
-        """Move samples into a tile where `moves [batch, num_samples]`, by a uniform for the block and one within it."""
+        """Move the samples `moves [batch, num_samples]` into a tile, by a uniform for the block and one within it."""
         query = torch.arange(len(moves), device=moves.device)
         if self.tiles.is_free:  # in most tiles most samples stay where they are
             query = moves.any(dim=1).nonzero().squeeze(1)
@@ -131,6 +122,8 @@ class _Reservoir:
                 return
             moves, cumulative, in_tile, in_block = (x[query] for x in (moves, cumulative, in_tile, in_block))
         tiles, num_blocks = self.tiles, self.sums.shape[1]
+        # Blocks are numbered across the chunks of the tile, with num_blocks per chunk, even if the last one is shorter.
+        # So block b lies in chunk b // num_blocks of the tile.
         block = inverse_cdf(cumulative, in_tile)
         begin = block // num_blocks * tiles.chunk_rows
         end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
@@ -143,9 +136,10 @@ class _Reservoir:
 
 
 def _reduce_blocks(reduce: Callable[..., Tensor], values: Tensor, out: Tensor) -> None:
-    """Reduce each BLOCK rows of `[rows, batch]`, the last ones of fewer, into `out [blocks, batch]`.
+    """Reduce every BLOCK rows of `[rows, batch]` into `out [blocks, batch]`; the last block may have fewer rows.
 
-    Threads that made the values find them in their own caches, which they do not if all rows are reduced at once.
+    Each thread then reduces the values that it wrote, which are still in its cache. A single reduction over all rows
+    would distribute them differently.
     """
     whole = len(values) // BLOCK
     if whole:
@@ -155,38 +149,38 @@ def _reduce_blocks(reduce: Callable[..., Tensor], values: Tensor, out: Tensor) -
 
 
 class _Best:
-    """The highest scoring rows of all tiles seen so far; of equal ones the lowest."""
+    """The highest-scoring rows of all tiles seen so far; of equal scores, the lowest row."""
 
     def __init__(self, tiles: Tiles, count: int) -> None:
         self.count = count
         self.is_free = tiles.is_free
-        self.top_scores = tiles.buffer.new_full((tiles.batch, count), -torch.inf)
-        self.top_rows = torch.full((tiles.batch, count), -1, device=tiles.buffer.device)
+        self.best_scores = tiles.buffer.new_full((tiles.batch, count), -torch.inf)
+        self.best_rows = torch.full((tiles.batch, count), -1, device=tiles.buffer.device)
 
     def add(self, start: int, scores: Tensor) -> None:
-        """Take a tile of scores `[rows, batch]` in."""
+        """Add a chunk of scores `[rows, batch]`."""
         if self.count == 0:
             return
         query = torch.arange(scores.shape[1], device=scores.device)
         if self.is_free:  # most tiles have nothing better for most queries
-            query = (scores.amax(dim=0) > self.top_scores[:, -1]).nonzero().squeeze(1)
+            query = (scores.amax(dim=0) > self.best_scores[:, -1]).nonzero().squeeze(1)
             if len(query) == 0:
                 return
             scores = scores[:, query]
         values, at = _exact_top_k_of_columns(scores, self.count)
-        values = torch.cat([self.top_scores[query], values], dim=1)
-        rows = torch.cat([self.top_rows[query], at + start], dim=1)
-        self.top_scores[query], order = exact_top_k(values, self.count)
-        self.top_rows[query] = rows.gather(1, order)
+        values = torch.cat([self.best_scores[query], values], dim=1)
+        rows = torch.cat([self.best_rows[query], at + start], dim=1)
+        self.best_scores[query], order = exact_top_k(values, self.count)
+        self.best_rows[query] = rows.gather(1, order)
 
     def rows(self) -> Tensor:
-        return torch.where(self.top_scores > -torch.inf, self.top_rows, -1)
+        return torch.where(self.best_scores > -torch.inf, self.best_rows, -1)
 
 
 def _exact_top_k_of_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`exact_top_k` of `[rows, batch]` over rows: `[batch, at most k]`.
 
-    The k best rows lie in the k blocks with the highest maxima, the first ones of equals.
+    The k best rows lie in the k blocks with the highest maxima; of equal maxima, the first blocks.
     """
     rows, batch = scores.shape
     whole = rows // BLOCK
@@ -194,7 +188,7 @@ def _exact_top_k_of_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return exact_top_k(scores.T, k)
     maxima = scores[: whole * BLOCK].view(whole, BLOCK, batch).amax(dim=1)
     _, blocks = exact_top_k(maxima.T, k)
-    blocks = blocks.sort(dim=1).values  # rows in order, so that the first ones of equals are found
+    blocks = blocks.sort(dim=1).values  # rows in order, so that the first of equal scores are found
     members = (blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=scores.device)
     rest = torch.arange(whole * BLOCK, rows, device=scores.device).expand(batch, -1)
     members = torch.cat([members.flatten(1), rest], dim=1)
@@ -216,12 +210,12 @@ def _group_maxima(tiles: Tiles, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _maxima(tiles: Tiles, start: int, groups: int, length: int) -> tuple[Tensor, Tensor]:
-    """Best scores and rows `[groups, batch]` of groups of `length` rows from `start` on, several if they fit a tile."""
+    """Best scores and rows `[groups, batch]` of `groups` groups of `length` rows each, from row `start`."""
     stop = start + groups * length
     starts = torch.arange(start, stop, length, device=tiles.buffer.device)[:, None]
     best = tiles.buffer.new_full((groups, tiles.batch), -torch.inf)
     rows = starts.repeat(1, tiles.batch)
-    for first in range(start, stop, tiles.tile_rows):  # several parts only of one group that is longer than a tile
+    for first in range(start, stop, tiles.tile_rows):  # several iterations only for one group longer than a tile
         end = min(first + tiles.tile_rows, stop)
         scores = tiles.scores(first, end)
         if scores is None:
@@ -234,11 +228,11 @@ def _maxima(tiles: Tiles, start: int, groups: int, length: int) -> tuple[Tensor,
 
 
 def _first_maxima(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest values of `[groups, length, batch]` over `length`, and where they come first: `[groups, batch]`."""
+    """The largest values of `[groups, length, batch]` over `length`, and their first positions: `[groups, batch]`."""
     groups, length, batch = scores.shape
     if length % BLOCK or length < 4 * BLOCK:
         return scores.max(dim=1)
-    # Maxima without positions are several times faster, so the position is looked for in one block alone.
+    # Maxima without positions are several times faster, so the position is searched in one block only.
     blocks = scores.view(groups, length // BLOCK, BLOCK, batch)
     best = blocks.amax(dim=2).max(dim=1)
     at = best.indices[:, None, None].expand(-1, 1, BLOCK, -1)

@@ -1,8 +1,8 @@
-"""Documents that serve every query of a batch: which of the drawn rows are encoded, and with which weights.
+"""Second phase: choose the drawn rows to re-encode, and compute the weight of each document for every query.
 
-Rows are drawn for each query from its own softmax, several of them. A row counts for all queries, by the balance
-heuristic. Few of them are chosen to be encoded, each at most once, with a probability in proportion to what it adds to
-the gradient; those that were not chosen serve the queries by their cached embeddings. See `estimators`.
+Each query draws several rows from its own softmax. A drawn row counts for all queries, with the weights of the balance
+heuristic. A few of the drawn rows are chosen to be re-encoded, each at most once, with a probability proportional to
+its contribution to the gradient. The other drawn rows contribute by their cached embeddings. See `estimators`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from negative_cache import estimators
-from negative_cache.cache.specs import is_free_to_read
-from negative_cache.retrieval import Limits, RowPool, ScoreTransform
-from negative_cache.retrieval.dense import scores_of
+from negative_cache.cache.validation import reads_without_sync
+from negative_cache.retrieval import Search
+from negative_cache.retrieval.search import score_rows
+from negative_cache.sampling.config import DocumentWeights
 
 
-class Level(NamedTuple):
-    """Candidates as seen by truncated embeddings.
+class View(NamedTuple):
+    """The weights of the drawn rows, for full or for truncated embeddings.
 
     Attributes:
-        lse: `[batch]`: an estimate of the logsumexp of the scores of each query's negatives.
-        weights: `[batch, n]`.
-        cached: `[n, dim]`: truncated.
+        lse: `[batch]`: logsumexp of the scores of each query's negatives; for truncated embeddings, an estimate of it.
+        weights: `[batch, n]`: the weight of each row for each query; 0 for a column that repeats an earlier one.
+        cached: `[n, dim]`: the cached embeddings, in the dtype of the weights.
     """
 
     lse: Tensor
@@ -34,61 +35,45 @@ class Level(NamedTuple):
     cached: Tensor
 
 
-class Serving(NamedTuple):
-    """How encoded documents serve the queries.
-
-    Attributes:
-        weights: `[batch, n]`: with which each document's score counts.
-        correction: `[batch, dim]`: a vector of mean 0 whose product with the query is added.
-    """
-
-    weights: Tensor
-    correction: Tensor
-
-
 class Candidates(NamedTuple):
     """Rows drawn for `batch` queries.
 
     Attributes:
-        rows: int64 `[n]`; each counts once.
-        positions: int64 `[n]`: where each stands among the draws.
-        weights: `[batch, n]`: with which each row serves each query; 0 for a column that repeats another.
-        log_probabilities: `[batch, n]`: log of the softmax of each query.
-        cached: `[n, dim]`: the rows' embeddings, in the dtype of the weights.
-        levels: The same for truncated embeddings.
+        rows: int64 `[n]`.
+        positions: int64 `[n]`: the position of each row among the draws.
+        views: One for full embeddings, then one for each of `SamplingConfig.dims`.
     """
 
     rows: Tensor
     positions: Tensor
-    weights: Tensor
-    log_probabilities: Tensor
-    cached: Tensor
-    levels: tuple[Level, ...] = ()
+    views: list[View]
 
     def sizes(self, shares: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """How much each row adds to the batch's gradient, `[n]`, and the query that it adds most to, int64 `[n]`."""
-        sizes = estimators.importance(self.weights, shares, queries)
-        return sizes, (self.weights * shares[:, None]).argmax(dim=0)
+        """Return each row's contribution to the gradient of the batch, `[n]`, and the query it contributes most to.
 
-    def serve(self, at: Tensor, factors: Tensor) -> list[Serving]:
-        """How the columns `at [n]`, that were chosen with probabilities `1 / factors [n]`, serve each query.
-
-        For the whole embeddings, and then for each level.
+        Args:
+            shares: `[batch]`: see `estimators.cache_share`.
+            queries: `[batch, dim]`.
         """
+        weights = self.views[0].weights
+        return estimators.importance(weights, shares, queries), (weights * shares[:, None]).argmax(dim=0)
+
+    def weigh(self, at: Tensor, factors: Tensor) -> list[DocumentWeights]:
+        """Return, for each view, the weights of the columns `at [n]`, chosen with probabilities `1 / factors [n]`."""
         result = []
-        for weights, cached in [(self.weights, self.cached), *((level.weights, level.cached) for level in self.levels)]:
+        for _, weights, cached in self.views:
             chosen = weights[:, at] * factors.to(weights.dtype)
-            result.append(Serving(chosen, weights @ cached - chosen @ cached[at]))
+            result.append(DocumentWeights(chosen, weights @ cached - chosen @ cached[at]))
         return result
 
 
 class Choice(NamedTuple):
-    """Which candidates are encoded.
+    """The candidates that are re-encoded.
 
     Attributes:
         at: int64 `[count]`: their columns.
-        is_chosen: bool `[count]`: whether each counts; one that does not stands for nothing.
-        factors: `[count]`: one over the probability of being chosen, 0 where it does not count.
+        is_chosen: bool `[count]`: whether each of them counts; an entry that does not count is a placeholder.
+        factors: `[count]`: the inverse of the probability of being chosen, 0 for a placeholder.
     """
 
     at: Tensor
@@ -96,71 +81,72 @@ class Choice(NamedTuple):
     factors: Tensor
 
 
-def candidates_of(
-    queries: Tensor,
-    pool: RowPool,
+def weigh_candidates(
+    search: Search,
     lse: Tensor,
     rows: Tensor,
     is_drawn: Tensor,
-    num_samples: int,
-    score_transform: ScoreTransform | None = None,
-    excluded: Tensor | None = None,
-    limits: Limits | None = None,
-    group_rows: Tensor | None = None,
+    *,
     dims: Sequence[int] = (),
     merge: Callable[[Tensor], Tensor] | None = None,
 ) -> Candidates:
-    """Weigh the rows that were drawn from a pool.
+    """Compute the weights of drawn rows for all queries.
 
     Args:
-        queries: `[batch, dim]`: all queries of the step.
-        pool: The rows.
-        lse: `[batch]`: logsumexp of the scores of each query's negatives, in this pool and elsewhere.
-        rows: int64 `[n]`: the draws.
-        is_drawn: bool `[n]`: which of them count.
-        num_samples: Draws per query.
-        score_transform, excluded, limits, group_rows: See `retrieve`; as the rows were drawn.
-        dims: Truncated dimensions to weigh the rows for too.
-        merge: From logsumexps of this pool's rows `[batch]` to those of all pools; None if this is the only one.
+        search: The search that drew the rows, with the queries of all ranks.
+        lse: `[batch]`: logsumexp of the scores of each query's negatives, over the rows of all ranks.
+        rows: int64 `[n]`: the drawn rows.
+        is_drawn: bool `[n]`: which of the drawn rows count.
+        dims: Truncated dimensions for which weights are computed as well.
+        merge: Function from logsumexps over the rows of this process, `[batch]`, to logsumexps over the rows of all
+            ranks; None if this process has all rows.
     """
     counts, positions = count_equal(rows, is_drawn), torch.arange(len(rows), device=rows.device)
-    if is_free_to_read(rows):
+    if reads_without_sync(rows):
         positions = counts.nonzero().squeeze(1)
         rows, counts = rows[positions], counts[positions]
-    scores = scores_of(queries, pool, rows, score_transform, excluded, limits, group_rows)
+    scores, cached = score_rows(search, rows)
     log_probabilities = (scores - lse[:, None]).masked_fill_(lse[:, None] == -torch.inf, -torch.inf)
-    weights = estimators.balance_weights(log_probabilities, counts, num_samples)
-    cached = pool.gather(rows).to(weights.dtype)
-    levels = []
+    weights = estimators.balance_weights(log_probabilities, counts, search.num_samples)
+    views = [View(lse, weights, cached.to(weights.dtype))]
     if dims:
-        expected = math.log(num_samples) + log_probabilities.logsumexp(dim=0)  # log of how often each row is drawn
+        # log of each row's expected number of draws, whose inverse is the importance weight of a draw
+        expected = math.log(search.num_samples) + log_probabilities.logsumexp(dim=0)
         log_proposals = torch.where((counts > 0) & expected.isfinite(), counts.log() - expected, -torch.inf)
-    for dim in dims:
-        short = estimators.truncate(cached, dim)
-        products = estimators.truncate(queries.to(short.dtype), dim) @ short.T
-        products = products if score_transform is None else score_transform(products)
-        products = products if not pool.biases else products + torch.cat(list(pool.biases))[rows]
-        partial, logits = estimators.reweigh(log_proposals, products.masked_fill(scores == -torch.inf, -torch.inf))
-        total = partial if merge is None else merge(partial)
-        level_weights = (logits - torch.where(total.isfinite(), total, 0)[:, None]).exp()
-        levels.append(Level(total, level_weights, short))
-    return Candidates(rows, positions, weights, log_probabilities, cached, tuple(levels))
+        biases = None if search.pool.biases is None else search.pool.biases[rows]
+        for dim in dims:
+            products = estimators.products(
+                estimators.truncate(search.queries.to(weights.dtype), dim), estimators.truncate(views[0].cached, dim)
+            )
+            products = products if search.score_transform is None else search.score_transform(products)
+            products = products if biases is None else products + biases
+            products = products.masked_fill(scores == -torch.inf, -torch.inf)
+            views.append(_reweighed(log_proposals, products, estimators.truncate(views[0].cached, dim), merge))
+    return Candidates(rows, positions, views)
+
+
+def _reweighed(log_proposals: Tensor, scores: Tensor, cached: Tensor, merge: Callable[[Tensor], Tensor] | None) -> View:
+    """The view for truncated embeddings, by importance sampling: the rows were drawn with full embeddings."""
+    lse, logits = estimators.reweigh(log_proposals, scores)
+    total = lse if merge is None else merge(lse)
+    return View(total, (logits - torch.where(total.isfinite(), total, 0)[:, None]).exp(), cached)
 
 
 def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True) -> Choice:
-    """Choose `count` candidates to be encoded.
+    """Choose `count` candidates to re-encode.
 
     Args:
-        sizes: `[n]`: how much each adds to the batch's gradient.
-        query: int64 `[n]`: the query that it adds most to; each query's candidates get their share of the choice.
-        count: How many.
+        sizes: `[n]`: how much each candidate contributes to the gradient of the batch.
+        query: int64 `[n]`: the query that each candidate contributes most to. The choice is stratified by this query.
+        count: How many to choose.
         uniform: float64 `[]` in [0, 1).
-        is_trimmed: Whether, where that can be known for free, the choice has no entries that do not count.
+        is_trimmed: Whether to drop placeholders, if that does not synchronize the device.
     """
     chances = estimators.inclusion_probabilities(sizes, count)
+    # Candidates of one query are adjacent, so that the grid gives each query close to its expected number.
     order = query.argsort(stable=True)
     at, is_chosen = estimators.systematic_sample(chances[order], count, uniform)
-    if is_trimmed and is_free_to_read(at):
+    if is_trimmed and reads_without_sync(at):
         at, is_chosen = at[is_chosen], is_chosen[is_chosen]
     at = order[at]
     factors = is_chosen / chances[at].clamp(min=torch.finfo(chances.dtype).tiny)
@@ -168,7 +154,7 @@ def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed
 
 
 def count_equal(rows: Tensor, mask: Tensor) -> Tensor:
-    """How often each of `rows [n]` occurs where `mask [n]` is True: int64 `[n]`, 0 but at its first occurrence."""
+    """Count each of `rows [n]` where `mask [n]` is True: int64 `[n]`, 0 except at the row's first occurrence."""
     keys = rows.masked_fill(~mask, -1)
     ordered, order = keys.sort(stable=True)
     begin = torch.searchsorted(ordered, keys)

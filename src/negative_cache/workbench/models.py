@@ -1,4 +1,4 @@
-"""Models by name: `static` and `tiny` made for a corpus, everything else by sentence-transformers."""
+"""Models by name: `static` and `tiny` are built from texts; sentence-transformers loads all others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ VOCABULARY = 16_000
 STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TINY_MAX_LENGTH = 128
-TOKENIZED_AT_ONCE = 256
+TEXTS_PER_CHUNK = 256
 HUB_TIMEOUT = 10.0  # seconds
 
-# Learning rates at which each kind of model trains well with AdamW; a pretrained model wants little steps.
+# Learning rates at which each kind of model trains well with AdamW.
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
 PRETRAINED_LEARNING_RATE = 2e-5
 
@@ -33,18 +33,18 @@ class ModelError(ValueError):
 
 
 def learning_rate_of(name: str) -> float:
-    """The learning rate to use if none is given."""
+    """The default learning rate of a model."""
     return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
 
 
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
-    """A model to train.
+    """Load or build a model to train.
 
     Args:
-        name: `static`: mean of token embeddings, from scratch; `tiny`: a transformer of two layers, from
-            scratch; both with a tokenizer trained on `texts`. Any other name or path is loaded.
+        name: `static` (mean of token embeddings) or `tiny` (transformer with two layers), both with random weights and
+            a tokenizer trained on `texts`. Any other name or path is loaded.
         texts: The training texts.
-        seed: Seed of random weights.
+        seed: Seed of the random weights.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -62,9 +62,9 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 
 
 def load_trained(name: str) -> SentenceTransformer:
-    """A model by name or path; `ModelError` if it cannot be loaded."""
+    """Load a model by name or path; raises ModelError if it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ModelError(f"Cannot load the model {name!r}: there is no such folder.")
+        raise ModelError(f"Cannot load the model {name!r}: the folder does not exist.")
     if not Path(name).exists() and name.count("/") < 2:
         _ask_hub(name)
     try:
@@ -74,7 +74,7 @@ def load_trained(name: str) -> SentenceTransformer:
 
 
 def _ask_hub(name: str) -> None:
-    """Ask for a model once, unless some of it is on this machine: loading asks for a minute before it gives up."""
+    """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
@@ -89,41 +89,41 @@ def _ask_hub(name: str) -> None:
         except Exception as error:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
-        f"Cannot load the model {name!r}: it is no folder, not among the downloaded models of this machine, and the "
-        f"Hugging Face hub does not give it ({failed}). Give a folder or the name of a model that is there; train and "
-        "compare also make models that are called static and tiny."
+        f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
+        f"does not have it or cannot be reached ({failed}). Give a folder or the name of a model on the hub; train and "
+        "compare also take static and tiny."
     )
 
 
-def remember_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:
-    """Tokenize `texts` once for all, if the model is static: that takes as long as all else it does with them."""
+def cache_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:
+    """Make a static model tokenize each text only once. Tokenization takes half of the time of a static model."""
     if isinstance(model[0], StaticEmbedding):
-        model[0].tokenizer = _RememberingTokenizer(model[0].tokenizer)
-        model[0].tokenizer.remember(texts)
+        model[0].tokenizer = _CachingTokenizer(model[0].tokenizer)
+        model[0].tokenizer.add(texts)
 
 
 class _Ids(NamedTuple):
     ids: array[int]
 
 
-class _RememberingTokenizer:
-    """A tokenizer that tokenizes each text once."""
+class _CachingTokenizer:
+    """A tokenizer that tokenizes each text only once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, _Ids] = {}
 
-    def remember(self, texts: Iterable[str]) -> None:
-        """Tokenize what is new."""
+    def add(self, texts: Iterable[str]) -> None:
+        """Tokenize the texts that are new."""
         missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        for start in range(0, len(missing), TOKENIZED_AT_ONCE):  # what the tokenizer returns takes much memory
-            part = missing[start : start + TOKENIZED_AT_ONCE]
+        for start in range(0, len(missing), TEXTS_PER_CHUNK):  # the tokenizer's encodings use much memory
+            part = missing[start : start + TEXTS_PER_CHUNK]
             encodings = self._tokenizer.encode_batch(part, add_special_tokens=False)
             self._known.update((text, _Ids(array("i", found.ids))) for text, found in zip(part, encodings, strict=True))
 
     def encode_batch(self, texts: list[str], **_: Any) -> list[_Ids]:
-        """As `Tokenizer.encode_batch` without special tokens, which `StaticEmbedding`, the one caller, never wants."""
-        self.remember(texts)
+        """`Tokenizer.encode_batch` without special tokens, as its only caller, `StaticEmbedding`, uses it."""
+        self.add(texts)
         return [self._known[text] for text in texts]
 
     def __getattr__(self, name: str) -> Any:
@@ -131,7 +131,7 @@ class _RememberingTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A WordPiece tokenizer for prose and code: words in camelCase and snake_case fall apart, case is dropped."""
+    """A WordPiece tokenizer for prose and code: lower case, with camelCase and snake_case split into words."""
     tokenizer = Tokenizer(WordPiece(unk_token="[UNK]", max_input_chars_per_word=64))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"(?<=[a-z0-9])(?=[A-Z])"), " "), normalizers.NFKC(), normalizers.Lowercase()]
@@ -164,7 +164,7 @@ def _tiny(tokenizer: Tokenizer) -> SentenceTransformer:
         **{f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")},
     )
     config = BertConfig(vocab_size=len(fast), max_position_embeddings=TINY_MAX_LENGTH, **TINY)
-    with tempfile.TemporaryDirectory() as folder:  # Transformer only takes models from a folder
+    with tempfile.TemporaryDirectory() as folder:  # Transformer loads models from folders only
         BertModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)
         body = Transformer(str(Path(folder)))

@@ -1,6 +1,7 @@
-"""The negative cache as a loss of sentence-transformers: texts as the cache keeps them, and `NegativeCacheRankingLoss`.
+"""The negative cache as a loss of sentence-transformers.
 
-May import `negative_cache` and sentence-transformers.
+`NegativeCacheRankingLoss` converts texts to cached features and trains a `SentenceTransformer`.
+The folder may import `negative_cache` without `workbench`, and sentence-transformers.
 """
 
 from negative_cache.integrations.sentence_transformers.loss import NegativeCacheRankingLoss

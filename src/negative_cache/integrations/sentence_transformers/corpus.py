@@ -1,4 +1,4 @@
-"""A corpus of texts, of which each rank takes its part: tokenized in batches, equal documents once."""
+"""A corpus that fills the cache: tokenized in batches, without duplicates, distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from sentence_transformers import util
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from negative_cache.distributed.ranks import Ranks
-from negative_cache.integrations.sentence_transformers.text import TextSide
+from negative_cache.distributed.collectives import Ranks
+from negative_cache.integrations.sentence_transformers.text import CachedTexts
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS, hash_tokens
 
 
 class Corpus(NamedTuple):
-    """Texts, and how they are made into model inputs.
+    """Documents, and how to tokenize them.
 
     Attributes:
-        documents: The texts, the same on all ranks.
-        ids: Their ids; None if a document is known by its tokens.
-        side: What makes the inputs into what the cache keeps.
-        model: The model itself, out of what a trainer wraps it in.
-        batch_size: Texts at once.
-        prompt: Stands before each text; or None.
-        task: The route of a model that has several; or None.
+        documents: Texts, the same on all ranks.
+        ids: Their ids; None to identify a document by the hash of its tokens.
+        texts: Converts model inputs to cached features.
+        model: The model without wrappers.
+        batch_size: Documents per batch.
+        prompt: Text that precedes each document; or None.
+        task: The route of the documents in a model with several routes; or None.
         shows_progress: Whether to show a progress bar.
     """
 
     documents: Sequence[str]
     ids: Sequence[int] | None
-    side: TextSide
+    texts: CachedTexts
     model: Any
     batch_size: int
     prompt: str | None
@@ -39,37 +39,39 @@ class Corpus(NamedTuple):
     shows_progress: bool
 
     def batches(self, ranks: Ranks) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """This rank's documents, as the cache keeps them, and their ids `[n]`."""
-        for part, features in self._tokenized(self._own_part(ranks), "Filling the cache"):
+        """Yield cached features and int64 ids `[n]` of this rank's documents. If ids is None, call it on all ranks."""
+        for positions, features in self._tokenized(self._positions_of_rank(ranks), "Filling the cache"):
             hashes = hash_tokens(features[TOKENS])
-            named = hashes if self.ids is None else torch.tensor([self.ids[at] for at in part], device=hashes.device)
-            yield features, named
+            ids = hashes if self.ids is None else torch.tensor([self.ids[i] for i in positions], device=hashes.device)
+            yield features, ids
 
-    def _tokenized(self, positions: Sequence[int], what: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+    def _tokenized(
+        self, positions: Sequence[int], description: str
+    ) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
         starts = range(0, len(positions), self.batch_size)
-        for start in tqdm(starts, desc=what, disable=not self.shows_progress):
-            part = positions[start : start + self.batch_size]
-            texts = [self.documents[at] for at in part]
-            inputs = self.model.preprocess(texts, prompt=self.prompt, task=self.task)
-            yield part, self.side.take(util.batch_to_device(inputs, self.model.device))
+        for start in tqdm(starts, desc=description, disable=not self.shows_progress):
+            batch = positions[start : start + self.batch_size]
+            strings = [self.documents[position] for position in batch]
+            inputs = util.batch_to_device(
+                self.model.preprocess(strings, prompt=self.prompt, task=self.task), self.model.device
+            )
+            yield batch, self.texts.from_inputs(inputs, is_cached=True)
 
-    def _own_part(self, ranks: Ranks) -> Sequence[int]:
-        """Positions of the documents that this rank keeps: those that differ, dealt out in turn."""
-        count = len(self.documents)
+    def _positions_of_rank(self, ranks: Ranks) -> Sequence[int]:
+        """Positions of the documents that this rank stores: the first of each id, assigned to ranks in turn."""
         if self.ids is None and ranks.size == 1:
-            return range(count)  # the cache finds equal ones itself
-        names = self._hashes(ranks, count) if self.ids is None else self.ids
-        firsts: dict[int, int] = {}
-        for position, name in enumerate(names):
-            firsts.setdefault(name, position)
-        return list(firsts.values())[ranks.rank :: ranks.size]
+            return range(len(self.documents))  # the cache stores equal hashes in one row
+        first: dict[int, int] = {}
+        for position, document_id in enumerate(self._all_hashes(ranks) if self.ids is None else self.ids):
+            first.setdefault(document_id, position)
+        return list(first.values())[ranks.rank :: ranks.size]
 
-    def _hashes(self, ranks: Ranks, count: int) -> list[int]:
-        """Hashes of the tokens of all documents, of which each rank makes its part."""
-        shares = [range(rank, count, ranks.size) for rank in range(ranks.size)]
-        tokenized = self._tokenized(shares[ranks.rank], "Looking for equal texts")
+    def _all_hashes(self, ranks: Ranks) -> list[int]:
+        """The hash of each document. Each rank tokenizes a part of the documents."""
+        parts = [range(rank, len(self.documents), ranks.size) for rank in range(ranks.size)]
+        tokenized = self._tokenized(parts[ranks.rank], "Finding duplicates")
         hashes = [hash_tokens(features[TOKENS]) for _, features in tokenized]
         own = torch.cat([torch.empty(0, dtype=torch.int64, device=self.model.device), *hashes])
-        (gathered,) = ranks.gather([own], [[len(share)] for share in shares])
-        positions = [position for share in shares for position in share]
+        (gathered,) = ranks.gather([own], [[len(part)] for part in parts])
+        positions = [position for part in parts for position in part]
         return [value for _, value in sorted(zip(positions, gathered.tolist(), strict=True))]

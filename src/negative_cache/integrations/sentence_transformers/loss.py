@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from negative_cache.distributed.ranks import Ranks, world
-from negative_cache.integrations.sentence_transformers.corpus import Corpus
-from negative_cache.integrations.sentence_transformers.positives import (
-    ANCHORS,
-    ANCHORS_SPEC,
+from negative_cache.cache.specs import FeatureSpec
+from negative_cache.distributed import world
+from negative_cache.distributed.collectives import Ranks
+from negative_cache.integrations.sentence_transformers.anchors import (
+    ANCHOR_IDS,
+    ANCHOR_IDS_SPEC,
     NUM_ANCHORS,
-    anchors_of,
     known_anchors,
+    merge_anchors,
 )
-from negative_cache.integrations.sentence_transformers.text import TextSide, check_wrappers, matryoshka_dims, unwrap
-from negative_cache.integrations.sentence_transformers.tokens import SPECS, TOKENS, hash_tokens, stack
+from negative_cache.integrations.sentence_transformers.batch import TextBatch
+from negative_cache.integrations.sentence_transformers.corpus import Corpus
+from negative_cache.integrations.sentence_transformers.labels import check_labels_are_ids, ids_from_labels
+from negative_cache.integrations.sentence_transformers.text import CachedTexts
+from negative_cache.integrations.sentence_transformers.tokens import SPECS, TOKENS, hash_tokens
+from negative_cache.integrations.sentence_transformers.wrappers import check_wrappers, matryoshka_dims, unwrap
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 try:
@@ -29,51 +33,58 @@ except ImportError as error:
         "NegativeCacheRankingLoss needs sentence-transformers: pip install 'negative-cache[train]'"
     ) from error
 
+_SPECS: dict[str, FeatureSpec] = {**SPECS, ANCHOR_IDS: ANCHOR_IDS_SPEC}
+_HIDDEN_IN_MODEL_CARD = ("feature_device", "process_group")
+
 
 class NegativeCacheRankingLoss(nn.Module):
-    """Each anchor's positive against a cache of past documents; see `NegativeCacheLoss`.
+    """Cross-entropy of each anchor's positive against a cache of past documents; see `NegativeCacheLoss`.
 
-    Use it with `SentenceTransformerTrainer` like `MultipleNegativesRankingLoss`, on columns (anchor, positive) or
-    (anchor, positive, negative, ...). Further columns are negatives of the whole batch, and enter the cache too.
-    Documents are known by a hash of their tokens: a document equal to the anchor's positive is never its
-    negative, and no document has two rows. An integer column `label` names the document of the positive
-    instead; a column of lists of integers, all of one length, names further positives of the anchor behind
-    it, filled up with -1.
+    Use it in place of `MultipleNegativesRankingLoss` in `SentenceTransformerTrainer`. The dataset has the columns
+    (anchor, positive) or (anchor, positive, negative, ...). Documents in the negative columns are negatives of every
+    anchor in the batch, and are stored in the cache as well.
 
-    Documents are text: padded `input_ids` and `attention_mask` (any transformer), or the flat `input_ids` and
-    `offsets` of `StaticEmbedding`. Prompts are part of the text; a `Router` takes documents by their own route.
+    A document is identified by a hash of its tokens: a document equal to an anchor's positive is never a negative of
+    the anchor, and no document has two rows. An integer column `label` sets the ids of the positives instead. If its
+    values are lists of integers of equal length, the first is the id of the positive, and the others are ids of further
+    positives of the anchor, padded with -1.
+
+    Documents are text: padded `input_ids` and `attention_mask` (any transformer), or the flat `input_ids` and `offsets`
+    of `StaticEmbedding`. Prompts are part of the text. A `Router` encodes cached documents with the document route.
 
     Args:
         model: The model to train.
         cache_size: Number of cached documents.
-        scale: Factor of the similarities, the inverse temperature.
+        scale: Factor that multiplies the similarities, the inverse temperature.
         similarity_fct: `util.cos_sim` or `util.dot_score`.
         learnable_scale: Train the scale, starting from `scale`.
-        top_k: Restrict the softmax to the best document of each of top_k groups of rows.
-        num_samples: Cached documents encoded per anchor.
-        in_batch: Whether the batch's documents are negatives of its other anchors.
-        shared: Whether an encoded document serves all anchors; if not, each has `num_samples` of its own.
-        num_candidates: Cached documents drawn per anchor, from which those to encode are chosen.
-        absolute_margin, relative_margin: From which similarity on a document is taken for a false negative.
-        guide: Another model: what is to it more similar to the anchor than the positive is no negative. It encodes the
-            texts of each batch; the cache keeps its embeddings.
-        guide_margin: How much less similar, to the guide, a negative has to be.
-        symmetric: Also each positive's anchor against a second cache, of past anchors, but for those that it came with
-            (of which its row in the cache of documents keeps four); the loss is the mean of both.
-        matryoshka_dims: Add the losses of embeddings that are cut to so many components.
-        warmup_fill: Share of filled rows from which cached documents count in full.
-        refresh_per_step: Cached documents encoded anew in each step, without gradient, in turn.
-        use_lru: Replace the least recently used documents; if False, the first that came.
-        embedding_dtype: Stored dtype of embeddings.
-        feature_device: Where the tokens of cached documents are kept; None for the model's device.
-        feature_folder: Folder in which they are kept, in files without a name; the model must have a max_seq_length.
-        seed: Seed of the draws; None takes one from torch's global generator.
-        gather_across_devices: Share the cache among all ranks: each holds `cache_size / ranks` documents, every
-            anchor sees all of them, and the batches' documents serve the anchors of all ranks.
+        num_samples: Number of cached documents to re-encode per anchor.
+        in_batch: Whether the documents of the batch are negatives of the other anchors in the batch.
+        shared: Whether a re-encoded document is used by all anchors; if False, each anchor uses its own `num_samples`.
+        absolute_margin: Treat a document as a false negative if its similarity is above that of the positive minus this
+            margin; None for no limit.
+        relative_margin: The same with this fraction of the positive's similarity as the margin: 0.05 means above 95 %.
+        guide: Model that detects false negatives: a document is not a negative if the guide finds it more similar to
+            the anchor than the positive. The guide encodes the texts of each batch; the cache stores its embeddings.
+        guide_margin: Subtracted from the guide's similarity of anchor and positive before the comparison.
+        symmetric: Also compare each positive with its anchor and with a second cache of past anchors. Known anchors of
+            the positive are not negatives; the document cache stores the last four of each document. The loss is the
+            mean of both directions.
+        matryoshka_dims: Add the losses of embeddings truncated to these dimensions.
+        refresh_per_step: Number of cached documents to re-encode per step without gradient, in turn.
+        use_lru: Replace the least recently used documents; if False, those stored first.
+        embedding_dtype: dtype in which embeddings are stored.
+        feature_device: Device that stores the tokens of cached documents, such as "cpu"; None for that of the model.
+        seed: Seed of the sampling; None draws one from torch's global generator.
+        gather_across_devices: Share the cache among all ranks: each rank stores `cache_size / ranks` documents, and the
+            cached documents and in-batch negatives of all ranks are negatives of every anchor.
+
+    Raises:
+        ValueError: `similarity_fct` is not one of these functions, or an option is out of range.
     """
 
-    # By this MatryoshkaLoss knows that it must not repeat the forward passes, and tells its dimensions by wrapping
-    # `calculate_loss` instead; and AdaptiveLayerLoss that it cannot be around this loss.
+    # With `uses_gradient_cache`, MatryoshkaLoss does not repeat the forward pass per dimension. It replaces
+    # `calculate_loss` with an object that holds the dimensions; see `matryoshka_dims`. AdaptiveLayerLoss warns.
     uses_gradient_cache = True
     calculate_loss: Any = None
 
@@ -85,123 +96,81 @@ class NegativeCacheRankingLoss(nn.Module):
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
         *,
         learnable_scale: bool = False,
-        top_k: int | None = None,
         num_samples: int = 1,
         in_batch: bool = True,
         shared: bool = True,
-        num_candidates: int | None = None,
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
         guide: SentenceTransformer | None = None,
         guide_margin: float = 0.0,
         symmetric: bool = False,
         matryoshka_dims: Sequence[int] = (),
-        warmup_fill: float = 0.0,
         refresh_per_step: int = 0,
         use_lru: bool = True,
         embedding_dtype: torch.dtype = torch.float32,
         feature_device: torch.device | str | None = None,
-        feature_folder: str | Path | None = None,
         seed: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
-        if similarity_fct not in (util.cos_sim, util.dot_score):
-            raise ValueError(
-                f"`similarity_fct` is {similarity_fct!r}; the cache can only search by inner product: "
-                "use util.cos_sim or util.dot_score."
-            )
+        _check_similarity(similarity_fct)
         self.model = model
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
-        self._guide = (guide,)  # in a tuple it is no submodule, and is not trained
-        self._max_length = None if feature_folder is None else _max_length(model)
-        self._settings: dict[str, Any] = {
+        self._guide = (guide,)  # in a tuple, so that it is not a submodule and not trained
+        self._anchors = CachedTexts("anchors", self._unwrapped_model, self.embed)
+        self._documents = CachedTexts("documents", self._unwrapped_model, self.embed)
+        self._has_checked_labels = False
+        self._options: dict[str, Any] = {
+            "cache_size": cache_size,
+            "scale": scale,
             "learnable_scale": learnable_scale,
-            "top_k": top_k,
             "num_samples": num_samples,
             "in_batch": in_batch,
             "shared": shared,
-            "num_candidates": num_candidates,
             "absolute_margin": absolute_margin,
             "relative_margin": relative_margin,
             "guide_margin": guide_margin,
-            "matryoshka_dims": tuple(matryoshka_dims),
-            "warmup_fill": warmup_fill,
+            "matryoshka_dims": matryoshka_dims,
             "refresh_per_step": refresh_per_step,
             "use_lru": use_lru,
             "embedding_dtype": embedding_dtype,
-        }
-        places: dict[str, Any] = {
             "feature_device": feature_device,
-            "feature_folder": feature_folder,
             "process_group": "world" if gather_across_devices else None,
         }
-        self._sides = (self._side("anchors"), self._side("documents"))
-        self._has_checked_labels = False
-        self.cache_loss = NegativeCacheLoss(
-            self._sides[1].encode, cache_size, scale, seed=seed, **self._settings, **places
-        )
+        self.cache_loss = self._make_loss(self._documents, seed)
         self.query_cache_loss: NegativeCacheLoss | None = None
         if symmetric:
-            seed = None if seed is None else seed + 1
-            self.query_cache_loss = NegativeCacheLoss(
-                self._sides[0].encode, cache_size, scale, seed=seed, **self._settings, **places
-            )
-            self.query_cache_loss.log_scale = self.cache_loss.log_scale  # one scale
-        for loss in self._losses():
-            loss.embedding_dim = _dimension(model)
+            self.query_cache_loss = self._make_loss(self._anchors, None if seed is None else seed + 1)
+            self.query_cache_loss.log_scale = self.cache_loss.log_scale  # both directions share it
         if self.cache_loss.log_scale is not None and not gather_across_devices:
             self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """The mean loss of a batch; in training it also updates the cache.
+        """Compute the mean loss of a batch; in training, also update the cache.
 
         Args:
-            sentence_features: Model inputs of the anchors, the positives, and of any columns of negatives.
-            labels: int `[batch]`, ids of the positives, or `[batch, n]` with further positives behind; or None.
+            sentence_features: Model inputs of the anchors, the positives, and any columns of negatives.
+            labels: int `[batch]`, ids of the positives; or `[batch, n]`, each followed by ids of further positives,
+                padded with -1; or None.
 
         Returns:
-            Scalar.
+            Scalar, with gradient to the model and to a learnable scale.
 
         Raises:
-            ValueError: Fewer than two columns, inputs that are not text, ids that are not integers, values
-                that are not finite.
+            ValueError: Fewer than two columns, inputs that are not text, labels that are not ids, or non-finite
+                embeddings. The cache is unchanged.
         """
         columns = list(sentence_features)
-        if len(columns) < 2:
-            raise ValueError(
-                f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives, in this "
-                "order: datasets.Dataset.select_columns puts them in it."
-            )
+        _check_columns(columns)
         check_wrappers(self.model, columns)
-        # Modules may change the dicts in place, so the tokens are taken first.
-        is_symmetric = self.query_cache_loss is not None
-        anchors = self._sides[0].take(columns[0], is_symmetric and self.training) if self._needs_anchors else {}
-        documents = [self._sides[1].take(column, self.training) for column in columns[1:]]
+        batch = self._read(columns, labels)  # before the model runs, which may change the inputs in place
         embeddings = [self.embed(column) for column in columns]
-        guide = self._ask_guide(anchors, documents)
-        hashes = [hash_tokens(document[TOKENS]) for document in documents]
-        ids, positives = _ids(labels, hashes[0])
-        self._check_labels(labels, hashes[0])
-        for loss in self._losses():
-            loss.matryoshka_dims = self._matryoshka_dims(embeddings[0].shape[1])
-        known = None if not is_symmetric else self._keep_anchors(anchors, documents, [ids, *hashes[1:]])
-        negatives: dict[str, Any] = {}
-        if len(columns) > 2:
-            negatives = {
-                "negative_embeddings": torch.cat(embeddings[2:]),
-                "negative_features": {key: stack([d[key] for d in documents[1:]]) for key in documents[0]},
-                "negative_ids": torch.cat(hashes[1:]),
-            }
-        self.cache_loss.specs = self._specs_of(documents[0])
-        there: Tensor = self.cache_loss(*embeddings[:2], documents[0], ids, positives, **negatives, **_guided(*guide))
-        if self.query_cache_loss is None or known is None:
-            return there
-        self.query_cache_loss.specs = self._specs_of(anchors)
-        swapped = _guided(*(side[: len(ids)] for side in reversed(guide)))
-        back: Tensor = self.query_cache_loss(*embeddings[1::-1], anchors, known[:, 0], known[:, 1:], **swapped)
-        return (there + back) / 2
+        guide = self._guide_embeddings(batch.anchors, batch.documents)
+        loss = self._compute(self.cache_loss, batch.compare_with_documents(embeddings, *guide))
+        if self.query_cache_loss is None:
+            return loss
+        return (loss + self._compute(self.query_cache_loss, batch.compare_with_anchors(embeddings, *guide))) / 2
 
     def fill_from(
         self,
@@ -213,108 +182,112 @@ class NegativeCacheRankingLoss(nn.Module):
         prompt: str | None = None,
         task: str | None = None,
     ) -> None:
-        """Encode a corpus into the cache before training. Training then writes documents into their own rows.
+        """Encode a corpus into the cache before training. Training then updates the row of each document.
 
         Args:
-            documents: Texts; on several ranks all of them on each, of which each rank keeps its part.
-            ids: Their ids, as the `label` column names them; None if there is none. Of equal ids, or without ids of
-                equal texts, one document is kept.
-            batch_size: Texts that are encoded at once.
-            show_progress_bar: Whether to show one.
-            prompt: The prompt that `prompts` of the training arguments gives to the column of documents.
-            task: The route that `router_mapping` of the training arguments gives to it.
+            documents: Texts, the same on all ranks; each rank stores a part of them.
+            ids: Ids of the documents, as in the `label` column; None if there is no such column. One document is stored
+                per id or, without ids, per distinct text.
+            batch_size: Number of documents to encode at once.
+            show_progress_bar: Whether to show a progress bar.
+            prompt: The prompt that `prompts` in the training arguments assigns to the column of documents.
+            task: The route that `router_mapping` in the training arguments assigns to that column.
 
         Raises:
-            ValueError: More documents than rows, or another number of ids.
+            ValueError: There are more documents than rows (earlier batches remain stored), or `ids` and `documents`
+                have different lengths.
         """
         if ids is not None and len(ids) != len(documents):
             raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
-        was_training, model = self.model.training, unwrap(self.model)
-        corpus = Corpus(documents, ids, self._sides[1], model, batch_size, prompt, task, show_progress_bar)
-
-        def batches() -> Iterable[dict[str, Any]]:
-            for features, named in corpus.batches(self.cache_loss.ranks):
-                guide = self._ask_guide(None, [features])
-                if self.query_cache_loss is not None:
-                    features[ANCHORS] = known_anchors(None, named)
-                self.cache_loss.specs = self._specs_of(features)
-                yield {"document_features": features, "document_ids": named, **_guided(*guide)}
-
+        model, was_training = self._unwrapped_model(), self.model.training
+        corpus = Corpus(
+            documents, ids, self._documents, model=model, batch_size=batch_size, prompt=prompt, task=task,
+            shows_progress=show_progress_bar,
+        )  # fmt: skip
         self.model.eval()
         try:
-            self.cache_loss.fill_from(batches())
+            self.cache_loss.fill_from(self._corpus_batches(corpus))
         finally:
             self.model.train(was_training)
 
     def metrics(self) -> dict[str, float]:
-        """See `NegativeCacheLoss.metrics`; those of the cache of anchors begin with `query_`."""
-        numbers = self.cache_loss.metrics()
+        """See `NegativeCacheLoss.metrics`. Metrics of the cache of anchors have the prefix `query_`."""
+        metrics = self.cache_loss.metrics()
         if self.query_cache_loss is not None:
-            numbers |= {f"query_{name}": value for name, value in self.query_cache_loss.metrics().items()}
-        return numbers
+            metrics |= {f"query_{name}": value for name, value in self.query_cache_loss.metrics().items()}
+        return metrics
 
     def embed(self, features: dict[str, Any]) -> Tensor:
-        """Embeddings `[n, dim]` of model inputs, of unit length if similarities are cosines."""
+        """Encode model inputs: embeddings `[n, dim]`, in float32 and normalized for `util.cos_sim`."""
         embeddings: Tensor = self.model(features)["sentence_embedding"]
         if self.similarity_fct is util.dot_score:
             return embeddings
         return nn.functional.normalize(embeddings.float(), dim=-1)
 
-    def _losses(self) -> list[NegativeCacheLoss]:
-        return [loss for loss in (self.cache_loss, self.query_cache_loss) if loss is not None]
+    def _make_loss(self, texts: CachedTexts, seed: int | None) -> NegativeCacheLoss:
+        loss = NegativeCacheLoss(texts.embed, seed=seed, **self._options)
+        loss.embedding_dim = _embedding_dim(self.model)
+        return loss
 
-    @property
-    def _needs_anchors(self) -> bool:
-        """Whether the anchors' tokens are needed."""
-        return self.query_cache_loss is not None or self._guide[0] is not None
+    def _unwrapped_model(self) -> Any:
+        return unwrap(self.model)
 
-    def _side(self, texts: str) -> TextSide:
-        return TextSide(texts, lambda: self.model, self.embed)
+    def _read(self, columns: Sequence[dict[str, Any]], labels: Tensor | None) -> TextBatch:
+        """Convert the model inputs of a batch to cached features, and identify its texts."""
+        is_symmetric = self.query_cache_loss is not None
+        needs_anchors = is_symmetric or self._guide[0] is not None
+        anchors = self._anchors.from_inputs(columns[0], is_symmetric and self.training) if needs_anchors else {}
+        documents = [self._documents.from_inputs(column, is_cached=self.training) for column in columns[1:]]
+        hashes = [hash_tokens(document[TOKENS]) for document in documents]
+        ids, positive_ids = ids_from_labels(labels, hashes[0])
+        if labels is not None and not self._has_checked_labels and len(labels) >= 3:
+            check_labels_are_ids(labels, hashes[0])
+            self._has_checked_labels = True
+        document_ids = [ids, *hashes[1:]]
+        if not is_symmetric:
+            return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids=None)
+        known = [known_anchors(self.cache_loss.cache, column_ids) for column_ids in document_ids]
+        anchor_ids = merge_anchors(ids, hash_tokens(anchors[TOKENS]), known[0])
+        known[0] = anchor_ids[:, :NUM_ANCHORS]
+        documents = [document | {ANCHOR_IDS: stored} for document, stored in zip(documents, known, strict=True)]
+        return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids)
 
-    def _specs_of(self, features: dict[str, Tensor]) -> dict[str, Any]:
-        specs = {key: SPECS[key]._replace(max_length=self._max_length) for key in features if key in SPECS}
-        return specs | ({ANCHORS: ANCHORS_SPEC} if ANCHORS in features else {})
-
-    def _ask_guide(self, anchors: dict[str, Tensor] | None, documents: list[dict[str, Tensor]]) -> list[Tensor]:
-        """The guide's embeddings of anchors, if there are any, and of documents; nothing without a guide."""
+    def _guide_embeddings(
+        self, anchors: dict[str, Tensor], documents: Sequence[dict[str, Tensor]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The guide's embeddings of the anchors, if there are any, and of the documents; None without a guide."""
         (guide,) = self._guide
         if guide is None:
-            return []
-        columns = [*([] if anchors is None else [(self._sides[0], [anchors])]), (self._sides[1], documents)]
-        device = documents[0][TOKENS].device
-        settings = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
-        texts = [[text for column in part for text in side.decode(column)] for side, part in columns]
-        return [guide.encode(part, **settings).to(device).float().clone() for part in texts]
+            return None, None
+        strings = [string for column in documents for string in self._documents.to_strings(column)]
+        encoded = _encode(guide, strings, documents[0][TOKENS].device)
+        return _encode(guide, self._anchors.to_strings(anchors), encoded.device) if anchors else None, encoded
 
-    def _keep_anchors(
-        self, anchors: dict[str, Tensor], documents: list[dict[str, Tensor]], ids: list[Tensor]
-    ) -> Tensor:
-        """Put into the documents which anchors they came with; return those of the positives, `[batch, n]`."""
-        own, cache = hash_tokens(anchors[TOKENS]), self.cache_loss.cache
-        for document, names in zip(documents, ids, strict=True):
-            document[ANCHORS] = known_anchors(cache, names)
-        known = anchors_of(ids[0], own, documents[0][ANCHORS])
-        documents[0][ANCHORS] = known[:, :NUM_ANCHORS]
-        return known
+    def _compute(self, cache_loss: NegativeCacheLoss, arguments: dict[str, Any]) -> Tensor:
+        """The loss of one cache, with the specs and dimensions of this batch."""
+        dim = arguments["query_embeddings"].shape[1]
+        cache_loss.matryoshka_dims = matryoshka_dims(self.calculate_loss, dim) or tuple(
+            self._options["matryoshka_dims"]
+        )
+        cache_loss.specs = {key: _SPECS[key] for key in arguments["document_features"]}
+        loss: Tensor = cache_loss(**arguments)
+        return loss
 
-    def _matryoshka_dims(self, dim: int) -> tuple[int, ...]:
-        return matryoshka_dims(self.calculate_loss, dim) or self._settings["matryoshka_dims"]
-
-    def _check_labels(self, labels: Tensor | None, hashes: Tensor) -> None:
-        """Raise where labels are no ids, as far as the first batch tells."""
-        if self._has_checked_labels or labels is None or len(hashes) < 3:
-            return
-        self._has_checked_labels = True
-        if int(labels.max()) <= 1 and len(torch.unique(hashes)) > len(torch.unique(labels[labels >= 0])):
-            raise ValueError(
-                "The labels of different positives are 0 and 1 alone, as if they told good pairs from bad ones; they "
-                "must be the ids of documents. Keep the pairs that are good and remove the label column, or mine "
-                "negatives as columns (anchor, positive, negative, ...): mine_hard_negatives(output_format='n-tuple')."
-            )
+    def _corpus_batches(self, corpus: Corpus) -> Iterator[dict[str, Any]]:
+        """Yield the batches of a corpus for `NegativeCacheLoss.fill_from`."""
+        for features, ids in corpus.batches(self.cache_loss.ranks):
+            _, guide_documents = self._guide_embeddings({}, [features])
+            batch: dict[str, Any] = {"document_ids": ids, "document_features": features}
+            if guide_documents is not None:
+                batch["guide_documents"] = guide_documents
+            if self.query_cache_loss is not None:
+                features[ANCHOR_IDS] = known_anchors(None, ids)
+            self.cache_loss.specs = {key: _SPECS[key] for key in features}
+            yield batch
 
     @property
     def scale(self) -> float:
-        """The factor of the similarities."""
+        """The factor of the similarities; synchronizes the device if it is learnable."""
         scale = self.cache_loss.scale
         return scale.item() if isinstance(scale, Tensor) else scale
 
@@ -324,22 +297,21 @@ class NegativeCacheRankingLoss(nn.Module):
         return 1.0 / self.scale
 
     def get_config_dict(self) -> dict[str, Any]:
-        """What the model card shows."""
+        """The options that the model card shows."""
+        (guide,) = self._guide
         return {
-            "cache_size": self.cache_loss.cache_size,
+            **{name: value for name, value in self._options.items() if name not in _HIDDEN_IN_MODEL_CARD},
             "scale": self.scale,
             "similarity_fct": self.similarity_fct.__name__,
-            **self._settings,
-            "num_candidates": self.cache_loss.num_candidates,
             "embedding_dtype": str(self.cache_loss.embedding_dtype),
-            "guide": None if self._guide[0] is None else self._guide[0].model_card_data.base_model or "a model",
+            "guide": None if guide is None else guide.model_card_data.base_model or "a model",
             "symmetric": self.query_cache_loss is not None,
             "gather_across_devices": self.gather_across_devices,
         }
 
     @property
     def citation(self) -> str:
-        """BibTeX of the method's paper."""
+        """BibTeX of the paper."""
         return """
 @inproceedings{lindgren2021efficient,
     title={Efficient Training of Retrieval Models using Negative Cache},
@@ -350,49 +322,39 @@ class NegativeCacheRankingLoss(nn.Module):
 """
 
 
-def _guided(*guide: Tensor) -> dict[str, Tensor]:
-    """A guide's embeddings of queries, if there are any, and of documents, as `NegativeCacheLoss` takes them."""
-    names = ("guide_queries", "guide_documents")[2 - len(guide) :]
-    return dict(zip(names, guide, strict=True))
+def _check_similarity(similarity_fct: Any) -> None:
+    if similarity_fct not in (util.cos_sim, util.dot_score):
+        raise ValueError(
+            f"`similarity_fct` is {similarity_fct!r}; the cache can only search by inner product: "
+            "use util.cos_sim or util.dot_score."
+        )
 
 
-def _dimension(model: Any) -> int | None:
-    """Dimensions of the model's embeddings; None if it does not say."""
+def _check_columns(columns: Sequence[dict[str, Any]]) -> None:
+    if len(columns) < 2:
+        raise ValueError(
+            f"The dataset has {len(columns)} text column(s); expected anchor, positive and any negatives, in this "
+            "order. datasets.Dataset.select_columns sets the order."
+        )
+
+
+def _encode(guide: SentenceTransformer, strings: list[str], device: torch.device) -> Tensor:
+    """Normalized float32 embeddings `[n, guide_dim]` of texts."""
+    embeddings = guide.encode(strings, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+    # Clone, because `encode` returns an inference tensor, which autograd cannot save.
+    cloned: Tensor = embeddings.to(device).float().clone()
+    return cloned
+
+
+def _embedding_dim(model: Any) -> int | None:
+    """Dimensions of the model's embeddings; None if the model does not provide them."""
     for name in ("get_embedding_dimension", "get_sentence_embedding_dimension"):
         if hasattr(model, name):
             return getattr(model, name)()
     return None
 
 
-def _max_length(model: Any) -> int:
-    """The most tokens that the model takes of a text; raise where it has no limit, or one that nothing can hold."""
-    longest = getattr(model, "max_seq_length", None)
-    if longest is None or longest > 1 << 20:
-        raise ValueError(
-            f"`feature_folder` needs a fixed length per document, but the model's max_seq_length is {longest}. "
-            "Set it, or leave `feature_folder` out."
-        )
-    return int(longest)
-
-
 def _average_over_ranks(gradient: Tensor) -> Tensor:
-    """The mean of all ranks' gradients: the trainer wraps the model for that, but not the loss."""
+    """The mean gradient over all ranks. The trainer's DDP averages gradients of the model, but not of the loss."""
     ranks = Ranks(world())
     return ranks.sum(gradient) / ranks.size
-
-
-def _ids(labels: Tensor | None, hashes: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Ids of the positives `[batch]`, and further documents that are no negatives `[batch, n]`."""
-    if labels is None or labels.numel() == 0:
-        return hashes, None
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"`labels` is {labels.dtype}; the label column must hold integer document ids. Remove the column, "
-            "or rename it, if it means something else."
-        )
-    if labels.dim() not in (1, 2) or len(labels) != len(hashes):
-        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected [{len(hashes)}] or [{len(hashes)}, n].")
-    labels = labels.to(hashes.device, torch.int64)
-    if labels.dim() == 1:
-        return labels, hashes[:, None]
-    return labels[:, 0], torch.cat([labels[:, 1:], hashes[:, None]], dim=1)

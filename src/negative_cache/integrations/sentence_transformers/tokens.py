@@ -1,7 +1,8 @@
-"""Texts as a tokenizer gives them, as the cache keeps them: one feature of tokens, whatever the model's inputs."""
+"""Conversion of texts to cached features: one feature of token ids for all kinds of model inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,48 +10,59 @@ from torch import Tensor, nn
 
 from negative_cache.cache.specs import RaggedFeature
 
-# In the cache a token is its id + 1, so that 0 is padding whatever the tokenizer pads with.
+# A token is stored as its id + 1, so that 0 is padding whatever the tokenizer's padding id.
 TOKENS, TYPES = "tokens", "token_type_ids"
 SPECS = {TOKENS: RaggedFeature(torch.int32), TYPES: RaggedFeature(torch.uint8)}
 _PADDED_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 _FLAT_KEYS = {"input_ids", "offsets"}
 
 
-def take_tokens(features: dict[str, Any]) -> dict[str, Tensor]:
-    """What the cache keeps of a column of texts: `tokens [batch, width]` and, if given, `token_type_ids`."""
-    tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
+def to_tokens(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Convert the model inputs of a column of texts to cached features.
+
+    Args:
+        inputs: Padded `input_ids` and `attention_mask`, int `[batch, length]`, with or without `token_type_ids`; or the
+            flat `input_ids [n]` and `offsets [batch]` of `StaticEmbedding`. Values that are not tensors are ignored.
+
+    Returns:
+        `tokens`, int `[batch, length]`, and `token_type_ids` if they were given.
+
+    Raises:
+        ValueError: The tensors are not the inputs of padded or flat text.
+    """
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     if set(tensors) == _FLAT_KEYS:
-        return {TOKENS: _pad_flat(tensors["input_ids"] + 1, tensors["offsets"])}
+        return {TOKENS: pad_flat(tensors["input_ids"] + 1, tensors["offsets"])}
     if not {"input_ids", "attention_mask"} <= set(tensors) <= _PADDED_KEYS or tensors["input_ids"].dim() != 2:
         raise ValueError(
-            f"The model's inputs are {sorted(tensors)}; the cache keeps text given as padded input_ids and "
-            "attention_mask, or as StaticEmbedding's input_ids and offsets. Images, audio and flattened "
-            "flash-attention batches cannot be cached; for the latter turn flattening off."
+            f"The model inputs are {sorted(tensors)}; expected text, as padded input_ids and attention_mask or as the "
+            "input_ids and offsets of StaticEmbedding. Images, audio and flattened flash-attention batches cannot be "
+            "cached; disable flattening."
         )
-    is_token = tensors["attention_mask"].bool()
-    kept = {TOKENS: (tensors["input_ids"] + 1) * is_token}
+    features = {TOKENS: (tensors["input_ids"] + 1) * tensors["attention_mask"].bool()}
     if TYPES in tensors:
-        kept[TYPES] = tensors[TYPES]
-    return kept
+        features[TYPES] = tensors[TYPES]
+    return features
 
 
-def _pad_flat(values: Tensor, offsets: Tensor) -> Tensor:
-    """Sequences that lie one behind the other, as rows filled up with 0."""
+def pad_flat(values: Tensor, offsets: Tensor) -> Tensor:
+    """Split `values [n]` at `offsets [batch]` into rows `[batch, longest]`, padded with 0."""
     lengths = torch.diff(offsets, append=offsets.new_full((1,), len(values)))
     width = int(lengths.max()) if len(lengths) else 0
     inside = torch.arange(width, device=values.device) < lengths[:, None]
     return values.new_zeros(inside.shape).masked_scatter_(inside, values)
 
 
-def stack(parts: list[Tensor]) -> Tensor:
+def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate `[n_i, width_i]` to `[sum(n_i), max(width_i)]`, padded with 0."""
     width = max(part.shape[1] for part in parts)
     return torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 def hash_tokens(tokens: Tensor) -> Tensor:
-    """A 62-bit hash of each row's tokens, whatever its padding: int64 `[batch]`.
+    """Hash each text of `tokens [batch, length]`, independent of its padding: int64 `[batch]`, 62 bits.
 
-    Sum over the tokens of a mix of token and position; integer arithmetic wraps around.
+    The hash is the sum over all tokens of a mix of token and position. Integer arithmetic wraps around.
     """
     is_token = tokens > 0
     positions = is_token.cumsum(dim=1)
@@ -58,6 +70,7 @@ def hash_tokens(tokens: Tensor) -> Tensor:
 
 
 def _mix(values: Tensor) -> Tensor:
+    # Stafford's 64-bit finalizer Mix01 with arithmetic shifts; its second factor, 0x81DADEF4BC2DD44D, as int64.
     values = (values ^ (values >> 31)) * 0x7FB5D329728EA185
     values = (values ^ (values >> 27)) * -0x7E25210B43D22BB3
     return values ^ (values >> 33)

@@ -1,13 +1,13 @@
-"""The Triton kernels of the fused pass; `triton.py` beside this prepares their arguments and merges their results.
+"""The Triton kernels of the fused pass. `launch.py` prepares their arguments and merges their results.
 
 Names in capitals are compile-time constants. Queries are contiguous `[batch, DIM]`; all other tensors have strides.
-A tensor that is None takes its code out of the kernel.
+The code for a tensor that is None is not compiled.
 """
 
 import triton
 import triton.language as tl
 
-# Integers that change from call to call: their value must not lead to another compilation.
+# Integers that differ between calls: their values must not cause a recompilation.
 _CHANGING = ["batch", "group_size", "num_longer", "num_parts", "part_blocks", "num_segments", "num_excluded"]
 
 
@@ -15,8 +15,8 @@ _CHANGING = ["batch", "group_size", "num_longer", "num_parts", "part_blocks", "n
 def _hide(scores, hidden, hidden_at, is_query, start, stride, count):
     """Put -inf at the excluded rows of a block, if there are any.
 
-    `hidden [BLOCK_M, n]` has some of the excluded rows, and `hidden_at [BLOCK_M]` points to the first of them. Only a
-    block that has one of them, which few have, is looked at score by score.
+    `hidden [BLOCK_M, n]` has some of the excluded rows, and `hidden_at [BLOCK_M]` points to the first of them. Few
+    blocks contain an excluded row, so scores are compared one by one only in those.
     """
     is_near = (hidden >= start) & (hidden < start + scores.shape[1])
     if tl.max(tl.max(is_near.to(tl.int32), axis=1), axis=0) > 0:
@@ -28,9 +28,9 @@ def _hide(scores, hidden, hidden_at, is_query, start, stride, count):
 
 @triton.jit
 def _mixed(first, second, number):
-    """A hash of `number` under a key of 64 bits, uint32: the finaliser of MurmurHash3, the second word put in between.
+    """A uint32 hash of `number` with a key of 64 bits: the finalizer of MurmurHash3, with the second word added inside.
 
-    Philox has ten rounds where this has one, and would take as long as all else that is done with a block's scores.
+    Philox has ten rounds where this has one, and would take as long as all other operations on a block's scores.
     """
     word = first + number.to(tl.uint32) * 0x9E3779B9
     word = (word ^ (word >> 16)) * 0x85EBCA6B
@@ -40,7 +40,7 @@ def _mixed(first, second, number):
 
 @triton.jit
 def _uniform(word):
-    """A float32 of 32 random bits, never 0; it may round to 1."""
+    """A float32 from 32 random bits; never 0, but it may round to 1."""
     return (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
@@ -83,19 +83,19 @@ def scan(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Scores of BLOCK_M queries and one segment, block of BLOCK_N rows by block, reduced on the way.
+    """Compute the scores of BLOCK_M queries and one segment, in blocks of BLOCK_N rows, and reduce them at once.
 
-    The rows are groups of group_size or group_size + 1, a group is num_parts segments of part_blocks blocks. Written
-    per query and segment: the highest score (best_out float32), then
+    The rows are divided into groups of group_size or group_size + 1 rows, and a group into num_parts segments of
+    part_blocks blocks. The kernel writes for each query and segment the highest score (best_out float32) and
 
     - GROUPED: the first block that has it (chosen_out int32 `[batch, num_segments]`, counted within the group);
     - otherwise: the sum of exp(score - highest) (total_out float32), and SAMPLES stretches of BLOCK_S rows, each drawn
       in proportion to its own such sum (chosen_out int32 `[batch, num_segments, SAMPLES]`, counted from the first row).
 
-    maxima_out float32 `[batch, part_blocks * num_parts]` has the highest score of every block of a single group.
+    maxima_out float32 `[batch, part_blocks * num_parts]` gets the highest score of every block of a single group.
 
-    COPIED: queries and rows are tensor descriptors, whose tiles Hopper's copy engine brings; that takes no registers
-    for addresses, and a block may have twice the rows.
+    COPIED: queries and rows are tensor descriptors, whose tiles Hopper's copy engine loads. Addresses then take no
+    registers, and a block may have twice as many rows.
     """
     num_tiles = tl.cdiv(batch, BLOCK_M)
     segment = tl.program_id(0) // num_tiles
@@ -142,7 +142,7 @@ def scan(
         first_word, second_word = words[0].to(tl.uint32, bitcast=True), words[1].to(tl.uint32, bitcast=True)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER else tl.float32)
 
-    # One loop over blocks and their chunks of columns, so that loads run ahead across blocks.
+    # One loop over blocks and their chunks of columns, so that loads are prefetched across blocks.
     for step in range(num_blocks * NUM_K):
         block = first_block + step // NUM_K
         k = step % NUM_K
@@ -158,7 +158,7 @@ def scan(
             if NUM_K > 1:
                 q = tl.load(queries + k * BLOCK_K + query_at, mask=is_query[:, None] & is_column[None, :], other=0)
             r = tl.load(tile + row_at, mask=is_column[:, None] & is_row[None, :], other=0)
-        if UPCAST:  # the interpreter's products know no bfloat16
+        if UPCAST:  # the interpreter does not multiply bfloat16
             acc = tl.dot(q.to(tl.float32), r.to(tl.float32), acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
             acc = tl.dot(q, r, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -200,15 +200,15 @@ def scan(
                 total = total * tl.exp(best - shift) + inside
                 best = higher
                 if SAMPLES > 0:
-                    # The block takes the place of the chosen one with probability inside / total: never where it has
-                    # no weight, as the uniform is not 0; and always the first one that has, as it may be 1.
+                    # The block replaces the chosen one with probability inside / total: never without weight, as the
+                    # uniform is not 0; and always if it is the first block with weight, even if the uniform is 1.
                     word = _mixed(first_word, second_word, nothing + block)
                     wins = (_uniform(word) * total[:, None] <= inside[:, None]) & (inside > 0)[:, None]
                     if NUM_S == 1:
                         stretch = nothing + block
                     else:
-                        # A stretch of it: the first with weight whose sum up to it reaches the target; the last one
-                        # with weight where rounding lets none reach it.
+                        # Its stretch is the first one with weight at which the cumulative sum reaches the target; the
+                        # last one with weight if no sum reaches it due to rounding.
                         has_weight, number = parts > 0, tl.arange(0, NUM_S)
                         target = _uniform(_mixed(second_word, first_word, nothing + block)) * inside[:, None]
                         reaches = tl.cumsum(parts, axis=1)[:, :, None] >= target[:, None, :]
@@ -252,7 +252,7 @@ def _short_scores(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Scores float32 `[BLOCK_P, BLOCK_N]` of pairs of a query and a short range of rows; -inf for what is hidden."""
+    """Scores float32 `[BLOCK_P, BLOCK_N]` of pairs of a query and a short range of rows; -inf for hidden rows."""
     local = tl.arange(0, BLOCK_N)
     row = start[:, None] + local[None, :]
     is_row = row < stop[:, None]
@@ -292,14 +292,14 @@ def _uniform_of_53_bits(high, low):
 
 @triton.jit
 def _draw_one(weights, uniform):
-    """Positions int32 `[n]`, drawn in proportion to weights float64 `[n, length]`: never one of 0, if not all are 0."""
+    """Draw positions int32 `[n]` in proportion to weights float64 `[n, length]`; one of weight 0 only if all are 0."""
     length: tl.constexpr = weights.shape[1]
     position = tl.arange(0, length)[None, :]
     has_weight = weights > 0
     target = uniform * tl.sum(weights, axis=1)
     hits = (tl.cumsum(weights, axis=1) > target[:, None]) & has_weight
     first = tl.min(tl.where(hits, position, length), axis=1)
-    last = tl.max(tl.where(has_weight, position, 0), axis=1)  # where rounding lets none exceed the target
+    last = tl.max(tl.where(has_weight, position, 0), axis=1)  # if no sum exceeds the target due to rounding
     return tl.where(first < length, first, last)
 
 
@@ -335,11 +335,11 @@ def draw(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What `scan` wrote, of segments of all rows, becomes a row for each pair; pair p is of query p // slots.
+    """Draw a row for each pair from the results of `scan` over all rows; pair p belongs to query p // slots.
 
-    best, total and chosen are as `scan` wrote them; `SEGMENTS` is num_segments or more. Written per query: lse_out
-    float32 `[batch]`; per pair: rows_out int64 `[count]`, where it is given: a segment is drawn in proportion to its
-    sum, its stretch is the one that was chosen, and the row is drawn from that in proportion to exp(score).
+    best, total and chosen are as `scan` wrote them; `SEGMENTS` is num_segments or more. The kernel writes lse_out
+    float32 `[batch]` and, if it is given, rows_out int64 `[count]`: a segment is drawn in proportion to its sum, `scan`
+    has chosen its stretch, and a row of the stretch is drawn in proportion to exp(score).
     """
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     is_pair = pair < count
@@ -356,7 +356,7 @@ def draw(
     tl.store(lse_out + query, lse.to(tl.float32), mask=is_pair & (sample == 0))
     if rows_out is not None:
         nothing = tl.zeros([BLOCK_P], tl.int32)
-        # The last counter tells these numbers from those of `scan`.
+        # The last counter makes these numbers different from those of `scan`.
         words = tl.philox(tl.load(seed), query.to(tl.int32), sample, nothing, nothing + 1)
         drawn = _draw_one(sums, _uniform_of_53_bits(words[0], words[1]))
         stretch = tl.load(chosen + (query * num_segments + drawn) * SAMPLES + sample, mask=is_pair, other=0)
@@ -416,10 +416,10 @@ def pick(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Pairs of a query and a short range of rows, of which pair p is of query p // slots.
+    """Score pairs of a query and a short range of rows; pair p belongs to query p // slots.
 
-    One of two things is written: all scores of a pair (scores_out float32 `[count, BLOCK_N]`), or the first of the best
-    rows (rows_out int64 `[count]`).
+    The kernel writes either all scores of each pair (scores_out float32 `[count, BLOCK_N]`) or its first best row
+    (rows_out int64 `[count]`).
     """
     pair = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     is_pair = pair < count

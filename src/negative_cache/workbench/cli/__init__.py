@@ -1,7 +1,7 @@
-"""The command line: one module for each command, or for a few that belong together.
+"""The command line: one module for each command, or for a few related ones.
 
-Importing torch and sentence-transformers takes seconds, so commands import them in their bodies: `--help` and mistakes
-do without.
+Imports everything in `negative_cache.workbench`. Importing sentence-transformers takes seconds, so commands import it,
+and the modules that need it, in their bodies: `--help` and invalid options do not import it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import typer
 
 from negative_cache.version import __version__
 from negative_cache.workbench.cli.compare_command import compare
-from negative_cache.workbench.cli.machine_commands import doctor, memory
+from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.model_commands import evaluate, search
 from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.train_command import train
 
 app = typer.Typer(
-    rich_markup_mode=None,  # boxes leave too little room for names of options
+    rich_markup_mode=None,  # boxes leave too little room for option names
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train, evaluate and search with retrieval models against a cache of negatives.",
+    help="Train retrieval models with a cache of negatives, evaluate them, and search with them.",
 )
 
 
@@ -38,8 +38,8 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Train, evaluate and search with retrieval models against a cache of negatives."""
+    """Train retrieval models with a cache of negatives, evaluate them, and search with them."""
 
 
-for command in (train, compare, evaluate, search, report, memory, doctor):
+for command in (train, compare, evaluate, search, report, doctor):
     app.command()(command)

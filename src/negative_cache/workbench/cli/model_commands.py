@@ -1,14 +1,18 @@
-"""`negative-cache evaluate` and `negative-cache search`: what is done with a trained model."""
+"""`negative-cache evaluate` and `negative-cache search`: commands for trained models."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal, escape
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.evaluation import Hit
 
 
 def evaluate(
@@ -20,21 +24,15 @@ def evaluate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure a model's retrieval quality on a split. Its queries search the whole corpus."""
+    """Measure the retrieval quality of a model, for the queries of a split against the whole corpus."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.data import load_data
-        with terminal.waiting(f"Reading {data} ..."):
-            loaded = load_data(data, query_column, positive_column)
-            loaded.judged(split)
-        with terminal.waiting("Loading the model ..."):
-            from negative_cache.workbench.evaluation import evaluate as evaluate_model
-            from negative_cache.workbench.models import load_trained
+        loaded = terminal.load_data(data, query_column, positive_column, split)
+        trained = _load_model(terminal, model)
+        from negative_cache.workbench.evaluation import evaluate as evaluate_model
 
-            trained = load_trained(model)
-        with terminal.counting("Encoding documents") as told:
-            metrics = evaluate_model(trained, loaded, split, told)
+        with counting_bar(terminal, "Encoding documents") as on_progress:
+            metrics = evaluate_model(trained, loaded, split, on_progress)
         terminal.result(metrics)
         sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
         terminal.out.print(metrics_table(f"{loaded.name}, {split}: {sizes}", {split: metrics}))
@@ -53,29 +51,31 @@ def search(
     """Show the best documents of a corpus for a query."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.data import load_data
-        with terminal.waiting(f"Reading {data} ..."):
-            loaded = load_data(data, query_column, positive_column)
-        with terminal.waiting("Loading the model ..."):
-            from negative_cache.workbench.models import load_trained
-            from negative_cache.workbench.searching import search as search_corpus
+        loaded = terminal.load_data(data, query_column, positive_column)
+        trained = _load_model(terminal, model)
+        from negative_cache.workbench.evaluation import search as search_corpus
 
-            trained = load_trained(model)
-        with terminal.counting("Encoding documents") as told:
-            hits = search_corpus(trained, loaded, query, num_results, told)
-        terminal.result(
-            [
-                {"query": text, "documents": [hit._asdict() for hit in found]}
-                for text, found in zip(query, hits, strict=True)
-            ]
-        )
-        for text, found in zip(query, hits, strict=True):
+        with counting_bar(terminal, "Encoding documents") as on_progress:
+            hits = search_corpus(trained, loaded, query, num_results, on_progress)
+        found = list(zip(query, hits, strict=True))
+        terminal.result([{"query": text, "documents": [hit._asdict() for hit in own]} for text, own in found])
+        for text, own in found:
             terminal.out.rule(f"[bold]{escape(text)}", align="left")
-            for rank, hit in enumerate(found, start=1):
-                named = f"[bold]{rank}[/]  {hit.score:.3f}  [cyan]{escape(hit.document_id)}"
-                terminal.out.print(named, soft_wrap=True)
-                terminal.out.print(_preview(hit.text), style="dim", markup=False, highlight=False, soft_wrap=True)
+            _show(terminal, own)
+
+
+def _load_model(terminal: Terminal, name: str) -> Any:
+    with terminal.waiting("Loading the model ..."):
+        from negative_cache.workbench.models import load_trained
+
+        return load_trained(name)
+
+
+def _show(terminal: Terminal, hits: list[Hit]) -> None:
+    for rank, hit in enumerate(hits, start=1):
+        heading = f"[bold]{rank}[/]  {hit.score:.3f}  [cyan]{escape(hit.document_id)}"
+        terminal.out.print(heading, soft_wrap=True)
+        terminal.out.print(_preview(hit.text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _preview(text: str, num_lines: int = 6, width: int = 110) -> str:

@@ -12,18 +12,18 @@ from negative_cache.workbench.cli.terminal import Terminal
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders that train or compare left.", metavar="DIR...")],
-    output: Annotated[Path | None, typer.Option(help="The page. Default: report.html in the first folder.")] = None,
+    folders: Annotated[list[Path], typer.Argument(help="Folders that train or compare wrote.", metavar="DIR...")],
+    output: Annotated[Path | None, typer.Option(help="The file. Default: report.html in the first folder.")] = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Make one HTML page of a run, or of several side by side."""
+    """Make an HTML page of a run, or of several side by side."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.report import write_report
+            from negative_cache.workbench.report.page import write_report
         with terminal.waiting("Drawing ..."):
             written, runs = write_report(folders, output)
         terminal.result({"output": str(written), "runs": [run.name for run in runs]})
         number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-        terminal.out.print(f"{number} on one page: {written}", soft_wrap=True, markup=False)
+        terminal.say(f"{number} on one page: {written}")

@@ -1,30 +1,55 @@
-"""Tables that several commands print."""
+"""Tables on the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-METRIC_NAMES = ("mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100")
+from negative_cache.workbench.training.record import METRICS
+
+WIDTH_OF_A_FILE = 160  # columns, if the output is not a terminal
 
 
 def metrics_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row of metrics for each name."""
+    """A table with a row of metrics for each name."""
     table = Table(title=title)
-    for name in ("", *METRIC_NAMES):
+    for name in ("", *METRICS):
         table.add_column(name, justify="right" if name else "left")
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[metric]:.4f}" for metric in METRIC_NAMES))
+        table.add_row(name, *(f"{metrics[metric]:.4f}" for metric in METRICS))
     return table
 
 
 def bytes_table(title: str, sizes: Mapping[str, int]) -> Table:
-    """A row of megabytes for each name."""
+    """A table with the megabytes of each name."""
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     table.add_column("MB", justify="right")
     for name, size in sizes.items():
         table.add_row(name, f"{size / 1e6:,.1f}")
     return table
+
+
+def print_comparison(result: dict[str, Any], console: Console) -> None:
+    """Print the table of a comparison, the verdict, and the command to train with the best loss."""
+    from negative_cache.workbench.compare.table import COLUMNS, command_of_best, rows_of, title_of, verdict
+
+    table = Table(title=title_of(result), title_justify="left")
+    for number, heading in enumerate(COLUMNS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows_of(result):
+        table.add_row(*row)
+    print_wide(table, console)
+    if sentence := verdict(result):
+        for line in (sentence, f"To train it: {command_of_best(result)}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_wide(table: Table, console: Console) -> None:
+    """Print a table; if the output is not a terminal, with `WIDTH_OF_A_FILE` columns."""
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
+    console.print(table)

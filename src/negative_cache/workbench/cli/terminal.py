@@ -1,4 +1,4 @@
-"""Where commands write: results to stdout, progress and mistakes to stderr."""
+"""Output of the commands: results go to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
-MISTAKE, FAILURE, STOPPED = 2, 1, 130
-BAR_WIDTH = 20  # columns
+if TYPE_CHECKING:
+    from negative_cache.workbench.data import RetrievalData
 
-# What a user can mend in the command or in the files that it names. All other errors of the system are failures.
-_MISTAKES = (
+INVALID, FAILURE, STOPPED = 2, 1, 130  # exit codes
+
+# Errors that a user can fix in the command or in the files that it names. Other OS errors are failures.
+_USER_ERRORS = (
     ValueError,
     FileNotFoundError,
     FileExistsError,
@@ -31,19 +32,19 @@ _MISTAKES = (
 
 
 class Terminal:
-    """The streams of one command.
+    """The output streams of a command.
 
     Args:
-        quiet: Whether to print errors alone, and JSON where that is asked for.
-        as_json: Whether stdout is for JSON alone.
+        quiet: Print only errors, and JSON if `as_json` is given.
+        as_json: Print only JSON on stdout.
 
     Attributes:
-        out: For the result as a reader wants it.
-        progress: For what goes on.
+        out: Console for results.
+        progress: Console for progress.
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
-        # Of several ranks one speaks.
+        # With several ranks, only rank 0 prints.
         is_first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
         self._is_quiet = quiet
         self._is_json = as_json and is_first
@@ -52,53 +53,56 @@ class Terminal:
 
     @contextlib.contextmanager
     def running(self, when_stopped: Callable[[], str] = lambda: "") -> Iterator[None]:
-        """Mistakes of the user, failures and Ctrl-C end with one message and their exit code, without a traceback.
+        """Turn user errors, failures and Ctrl-C into a message and an exit code, without a traceback.
 
         Args:
-            when_stopped: What to say after Ctrl-C: how to go on.
+            when_stopped: Returns the message to print after Ctrl-C, about how to continue.
         """
-        from negative_cache.workbench.config import RunFailedError
+        from negative_cache.workbench.training.config import RunFailedError
 
-        with _hushed(self._is_quiet):
+        with _without_noise(self._is_quiet):
             try:
                 yield
             except BrokenPipeError:
-                raise  # the reader of stdout has seen enough
-            except _MISTAKES as error:
-                raise self._end(MISTAKE, f"[bold red]Error:[/] {escape(str(error))}") from error
+                raise  # the reader of stdout has closed it
+            except _USER_ERRORS as error:
+                raise self._exit(INVALID, f"[bold red]Error:[/] {escape(str(error))}") from error
             except (RunFailedError, OSError) as error:
-                raise self._end(FAILURE, f"[bold red]Failed:[/] {escape(str(error))}") from error
+                raise self._exit(FAILURE, f"[bold red]Failed:[/] {escape(str(error))}") from error
             except ImportError as error:
                 message = f"{error}. This command needs: pip install 'negative-cache[train]'"
-                raise self._end(FAILURE, f"[bold red]Failed:[/] {escape(message)}") from error
+                raise self._exit(FAILURE, f"[bold red]Failed:[/] {escape(message)}") from error
             except KeyboardInterrupt as error:
-                raise self._end(STOPPED, f"[bold]Stopped.[/] {escape(when_stopped())}") from error
-
-    def _end(self, code: int, message: str) -> typer.Exit:
-        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
-        return typer.Exit(code)
+                raise self._exit(STOPPED, f"[bold]Stopped.[/] {escape(when_stopped())}") from error
 
     def waiting(self, what: str) -> Status:
-        """Shows that something goes on."""
+        """Show that something is in progress."""
         return self.progress.status(escape(what))
 
-    @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows how much of something is done, as it is told."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=BAR_WIDTH),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.progress, transient=True) as bar:
-            task = bar.add_task(escape(what), total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    def load_data(
+        self, source: str, query_column: str | None, positive_column: str | None, split: str | None = None
+    ) -> RetrievalData:
+        """Load a dataset; if a split is given, check that it has judgements."""
+        with self.waiting("Loading libraries ..."):
+            from negative_cache.workbench.data import load_data
+        with self.waiting(f"Reading {source} ..."):
+            data = load_data(source, query_column, positive_column)
+            if split is not None:
+                data.judged(split)
+        return data
 
     def result(self, content: Any) -> None:
-        """Print the result as JSON, if that was asked for."""
+        """Print the result as JSON, if --json is given."""
         if self._is_json:
-            typer.echo(json.dumps(_plain(content), indent=2, allow_nan=False))
+            typer.echo(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+    def say(self, text: str) -> None:
+        """Print a line to stdout as it is."""
+        self.out.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _exit(self, code: int, message: str) -> typer.Exit:
+        Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+        return typer.Exit(code)
 
 
 def escape(text: str) -> str:
@@ -106,18 +110,18 @@ def escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def _plain(content: Any) -> Any:
-    """The same with null in place of numbers that JSON does not have."""
+def _finite(content: Any) -> Any:
+    """The content, with None in place of numbers that JSON cannot represent."""
     if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
+        return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextlib.contextmanager
-def _hushed(is_quiet: bool) -> Iterator[None]:
-    """Keep other libraries' bars and warnings out of the way of our own output, or our own warnings too."""
+def _without_noise(is_quiet: bool) -> Iterator[None]:
+    """Silence progress bars and warnings of other libraries, and with `is_quiet` also warnings of this one."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

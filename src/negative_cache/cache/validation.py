@@ -1,0 +1,306 @@
+"""Validation of features and ids, and operations on validated items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from negative_cache.cache import device_copies as placement
+from negative_cache.cache.specs import (
+    NO_ID,
+    Features,
+    FixedLenFeature,
+    QuantizedFeature,
+    RaggedFeature,
+    Specs,
+    can_hold,
+    padding_value,
+)
+
+
+class RaggedRows(NamedTuple):
+    """Validated values of a ragged feature, padded after the end of each item.
+
+    Attributes:
+        values: `[n, width]`.
+        lengths: int64 `[n]`.
+    """
+
+    values: Tensor
+    lengths: Tensor
+
+
+# Validated items: per feature a tensor `[n, *shape]`, or ragged rows.
+Items = Mapping[str, Tensor | RaggedRows]
+
+
+def reads_without_sync(value: Tensor) -> bool:
+    """Whether the host can read a tensor's values without synchronizing a device or breaking a compiled graph."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are finite; for tensors that the host can read without synchronizing the device."""
+    # A finite sum has only finite terms, and takes one pass without a mask. Finite terms may overflow, so check again.
+    if values.numel() == 0 or math.isfinite(float(values.sum())):
+        return True
+    return bool(values.isfinite().all())
+
+
+def finite_entries(values: Tensor) -> Tensor:
+    """Which of `values [n, ...]` are finite in all components: bool `[n]`."""
+    # Zero times a finite value is zero, zero times NaN or infinity is NaN.
+    return (values * 0).unsqueeze(-1).flatten(1).sum(dim=1) == 0
+
+
+def check_keys(name: str, given: Mapping[str, object], expected: Sequence[str]) -> None:
+    """Raise unless `given` has exactly the `expected` keys."""
+    missing, extra = set(expected) - set(given), set(given) - set(expected)
+    if missing or extra:
+        raise ValueError(
+            f"`{name}` must have the keys {sorted(expected)}, got {sorted(given)}"
+            + (f"; missing {sorted(missing)}" if missing else "")
+            + (f"; unknown {sorted(extra)}" if extra else "")
+            + "."
+        )
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `ids` are integers of this shape, -1 (unknown) or larger."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"`{name}` is {got}; expected a tensor of integers.")
+    if ids.shape != shape:
+        raise ValueError(f"`{name}` has shape {list(ids.shape)}; expected {list(shape)}.")
+    if reads_without_sync(ids) and ids.numel() and int(ids.min()) < NO_ID:
+        raise ValueError(f"`{name}` has the value {int(ids.min())}; ids are 0 or larger, -1 means unknown.")
+
+
+def check_mask(name: str, mask: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    """Validate a mask of `count` items and return it as bool on a device; None without a mask or items."""
+    if mask is None or count == 0:
+        return None
+    if mask.shape != (count,):
+        raise ValueError(f"`{name}` has shape {list(mask.shape)}; expected [{count}].")
+    return mask.to(device, torch.bool)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raise ValueError for NaN or infinity if the host can read the values without synchronizing the device.
+
+    Otherwise, `update_rows` skips and counts such rows.
+    """
+    if reads_without_sync(values) and not all_finite(values.detach()):
+        raise ValueError(
+            f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
+            "too high or an overflow in half precision."
+        )
+
+
+def check_finite_items(name: str, items: Items, mask: Tensor | None = None) -> None:
+    """Raise ValueError for non-finite values that the host can read without synchronizing the device.
+
+    Args:
+        name: Name of the argument, for error messages.
+        items: Validated items, `n` each.
+        mask: bool `[n]`: False for items that are not checked; None to check all.
+    """
+    for key, value in items.items():
+        if isinstance(value, RaggedRows) or not value.is_floating_point() or not reads_without_sync(value):
+            continue
+        if all_finite(value):
+            continue
+        finite = finite_entries(value)
+        finite = finite if mask is None else finite | ~mask.to(finite.device)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"`{name}[{key!r}]`, stored as {value.dtype}, has NaN or infinity in {int((~finite).sum())} of "
+                f"{len(finite)} rows. Nothing was written. Check for a learning rate that is too high, or for an "
+                "overflow in half precision."
+            )
+
+
+def check_features(name: str, features: Features, specs: Specs) -> dict[str, Tensor | RaggedRows]:
+    """Validate items against their specs, pad them and cast them to the stored dtype.
+
+    Args:
+        name: Name of the argument, for error messages.
+        features: One value per key: a tensor `[batch, ...]`, or a list of `batch` tensors `[length]`
+            for a ragged feature. Keys must be among those of `specs`.
+        specs: Spec per key.
+
+    Returns:
+        A tensor `[batch, *shape]` per fixed feature and `RaggedRows` per ragged one, without gradient. Ragged
+        features of the same width, such as token ids and their mask, share their lengths.
+
+    Raises:
+        ValueError: Unknown key, wrong shape, value longer than the spec, different batch sizes, or a value
+            that the stored integer dtype cannot hold.
+        TypeError: A floating point value for an integer feature, or vice versa.
+    """
+    unknown = set(features) - set(specs)
+    if unknown:
+        raise ValueError(f"`{name}` has the keys {sorted(unknown)}, but the cache's are {sorted(specs)}.")
+    checked: dict[str, Tensor | RaggedRows] = {}
+    sizes: dict[str, int] = {}
+    ragged: dict[str, RaggedRows] = {}
+    for key, value in features.items():
+        where, spec = f"{name}[{key!r}]", specs[key]
+        if isinstance(spec, RaggedFeature):
+            checked[key] = ragged[key] = _check_ragged(where, value, spec)
+            sizes[key] = len(ragged[key].values)
+        else:
+            fixed = checked[key] = _check_fixed(where, value, spec)
+            sizes[key] = len(fixed)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The values of `{name}` have different batch sizes: {sizes}.")
+    return {**checked, **_share_lengths(ragged)} if len(ragged) > 1 else checked
+
+
+def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFeature | QuantizedFeature) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{where}` is {type(value).__name__}; expected a torch.Tensor.")
+    if value.dim() == 0:
+        raise ValueError(f"`{where}` is a scalar; the first dimension must be the batch.")
+    given, shape = list(value.shape[1:]), list(spec.shape)
+    if given == shape:
+        return _cast(where, value, spec.dtype)
+    if len(given) != len(shape) or any(got > size for got, size in zip(given, shape, strict=True)):
+        raise ValueError(
+            f"`{where}` has shape {list(value.shape)}; the spec says {['*', *shape]}. "
+            "Truncate longer values; shorter ones are padded."
+        )
+    # `pad` takes pairs of (left, right), the last dimension first.
+    pads = [n for size, got in zip(reversed(shape), reversed(given), strict=True) for n in (0, size - got)]
+    return pad(_cast(where, value, spec.dtype), pads, value=padding_value(spec))
+
+
+def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeature) -> RaggedRows:
+    if isinstance(value, RaggedRows) and value.values.dtype == spec.dtype:
+        return value  # already validated
+    lengths = None
+    if not isinstance(value, Tensor):
+        if not value or any(not isinstance(row, Tensor) or row.dim() != 1 for row in value):
+            raise ValueError(f"`{where}` must be a tensor [batch, length] or a list of tensors [length].")
+        lengths = torch.tensor([len(row) for row in value], device=value[0].device)
+        value = pad_sequence(list(value), batch_first=True, padding_value=padding_value(spec))
+    if value.dim() != 2:
+        raise ValueError(f"`{where}` has shape {list(value.shape)}; a ragged feature must be [batch, length].")
+    value = _cast(where, value, spec.dtype)
+    if lengths is None:
+        lengths = _unpadded_lengths(value, padding_value(spec))
+    if spec.max_length is not None and value.shape[1] > spec.max_length:
+        longest = value.shape[1]
+        if reads_without_sync(value):
+            longest = int(lengths.amax()) if len(lengths) else 0
+        if longest > spec.max_length:
+            raise ValueError(
+                f"`{where}` has items of {longest} values; the spec's max_length is {spec.max_length}. "
+                "Truncate them or raise max_length."
+            )
+        value = value[:, : spec.max_length]
+    return RaggedRows(value, lengths)
+
+
+def _unpadded_lengths(values: Tensor, padding: float) -> Tensor:
+    """The length of each item up to its last value that is not padding: int64 `[n]`."""
+    if values.shape[1] == 0:
+        return torch.zeros(len(values), dtype=torch.int64, device=values.device)
+    positions = torch.arange(1, values.shape[1] + 1, device=values.device)
+    return ((values != padding) * positions).amax(dim=1)
+
+
+def _share_lengths(ragged: Mapping[str, RaggedRows]) -> dict[str, RaggedRows]:
+    """Give ragged features of equal width the same lengths, so that they stay aligned when they are read."""
+    longest: dict[int, Tensor] = {}
+    for values, lengths in ragged.values():
+        width = values.shape[1]
+        longest[width] = torch.maximum(longest[width], lengths) if width in longest else lengths
+    return {key: RaggedRows(values, longest[values.shape[1]]) for key, (values, _) in ragged.items()}
+
+
+def _cast(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Detach, and cast from integer to integer or from floating point to floating point; raise for other casts."""
+    if value.dtype == dtype:
+        return value.detach()
+    if value.is_floating_point() != dtype.is_floating_point or value.is_complex():
+        raise TypeError(f"`{where}` is {value.dtype}; the spec says {dtype}. Convert it or change the spec.")
+    if not dtype.is_floating_point and reads_without_sync(value) and value.numel():
+        low, high = int(value.min()), int(value.max())
+        if not (can_hold(dtype, low) and can_hold(dtype, high)):
+            raise ValueError(
+                f"`{where}` has values from {low} to {high}, which do not fit the spec's {dtype}. Use a wider dtype "
+                "in the spec."
+            )
+    return value.detach().to(dtype)
+
+
+def batch_size(items: Items) -> int:
+    """Number of validated items; 0 without any feature."""
+    if not items:
+        return 0
+    value = next(iter(items.values()))
+    return len(value.values if isinstance(value, RaggedRows) else value)
+
+
+def padded(items: Items) -> dict[str, Tensor]:
+    """The values of validated items, `[n, ...]` each; those of ragged features are already padded."""
+    return {key: value.values if isinstance(value, RaggedRows) else value for key, value in items.items()}
+
+
+def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:
+    """The validated items at `index [n]`."""
+    selected: dict[str, Tensor | RaggedRows] = {}
+    for key, value in items.items():
+        if isinstance(value, RaggedRows):
+            at = index.to(value.values.device)
+            selected[key] = RaggedRows(value.values[at], value.lengths[at])
+        else:
+            selected[key] = value[index.to(value.device)]
+    return selected
+
+
+def to_device(value: Tensor | RaggedRows, device: torch.device) -> Tensor | RaggedRows:
+    """Validated values on a device; see `placement.to_device`."""
+    if isinstance(value, RaggedRows):
+        return RaggedRows(placement.to_device(value.values, device), placement.to_device(value.lengths, device))
+    return placement.to_device(value, device)
+
+
+def to_common_width(values: Sequence[Tensor], fill: float = 0) -> list[Tensor]:
+    """Pad tensors `[n_i, width_i, ...]` on the right of the second dimension to the largest width."""
+    width = max(value.shape[1] for value in values)
+    return [
+        value
+        if value.shape[1] == width
+        else pad(value, [0, 0] * (value.dim() - 2) + [0, width - value.shape[1]], value=fill)
+        for value in values
+    ]
+
+
+def concatenate(first: Features, second: Features, specs: Specs) -> dict[str, Tensor | list[Tensor]]:
+    """Concatenate the items of two batches; features of different widths are padded to the wider one.
+
+    Args:
+        first: Feature name -> tensor `[n, ...]` or list of `n` tensors; the result has its devices and dtypes.
+        second: The same keys.
+        specs: Spec per feature.
+
+    Returns:
+        Feature name -> tensor, or a list where either value is a list.
+    """
+    result: dict[str, Tensor | list[Tensor]] = {}
+    for key, spec in specs.items():
+        a, b = first[key], second[key]
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            result[key] = [*a, *b]
+            continue
+        a, b = to_common_width([a, b], padding_value(spec)) if a.dim() > 1 else (a, b)
+        result[key] = torch.cat([a, b.to(a.device, a.dtype)])
+    return result

@@ -1,0 +1,102 @@
+"""Re-encode cached documents: sampled documents with gradient, and further rows in turn without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negative_cache.cache.device_copies import to_device
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.validation import check_finite, padded
+from negative_cache.sampling.config import RowSource
+
+DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
+
+
+def read_features(cache: RowSource, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
+    """Read features of `rows [n]`, `[n, ...]` each, on the device of `rows`; ragged ones padded to the longest row."""
+    values = padded(cache.read_rows(rows, keys))
+    return {key: v if v.device == rows.device else to_device(v, rows.device) for key, v in values.items()}
+
+
+def encode(
+    document_encoder: DocumentEncoder,
+    features: dict[str, Tensor],
+    shape: tuple[int, int],
+    stored_dtype: torch.dtype,
+    needs_gradient: bool = False,
+) -> Tensor:
+    """Run the document encoder and check its output.
+
+    Args:
+        document_encoder: Features -> embeddings.
+        features: `[count, ...]` each.
+        shape: The expected `(count, dim)`.
+        stored_dtype: The dtype in which the cache stores embeddings; the output must be finite in it.
+        needs_gradient: Whether to raise for embeddings without gradient; ignored with gradients disabled.
+
+    Returns:
+        `[count, dim]`, with gradient.
+
+    Raises:
+        TypeError: The encoder returned no tensor.
+        ValueError: Wrong shape, a missing gradient, or values that are not finite (checked only on the CPU).
+    """
+    embeddings = _check_shape(document_encoder(features), shape)
+    if needs_gradient and torch.is_grad_enabled() and not embeddings.requires_grad:
+        raise ValueError(
+            "The document encoder returned embeddings without gradient, but those of the batch's documents have one. "
+            "Encode them like the batch's documents, without no_grad or detach."
+        )
+    check_finite(f"The document encoder's output, stored as {stored_dtype},", embeddings.detach().to(stored_dtype))
+    return embeddings
+
+
+def _check_shape(embeddings: object, shape: tuple[int, int]) -> Tensor:
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"The document encoder returned {type(embeddings).__name__}; expected a tensor {list(shape)}.")
+    if embeddings.shape != shape:
+        raise ValueError(f"The document encoder returned shape {list(embeddings.shape)}; expected {list(shape)}.")
+    return embeddings
+
+
+@torch.no_grad()
+def refresh(
+    cache: NegativeCache, embedding_key: str, data_keys: Sequence[str], encoder: DocumentEncoder, count: int
+) -> None:
+    """Re-encode the next `count` filled rows: each row once in `num_filled / count` steps. Ages do not change.
+
+    Rows that are not finite are skipped and counted. They do not raise, because the step is already written.
+    """
+    # If no row is filled, row 0 is encoded but not written: a wrapped encoder, such as DDP, must run on all ranks.
+    rows = (torch.arange(count, device=cache.device) + cache.step * count) % cache.num_filled.clamp(min=1)
+    shape = (count, cache.stored(embedding_key)[0].shape[1])
+    embeddings = _check_shape(encoder(read_features(cache, rows, data_keys)), shape)
+    stored = embeddings.to(cache.specs[embedding_key].dtype)
+    is_finite, is_filled = stored.isfinite().all(dim=1), cache.filled[rows]
+    cache.num_rejected += (is_filled & ~is_finite).sum()
+    cache.write(rows, {embedding_key: stored}, is_filled & is_finite, resets_age=False)
+
+
+def check_filling(batch: Mapping[str, Any]) -> None:
+    """Raise unless a batch of documents has features and ids."""
+    missing = {"document_features", "document_ids"} - set(batch)
+    if missing:
+        raise ValueError(f"A batch has the keys {sorted(batch)}; it must also have {sorted(missing)}.")
+    ids = batch["document_ids"]
+    if len(ids) and int(ids.min()) < 0:
+        raise ValueError(f"`document_ids` has the value {int(ids.min())}; every document needs an id of 0 or more.")
+
+
+def check_room(cache: NegativeCache, document_ids: Tensor) -> None:
+    """Raise unless all documents `[n]` can be inserted without replacing other documents."""
+    room = cache.num_rows - int(cache.num_filled)
+    num_new = int((cache.find(torch.unique(document_ids).to(cache.device, torch.int64)) < 0).sum())
+    if num_new > room:
+        raise ValueError(
+            f"The documents do not fit: the cache has {cache.num_rows} rows on this rank, of which {room} are free; "
+            f"the batch has {num_new} new documents. Use a larger cache_size, or fewer documents."
+        )

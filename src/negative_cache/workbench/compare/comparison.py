@@ -1,0 +1,142 @@
+"""The configuration of a comparison."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
+from negative_cache.workbench.training.config import LOSSES, RunConfig, RunError, check_positive, has_effect
+
+RATE_FACTORS = (0.4, 1.0, 2.5)
+
+# Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
+FIXED_FIELDS = {
+    "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
+}  # fmt: skip
+_OPTIONS = {field.name for field in fields(RunConfig)} - FIXED_FIELDS
+
+
+def parse_losses(text: str) -> tuple[str, ...]:
+    """Losses from a comma-separated list."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_rates(text: str | None) -> tuple[float, ...] | None:
+    """Learning rates from a comma-separated list."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RunError(f"--learning-rates is {text!r}; expected numbers, separated by commas.") from None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare; validated on construction.
+
+    Attributes:
+        data: See `load_data`.
+        model: See `load_model`.
+        losses: Names of losses, each with optional settings: `NAME:field=value:field=value`, fields of `RunConfig`.
+        output: Folder of the results. The same comparison, also with more losses or seeds, is continued there.
+        batch_size: Queries per step.
+        epochs: Passes over the training pairs.
+        seeds: Number of seeds. The learning rate is chosen with seed 0, and used with seeds 0 to `seeds - 1`.
+        cache_size: Rows of the cache, or of the memory bank's queue.
+        scale: Factor that multiplies the similarities.
+        num_samples: Cached documents that the negative cache re-encodes per query.
+        embedding_dtype: dtype of the negative cache's embeddings.
+        learning_rates: In increasing order; None for 0.4, 1 and 2.5 times the default of the model.
+        gradcache_factor: Factor that multiplies the batch size for gradcache.
+        query_column: See `load_data`.
+        positive_column: See `load_data`.
+    """
+
+    data: str
+    model: str
+    losses: tuple[str, ...]
+    output: str
+    batch_size: int = 64
+    epochs: float = 3.0
+    seeds: int = 3
+    cache_size: int = 16_384
+    scale: float = 20.0
+    num_samples: int = 1
+    embedding_dtype: str = "float32"
+    learning_rates: tuple[float, ...] | None = None
+    gradcache_factor: int = 16
+    query_column: str | None = None
+    positive_column: str | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("seeds", "gradcache_factor"))
+        rates = self.rates()
+        if not rates or any(not 0 < rate < math.inf for rate in rates) or sorted(set(rates)) != list(rates):
+            raise RunError(f"--learning-rates is {list(rates)}; expected positive numbers in increasing order.")
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise RunError(f"--losses is {list(self.losses)}; expected at least one loss, and none twice.")
+        for spec in self.losses:
+            self.config(spec)
+
+    def rates(self) -> list[float]:
+        """The learning rates that the sweep starts with."""
+        if self.learning_rates is not None:
+            return list(self.learning_rates)
+        return [rounded(factor * learning_rate_of(self.model)) for factor in RATE_FACTORS]
+
+    def config(self, spec: str) -> RunConfig:
+        """The configuration of a loss, without the learning rate and seed of a run."""
+        name, *settings = spec.split(":")
+        if name not in LOSSES:
+            raise RunError(f"--losses has {name!r}; expected {', '.join(LOSSES)}, separated by commas.")
+        names = [field.name for field in fields(self) if field.name in _OPTIONS and has_effect(name, field.name)]
+        shared = {field: getattr(self, field) for field in names}
+        if name == "gradcache":
+            shared["batch_size"] *= self.gradcache_factor
+        options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
+        return RunConfig(
+            data=self.data,
+            model=self.model,
+            loss=name,
+            output=self.output,
+            epochs=self.epochs,
+            save_steps=None,
+            **options,
+        )
+
+    def run_config(self, spec: str, rate: float, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        name = f"{spec.replace(':', '+')}_rate-{rate:g}_seed-{seed}"
+        return replace(
+            self.config(spec),
+            learning_rate=rate,
+            seed=seed,
+            output=str(Path(self.output) / "runs" / name),
+            model=str(self.untrained(seed)) if self.model in LEARNING_RATES else self.model,
+        )
+
+    def untrained(self, seed: int) -> Path:
+        """The folder of the untrained model of a seed, for models that are trained from scratch."""
+        return Path(self.output) / "untrained" / f"seed-{seed}"
+
+
+def rounded(rate: float) -> float:
+    """A learning rate with six significant digits."""
+    return float(f"{rate:.6g}")
+
+
+def _parsed(spec: str, setting: str) -> tuple[str, Any]:
+    """Field and value of `field=value`."""
+    name, _, text = setting.partition("=")
+    if name not in _OPTIONS:
+        raise RunError(f"--losses has {spec!r}; expected field=value, with one of {', '.join(sorted(_OPTIONS))}.")
+    hint = get_type_hints(RunConfig)[name]
+    (kind, *_) = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    try:
+        return name, {"true": True, "false": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise RunError(f"--losses has {spec!r}; the value of {name} must be {kind.__name__}, got {text!r}.") from None

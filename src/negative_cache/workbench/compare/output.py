@@ -1,0 +1,104 @@
+"""The files of a comparison: the table as Markdown, and two plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from negative_cache.workbench.compare.running import MAX_EXTENSIONS, failures_of
+from negative_cache.workbench.compare.table import COLUMNS, command_of_best, rows_of, title_of, verdict, with_spread
+from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
+from negative_cache.workbench.files import write_text
+
+NOTE = (
+    "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the best of {rates} "
+    "on the dev split with seed 0; if that was the lowest or highest one, up to {extensions} more were tried. Seconds "
+    "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
+    "gradient caching encodes each document twice (once with a static model, which needs no gradient cache)."
+)
+PLOTS = (
+    ("quality-seconds.png", "seconds", "seconds of training"),
+    ("quality-documents.png", "documents_encoded", "documents encoded in training"),
+)
+
+
+def write_output(result: dict[str, Any], command: str) -> list[Path]:
+    """Write `compare.md` and the plots to the folder of a comparison, and return their paths."""
+    folder = Path(result["configuration"]["output"])
+    written = [write_text(folder / "compare.md", _markdown(result, command))]
+    for file, cost, label in PLOTS:
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        _draw(figure.subplots(), result, cost, label)
+        written.append(save_figure(figure, folder / file))
+    return written
+
+
+def _markdown(result: dict[str, Any], command: str) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in result["learning_rates"])
+    lines = [
+        f"# {title_of(result)}",
+        "",
+        f"    {command}",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(row)} |" for row in rows_of(result)),
+        "",
+        NOTE.format(extensions=MAX_EXTENSIONS, seeds=result["configuration"]["seeds"], rates=rates),
+    ]
+    if sentence := verdict(result):
+        lines += ["", sentence, "", f"    {command_of_best(result)}"]
+    if failed := failures_of(result):
+        lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
+    """Quality against a cost: the curve of the last seed, and the mean over all seeds."""
+    for number, (name, loss) in enumerate(result["losses"].items()):
+        if loss["runs"]:
+            _draw_loss(axes, number, name, loss, cost)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value / 1e6:,g} M")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("MRR@10 on the test split")
+    options, data = result["configuration"], result["data"]
+    axes.set_title(
+        f"{data['name']}, {options['model']}: lines are one seed, large marks the mean of {options['seeds']}"
+    )
+    axes.legend(loc="best")
+    style(axes)
+
+
+def _draw_loss(axes: Axes, number: int, name: str, loss: dict[str, Any], cost: str) -> None:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    final = loss["summary"]
+    axes.plot(
+        [point[cost] for point in loss["curve"]],
+        [point["test"]["mrr@10"] for point in loss["curve"]],
+        color=colour,
+        linestyle="-" if number < len(COLOURS) else "--",
+        marker=marker,
+        markersize=4,
+        linewidth=1.5,
+    )
+    axes.errorbar(
+        final[cost]["mean"],
+        final["mrr@10"]["mean"],
+        yerr=final["mrr@10"]["std"],
+        color=colour,
+        marker=marker,
+        markersize=9,
+        markeredgecolor="black",
+        capsize=5,
+        linestyle="none",
+        label=f"{name}: {with_spread(final['mrr@10'])}",
+        zorder=3,
+    )

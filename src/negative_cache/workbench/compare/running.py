@@ -1,0 +1,226 @@
+"""Running a comparison: for each loss, a sweep of the learning rate, then runs with other seeds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from negative_cache.workbench.compare.comparison import Comparison, rounded
+from negative_cache.workbench.compare.isolated import Job, run_isolated
+from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.files import replacing, write_json
+from negative_cache.workbench.models import LEARNING_RATES, load_model
+from negative_cache.workbench.training.config import RunError, RunFailedError
+from negative_cache.workbench.training.curve import POINTS
+from negative_cache.workbench.training.driver import RunOptions, finished_run
+from negative_cache.workbench.training.record import RunRecord, read_json
+
+RESULT = "compare.json"
+MAX_EXTENSIONS = 2
+CHOICE = "mrr@10"
+REPORTED = ("mrr@10", "ndcg@10", "recall@100")
+COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
+OPTIONS = RunOptions(measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True)
+_KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")
+
+
+class Watcher(Protocol):
+    """Receives the progress of a comparison."""
+
+    def begin(self, name: str, num_left: int) -> None:
+        """A run begins. As far as is known, `num_left` runs are left, including this one."""
+
+    def step(self, step: int, steps: int) -> None:
+        """A step is done."""
+
+    def end(self, name: str, record: RunRecord, is_old: bool) -> None:
+        """A run has ended; with `is_old`, it ended in an earlier call."""
+
+
+def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> dict[str, Any]:
+    """Do all missing runs, and write `compare.json`.
+
+    Args:
+        comparison: What to compare.
+        data: The data that the comparison names.
+        watcher: Receives the progress.
+
+    Returns:
+        The content of `compare.json`.
+
+    Raises:
+        DataError: The data lacks a training, dev or test split.
+        RunError: The output folder has other content.
+        RunFailedError: The process of a run was killed, or training failed with every loss. A learning rate or seed
+            for which training fails is left out and listed in the result.
+    """
+    about = {"name": data.name, "documents": len(data.corpus), "pairs": len(data.training_columns()["anchor"])}
+    for split in ("train", "dev", "test"):
+        about[f"{split}_queries"] = len(data.judged(split))
+    result = _begin(comparison, about)
+    runner = _Runner(comparison, data, watcher)
+    for spec in comparison.losses:
+        result["losses"][spec] = runner.run(spec)
+        write_json(Path(comparison.output) / RESULT, result)
+    if not any(loss["runs"] for loss in result["losses"].values()):
+        raise RunFailedError(f"Training failed in every run. {failures_of(result)[0]}")
+    return result
+
+
+def failures_of(result: dict[str, Any]) -> list[str]:
+    """A sentence for each run that failed."""
+    return [
+        f"{spec}, rate {run['learning_rate']:g}, seed {run['seed']}: {run['failed']}"
+        for spec, loss in result["losses"].items()
+        for run in (*loss["sweep"], *loss["failed_runs"])
+        if run["failed"] is not None
+    ]
+
+
+def summary(runs: Sequence[RunRecord]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation over runs, of quality on the test split and of costs."""
+    values: dict[str, list[float]] = {name: [(run.after or {})[name] for run in runs] for name in REPORTED}
+    values.update({name: [getattr(run, name) for run in runs] for name in COSTS})
+    return {
+        name: {"mean": statistics.fmean(found), "std": statistics.stdev(found) if len(found) > 1 else None}
+        for name, found in values.items()
+    }
+
+
+def best_rate(sweep: dict[float, RunRecord]) -> float:
+    """The best learning rate on the dev split, the smallest in a tie. Failed runs are worse than all others."""
+    return max(sorted(sweep), key=lambda rate: (sweep[rate].dev or {CHOICE: -1.0})[CHOICE])
+
+
+def extensions(sweep: dict[float, RunRecord]) -> Iterator[float]:
+    """Yield further learning rates while the best one is the lowest or highest. The caller adds each run to `sweep`."""
+    if len(sweep) < 2:
+        return
+    for _ in range(MAX_EXTENSIONS):
+        rates = sorted(sweep)
+        if (best := best_rate(sweep)) == rates[-1]:
+            yield rounded(rates[-1] * rates[-1] / rates[-2])
+        elif best == rates[0]:
+            yield rounded(rates[0] * rates[0] / rates[1])
+        else:
+            return
+
+
+class _Runner:
+    """Runs the losses one after another, and counts the runs that are left."""
+
+    def __init__(self, comparison: Comparison, data: RetrievalData, watcher: Watcher) -> None:
+        self.comparison = comparison
+        self.data = data
+        self.watcher = watcher
+        self.num_left = len(comparison.losses) * (len(comparison.rates()) + comparison.seeds - 1)
+
+    def run(self, spec: str) -> dict[str, Any]:
+        """Choose the learning rate of a loss, then train with the other seeds."""
+        sweep = {rate: self._record(spec, rate, 0) for rate in self.comparison.rates()}
+        for rate in extensions(sweep):
+            self.num_left += 1
+            sweep[rate] = self._record(spec, rate, 0)
+        rate = best_rate(sweep)
+        result: dict[str, Any] = {
+            "configuration": asdict(self.comparison.config(spec)),
+            "learning_rate": rate,
+            "at_the_edge": rate in (min(sweep), max(sweep)) and len(sweep) > 1,
+            "sweep": [_short(sweep[rate]) for rate in sorted(sweep)],
+            "runs": [],
+            "failed_runs": [],
+        }
+        if sweep[rate].failed is not None:  # then all other rates failed, too
+            return result
+        records = [sweep[rate], *(self._record(spec, rate, seed) for seed in range(1, self.comparison.seeds))]
+        runs = [record for record in records if record.failed is None]
+        return {
+            **result,
+            "runs": [_short(record) for record in runs],
+            "failed_runs": [_short(record) for record in records if record.failed is not None],
+            "curve": runs[-1].curve,
+            "summary": summary(runs),
+        }
+
+    def _record(self, spec: str, rate: float, seed: int) -> RunRecord:
+        """Return the record of a run, and do the run if it is not complete."""
+        comparison = self.comparison
+        has_curve = seed == comparison.seeds - 1
+        job = Job(
+            comparison.run_config(spec, rate, seed),
+            replace(OPTIONS, curve=POINTS if has_curve else ()),
+            comparison.query_column,
+            comparison.positive_column,
+        )
+        name = f"{spec}, rate {rate:g}, seed {seed}"
+        self.watcher.begin(name, self.num_left)
+        saved = _saved_record(job)
+        if saved is None:
+            _make_untrained(comparison, self.data, seed)
+        record = saved or run_isolated(job, self.watcher.step)
+        self.num_left -= 1
+        self.watcher.end(name, record, saved is not None)
+        return record
+
+
+def _saved_record(job: Job) -> RunRecord | None:
+    """The record of a finished run; None if there is none, or if it lacks a curve that is needed."""
+    record = finished_run(job.config, resume=True)
+    if record is not None and job.options.curve and not record.curve and record.failed is None:
+        shutil.rmtree(job.config.output)
+        return None
+    return record
+
+
+def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
+    """A result without losses, or the saved one; raises RunError if the folder has another comparison."""
+    output = Path(comparison.output)
+    path, losses = output / RESULT, {}
+    configuration = json.loads(json.dumps(asdict(comparison)))
+    if path.exists():
+        saved = read_json(path)
+        losses = saved["losses"]
+        found, wanted = {**saved["configuration"], **saved["data"]}, {**configuration, **about}
+        differences = [
+            f"{key} was {found.get(key)!r}, is {value!r}"
+            for key, value in wanted.items()
+            if key not in ("losses", "seeds", "output") and found.get(key) != value
+        ]
+        if differences:
+            raise RunError(
+                f"{comparison.output!r} has another comparison: {'; '.join(differences)}. Give the same options, or "
+                "another --output."
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": losses}
+    write_json(path, result)
+    return result
+
+
+def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
+    """Build the untrained model that all losses start from. Its tokenizer is trained on each text once."""
+    folder = comparison.untrained(seed)
+    if comparison.model not in LEARNING_RATES or folder.exists():
+        return
+    columns = data.training_columns()
+    texts = list(dict.fromkeys([*columns["anchor"], *columns["positive"]]))
+    with replacing(folder, ".partial") as temporary:
+        load_model(comparison.model, texts, seed).save_pretrained(str(temporary), create_model_card=False)
+
+
+def _short(record: RunRecord) -> dict[str, Any]:
+    """The fields of a record that `compare.json` contains, and the name of the run's folder."""
+    configuration = record.configuration
+    return {
+        "folder": Path(configuration["output"]).name,
+        "learning_rate": configuration["learning_rate"],
+        "seed": configuration["seed"],
+        **{key: getattr(record, key) for key in _KEPT},
+    }

@@ -1,0 +1,43 @@
+"""Files and folders that are either complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to `path` at the end.
+
+    If an error occurs, `path` is unchanged and the temporary path is removed.
+
+    Args:
+        path: The file, or a folder that does not exist yet.
+        suffix: Appended to the name of `path`. It must be unique if several processes write the same file.
+    """
+    temporary = path.with_name(path.name + suffix)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, suffix: str = ".tmp") -> Path:
+    """Write a text file, and return its path."""
+    with replacing(path, suffix) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write a JSON file, and return its path."""
+    return write_text(path, json.dumps(content, indent=2) + "\n")

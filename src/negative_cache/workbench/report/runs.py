@@ -1,0 +1,125 @@
+"""The runs of a report: read from their folders, each with the colour, dashes and marker of its curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from negative_cache.workbench.compare.running import RESULT
+from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
+from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
+from negative_cache.workbench.training.config import RunError, has_effect
+from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
+from negative_cache.workbench.training.samples import SAMPLES
+
+
+@dataclass
+class Run:
+    """A run on the page.
+
+    Attributes:
+        name: Its name on the page.
+        record: The content of its `run.json`.
+        samples: The content of its `samples.json`; empty if there is none.
+        number: Its position on the page.
+    """
+
+    name: str
+    record: RunRecord
+    samples: dict[str, Any] = field(default_factory=dict)
+    number: int = 0
+
+    @property
+    def letter(self) -> str:
+        return chr(ord("A") + self.number) if self.number < 26 else f"A{chr(ord('A') + self.number - 26)}"
+
+    @property
+    def colour(self) -> int:
+        return self.number % NUM_COLOURS
+
+    @property
+    def dashes(self) -> str:
+        return DASHES_OF_SVG[self.number % len(DASHES_OF_SVG)]
+
+    @property
+    def glyph(self) -> str:
+        return GLYPHS[self.number % len(GLYPHS)]
+
+    @property
+    def loss(self) -> str:
+        return str(self.record.configuration["loss"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its configuration, without options that have no effect on its loss."""
+        return {key: value for key, value in self.record.configuration.items() if has_effect(self.loss, key)}
+
+
+@dataclass
+class Table:
+    """The table of a comparison, and its verdict."""
+
+    title: str
+    verdict: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[Table]]:
+    """Read runs and comparisons.
+
+    Args:
+        folders: Folders that `train` or `compare` wrote. Of a comparison, the last run of each loss with its best
+            learning rate is read.
+
+    Returns:
+        Runs, and a table for each comparison.
+
+    Raises:
+        RunError: A folder has neither a run nor a comparison, or is given twice; or there are too many runs.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise RunError(f"A folder is given twice: {', '.join(map(str, folders))}. Give each folder once.")
+    runs: list[Run] = []
+    tables = []
+    for folder in folders:
+        found, table = _read_folder(folder)
+        runs += found
+        tables += [table] if table else []
+    if len(runs) > MAX_RUNS:
+        raise RunError(f"There are {len(runs)} runs; at most {MAX_RUNS} fit on a page. Give fewer folders.")
+    for number, run in enumerate(runs):
+        run.number = number
+    return runs, tables
+
+
+def _read_folder(folder: Path) -> tuple[list[Run], Table | None]:
+    if (folder / RESULT).is_file():
+        return _read_comparison(folder)
+    if (folder / RECORD).is_file():
+        return [_read_run(folder, folder.resolve().name)], None
+    if not folder.is_dir():
+        raise RunError(f"{folder} is not a directory. Give the --output of train or compare.")
+    raise RunError(
+        f"{folder} has neither {RECORD} nor {RESULT}: it is neither a finished run nor a comparison. Continue an "
+        "unfinished run with train --resume; tensorboard shows its curves."
+    )
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    samples = read_json(folder / SAMPLES) if (folder / SAMPLES).is_file() else {}
+    return Run(name, RunRecord.read(folder), samples)
+
+
+def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
+    result = read_json(folder / RESULT)
+    try:
+        table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
+        last_runs = {spec: loss["runs"][-1]["folder"] for spec, loss in result["losses"].items() if loss["runs"]}
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{folder / RESULT} is not the result of a comparison: {error!r}.") from error
+    if not last_runs:
+        raise RunError(f"{folder / RESULT} has no finished run. Continue the comparison, or try other learning rates.")
+    return [_read_run(folder / "runs" / name, spec) for spec, name in last_runs.items()], table

@@ -1,0 +1,121 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
+EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+# Fields that only some losses use.
+CACHE_FIELDS = {
+    "num_samples", "in_batch", "shared", "absolute_margin", "relative_margin", "symmetric", "refresh_per_step",
+    "use_lru", "embedding_dtype",
+}  # fmt: skip
+FIELDS_OF = {"negative-cache": {*CACHE_FIELDS, "cache_size"}, "memory-bank": {"cache_size"}}
+
+
+class RunError(ValueError):
+    """A configuration that cannot be run."""
+
+
+class RunFailedError(RuntimeError):
+    """A run that started and failed."""
+
+
+def has_effect(loss: str, field: str) -> bool:
+    """Whether a loss uses a field of `RunConfig`."""
+    return field in FIELDS_OF.get(loss, ()) or field not in FIELDS_OF["negative-cache"]
+
+
+def flag_of(field: str) -> str:
+    """The command-line option that sets a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that determines a run; validated on construction.
+
+    Attributes:
+        data: See `load_data`.
+        model: See `load_model`.
+        loss: One of `LOSSES`.
+        output: Folder for the trained model; must not exist.
+        cache_size: Rows of the cache, or of the memory bank's queue.
+        batch_size: Queries per step, on each rank.
+        epochs: Passes over the training pairs.
+        max_steps: Stop after this number of steps; None for all epochs.
+        learning_rate: Peak of the schedule (linear warm-up over a tenth of the steps, then linear decay to 0); None for
+            the default of the model.
+        scale: Factor that multiplies the similarities, for all losses.
+        num_samples: See `NegativeCacheRankingLoss`.
+        in_batch: See `NegativeCacheRankingLoss`.
+        shared: See `NegativeCacheRankingLoss`; with in_batch=False, shared=False is the estimator of the paper.
+        absolute_margin: See `NegativeCacheRankingLoss`.
+        relative_margin: See `NegativeCacheRankingLoss`.
+        symmetric: See `NegativeCacheRankingLoss`.
+        refresh_per_step: See `NegativeCacheRankingLoss`.
+        use_lru: See `NegativeCacheRankingLoss`.
+        embedding_dtype: dtype of cached embeddings: float32, bfloat16, float16 or int8.
+        seed: Seed of the weights, the data order and the sampling.
+        eval_steps: Steps between evaluations on the dev split; None for no evaluation.
+        save_steps: Steps between checkpoints; None for no checkpoints.
+    """
+
+    data: str
+    model: str
+    loss: str
+    output: str
+    cache_size: int = 16_384
+    batch_size: int = 64
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float | None = None
+    scale: float = 20.0
+    num_samples: int = 1
+    in_batch: bool = True
+    shared: bool = True
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    symmetric: bool = False
+    refresh_per_step: int = 0
+    use_lru: bool = True
+    embedding_dtype: str = "float32"
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = 500
+
+    def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
+        check_positive(self, ("cache_size", "batch_size", "num_samples", "epochs", "scale"))
+        optional = ("max_steps", "learning_rate", "eval_steps", "save_steps")
+        check_positive(self, [name for name in optional if getattr(self, name) is not None])
+        for field in fields(self):
+            if getattr(self, field.name) != field.default and not has_effect(self.loss, field.name):
+                losses = " and ".join(loss for loss in LOSSES if field.name in FIELDS_OF.get(loss, ()))
+                raise RunError(
+                    f"{flag_of(field.name)} has no effect with --loss {self.loss}, only with {losses}. Leave it out."
+                )
+        if self.loss == "negative-cache" and self.batch_size > self.cache_size:
+            raise RunError(
+                f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}. Use a larger cache, or "
+                "a smaller batch."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
+
+
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise RunError unless a value is one of the choices."""
+    if value not in choices:
+        raise RunError(f"{flag_of(field)} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def check_positive(config: object, names: tuple[str, ...] | list[str]) -> None:
+    """Raise RunError unless these fields of a dataclass are positive and finite."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise RunError(f"{flag_of(name)} is {getattr(config, name)}; it must be positive.")

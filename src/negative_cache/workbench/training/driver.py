@@ -1,0 +1,290 @@
+"""The driver of training runs: train, evaluate, and write the model and the record."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from negative_cache.integrations.trainer import last_complete_checkpoint
+from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.evaluation import OnProgress, encode_corpus, make_evaluator, metrics_of
+from negative_cache.workbench.files import write_json
+from negative_cache.workbench.models import cache_tokens, load_model, load_trained
+from negative_cache.workbench.training import processes, samples
+from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
+from negative_cache.workbench.training.curve import Curve
+from negative_cache.workbench.training.meter import peak_memory_bytes
+from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
+from negative_cache.workbench.training.trainer import (
+    OnStep,
+    RunTrainer,
+    make_trainer,
+    train_to_the_end,
+    used_learning_rate,
+)
+
+_INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
+_PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
+
+logger = logging.getLogger("negative_cache")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run measures and keeps, in addition to its configuration.
+
+    Attributes:
+        measure_before: Evaluate the untrained model on the test split.
+        measure_dev: Evaluate the trained model on the dev split.
+        curve: Fractions of the steps after which the quality on the test split is measured.
+        keep_model: Write the trained model and TensorBoard events.
+        record_failure: If training fails, write a record with the reason instead of raising an error.
+        cache_tokens: Tokenize each text only once, if the model is static.
+    """
+
+    measure_before: bool = True
+    measure_dev: bool = False
+    curve: tuple[float, ...] = ()
+    keep_model: bool = True
+    record_failure: bool = False
+    cache_tokens: bool = False
+
+
+def run(
+    config: RunConfig,
+    data: RetrievalData,
+    options: RunOptions | None = None,
+    *,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunRecord | None:
+    """Train and evaluate a model; write the model, `samples.json` and `run.json`.
+
+    An unfinished run is in `OUTPUT.partial`, with its checkpoints. The folder is renamed when the run is complete.
+    Under `torchrun` or `accelerate launch`, call this function on all ranks; rank 0 evaluates and writes.
+
+    Args:
+        config: The configuration.
+        data: The data that `config.data` names.
+        options: What to measure and keep; None for the defaults.
+        resume: Continue an unfinished run of the same configuration, if there is one.
+        on_step: Called with (step, steps, latest logs) after each training step.
+        on_progress: Called with (done, total) documents while a corpus is encoded.
+
+    Returns:
+        The record; None on ranks other than 0, unless the run was already finished.
+
+    Raises:
+        DataError: The data lacks a split.
+        RunError: The configuration or the output folder is invalid.
+        ModelError: The model cannot be loaded.
+        RunFailedError: Training failed.
+    """
+    if record := finished_run(config, resume):
+        return record
+    task = _Run(config, data, options or RunOptions(), on_step, on_progress)
+    task.check()
+    is_first = processes.start() == 0
+    if config.loss == "memory-bank" and processes.count() > 1:
+        raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
+    folder, output = task.folder, Path(config.output)
+    if is_first and folder.exists():
+        _check_unfinished(folder, config, resume)
+    is_trained = (folder / RECORD).exists()
+    processes.wait()
+    try:
+        if not is_trained:
+            task.train(is_first)
+        if is_first:
+            _clear(folder)
+            folder.rename(output)
+    except BaseException as error:
+        if is_first and not _can_resume(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif is_first and not isinstance(error, KeyboardInterrupt):  # then the caller says how to continue
+            logger.warning("The run stopped; --resume continues it from its last checkpoint in %s.", folder)
+        raise
+    processes.wait()
+    return RunRecord.read(output) if is_first else None
+
+
+def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
+    """The record of a finished run that `resume` would continue; None if the output folder does not exist.
+
+    Raises:
+        RunError: The output folder exists and is not a finished run of this configuration, or `resume` is False.
+    """
+    output = Path(config.output)
+    if not output.exists():
+        return None
+    if not (resume and (output / RECORD).is_file()):
+        raise RunError(f"The output folder {config.output!r} exists. Choose another one, or remove it.")
+    record = RunRecord.read(output)
+    _check_same(f"{config.output!r} has a finished run", record.configuration, config)
+    return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `run`."""
+
+    config: RunConfig
+    data: RetrievalData
+    options: RunOptions
+    on_step: OnStep | None
+    on_progress: OnProgress | None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the unfinished run."""
+        output = Path(self.config.output)
+        return output.with_name(f"{output.name}.partial")
+
+    def check(self) -> None:
+        """Raise DataError unless the data has the splits that the run needs."""
+        for split in ("train", "test", *(["dev"] if self.options.measure_dev else [])):
+            self.data.judged(split)
+        if self.config.eval_steps is not None and not self.data.qrels.get("dev"):
+            raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
+
+    def train(self, is_first: bool) -> None:
+        """Train on all ranks; prepare, evaluate and write on the first one."""
+        columns = self.data.training_columns()
+        if is_first and not (self.folder / _BEFORE).exists():
+            self._begin([*columns["anchor"], *columns["positive"]])
+        processes.wait()
+        trainer = self._make_trainer(columns, is_first)
+        curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
+        trainer.add_callback(curve)
+        checkpoint = last_complete_checkpoint(self.folder)
+        failed = None
+        try:
+            train_to_the_end(trainer, checkpoint)
+        except RunFailedError as error:
+            if not self.options.record_failure:
+                raise
+            failed = str(error)
+        if is_first:
+            costs = {
+                "resumed_from_step": 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]),
+                "training_pairs": len(columns["anchor"]),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            self._finish(trainer, curve, costs, failed)
+
+    def _begin(self, texts: list[str]) -> None:
+        """Create the folder with the untrained model and its metrics. `before.json` is written last."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
+        self.folder.mkdir(parents=True)
+        model = load_model(self.config.model, texts, self.config.seed)
+        model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
+        before, hits = None, []
+        if self.options.measure_before:
+            corpus = encode_corpus(model, self.data, self.on_progress)
+            before = metrics_of(model, self.data, "test", corpus)
+            hits = samples.hits(model, self.data, "test", corpus)
+        content = {"configuration": _configuration(self.config), "ranks": processes.count()}
+        write_json(self.folder / _BEFORE, {**content, "before": before, "hits": hits})
+
+    def _make_trainer(self, columns: dict[str, list[Any]], is_first: bool) -> RunTrainer:
+        model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
+        if self.options.cache_tokens:
+            cache_tokens(model, [*self.data.queries.values(), *self.data.corpus.values()])
+        return make_trainer(
+            self.folder,
+            self.config,
+            columns,
+            model,
+            on_step=self.on_step if is_first else None,
+            evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
+            report_to=("tensorboard",) if self.options.keep_model else (),
+        )
+
+    def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
+        """Evaluate, and write the model, the samples and, last, the record."""
+        began = read_json(self.folder / _BEFORE)
+        quality = {} if failed else self._evaluate(trainer, began["hits"])
+        seconds, documents = round(trainer.meter.seconds, 3), trainer.meter.documents
+        points = []
+        if self.options.curve and not failed:
+            last = {"step": trainer.state.global_step, "seconds": seconds, "documents_encoded": documents}
+            points = [*curve.measure(self.data), {**last, "test": quality["after"]}]
+        RunRecord(
+            configuration=_configuration(self.config),
+            versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            device=str(trainer.model.device),
+            threads=torch.get_num_threads(),
+            ranks=processes.count(),
+            steps=trainer.state.global_step,
+            seconds=seconds,
+            documents_encoded=documents,
+            before=began["before"],
+            curve=points,
+            failed=failed,
+            history=trainer.state.log_history,
+            **costs,
+            **quality,
+        ).write(self.folder)
+
+    def _evaluate(self, trainer: RunTrainer, hits_before: list[dict[str, Any]]) -> dict[str, Any]:
+        """Metrics of the trained model, as fields of the record. Also writes the model and the samples."""
+        model = trainer.model
+        corpus = encode_corpus(model, self.data, self.on_progress)
+        if self.options.keep_model:
+            model.save_pretrained(str(self.folder))
+        hits = {"before": hits_before, "after": samples.hits(model, self.data, "test", corpus)}
+        write_json(self.folder / samples.SAMPLES, {**hits, **samples.of_cache(trainer.loss, model, self.data)})
+        splits = {"after": "test", **({"dev": "dev"} if self.options.measure_dev else {})}
+        return {field: metrics_of(model, self.data, split, corpus) for field, split in splits.items()}
+
+
+def _can_resume(folder: Path) -> bool:
+    """Whether an unfinished run has a checkpoint or is already trained."""
+    return last_complete_checkpoint(folder) is not None or (folder / RECORD).exists()
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files that only an unfinished run needs."""
+    for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / _CURVE, folder / "eval"):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / _BEFORE).unlink(missing_ok=True)
+
+
+def _check_unfinished(folder: Path, config: RunConfig, resume: bool) -> None:
+    """Raise unless the unfinished run in a folder may be continued with this configuration."""
+    if not resume:
+        raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
+    for path in (folder / RECORD, folder / _BEFORE):
+        if path.exists():
+            saved = read_json(path)
+            _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], config)
+            if saved["ranks"] != processes.count():
+                raise RunError(
+                    f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "
+                    f"{processes.count()}, so its batches differ. Start {saved['ranks']} ranks, or remove the folder."
+                )
+
+
+def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
+    differences = [
+        f"{key} was {saved.get(key)!r}, is {value!r}"
+        for key, value in _configuration(config).items()
+        if key not in ("output", "save_steps") and saved.get(key) != value
+    ]
+    if differences:
+        raise RunError(
+            f"{what} of another configuration: {'; '.join(differences)}. Give the same options, or remove the folder."
+        )
+
+
+def _configuration(config: RunConfig) -> dict[str, Any]:
+    """The configuration with the learning rate that is used."""
+    return {**asdict(config), "learning_rate": used_learning_rate(config)}

@@ -1,0 +1,94 @@
+"""The record of a run: the content of `run.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from negative_cache.workbench.files import write_json
+from negative_cache.workbench.training.config import RunError
+
+RECORD = "run.json"
+METRICS = {
+    "mrr@10": "MRR@10", "ndcg@10": "nDCG@10", "recall@1": "Recall@1", "recall@10": "Recall@10",
+    "recall@100": "Recall@100",
+}  # fmt: skip
+
+Metrics = dict[str, Any]
+"""Values of `METRICS`, with num_queries and num_documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What is known about a finished run.
+
+    Attributes:
+        configuration: Fields of `RunConfig`, with the learning rate that was used.
+        versions: Versions of Python and of the main packages.
+        device: Device of the model.
+        threads: CPU threads of torch.
+        ranks: Number of processes.
+        steps: Optimizer steps.
+        resumed_from_step: Step of the checkpoint that the run was last resumed from; 0 if there was none.
+        training_pairs: Judged pairs of the training split.
+        seconds: Training time, without evaluation.
+        documents_encoded: Documents that rank 0 encoded in training, counted each time.
+        peak_memory_bytes: Peak memory at the end of training.
+        before: Metrics on the test split before training; None if not measured.
+        after: Metrics on the test split after training; None if training failed.
+        dev: Metrics on the dev split after training; None if not measured.
+        curve: Quality during training: step, seconds, documents_encoded, and test (metrics on that split).
+        failed: Reason why training failed; None if it did not.
+        history: Logs of the trainer.
+    """
+
+    configuration: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    threads: int
+    ranks: int
+    steps: int
+    resumed_from_step: int
+    training_pairs: int
+    seconds: float
+    documents_encoded: int
+    peak_memory_bytes: int
+    before: Metrics | None = None
+    after: Metrics | None = None
+    dev: Metrics | None = None
+    curve: list[dict[str, Any]]
+    failed: str | None = None
+    history: list[dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Write `run.json`."""
+        write_json(folder / RECORD, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Read `run.json`.
+
+        Raises:
+            RunError: The file is damaged or is not the record of a run.
+        """
+        content = read_json(folder / RECORD)
+        expected = {field.name for field in fields(cls)}
+        if set(content) != expected:
+            raise RunError(
+                f"{folder / RECORD} is not the record of a run: expected the keys {', '.join(sorted(expected))}, got "
+                f"{', '.join(sorted(content))}. Give a folder that this version of train or compare wrote."
+            )
+        return cls(**content)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; raises RunError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged: expected an object, got {type(content).__name__}.")
+    return content

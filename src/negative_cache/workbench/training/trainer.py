@@ -1,0 +1,205 @@
+"""The trainer of a run: sentence-transformers' trainer, with time, memory and progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from negative_cache.checkpoint import CheckpointError
+from negative_cache.integrations.trainer import NegativeCacheTrainer
+from negative_cache.workbench.files import write_json
+from negative_cache.workbench.models import learning_rate_of
+from negative_cache.workbench.training import processes
+from negative_cache.workbench.training.config import RunConfig, RunFailedError
+from negative_cache.workbench.training.losses import make_loss
+from negative_cache.workbench.training.memory_bank import MemoryBankLoss
+from negative_cache.workbench.training.meter import Meter, peak_memory_bytes
+
+LOG_STEPS, MIN_LOGS = 10, 30  # steps between logs; fewer in short runs, for this many logs
+QUEUE, METER = "memory_bank.safetensors", "meter.json"  # in a checkpoint
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+"""Called with the step, the number of steps and the latest logs."""
+
+
+class RunTrainer(NegativeCacheTrainer):
+    """Adds time and memory to the logs, and the meter and a memory bank's queue to checkpoints."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meter = Meter(self.model, self.loss)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the training time and the peak memory so far to the logs."""
+        if "loss" in logs:
+            logs["seconds"] = round(self.meter.seconds, 3)
+            logs["peak_memory_bytes"] = peak_memory_bytes()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, with the meter paused."""
+        with self.meter.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.is_world_process_zero():
+            write_json(Path(output_dir) / METER, self.meter.state())
+        if isinstance(self.loss, MemoryBankLoss):
+            save_file(self.loss.queue_state(), Path(output_dir) / QUEUE)
+
+    def _restore(self, checkpoint_path: str) -> None:
+        super()._restore(checkpoint_path)
+        self.meter.load_state(json.loads((Path(checkpoint_path) / METER).read_text(encoding="utf-8")))
+        if isinstance(self.loss, MemoryBankLoss):
+            self.loss.load_queue_state(load_file(Path(checkpoint_path) / QUEUE))
+
+
+def make_trainer(
+    folder: Path,
+    config: RunConfig,
+    columns: dict[str, list[Any]],
+    model: SentenceTransformer,
+    *,
+    on_step: OnStep | None = None,
+    evaluator: Any = None,
+    report_to: Sequence[str] = (),
+) -> RunTrainer:
+    """The trainer of a run, which writes to `folder`."""
+    model.model_card_data.widget = [
+        {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
+    ]
+    disable_progress_bars()
+    trainer = RunTrainer(
+        model=model,
+        args=_arguments(folder, config, report_to, len(columns["anchor"])),
+        train_dataset=Dataset.from_dict(columns),
+        loss=make_loss(config, model),
+        evaluator=evaluator,
+        callbacks=[_StepCallback(on_step)] if on_step else None,
+    )
+    trainer.remove_callback(PrinterCallback)  # the command line has its own progress bar
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    return trainer
+
+
+def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
+    """Train, from a checkpoint if there is one, with the meter running.
+
+    Raises:
+        RunFailedError: Values became infinite or NaN, or the loss rejected a batch.
+    """
+    stop = _StopBetweenSteps()
+    trainer.add_callback(stop)
+    trainer.add_callback(_LogLastStep())
+    try:
+        with stop, trainer.meter.running():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise RunFailedError(f"Training failed after step {trainer.state.global_step}: {error}") from error
+
+
+def used_learning_rate(config: RunConfig) -> float:
+    """The learning rate of a configuration, or the default of its model."""
+    return learning_rate_of(config.model) if config.learning_rate is None else config.learning_rate
+
+
+def _arguments(
+    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int
+) -> SentenceTransformerTrainingArguments:
+    num_ranks = processes.count()
+    per_step = config.batch_size * num_ranks
+    num_steps = config.epochs * num_pairs / per_step if config.max_steps is None else config.max_steps
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    return SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        # The ranks split one batch, which has no duplicates and is the same as the batch of a single process.
+        per_device_train_batch_size=per_step,
+        accelerator_config={"split_batches": num_ranks > 1},
+        num_train_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        learning_rate=used_learning_rate(config),
+        warmup_steps=0.1,
+        seed=config.seed,
+        data_seed=config.seed,
+        batch_sampler="no_duplicates",
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        eval_strategy="no" if config.eval_steps is None else "steps",
+        eval_steps=config.eval_steps,
+        logging_steps=max(1, min(LOG_STEPS, int(num_steps) // MIN_LOGS)),
+        report_to=list(report_to),
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_drop_last=num_ranks > 1,  # the trainer would do the same, with a warning
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _StepCallback(TrainerCallback):
+    """Reports each step with the latest logs."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+        self.latest: dict[str, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        self.latest.update(logs or {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_step(state.global_step, state.max_steps, self.latest)
+
+
+class _LogLastStep(TrainerCallback):
+    """Also logs the last step, whatever the number of steps between logs."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+
+class _StopBetweenSteps(TrainerCallback):
+    """A context manager in which Ctrl-C stops training after the current step. A second Ctrl-C stops immediately.
+
+    An interrupt at an arbitrary moment may look like a failure of the interrupted code, such as writing a checkpoint,
+    or be lost in a callback from C.
+    """
+
+    def __init__(self) -> None:
+        self._is_requested = False
+        self._is_installed = False
+
+    def __enter__(self) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._is_installed = is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._is_installed:
+            signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _request(self, *_: object) -> None:
+        if self._is_requested:
+            raise KeyboardInterrupt
+        self._is_requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._is_requested:
+            raise KeyboardInterrupt

@@ -1,0 +1,241 @@
+"""Comparisons through the command line: real runs on small data, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from command_line import invoke
+from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
+from negative_cache.workbench.compare.running import best_rate, extensions, summary
+from negative_cache.workbench.compare.table import verdict
+from negative_cache.workbench.training.config import RunError
+from negative_cache.workbench.training.record import RunRecord
+
+WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
+SIZES = {"train": 72, "dev": 24, "test": 24}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A query has some words of its document."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("data")
+    documents = {f"d{n}": rng.sample(WORDS, 12) for n in range(sum(SIZES.values()))}
+    lines = [json.dumps({"_id": key, "text": " ".join(words)}) for key, words in documents.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"_id": f"q{key}", "text": " ".join(words[:4])}) for key, words in documents.items()]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    (folder / "qrels").mkdir()
+    names = iter(documents)
+    for split, size in SIZES.items():
+        rows = [f"q{name}\t{name}\t1" for name in (next(names) for _ in range(size))]
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows))
+    return folder
+
+
+def options(data: Path, output: Path, losses: str, *more: str) -> list[str]:
+    given = ["--data", str(data), "--losses", losses, "--output", str(output), "--batch-size", "8", "--epochs", "2"]
+    return ["compare", *given, "--cache-size", "64", "--learning-rates", "0.05", *more]
+
+
+def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    output = tmp_path / "out"
+    losses = "in-batch,gradcache:batch_size=24,memory-bank,negative-cache:num_samples=2"
+    monkeypatch.setattr(sys, "argv", ["negative-cache", "compare", "--losses", losses])  # what the report names
+    ended = invoke(*options(data, output, losses, "--seeds", "2"))
+    assert ended.exit_code == 0, ended.output
+    result = json.loads((output / "compare.json").read_text())
+    assert list(result["losses"]) == list(parse_losses(losses))
+    steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "negative-cache:num_samples=2": 18}
+    for name, loss in result["losses"].items():
+        assert [run["seed"] for run in loss["runs"]] == [0, 1]
+        assert {run["steps"] for run in loss["runs"]} == {steps[name]}
+        scores = [run["after"]["mrr@10"] for run in loss["runs"]]
+        assert loss["summary"]["mrr@10"]["mean"] == pytest.approx(sum(scores) / 2)
+        assert loss["summary"]["mrr@10"]["mean"] > 0.3  # of 120 documents; by chance 0.02
+        assert loss["curve"][-1]["test"] == loss["runs"][-1]["after"]
+        assert [point["step"] for point in loss["curve"]] == sorted({point["step"] for point in loss["curve"]})
+        if name.startswith("negative-cache"):  # from the second step on, two more documents per query
+            assert loss["runs"][0]["documents_encoded"] > 2 * 144
+            assert loss["runs"][0]["documents_encoded"] <= 3 * 144
+        else:
+            assert loss["runs"][0]["documents_encoded"] == 144
+    text = (output / "compare.md").read_text()
+    assert all(f"| {name} |" in text for name in result["losses"])
+    assert f"negative-cache compare --losses {losses}" in text
+    for name in ("quality-seconds.png", "quality-documents.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(output.rglob("*.safetensors")) or all("untrained" in str(p) for p in output.rglob("*.safetensors"))
+
+    ended = invoke("report", output, "--json")
+    assert ended.exit_code == 0, ended.output
+    assert json.loads(ended.stdout)["runs"] == list(result["losses"])
+    page = (output / "report.html").read_text()
+    assert "MRR@10 on the test split</h3>" in page  # the curve of the last seed
+    *_, row = (line for line in text.splitlines() if line.startswith("| negative-cache"))
+    assert row.split(" | ")[-1].strip(" |") in page  # a cell of the table
+
+    assert verdict(result) in text
+    words = shlex.split(text.splitlines()[-1])
+    assert words[-2:] == ["--output", "MODEL"]
+    ended = invoke(*words[1:-1], tmp_path / "model", "--max-steps", 1, "--json")
+    assert ended.exit_code == 0, ended.output
+    best = max(result["losses"].values(), key=lambda loss: loss["summary"]["mrr@10"]["mean"])
+    found = json.loads(ended.stdout)["configuration"]
+    assert found["learning_rate"] == best["learning_rate"]
+    assert found["batch_size"] == best["configuration"]["batch_size"]
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    assert len(before) == 8
+    again = invoke(*options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
+    assert again.exit_code == 0, again.output
+    after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    assert {path: after[path] for path in before} == before  # what was there was not run again
+    assert len(after) == 10
+    other = invoke(*options(data, output, losses), "--scale", "10")
+    assert other.exit_code == 2
+    assert "scale was 20.0, is 10.0" in " ".join(other.output.split())
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "message"),
+    [
+        ("in-batch,unknown", [], "unknown"),
+        ("in-batch,in-batch", [], "none twice"),
+        ("negative-cache:cache_sise=3", [], "field=value"),
+        ("negative-cache:cache_size=many", [], "must be int"),
+        ("negative-cache:shared=maybe", [], "must be bool"),
+        ("negative-cache:epochs=3", [], "field=value"),
+        ("in-batch", ["--seeds", "0"], "must be positive"),
+        ("in-batch", ["--learning-rates", "0.1,fast"], "expected numbers"),
+        ("in-batch", ["--learning-rates", "0.1,0.05"], "in increasing order"),
+    ],
+)
+def test_invalid_options_are_refused_up_front(losses: str, more: list[str], message: str, data: Path, tmp_path: Path):
+    ended = invoke(*options(data, tmp_path / "out", losses), *more)
+    assert ended.exit_code == 2
+    assert message in " ".join(ended.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_run_does_not_end_the_comparison(data: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    given = [*options(data, output, "negative-cache", "--seeds", "1"), "--learning-rates", "0.05,1e38"]
+    ended = invoke(*given)
+    assert ended.exit_code == 0, ended.output
+    assert "rate 1e+38, seed 0: failed: Training failed after step" in " ".join(ended.output.split())
+    loss = json.loads((output / "compare.json").read_text())["losses"]["negative-cache"]
+    assert loss["learning_rate"] < 1  # the best rate is an edge, and lower ones were tried
+    assert loss["sweep"][-1]["failed"]
+    assert len(loss["runs"]) == 1
+    text = (output / "compare.md").read_text()
+    assert "- negative-cache, rate 1e+38, seed 0: Training failed" in text
+    again = invoke(*given)
+    assert "(already done)" in again.output
+
+    output = tmp_path / "none"
+    ended = invoke(*options(data, output, "negative-cache"), "--learning-rates", "1e38")
+    assert ended.exit_code == 1
+    assert "Training failed in every run" in " ".join(ended.stderr.split())
+    ended = invoke("report", output)
+    assert ended.exit_code == 2
+    assert "has no finished run" in " ".join(ended.stderr.split())
+
+
+def test_a_folder_with_other_content_is_not_touched(data: Path, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("keep")
+    ended = invoke(*options(data, tmp_path, "in-batch"))
+    assert ended.exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_data_without_a_dev_split_are_refused(data: Path, tmp_path: Path):
+    for path in (*data.glob("*.jsonl"), *data.glob("qrels/t*.tsv")):
+        target = tmp_path / "data" / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    ended = invoke(*options(tmp_path / "data", tmp_path / "out", "in-batch"))
+    assert ended.exit_code == 2
+    assert "'dev'" in ended.output
+
+
+def record(score: float, seconds: float = 1.0) -> RunRecord:
+    metrics = {"mrr@10": score, "ndcg@10": score, "recall@100": score}
+    return RunRecord(
+        configuration={}, versions={}, device="cpu", threads=1, ranks=1, steps=1, resumed_from_step=0,
+        training_pairs=1, seconds=seconds, documents_encoded=3, peak_memory_bytes=4, after=metrics, dev=metrics,
+        curve=[], history=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([[0.50, 0.52], [0.40, 0.42]], "Best: a, MRR@10 0.5100, 24.4% above b (0.4100)."),
+        ([[0.40, 0.42], [0.50, 0.52]], "Best: b, MRR@10 0.5100, 24.4% above a (0.4100)."),
+        ([[0.40, 0.50], [0.40, 0.48]], "Best: a, MRR@10 0.4500, 2.3% above b (0.4400); with this spread"),
+        ([[0.50], [0.40]], "Best: a, MRR@10 0.5000, 25.0% above b (0.4000); one seed cannot show"),
+        ([[0.50, 0.52], []], ""),
+    ],
+)
+def test_the_verdict_names_the_best_loss_and_its_lead(scores: list[list[float]], said: str):
+    losses = {}
+    for name, values in zip("ab", scores, strict=True):
+        runs = [record(value) for value in values]
+        losses[name] = {"runs": runs, "summary": summary(runs) if runs else None}
+    assert verdict({"losses": losses}).startswith(said)
+    assert bool(verdict({"losses": losses})) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("scores", "extended"),
+    [
+        ([1, 3, 2], []),
+        ([1, 2, 3], [0.8, 1.6]),  # still increasing after two more
+        ([3, 2, 1], [0.05, 0.025]),
+        ([2], []),
+    ],
+)
+def test_the_sweep_is_extended_while_the_best_rate_is_at_its_edge(scores: list[float], extended: list[float]):
+    sweep = {0.1 * 2**n: record(score) for n, score in enumerate(scores)}
+    found = []
+    for rate in extensions(sweep):
+        found.append(rate)
+        sweep[rate] = record(max(scores) + len(found))
+    assert found == pytest.approx(extended)
+
+
+def test_of_equally_good_rates_the_smallest_one_is_chosen():
+    assert best_rate({0.2: record(1.0), 0.1: record(1.0), 0.4: record(0.5)}) == 0.1
+
+
+def test_the_spread_is_the_sample_standard_deviation():
+    found = summary([record(0.1, 1), record(0.3, 2), record(0.2, 3)])
+    assert found["mrr@10"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1)}
+    assert found["seconds"]["mean"] == 2
+    assert summary([record(0.1)])["mrr@10"]["std"] is None
+
+
+def test_configurations_differ_only_in_the_loss_and_its_settings():
+    comparison = Comparison("d", "static", ("in-batch", "gradcache", "negative-cache:refresh_per_step=4"), "out")
+    plain, large, refreshed = (comparison.config(name) for name in comparison.losses)
+    assert large == replace(plain, loss="gradcache", batch_size=16 * plain.batch_size)
+    assert refreshed == replace(plain, loss="negative-cache", refresh_per_step=4)
+    assert comparison.rates() == [0.02, 0.05, 0.125]
+    assert parse_rates("0.1, 0.2") == (0.1, 0.2)
+    with pytest.raises(RunError, match="positive"):
+        Comparison("d", "static", ("in-batch",), "out", gradcache_factor=0)
+
+
+def test_each_loss_gets_the_options_that_have_an_effect():
+    losses = ("in-batch", "memory-bank", "negative-cache")
+    given = Comparison("d", "static", losses, "o", cache_size=99, num_samples=3)
+    found = [given.config(spec) for spec in given.losses]
+    assert [config.cache_size for config in found] == [16_384, 99, 99]
+    assert [config.num_samples for config in found] == [1, 1, 3]

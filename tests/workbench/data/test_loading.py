@@ -1,0 +1,125 @@
+"""Data sets from folders and files: what is read, and how malformed files are reported."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from command_line import DOCUMENTS, write_beir
+from negative_cache.workbench.data import DataError, load_data
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_beir_folder_is_read_with_its_judgements(tmp_path: Path, compress: bool):
+    data = load_data(str(write_beir(tmp_path / "set", compress)))
+    assert data.corpus["d0"] == "A title\n" + DOCUMENTS["d0"]
+    assert {split: len(qrels) for split, qrels in data.qrels.items()} == {"train": 60, "dev": 10, "test": 10}
+    assert data.qrels["train"]["qd0"] == ["d0", "d1"]  # several positives
+    assert data.qrels["train"]["qd2"] == ["d2"]  # a score of 0 is not a positive
+    columns = data.training_columns()
+    assert len(columns["anchor"]) == 61
+    assert columns["label"][:3] == [[0, 1], [1, 0], [1, -1]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "csv.gz"])
+def test_files_of_pairs_give_the_same_data_and_splits_share_no_document(tmp_path: Path, kind: str):
+    rows = [{"question": f"who {text[4:]}", "answer": text} for text in DOCUMENTS.values()]
+    rows.append({"question": rows[0]["question"], "answer": rows[1]["answer"]})
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        tab = "\t" if kind == "tsv" else ","
+        text = f"question{tab}answer\n" + "".join(f'"{row["question"]}"{tab}"{row["answer"]}"\n' for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    data = load_data(str(path))
+    assert len(data.corpus) == 80
+    assert sum(len(qrels) for qrels in data.qrels.values()) == 80
+    assert all(data.qrels[split] for split in ("train", "dev", "test"))
+    owner = {document: split for split, q in data.qrels.items() for ds in q.values() for document in ds}
+    for split, qrels in data.qrels.items():
+        assert all(owner[document] == split for documents in qrels.values() for document in documents)
+    assert any(len(documents) == 2 for qrels in data.qrels.values() for documents in qrels.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"query": "x", "positive": "y"}\n{broken\n', "line 2: not JSON"),
+        ("a.jsonl", '{"query": "x", "positive": "y"}\n[1]\n', "line 2: expected a JSON object"),
+        ("a.jsonl", '{"query": "x", "text": "y"}\n', "line 1: no column positive"),
+        ("a.jsonl", '{"query": "x", "positive": 3}\n', "line 1: the column 'positive' is empty or not a text"),
+        ("a.csv", "query,positive\nx,y\nz\n", "line 3: expected 2 columns"),
+        ("a.csv", "", "no pairs"),
+        ("a.parquet", "no parquet", "not readable as parquet"),
+        ("a.csv.gz", "no gzip", "not readable|gzip"),
+        ("a.doc", "text", "unknown file type"),
+    ],
+)
+def test_malformed_files_are_reported_with_the_line(tmp_path: Path, name: str, content: str, message: str):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_data(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_files_in_another_encoding_are_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text('query,positive\ncafé,"é"\n', encoding="latin-1")
+    with pytest.raises(DataError, match=r"is not UTF-8 .* Save it as UTF-8"):
+        load_data(str(tmp_path / name))
+
+
+def test_the_split_all_has_the_judgements_of_all_splits(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"query": "q{n}", "positive": "d{n}"}}\n' for n in range(300)))
+    data = load_data(str(tmp_path / "a.jsonl"))
+    assert len(data.judged("test")) < 60
+    assert data.judged("all") == {
+        query: documents for qrels in data.qrels.values() for query, documents in qrels.items()
+    }
+    assert len(data.judged("all")) == 300
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("qrels/test.tsv", "qd0\tnowhere\t1", "line 12: the id 'nowhere' is not in the corpus"),
+        ("qrels/test.tsv", "nobody\td0\t1", "line 12: the id 'nobody' is not in queries"),
+        ("qrels/test.tsv", "qd0 d0 1", "line 12: expected query id, document id and integer score"),
+        ("corpus.jsonl", '{"_id": "d0", "text": "again"}', "line 81: the id 'd0' occurs twice"),
+        ("queries.jsonl", '{"_id": "new"}', "line 81: expected the keys"),
+    ],
+)
+def test_malformed_beir_folders_are_reported_with_the_line(beir: Path, file: str, line: str, message: str):
+    with (beir / file).open("a") as opened:
+        opened.write(line + "\n")
+    with pytest.raises(DataError, match=message):
+        load_data(str(beir))
+
+
+def test_windows_files_and_byte_order_marks_are_read(beir: Path, tmp_path: Path):
+    expected = load_data(str(beir))
+    for path in [*beir.glob("*.jsonl"), *beir.glob("qrels/*.tsv")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_data(str(beir)) == expected
+    path = tmp_path / "PAIRS.CSV"
+    path.write_bytes(b"\xef\xbb\xbfquery,positive\r\nwho,me\r\n")
+    assert list(load_data(str(path)).queries.values()) == ["who"]
+
+
+def test_ids_that_are_lists_or_differ_only_in_type_are_refused(beir: Path):
+    path = beir / "corpus.jsonl"
+    good = path.read_text()
+    path.write_text(good + '{"_id": ["x"], "text": "a"}\n')
+    with pytest.raises(DataError, match="line 81: expected the keys"):
+        load_data(str(beir))
+    path.write_text(good + '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n')
+    with pytest.raises(DataError, match="line 82: the id '1' occurs twice"):
+        load_data(str(beir))

@@ -1,0 +1,26 @@
+"""The configuration of a run: which options have an effect, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from negative_cache.workbench.training.config import RunConfig, RunError
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        ("in-batch", {"refresh_per_step": 64}, "--refresh-per-step has no effect with --loss in-batch, only with neg"),
+        ("in-batch", {"num_samples": 4}, "--num-samples has no effect"),
+        ("gradcache", {"cache_size": 8192}, "--cache-size has no effect with --loss gradcache"),
+        ("memory-bank", {"shared": False}, "--shared has no effect"),
+    ],
+)
+def test_options_without_effect_are_refused(loss: str, options: dict, message: str):
+    with pytest.raises(RunError, match=message):
+        RunConfig(data="d", model="static", loss=loss, output="o", **options)
+
+
+def test_options_with_effect_are_accepted():
+    RunConfig(data="d", model="static", loss="memory-bank", output="o", cache_size=99)
+    RunConfig(data="d", model="static", loss="negative-cache", output="o", refresh_per_step=4, use_lru=False)

@@ -1,0 +1,128 @@
+"""Training runs through the command line, on small data."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from command_line import DOCUMENTS, invoke
+from negative_cache.workbench.training import driver
+
+# What `NegativeCacheLoss.metrics` has without margins, under the tags of the contract where those differ.
+CACHE_METRICS = (
+    "interpretable_prediction_loss", "positive_probability", "cache_share", "fill", "staleness", "staleness_youngest",
+    "staleness_oldest", "age", "effective_negatives", "near_duplicates", "gradient_norm_ratio",
+)  # fmt: skip
+
+
+def test_train_evaluate_and_search_from_the_command_line(beir: Path, tmp_path: Path):
+    output = tmp_path / "model"
+    options = ["--cache-size", 64, "--batch-size", 8, "--epochs", 8, "--learning-rate", 0.05]
+    options += ["--eval-steps", 20, "--num-samples", 2]
+    result = invoke("train", "--data", beir, "--output", output, *options)
+    assert result.exit_code == 0, result.output
+    assert "after" in result.output
+    record = json.loads((output / "run.json").read_text())
+    assert record["configuration"]["loss"] == "negative-cache"
+    assert record["after"]["num_documents"] == 80
+    assert record["after"]["mrr@10"] >= record["before"]["mrr@10"]
+    assert record["peak_memory_bytes"] > 0
+    steps = [row["step"] for row in record["history"] if "loss" in row]
+    assert len(steps) >= 30
+    assert steps[-1] == record["steps"]
+    assert any("dev_cosine_mrr@10" in key for row in record["history"] for key in row)
+    events = EventAccumulator(str(output / "tensorboard")).Reload()
+    staleness = [event.value for event in events.Scalars("train/cache/staleness")]
+    assert staleness[-1] > 0
+    assert events.Scalars("train/cache/fill")[-1].value > 0.5
+    logged = {key: value for row in record["history"] for key, value in row.items() if key.startswith("cache/")}
+    assert {f"cache/{name}" for name in CACHE_METRICS} == set(logged)
+    for name, last in logged.items():
+        assert events.Scalars(f"train/{name}")[-1].value == pytest.approx(last, rel=1e-5), name
+    assert record["documents_encoded"] > 8 * 61  # those of the batches, and re-encoded ones
+    assert (record["dev"], record["curve"], record["failed"]) == (None, [], None)
+    assert not list(tmp_path.glob("*.partial*"))
+
+    trained = ["--model", output, "--data", beir]
+    result = invoke("evaluate", *trained, "--split", "test", "--json")
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(result.stdout)
+    assert set(metrics) == {"mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "num_queries", "num_documents"}
+    assert metrics["mrr@10"] == pytest.approx(record["after"]["mrr@10"], abs=1e-6)
+
+    result = invoke("search", *trained, "-n", 2, DOCUMENTS["d5"])
+    assert result.exit_code == 0, result.output
+    assert "d5" in result.output
+    assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
+
+
+def test_seconds_exclude_evaluation(beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Slow(SentenceEvaluator):
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            time.sleep(2)
+            return {}
+
+    monkeypatch.setattr(driver, "make_evaluator", lambda *_: Slow())
+    given = ["--data", beir, "--output", tmp_path / "model", "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
+    assert invoke("train", *given, "--eval-steps", 3).exit_code == 0
+    record = json.loads((tmp_path / "model" / "run.json").read_text())
+    seconds = [row["seconds"] for row in record["history"] if "loss" in row]
+    assert len(seconds) == 4
+    assert max(later - earlier for earlier, later in pairwise([*seconds, record["seconds"]])) < 2
+
+
+def test_options_of_the_cache_reach_the_run(beir: Path, tmp_path: Path):
+    options = ["--data", beir, "--cache-size", 64, "--batch-size", 8, "--max-steps", 3]
+    options += ["--embedding-dtype", "int8", "--no-use-lru"]
+    result = invoke("train", "--output", tmp_path / "model", *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "model" / "run.json").read_text())
+    assert record["configuration"]["embedding_dtype"] == "int8"
+    assert record["configuration"]["use_lru"] is False
+
+
+@pytest.mark.parametrize("loss", ["in-batch", "gradcache"])
+def test_the_tiny_transformer_trains_with_the_other_losses(beir: Path, tmp_path: Path, loss: str):
+    output = tmp_path / "model"
+    options = ["--model", "tiny", "--loss", loss, "--max-steps", 2]
+    result = invoke("train", "--data", beir, "--output", output, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((output / "run.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--loss", "triplet"], "expected one of"),
+        (["--batch-size", "0"], "must be positive"),
+        (["--epochs", "nan"], "must be positive"),
+        (["--scale", "-5"], "must be positive"),
+        (["--seed", "-1"], "must be from 0"),
+        (["--batch-size", "64", "--cache-size", "32"], "larger than --cache-size"),
+        (["--data", "nowhere"], "is not a file"),
+        (["--model", "no/such/model"], "Cannot load the model"),
+        (["--model", "no-such/model"], "does not have it or cannot be reached"),
+    ],
+)
+def test_invalid_options_give_one_message_and_write_nothing(beir: Path, tmp_path: Path, args: list[str], message: str):
+    given = ["--data", str(beir), *args] if "--data" not in args else args
+    result = invoke("train", "--output", tmp_path / "out", *given)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+
+
+def test_an_existing_output_folder_is_not_touched(beir: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    result = invoke("train", "--data", beir, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "exists" in result.output
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,71 @@
+"""The samples of a run, against plain computations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.objective.batch import EMBEDDING
+from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.evaluation import encode_corpus
+from negative_cache.workbench.training import samples
+from support import ANCHORS, POSITIVES
+
+
+def test_ranks_of_hits_agree_with_a_sort(static: SentenceTransformer):
+    data = RetrievalData(
+        "data",
+        {f"d{n}": text for n, text in enumerate(POSITIVES)},
+        {f"q{n}": text for n, text in enumerate(ANCHORS)},
+        {"test": {"q3": ["d3", "d5"], "q7": ["d7"]}},
+    )
+    corpus = encode_corpus(static, data)
+    for entry in samples.hits(static, data, "test", corpus):
+        scores = static.similarity(static.encode([entry["text"]]), corpus.embeddings.numpy())[0]
+        order = [corpus.names[at] for at in scores.argsort(descending=True)]
+        relevant = data.qrels["test"][entry["query"]]
+        assert entry["rank"] == 1 + min(order.index(document) for document in relevant)
+        assert [hit["document"] for hit in entry["found"]] == order[:5]
+
+
+def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransformer):
+    """Against a plain computation on the whole cache."""
+    loss = NegativeCacheRankingLoss(static, cache_size=16, scale=10.0, seed=0, relative_margin=0.0)
+    data = RetrievalData(
+        "data",
+        {f"d{n}": text for n, text in enumerate(POSITIVES)},
+        {f"q{n}": text for n, text in enumerate(ANCHORS)},
+        {"train": {f"q{n}": [f"d{n}"] for n in range(len(ANCHORS))}},
+    )
+    for first in (0, 4, 8):
+        part = slice(first, first + 4)
+        columns = [static.preprocess(texts[part]) for texts in (ANCHORS, POSITIVES)]
+        loss(columns, torch.arange(first, first + 4)).backward()
+    cache = loss.cache_loss.cache
+    with torch.no_grad():
+        cache.stored(EMBEDDING)[0].add_(0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
+    found = samples.of_cache(loss, static, data)
+    queries = samples.embed(static, ANCHORS)
+    rows = cache.data[EMBEDDING][:12]
+    similarities = queries @ rows.T
+    assert len(found["negatives"]) == 10
+    for entry in found["negatives"]:
+        at = int(entry["query"][1:])
+        own = float(queries[at] @ samples.embed(static, POSITIVES)[at])
+        assert entry["positive"]["similarity"] == pytest.approx(own, abs=1e-5)
+        assert entry["positive"]["age"] == int(cache.age[cache.document_ids == at])
+        is_negative = (cache.document_ids[:12] != at) & (similarities[at] <= own)
+        assert entry["num_hidden"] == 11 - int(is_negative.sum())
+        expected = torch.where(is_negative, 10 * similarities[at], -torch.inf).softmax(dim=0)
+        best = expected.argsort(descending=True)[: min(6, int(is_negative.sum()))]
+        assert [row["document"] for row in entry["negatives"]] == [f"d{int(cache.document_ids[b])}" for b in best]
+        probabilities = torch.tensor([row["probability"] for row in entry["negatives"]])
+        torch.testing.assert_close(probabilities, expected[best], atol=1e-5, rtol=1e-4)
+    new = samples.embed(static, [POSITIVES[int(number)] for number in cache.document_ids[:12]])
+    pairs = sorted(zip(cache.age[:12].tolist(), (rows - new).square().sum(dim=1).tolist(), strict=True))
+    torch.testing.assert_close(
+        torch.tensor(sorted(found["staleness_by_age"])), torch.tensor(pairs), atol=1e-5, rtol=1e-3
+    )
+    assert samples.of_cache(torch.nn.Identity(), static, data) == {}
