@@ -17,6 +17,7 @@ from negative_cache.distributed.collectives import Ranks, gather_rows
 from negative_cache.filter_fns import CacheFilterFn
 from negative_cache.losses import CacheLoss, CacheLossReturn, DistributedCacheClassificationLoss
 from negative_cache.negative_cache import CacheManager, check_updates
+from negative_cache.objective.diagnostics import raise_for_rejected
 from negative_cache.sampling.encode import DocumentEncoder
 from negative_cache.util import cross_replica_concat
 
@@ -211,10 +212,7 @@ class MultiCacheLossHandler(CacheHolder):
     def _log(self, writer: Writer, step: int, result: CacheLossReturn) -> None:
         writer, step = writer if isinstance(writer, tuple) else (writer, step)
         for name, cache in self._caches.items():
-            rejected = int(cache.num_rejected)
-            if rejected:
-                cache.num_rejected.zero_()
-                raise ValueError(f"{rejected} embeddings that were not finite were kept out of the cache {name!r}.")
+            raise_for_rejected(cache, f" {name!r}")
         for tag, value in (
             ("cache/interpretable_prediction_loss", result.interpretable_loss),
             ("cache/staleness", result.staleness),

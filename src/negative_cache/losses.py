@@ -138,7 +138,7 @@ class AbstractCacheClassificationLoss(CacheLoss):
         encoded, counts = query_embeddings.new_empty(0, dim), None
         if count:
             dtype = retrieved.retrieved_cache_embeddings.dtype
-            encoder = _storable(doc_network, cache, self.embedding_key)
+            encoder = _storable(doc_network, cache, self.embedding_key, dtype)
             encoded = encode(encoder, retrieved.retrieved_data, (count, dim), dtype)
             counts = retrieved.scores.logsumexp(dim=1) > -torch.inf
         rows = retrieved.retrieved_indices[:, 0]
@@ -311,7 +311,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         (rows, config), table = ranks.run_checked(step, query_embeddings.device, prepare, NUM_INTEGERS)
         many = ManyRanks(Handshake(ranks, table), request, step)
         sample = many.sample(rows, config, request)
-        encoder = _storable(doc_network, cache, self.embedding_key)
+        encoder = _storable(doc_network, cache, self.embedding_key, sample.cached.dtype)
         encoded = many.encode(encoder, config, sample, query_embeddings.detach(), needs_gradient=False)
         elsewhere = torch.full((sample.count, 1), -1, device=query_embeddings.device)
         data, updated_rows = encoded.own.detach()[:0].to(sample.cached.dtype), elsewhere[:0, 0]
@@ -390,9 +390,9 @@ def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
     check_finite("pos_doc_embeddings", pos_doc_embeddings)
 
 
-def _storable(doc_network: DocumentEncoder, cache: Caches, embedding_key: str) -> DocumentEncoder:
-    """Wrap the encoder to raise if embeddings overflow in the dtype of any of several caches."""
-    dtypes = {part.specs[embedding_key].dtype for part in cache.values()}
+def _storable(doc_network: DocumentEncoder, cache: Caches, embedding_key: str, checked: torch.dtype) -> DocumentEncoder:
+    """Wrap the encoder to raise if embeddings overflow in the dtype of any cache; `checked` is checked elsewhere."""
+    dtypes = {part.specs[embedding_key].dtype for part in cache.values()} - {checked}
 
     def encode_storable(features: dict[str, Tensor]) -> Tensor:
         embeddings = doc_network(features)

@@ -23,16 +23,23 @@ from negative_cache.objective.diagnostics import Diagnostics, hidden_numbers, re
 from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, score_batch
 from negative_cache.retrieval import Scale
 from negative_cache.retrieval.randomness import new_generator
-from negative_cache.sampling.config import Encoded, Sample, SamplingConfig, SamplingRequest, default_candidates
+from negative_cache.sampling.config import (
+    Encoded,
+    InBatch,
+    Sample,
+    SamplingConfig,
+    SamplingRequest,
+    default_candidates,
+)
 from negative_cache.sampling.encode import DocumentEncoder, check_filling, check_room, refresh
 from negative_cache.sampling.one_process import OneProcess
 
 
 class Step(NamedTuple):
-    """A validated step: one process or many ranks, the batch, the cache, and the settings and input of sampling."""
+    """A validated step: the batch, its in-batch negatives, the cache, and the settings and input of sampling."""
 
-    world: OneProcess | ManyRanks
     batch: Batch
+    in_batch: InBatch
     cache: NegativeCache
     sampling: SamplingConfig
     request: SamplingRequest
@@ -190,9 +197,10 @@ class NegativeCacheLoss(CacheModule):
             guide_queries=guide_queries,
             guide_documents=guide_documents,
         )
-        world, batch, cache, sampling, request = self._begin(inputs)  # validated once; an error is raised on every rank
+        world, step = self._begin(inputs)  # validated once; an error is raised on every rank
+        batch, in_batch, cache, sampling, request = step
         scale = self._scale_over(world, batch.queries.device)
-        in_batch = world.in_batch_negatives(batch.in_batch(self.in_batch))
+        in_batch = world.in_batch_negatives(in_batch)
         scores = score_batch(batch, in_batch, scale, self.limits)
         sample = world.sample(cache, sampling, scores.complete(request))  # rows to re-encode, and their weights
         needs_gradient = batch.documents.requires_grad
@@ -242,7 +250,8 @@ class NegativeCacheLoss(CacheModule):
             embeddings = self.document_encoder(dict(given["document_features"]))
             guide = given.get("guide_documents")
             inputs = BatchInputs(embeddings, embeddings, **{"guide_queries": guide, **given})
-            batch, cache, _, _ = self._prepare(inputs, is_writing=True)
+            step = self._prepare(inputs, is_writing=True)
+            batch, cache = step.batch, step.cache
             check_room(cache, given["document_ids"])
             cache.step.fill_(begin)  # all batches count as one step, the same on all ranks
             update_rows(cache, use_lru=self.use_lru, new_items=batch.new_items, document_ids=batch.new_ids)
@@ -255,26 +264,25 @@ class NegativeCacheLoss(CacheModule):
             return self._fixed_scale
         return world.average_gradient(self.log_scale.to(device)).exp()
 
-    def _begin(self, inputs: BatchInputs) -> Step:
+    def _begin(self, inputs: BatchInputs) -> tuple[OneProcess | ManyRanks, Step]:
         """Validate a step; with several ranks, all ranks validate together."""
         is_writing = self.training and torch.is_grad_enabled()
         if self.process_group is None or self.ranks.size == 1:
-            return Step(OneProcess(), *self._prepare(inputs, is_writing))
+            return OneProcess(), self._prepare(inputs, is_writing)
 
-        def prepare() -> tuple[tuple[Batch, NegativeCache, SamplingConfig, SamplingRequest], list[int]]:
-            batch, cache, sampling, request = self._prepare(inputs, is_writing)
-            needs_gradient = batch.in_batch(self.in_batch).embeddings.requires_grad
-            told = summarize(sampling, cache, request, is_writing=is_writing, needs_gradient=needs_gradient)
-            return (batch, cache, sampling, request), told
+        def prepare() -> tuple[Step, list[int]]:
+            step = self._prepare(inputs, is_writing)
+            needs_gradient = step.in_batch.embeddings.requires_grad
+            summary = summarize(
+                step.sampling, step.cache, step.request, is_writing=is_writing, needs_gradient=needs_gradient
+            )
+            return step, summary
 
         device = inputs.query_embeddings.device
-        prepared, table = self.ranks.run_checked(self.step_number, device, prepare, NUM_INTEGERS)
-        world = ManyRanks(Handshake(self.ranks, table), prepared[3], self.step_number)
-        return Step(world, *prepared)
+        step, table = self.ranks.run_checked(self.step_number, device, prepare, NUM_INTEGERS)
+        return ManyRanks(Handshake(self.ranks, table), step.request, self.step_number), step
 
-    def _prepare(
-        self, inputs: BatchInputs, is_writing: bool
-    ) -> tuple[Batch, NegativeCache, SamplingConfig, SamplingRequest]:
+    def _prepare(self, inputs: BatchInputs, is_writing: bool) -> Step:
         """Validate a step. A new cache is stored only after it has been written."""
         cache, specs = self.cache, self._specs_for(inputs.document_features)
         batch = make_batch(inputs, specs)
@@ -301,8 +309,9 @@ class NegativeCacheLoss(CacheModule):
             known_finite = (EMBEDDING,) if embeddings.dtype == specs[EMBEDDING].dtype else ()
             new_items = check_new_items(cache, specs, batch.new_items, known_finite=known_finite)
             batch = batch._replace(new_items=new_items)
-        request = batch.request(len(batch.in_batch(self.in_batch).embeddings))
-        return batch, cache, self._sampling(batch, [key for key in specs if key not in SCORED], is_writing), request
+        in_batch = batch.in_batch(self.in_batch)
+        sampling = self._sampling(batch, [key for key in specs if key not in SCORED], is_writing)
+        return Step(batch, in_batch, cache, sampling, batch.request(len(in_batch.embeddings)))
 
     def _sampling(self, batch: Batch, data_keys: Sequence[str], is_writing: bool) -> SamplingConfig:
         """The sampling settings of this step; in evaluation nothing is drawn."""

@@ -7,6 +7,9 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from negative_cache.cache.specs import spec_to_json
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.sampling.config import RowSource, SamplingConfig, SamplingRequest
@@ -124,6 +127,11 @@ class Handshake:
             raise ValueError(
                 f"top_k is {first.top_k}; it must be from 1 to the {total} rows of the caches of all ranks."
             )
+
+    def in_batch_part(self, values: Tensor) -> Tensor:
+        """Select the in-batch negatives, the last ones of each rank, from `values [n]` of all ranks\' new documents."""
+        parts = zip(torch.split(values, self.num_new), self.num_in_batch, strict=True)
+        return torch.cat([part[len(part) - count :] for part, count in parts])
 
     @property
     def own_queries(self) -> slice:

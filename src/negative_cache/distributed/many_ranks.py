@@ -58,24 +58,24 @@ class Arrivals:
 
     Attributes:
         owner: int64 `[n]`: the rank that has a row of the document; -1 for none.
-        bringer: int64 `[n]`: the rank whose batch has it.
+        origin_rank: int64 `[n]`: the rank whose batch has it.
         counts: bool `[n]`: whether it is written.
         rows: int64 `[ranks, n]`: its row on each rank, -1 for none.
     """
 
     owner: Tensor
-    bringer: Tensor
+    origin_rank: Tensor
     counts: Tensor
     rows: Tensor
 
     @property
     def remote(self) -> Tensor:
         """Positions of the documents whose row is on another rank than the one whose batch has them."""
-        return (self.counts & (self.owner >= 0) & (self.owner != self.bringer)).nonzero().squeeze(1)
+        return (self.counts & (self.owner >= 0) & (self.owner != self.origin_rank)).nonzero().squeeze(1)
 
     def inserted_by(self, rank: int) -> Tensor:
         """bool `[n of the rank]`: which of its documents a rank writes itself."""
-        return (self.counts & ((self.owner < 0) | (self.owner == rank)))[self.bringer == rank]
+        return (self.counts & ((self.owner < 0) | (self.owner == rank)))[self.origin_rank == rank]
 
 
 class ManyRanks:
@@ -110,14 +110,12 @@ class ManyRanks:
         given = {name: value for name, value in extras.items() if value is not None}
         sizes = [[count] * len(given) for count in counts]
         gathered = dict(zip(given, self.ranks.gather(list(given.values()), sizes), strict=True)) if given else {}
-        parts = torch.split(self.new_ids, self.handshake.num_new)
-        ids = torch.cat([part[len(part) - count :] for part, count in zip(parts, counts, strict=True)])
         embeddings = own.embeddings
         if self.handshake.needs_gradient and not embeddings.requires_grad:
             embeddings = embeddings.detach().requires_grad_()  # all ranks take part in the backward pass, or none
         return InBatch(
             embeddings=self.ranks.gather_with_gradient(embeddings, counts),
-            ids=ids,
+            ids=self.handshake.in_batch_part(self.new_ids),
             first_own=own.first_own if own.first_own < 0 else sum(counts[:rank]),
             biases=gathered.get("biases"),
             guide=gathered.get("guide"),
@@ -138,11 +136,18 @@ class ManyRanks:
         ragged = [key for key in sorted(config.data_keys) if isinstance(cache.specs[key], RaggedFeature)]
         widths = self._widths(cache, candidate_rows, ragged)
         hidden = shard.found.new_empty(0) if drawn.num_hidden is None else drawn.num_hidden
-        told = [drawn.lse.double(), drawn.best_scores.double(), shard.found, widths, hidden, cache.num_filled[None]]
-        results = ranks.gather(told, [[len(tensor) for tensor in told]] * ranks.size)
+        sent = [
+            drawn.lse.double(),
+            drawn.best_scores.double(),
+            shard.found,
+            widths,
+            hidden,
+            cache.num_filled[None],
+        ]
+        results = ranks.gather(sent, [[len(tensor) for tensor in sent]] * ranks.size)
         # Every rank computes the same routes, on the CPU.
         lse, best_scores, found, widths, hidden, filled = (
-            value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, told, strict=True)
+            value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, sent, strict=True)
         )
         routes = plan_routes(config, handshake, lse, best_scores, uniform.cpu())
         merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
@@ -184,8 +189,8 @@ class ManyRanks:
         optional = ("positive_scores", "in_batch_lse", "ceilings", "guide_queries", "guide_ceilings")
         given: dict[str, Any] = {name: getattr(request, name) for name in optional}
         given = {name: value for name, value in given.items() if value is not None}
-        told = [uniform, positives, request.queries, *given.values()]
-        result = self.ranks.gather(told, [[batch] * len(told) for batch in self.handshake.batches])
+        sent = [uniform, positives, request.queries, *given.values()]
+        result = self.ranks.gather(sent, [[batch] * len(sent) for batch in self.handshake.batches])
         others: dict[str, Any] = dict(zip(given, result[3:], strict=True))
         new_ids = self.new_ids if len(self.new_ids) else None
         return SamplingRequest(result[2], result[1] if width else None, new_ids, **others), result[0]
@@ -201,9 +206,9 @@ class ManyRanks:
         ids, is_here = self.new_ids.cpu(), rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
-        bringer = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.handshake.num_new))
+        origin_rank = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.handshake.num_new))
         is_first = is_first_of_equal(ids, ~is_known & (ids >= 0))
-        return Arrivals(owner, bringer, is_last_of_equal(ids, is_known) | is_first | (ids < 0), rows)
+        return Arrivals(owner, origin_rank, is_last_of_equal(ids, is_known) | is_first | (ids < 0), rows)
 
     def _fetch(self, sample: RoutedSample, cache: RowSource, config: SamplingConfig, widths: dict[str, int]) -> None:
         """Send the chosen rows to the ranks that requested them, and receive the rows that this rank requested."""
@@ -217,18 +222,18 @@ class ManyRanks:
             _counts(routes.requester[sent], ranks.size),
             _counts(routes.owner[wanted], ranks.size),
         )
-        came = unpack_rows(raw, {key: cache.specs[key] for key in keys}, widths)
+        received = unpack_rows(raw, {key: cache.specs[key] for key in keys}, widths)
         # Rows arrive sorted by owner. `route` lists this rank's routes in order, `arrival` where each of them arrived.
         arrival, route = wanted.argsort().to(self.device), wanted.sort().values
         is_draw = route < routes.num_draws
-        drawn = _pick(came, arrival[is_draw.to(self.device)])
+        drawn = _pick(received, arrival[is_draw.to(self.device)])
         sample.count = int(is_draw.sum())
         sample.cached = drawn.pop(config.embedding_key, sample.cached)
         sample.features = drawn
         if config.num_best:
             first, batch = self.handshake.own_queries.start, len(sample.lse)
             counts = _counts(routes.query[route[~is_draw]] - first, batch)
-            data = {key: came[key] for key in config.data_keys}
+            data = {key: received[key] for key in config.data_keys}
             best = torch.split(arrival[~is_draw.to(self.device)], counts)
             sample.best_features = [_pick(data, at) for at in best]
 
@@ -287,22 +292,22 @@ class ManyRanks:
         first_draw = int((routes.requester[is_draw] < rank).sum())
         first_new = sum(self.handshake.num_new[:rank])
         drawn = (routes.is_update & (routes.requester == rank)).nonzero().squeeze(1)
-        brought = remote[arrivals.bringer[remote] == rank]
-        to = torch.cat([everyone, routes.owner[drawn], arrivals.owner[brought]])
+        own_remote = remote[arrivals.origin_rank[remote] == rank]
+        to = torch.cat([everyone, routes.owner[drawn], arrivals.owner[own_remote]])
         owned = (routes.is_update & (routes.owner == rank)).nonzero().squeeze(1)
         known = remote[arrivals.owner[remote] == rank]
-        origin = torch.cat([everyone, routes.requester[owned], arrivals.bringer[known]])
+        origin = torch.cat([everyone, routes.requester[owned], arrivals.origin_rank[known]])
 
         device, dim = own.device, own.shape[1]
         if error is not None:
             own = own.new_zeros(sample.count, dim)
         rows = [own.new_full((ranks.size, dim), float(error is not None)), own[(drawn - first_draw).to(device)]]
         if self.has_ids:
-            rows.append(new_embeddings[(brought - first_new).to(device)].to(own.dtype))
+            rows.append(new_embeddings[(own_remote - first_new).to(device)].to(own.dtype))
         message = torch.cat(rows)[to.argsort(stable=True).to(device)]
         raw = ranks.exchange(bytes_of(message), _counts(to, ranks.size), _counts(origin, ranks.size))
-        came = raw.view(own.dtype)[origin.argsort(stable=True).argsort().to(device)]
-        failed, updates, reinserted = torch.split(came, [ranks.size, len(owned), len(known)])
+        received = raw.view(own.dtype)[origin.argsort(stable=True).argsort().to(device)]
+        failed, updates, reinserted = torch.split(received, [ranks.size, len(owned), len(known)])
         ranks.raise_together([flag != 0 for flag in failed[:, 0].tolist()], error, self.step, device)
         rows_here = sample.candidate_rows[routes.candidate[owned].to(device)]
         return (

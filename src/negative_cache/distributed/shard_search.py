@@ -73,10 +73,7 @@ def search_shard(
     found, positive_rows = find_rows(cache, request)
     if found is None:
         found = torch.empty(0, dtype=torch.int64, device=request.queries.device)
-    in_batch_rows = None
-    if any(handshake.num_in_batch):  # their ids are the last ones of each rank
-        parts = zip(torch.split(found, handshake.num_new), handshake.num_in_batch, strict=True)
-        in_batch_rows = torch.cat([part[len(part) - count :] for part, count in parts])
+    in_batch_rows = handshake.in_batch_part(found) if any(handshake.num_in_batch) else None
     search = make_search(cache, config, request, in_batch_rows, positive_rows)
     first, num_rows = 0, handshake.num_rows
     if config.is_replicated:

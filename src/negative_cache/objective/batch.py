@@ -39,6 +39,7 @@ class Batch(NamedTuple):
         queries: `[batch, dim]`, with gradient.
         documents: `[batch, dim]`, with gradient: the positive of each query.
         negatives: `[m, dim]`, with gradient: negatives of every query; None for none.
+        embeddings: `[batch + m, dim]`, with gradient: documents, then negatives.
         positive_ids: int64 `[batch, n]`: ids of documents that are not negatives of a query, padded with -1; or None.
         new_items: Items to insert into the cache: embeddings and features of documents and negatives, `batch + m` each.
         new_ids: int64 `[batch + m]`: their ids, -1 for unknown; or None.
@@ -50,6 +51,7 @@ class Batch(NamedTuple):
     queries: Tensor
     documents: Tensor
     negatives: Tensor | None
+    embeddings: Tensor
     positive_ids: Tensor | None
     new_items: Mapping[str, Any]
     new_ids: Tensor | None
@@ -72,10 +74,13 @@ class Batch(NamedTuple):
         Args:
             has_documents: Whether each query's document is a negative of the other queries.
         """
-        negatives = self.queries.detach()[:0] if self.negatives is None else self.negatives
-        if has_documents:
-            negatives = self.documents if self.negatives is None else torch.cat([self.documents, negatives])
-        start, count = (0 if has_documents else len(self.queries)), len(negatives)
+        start, negatives = 0, self.embeddings
+        if not has_documents:
+            start, negatives = (
+                len(self.queries),
+                self.queries.detach()[:0] if self.negatives is None else self.negatives,
+            )
+        count = len(negatives)
         return InBatch(
             embeddings=negatives,
             ids=torch.full((count,), NO_ID, device=negatives.device) if self.new_ids is None else self.new_ids[start:],
@@ -149,6 +154,7 @@ def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:
         queries=queries,
         documents=documents,
         negatives=negatives,
+        embeddings=embeddings,
         positive_ids=positive_ids,
         new_items=new_items,
         new_ids=new_ids,
