@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from pytorch_metric_learning import losses
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -171,6 +170,8 @@ def _texts_step(loss: nn.Module, batch: int, length: int, device: torch.device) 
 def _cross_batch_memory(
     name: str, encoder: SentenceTransformer, sizes: PeerSizes, negatives: int, device: torch.device
 ) -> Step:
+    from pytorch_metric_learning import losses  # here, as tests of other benchmarks run without it
+
     inner = losses.NTXentLoss(TEMPERATURE) if name == "NTXentLoss" else losses.ContrastiveLoss()
     loss = losses.CrossBatchMemory(inner, encoder.get_embedding_dimension(), memory_size=negatives).to(device)
     loss.add_to_memory(

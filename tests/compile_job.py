@@ -162,6 +162,8 @@ def few_combinations() -> list[Combination]:
     return [
         *narrow,
         Combination("scan", "default", 90, torch.bfloat16, batch=4096, dim=768),
+        Combination("scan", "default", 90, torch.float32, dim=768),
+        Combination("scan", "default", 80, torch.float32, dim=768),
         Combination("scan", "groups", 80, torch.float32, batch=16, dim=768, group_size=20),
         Combination("draw", "draws", 90, torch.bfloat16, dim=768),
         Combination("pick", "scores", 80, torch.int8, dim=20),

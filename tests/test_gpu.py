@@ -244,7 +244,8 @@ class Run:
 
     def __init__(self, autocast: torch.dtype | None = None, is_compiled: bool = False, **settings: Any) -> None:
         torch.manual_seed(0)
-        self.tower = Tower().to(DEVICE)
+        with torch.device("cpu"):  # whatever the default device is, the weights are the same
+            self.tower = Tower().to(DEVICE)
         self.loss_fn = NegativeCacheLoss(self.tower, SIZE, seed=0, learnable_scale=True, **settings).to(DEVICE)
         parameters = [*self.tower.parameters(), *self.loss_fn.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=0.01, capturable=ON_GPU, foreach=False)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,9 +24,7 @@ from benchmarks.gpu.results import Results, Row
 from benchmarks.timing import medians_in_turns, seconds
 from negative_cache.cache.columns import dequantize, quantize
 from negative_cache.retrieval import Retrieved, RowPool, Scale, Search, explain, retrieve
-from negative_cache.retrieval.fused import launch
 from negative_cache.retrieval.fused.launch import retrieve_fused
-from negative_cache.retrieval.fused.tile_sizes import Tiling
 from negative_cache.retrieval.tiled import retrieve_tiled
 
 CHUNK = 65_536  # rows that are made at once
@@ -36,9 +33,9 @@ ROUNDS, LEAST_ROUNDS = 9, 3
 MOST_SECONDS = 0.25  # per call and size; fewer rounds if they take longer
 FUSED = "fused"
 HEAD_START = 8_000_000  # cycles in which the host queues a call; otherwise its launch time would be measured
-TF32 = ("tf32", "tf32x3")  # one product of rounded operands, and three that together are nearly exact
+TF32 = "tf32"  # one product of rounded operands, which PyTorch's precision "high" allows
 CHECKED = 4  # queries whose logsumexp is compared with the exact one
-CANDIDATES = 8  # draws per query of the default loss
+DRAWS = (1, 8)  # per query; the default loss uses 8
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,10 @@ def _compile(shape: Shape) -> None:
     pool = RowPool(rows, torch.ones(shape.rows, dtype=torch.bool, device=device), scales)
     search = Search(torch.randn(shape.batch, shape.dim, device=device), pool, Scale(SCALE))
     generator = torch.Generator()
-    for num_samples in draws_of(shape.dtype):
+    for num_samples in DRAWS:
         fused(search._replace(num_samples=num_samples), generator)
-    for precision in TF32 if dtype == torch.float32 else ():
-        fused_on_tensor_cores(search, generator, precision)
+    if dtype == torch.float32:
+        fused_tf32(search, generator)
     torch.cuda.synchronize()
 
 
@@ -122,11 +119,6 @@ def make_pool(shape: Shape, device: torch.device) -> RowPool:
     return RowPool(rows, torch.ones(shape.rows, dtype=torch.bool, device=device), scales)
 
 
-def draws_of(dtype: str) -> tuple[int, ...]:
-    """Numbers of draws per query; only one for float32 rows, whose kernels take long to compile."""
-    return (1,) if dtype == "float32" else (1, CANDIDATES)
-
-
 def ways(shape: Shape, search: Search) -> dict[str, Callable[[], object]]:
     """The calls to measure, by name."""
     queries, rows, generator = search.queries, search.pool.embeddings, torch.Generator().manual_seed(0)
@@ -134,7 +126,7 @@ def ways(shape: Shape, search: Search) -> dict[str, Callable[[], object]]:
         FUSED if count == 1 else f"{FUSED}, {count} draws": partial(
             fused, search._replace(num_samples=count), generator
         )
-        for count in draws_of(shape.dtype)
+        for count in DRAWS
     }
     calls["tiled"] = partial(retrieve_tiled, Search(SCALE * queries, search.pool), generator)
     if rows.dtype == torch.int8:
@@ -146,7 +138,7 @@ def ways(shape: Shape, search: Search) -> dict[str, Callable[[], object]]:
     if rows.dtype == torch.bfloat16:
         calls[COMPILED] = partial(compiled_draw, narrow, rows)
     if rows.dtype == torch.float32:
-        calls |= {f"{FUSED}, {name}": partial(fused_on_tensor_cores, search, generator, name) for name in TF32}
+        calls[f"{FUSED}, {TF32}"] = partial(fused_tf32, search, generator)
         calls[PORT] = lambda: gumbel_draw(SCALE * (queries @ rows.T))
     return calls
 
@@ -156,22 +148,14 @@ def fused(search: Search, generator: torch.Generator) -> Retrieved:
     return retrieve(search, generator) if search.queries.is_cuda else retrieve_fused(search, generator, SCALE)
 
 
-def fused_on_tensor_cores(search: Search, generator: torch.Generator, precision: str) -> Retrieved:
-    """The pass over float32 rows on tensor cores, which the library does not run: it is less exact."""
-    is_cuda, device = search.queries.is_cuda, search.queries.device
-    tiling = Tiling(
-        block_m=64,
-        block_n=128,
-        block_k=32,
-        block_p=1 if is_cuda else 64,
-        num_warps=4,
-        num_stages=3,
-        slots=2 * (torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1),
-        block_s=32,
-        is_copied=is_cuda,
-    )
-    with mock.patch.object(launch, "precision", return_value=precision):
-        return retrieve_fused(search, generator, SCALE, tiling)
+def fused_tf32(search: Search, generator: torch.Generator) -> Retrieved:
+    """The pass over float32 rows with one product of rounded operands, as `set_float32_matmul_precision` allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return fused(search, generator)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def lse_error(call: Callable[[], object], search: Search) -> float | None:

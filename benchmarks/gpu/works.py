@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.results import Results
 
-PROCESSES = 8
+PROCESSES = 14
 PLUGIN, VARIABLE = "benchmarks.gpu.pytest_rows", "GPU_BENCHMARK_ROWS"
 
 

@@ -59,9 +59,9 @@ def gpu_tiling(batch: int, dim: int, group_size: int, dtype: torch.dtype, is_ali
     queries, it is bound by the tensor cores and the bandwidth of the L2 cache. Tiles are 128 x 128. Where the copy
     engine loads them (Hopper), addresses take no registers: two programs of four warps fit on a multiprocessor, so that
     one multiplies while the other exponentiates. With many queries and wide rows, where the L2 cache is the limit,
-    tiles are 128 x 256 there. A chunk has 128 bytes of each row, the widest swizzle. Full float32 products are computed
-    in registers, without tensor cores, and have smaller tiles. Rows that are not aligned to 16 bytes are loaded through
-    registers, too.
+    tiles are 128 x 256 there. A chunk has 128 bytes of each row, the widest swizzle. float32 operands are split in
+    registers for the tensor cores, see `precision`: tiles are 64 x 128 on Hopper and 64 x 64 elsewhere, where larger
+    ones spill registers. Rows that are not aligned to 16 bytes are loaded through registers, too.
 
     Args:
         batch: Number of queries.
@@ -71,13 +71,13 @@ def gpu_tiling(batch: int, dim: int, group_size: int, dtype: torch.dtype, is_ali
         is_aligned: Whether rows start at multiples of 16 bytes and are contiguous.
         device: The GPU.
     """
-    size, is_exact = dtype.itemsize, dtype == torch.float32 and precision() == "ieee"
-    is_copied = is_aligned and device.has_copy_engine and not is_exact
+    size = dtype.itemsize
+    is_copied = is_aligned and device.has_copy_engine
     limit_m, limit_n, num_stages, num_warps, block_k = 128, 128, 4 if device.memory > 200_000 else 3, 8, 128 // size
-    if is_exact:
-        limit_m, limit_n, num_stages, block_k = 64, 64, 2, 16
+    if size == 4:
+        limit_m, limit_n, num_stages, num_warps = 64, 128 if is_copied else 64, 3 if is_aligned else 2, 4
     elif not is_aligned:
-        num_stages, block_k = 2, 16 if size == 4 else 32
+        num_stages, block_k = 2, 32
     elif is_copied and size == 2 and batch > MANY_QUERIES and dim > WIDE:
         limit_n = 256
     elif is_copied:
@@ -103,9 +103,14 @@ def gpu_tiling(batch: int, dim: int, group_size: int, dtype: torch.dtype, is_ali
 
 
 def precision() -> str:
-    """The precision of float32 products, as Triton names it."""
+    """The precision of float32 products, as Triton names it.
+
+    "tf32x3" adds three products of parts with 11 bits: high x high, high x low and low x high. The result is as exact
+    as that of float32 arithmetic, which has no tensor cores and takes six times as long. "tf32" is the first of them
+    alone, if `torch.set_float32_matmul_precision` allows it.
+    """
     settings: Any = torch.backends.cuda.matmul
-    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    return "tf32" if settings.fp32_precision == "tf32" else "tf32x3"
 
 
 def power_of_two(number: int) -> int:
