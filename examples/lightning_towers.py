@@ -38,16 +38,21 @@ class TwoTowers(NegativeCacheMixin, LightningModule):  # the mixin comes first
     def encode_documents(self, features: dict[str, Tensor]) -> Tensor:
         return normalize(self.document_tower(features["words"]), dim=-1)
 
-    def compute_loss(self, ids: Tensor, queries: Tensor, documents: Tensor) -> Tensor:
-        features = {"words": documents}
-        embedded = normalize(self.query_tower(queries), dim=-1), self.encode_documents(features)
-        return self.loss_fn(*embedded, features, document_ids=ids)
+    def encode_queries(self, words: Tensor) -> Tensor:
+        return normalize(self.query_tower(words), dim=-1)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.compute_loss(*batch)
+        ids, words, documents = batch
+        features = {"words": documents}
+        return self.loss_fn(self.encode_queries(words), self.encode_documents(features), features, document_ids=ids)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.compute_loss(*batch), prog_bar=True, sync_dist=True)  # does not write to the cache
+        _, words, documents = batch
+        queries, embedded = self.encode_queries(words), self.encode_documents({"words": documents})
+        # Neither depends on the cache, so they can be compared from epoch to epoch.
+        self.log("val_loss", self.loss_fn.in_batch_loss(queries, embedded), sync_dist=True)
+        hits = (queries @ embedded.T).argmax(dim=1) == torch.arange(len(queries), device=queries.device)
+        self.log("val_hits@1", hits.float().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01)  # includes the loss's learnable scale
@@ -76,7 +81,11 @@ def main() -> None:
         devices=options.devices,
         strategy="auto" if options.devices == 1 else "ddp",
         logger=CSVLogger(options.folder),  # cache/interpretable_prediction_loss, cache/staleness, cache/fill, ...
-        callbacks=[ModelCheckpoint(options.folder, monitor="val_loss", save_last=True, enable_version_counter=False)],
+        callbacks=[
+            ModelCheckpoint(
+                options.folder, monitor="val_hits@1", mode="max", save_last=True, enable_version_counter=False
+            )
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -88,7 +97,8 @@ def main() -> None:
     )
     if trainer.is_global_zero:
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        print(f"epoch {trainer.current_epoch}: val_loss {metrics['val_loss']:.3f}", flush=True)
+        validation = f"val_loss {metrics['val_loss']:.3f}, hits@1 {metrics['val_hits@1']:.3f}"
+        print(f"epoch {trainer.current_epoch}: {validation}", flush=True)
         print(f"cache {metrics['cache/fill']:.0%} full, staleness {metrics['cache/staleness']:.3f}", flush=True)
 
 

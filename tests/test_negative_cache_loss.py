@@ -787,7 +787,8 @@ def test_metrics_describe_the_last_step():
     assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
     train(loss_fn, [1, 2])
     first = loss_fn.metrics()
-    assert set(first) == {"interpretable_loss", "positive_probability", "cache_share", "staleness", "fill"}
+    names = {"interpretable_loss", "positive_probability", "cache_share", "staleness", "near_duplicates", "fill"}
+    assert set(first) == names
     assert (first["cache_share"], first["staleness"], first["fill"]) == (0, 0, 2 / SIZE)
     loss = train(loss_fn, [3, 4])
     assert loss_fn.metrics()["interpretable_loss"] == pytest.approx(loss.item())

@@ -168,7 +168,7 @@ def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
     ids, written = ranks.gather(
         [cache.document_ids[rows], cache.written[rows]], [size * 2 for size in ranks.sizes(len(rows), cache.device)]
     )
-    whole = NegativeCache.empty(cache.specs, loss.cache_size, cache.device)
+    whole = NegativeCache.empty(cache.specs, loss.cache_size, cache.device, num_ids=cache.num_ids)
     everywhere = torch.arange(len(ids), device=cache.device)
     whole.write(everywhere, items, document_ids=ids)
     whole.written[everywhere] = written
@@ -228,15 +228,18 @@ def _redistributed(
         (state["cache.filled"].cpu(), state["cache.written"].cpu()) for state in (read() for read in shards)
     ]
     kept = assign_rows(fill_and_times, loss.cache_size, ranks.rank, ranks.size)
-    cache = NegativeCache.empty(parsed, shard_sizes(loss.cache_size, ranks.size)[ranks.rank])
-    own: dict[str, Tensor] = {}
+    cache, own = NegativeCache.empty(parsed, 0), dict[str, Tensor]()
     for shard, read in enumerate(shards):
         state = read()
+        num_ids = state["cache.document_ids"][:1].numel()
+        if shard == 0:
+            num_own = shard_sizes(loss.cache_size, ranks.size)[ranks.rank]
+            cache = NegativeCache.empty(parsed, num_own, num_ids=num_ids)
         if shard == min(ranks.rank, len(shards) - 1):
             own = {key: value for key, value in state.items() if not key.startswith("cache.")}
         here = (kept[:, 0] == shard).nonzero().squeeze(1)
         if len(here):
-            old = NegativeCache.empty(parsed, num_rows[shard])
+            old = NegativeCache.empty(parsed, num_rows[shard], num_ids=num_ids)
             old.load_state_dict({k.removeprefix("cache."): v for k, v in state.items() if k.startswith("cache.")})
             rows = kept[here, 1]
             cache.write(here, old.read_rows(rows, list(parsed)), document_ids=old.document_ids[rows])

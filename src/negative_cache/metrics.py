@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,6 +12,8 @@ from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 # The tags that the handlers write, where they differ from the names of the metrics.
 _TAGS = {"interpretable_loss": "interpretable_prediction_loss"}
@@ -54,6 +57,24 @@ def tagged_metrics(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, flo
         for name, loss in losses.items()
         for metric, value in loss.metrics().items()
     }
+
+
+def warn_of_selection(metrics: Sequence[str], advice: str) -> None:
+    """Warn if one of the metrics by which checkpoints are selected, or training is stopped, is the value of a loss.
+
+    Args:
+        metrics: Their names.
+        advice: The setting that selects by a retrieval metric.
+    """
+    for metric in metrics:
+        if metric.endswith("loss"):
+            logger.warning(
+                "Checkpoints are selected by %r. A loss says little about retrieval, and that of `NegativeCacheLoss` "
+                "grows while the cache fills, so that the first checkpoint looks best. Select by a retrieval metric: "
+                "%s.",
+                metric,
+                advice,
+            )
 
 
 def write_metrics(writer: SummaryWriter, module: nn.Module | Mapping[str, nn.Module], step: int) -> None:

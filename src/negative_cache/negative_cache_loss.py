@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
 from negative_cache.cache.update import check_new_items, update_rows
@@ -54,7 +55,11 @@ class NegativeCacheLoss(CacheModule):
     over the sampled rows. By default, the batch's documents have exact gradients, and a re-encoded document is shared
     by all queries (see docs/how-it-works.md). `in_batch=False, shared=False` is the method of Lindgren et al. (NeurIPS
     2021). After the loss is computed, re-encoded documents update their rows, and the batch's documents replace the
-    oldest rows. In eval mode, or with gradients disabled, nothing is written.
+    oldest rows.
+
+    In eval mode, or with gradients disabled, nothing is written or re-encoded. In eval mode with gradients, those of
+    the queries and of the scale are exact, with cached rows as constants. The value grows while the cache fills:
+    to compare checkpoints, use `in_batch_loss` or a retrieval metric.
 
     `state_dict` holds the cache, a learnable scale and the state of the generator, but not the encoder.
 
@@ -161,12 +166,13 @@ class NegativeCacheLoss(CacheModule):
             document_embeddings: `[batch, dim]`, with gradient: the positive of each query.
             document_features: Feature name -> `[batch, ...]`: the inputs of `document_encoder` for these documents.
             document_ids: int `[batch]`, -1 for unknown. A query's own document in the cache is not its negative. A
-                document that already has a row is written to that row.
+                document that already has a row is written to that row. Or int `[batch, k]`, for documents with several
+                ids: the first identifies a document, and a query's positives are recognized by all of them.
             positive_ids: int `[batch, n]`, padded with -1: further documents that are not negatives of the query.
             negative_embeddings: `[m, dim]`, with gradient: documents that are negatives of every query of the batch,
                 except of queries whose known positives they are. Their gradients are exact.
             negative_features: Their features; required with `negative_embeddings`.
-            negative_ids: int `[m]`: their ids.
+            negative_ids: int `[m]`, or `[m, k]` as `document_ids`: their ids.
             log_q: `[batch + m]`: log of the probability that a training pair has this document (for the last m: that a
                 given negative is this document). The scores become `s - log(n q)`, with n the number of negatives, so
                 that popular documents, which are negatives more often, do not count more. Give it in every step or in
@@ -210,6 +216,55 @@ class NegativeCacheLoss(CacheModule):
             self.diagnostics.begin(records)
             self._update(cache, sampling, batch, sample, encoded)
         return world.mean(losses)
+
+    def in_batch_loss(
+        self,
+        query_embeddings: Tensor,
+        document_embeddings: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        positive_ids: Tensor | None = None,
+        negative_embeddings: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        guide_queries: Tensor | None = None,
+        guide_documents: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the mean loss of a batch against its own documents alone, without reading or writing the cache.
+
+        Values of different times are comparable, also with those of losses without a cache. Use it for a validation
+        loss. Over ranks, each rank computes the loss of its own part of the batch; nothing is sent.
+
+        Args:
+            query_embeddings: `[batch, dim]`.
+            document_embeddings: `[batch, dim]`: the positive of each query, a negative of the others.
+            document_ids, positive_ids: See `forward`.
+            negative_embeddings, negative_ids: See `forward`.
+            guide_queries, guide_documents: See `forward`.
+
+        Returns:
+            Scalar, with gradient to all embeddings and the scale.
+
+        Raises:
+            ValueError: Wrong shapes, sizes, devices or ids, or values that are not finite.
+            TypeError: Wrong dtypes.
+        """
+        inputs = BatchInputs(
+            query_embeddings,
+            document_embeddings,
+            {},
+            document_ids=document_ids,
+            positive_ids=positive_ids,
+            negative_embeddings=negative_embeddings,
+            negative_features=None if negative_embeddings is None else {},
+            negative_ids=negative_ids,
+            guide_queries=guide_queries,
+            guide_documents=guide_documents,
+        )
+        batch = make_batch(inputs, {})
+        scale = self._scale_over(OneProcess(), batch.queries.device)
+        scores = score_batch(batch, batch.in_batch(has_documents=True), scale, self.limits)
+        no_rows = torch.full_like(scores.positive, -torch.inf)
+        return estimators.readable_loss(scores.positive, scores.positive * 0, no_rows, scores.in_batch).mean()
 
     def metrics(self) -> dict[str, float]:
         """Return diagnostics of the last training step; synchronizes the device. Bad values log a warning once.
@@ -290,7 +345,7 @@ class NegativeCacheLoss(CacheModule):
         if cache is None:
             specs = {**batch.scored_specs(self.embedding_dtype), **specs}
             check_specs(specs)
-            cache = self._new_cache(specs, device)
+            cache = self._new_cache(specs, device, 1 if batch.new_ids is None else batch.new_ids[:1].numel())
             separate(self.generator, self._first_state)
         if cache.device != device:
             raise ValueError(
@@ -303,7 +358,7 @@ class NegativeCacheLoss(CacheModule):
                 f"`query_embeddings` has {batch.queries.shape[1]} dimensions, the cached embeddings have {dim}. Encode "
                 "with the model that filled the cache, or make a new loss."
             )
-        batch.check_against(specs, self.matryoshka_dims)
+        batch.check_against(specs, self.matryoshka_dims, cache.document_ids[:1].numel())
         if is_writing:
             embeddings = batch.new_items[EMBEDDING]  # checked in `make_batch`; a narrower dtype may overflow
             known_finite = (EMBEDDING,) if embeddings.dtype == specs[EMBEDDING].dtype else ()
@@ -315,6 +370,7 @@ class NegativeCacheLoss(CacheModule):
 
     def _sampling(self, batch: Batch, data_keys: Sequence[str], is_writing: bool) -> SamplingConfig:
         """The sampling settings of this step; in evaluation nothing is drawn."""
+        has_gradient = torch.is_grad_enabled() and (batch.queries.requires_grad or self.log_scale is not None)
         return SamplingConfig(
             EMBEDDING,
             data_keys,
@@ -326,6 +382,7 @@ class NegativeCacheLoss(CacheModule):
             bias_key=None if batch.log_q is None else BIAS,
             guide_key=None if batch.guide_queries is None else GUIDE,
             dims=self.matryoshka_dims if is_writing else (),
+            needs_mean=has_gradient and not is_writing,
             other_settings=(self.in_batch, self.limits, self.refresh_per_step),
         )
 

@@ -22,7 +22,7 @@ def test_a_corpus_fills_the_cache_and_steps_write_into_its_rows(kind: str, capsy
     assert model.training
     assert "Filling the cache" in capsys.readouterr().err
     cache = loss.cache_loss.cache
-    assert cache.document_ids[:24].tolist() == list(range(100, 124))
+    assert cache.document_ids[:24, 1].tolist() == list(range(100, 124))
     expected = encode(model, [*POSITIVES, *HARD])
     torch.testing.assert_close(cache.data["embedding"][:24], expected, rtol=1e-4, atol=1e-5)
     loss(columns(model, ANCHORS[:4], POSITIVES[:4]), torch.arange(100, 104))
@@ -40,11 +40,13 @@ def test_without_ids_a_document_is_identified_by_its_tokens():
     assert int(loss.cache_loss.cache.num_filled) == 12
 
 
-def test_equal_ids_have_one_row():
+def test_equal_texts_have_one_row_and_an_id_names_one_text():
     loss = NegativeCacheRankingLoss(make_static(), 12)
-    loss.fill_from([*POSITIVES[:3], HARD[0]], ids=[5, 6, 7, 5], show_progress_bar=False)
-    assert loss.cache_loss.cache.document_ids[:4].tolist() == [5, 6, 7, -1]
+    loss.fill_from([*POSITIVES[:3], POSITIVES[0]], ids=[5, 6, 7, 8], show_progress_bar=False)
+    assert loss.cache_loss.cache.document_ids[:4, 1].tolist() == [5, 6, 7, -1]
     assert cached_texts(loss) == sorted(POSITIVES[:3])
+    with pytest.raises(ValueError, match="the id 5 for two texts"):
+        loss.fill_from([*POSITIVES[:3], HARD[0]], ids=[5, 6, 7, 5], show_progress_bar=False)
     with pytest.raises(ValueError, match="1 ids for 12 documents"):
         loss.fill_from(POSITIVES, ids=[5], show_progress_bar=False)
 

@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.sentence_transformers.anchors import merge_anchors
-from negative_cache.integrations.sentence_transformers.labels import ids_from_labels
 from support import ANCHORS, HARD, POSITIVES, columns
 from text_models import VERSION, encode, make_router, make_static, make_tiny
 
@@ -59,24 +58,6 @@ def test_a_hard_negative_with_the_positives_text_is_no_negative(model: SentenceT
     loss = NegativeCacheRankingLoss(model, cache_size=16)
     value = loss(columns(model, ANCHORS[:1], POSITIVES[:1], POSITIVES[:1]), None)
     assert value.item() == 0.0  # its only negative is the positive itself
-
-
-def test_labels_in_two_columns_name_further_positives(model: SentenceTransformer):
-    loss = NegativeCacheRankingLoss(model, cache_size=16)
-    loss(columns(model, ANCHORS[:2], POSITIVES[:2]), torch.tensor([[0, -1], [1, -1]]))
-    # both cached documents are positives of the only anchor: no negative is left
-    value = loss(columns(model, ANCHORS[:1], POSITIVES[:1]), torch.tensor([[0, 1]]))
-    assert value.item() == 0.0
-    value = loss(columns(model, ANCHORS[:1], POSITIVES[:1]), torch.tensor([[0, -1]]))
-    assert value.item() > 0.0
-
-
-def test_labels_keep_the_hash_of_the_text_as_a_further_positive():
-    hashes = torch.tensor([11, 12])
-    assert ids_from_labels(None, hashes)[0].tolist() == [11, 12]
-    ids, positives = ids_from_labels(torch.tensor([1, 2]), hashes)
-    assert ids.tolist() == [1, 2]
-    assert positives.tolist() == [[11], [12]]
 
 
 def test_bad_input_is_refused_with_the_reason(model: SentenceTransformer):

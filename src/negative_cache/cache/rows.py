@@ -47,7 +47,7 @@ class NegativeCache(nn.Module):
 
     Attributes:
         filled: bool `[num_rows]`: whether each row holds a document.
-        document_ids: int64 `[num_rows]`: the id of each row's document, -1 for unknown.
+        document_ids: int64 `[num_rows]`: the id of each row's document, -1 for unknown; or `[num_rows, k]`: its k ids.
         written: int64 `[num_rows]`: the step in which each row was written. Its age is `step - written`.
         step: int64 scalar: the number of update steps.
         num_rejected: int64 scalar: the number of rows that were not written because of non-finite values.
@@ -80,6 +80,8 @@ class NegativeCache(nn.Module):
         device: torch.device | str = "cpu",
         feature_device: torch.device | str | None = None,
         scored_keys: Sequence[str] = (),
+        *,
+        num_ids: int = 1,
     ) -> NegativeCache:
         """A cache of `num_rows` unfilled rows.
 
@@ -90,20 +92,24 @@ class NegativeCache(nn.Module):
             feature_device: Device of all features except `scored_keys`. They stay there when the cache is moved. None
                 for `device`.
             scored_keys: Features that every step reads for all rows. They are on `device`.
+            num_ids: Number of ids per document, see `document_ids`.
         """
         cache = cls.__new__(cls)
         nn.Module.__init__(cache)
         columns = make_columns(specs, num_rows, torch.device(device), scored_keys, feature_device)
-        cache._register(columns, num_rows, torch.device(device), is_filled=False)
+        cache._register(columns, num_rows, torch.device(device), is_filled=False, num_ids=num_ids)
         return cache
 
-    def _register(self, columns: Mapping[str, Column], num_rows: int, device: torch.device, is_filled: bool) -> None:
+    def _register(
+        self, columns: Mapping[str, Column], num_rows: int, device: torch.device, is_filled: bool, num_ids: int = 1
+    ) -> None:
+        id_shape = (num_rows,) if num_ids == 1 else (num_rows, num_ids)
         self._columns = dict(columns)
         for key, column in columns.items():
             self.add_module(module_name("feature", key), column)
         self._has_rows: bool | None = is_filled and num_rows > 0  # None: read `filled`
         self.register_buffer("filled", torch.full((num_rows,), is_filled, device=device))
-        self.register_buffer("document_ids", torch.full((num_rows,), NO_ID, dtype=torch.int64, device=device))
+        self.register_buffer("document_ids", torch.full(id_shape, NO_ID, dtype=torch.int64, device=device))
         self.register_buffer("written", torch.zeros(num_rows, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("num_rejected", torch.zeros((), dtype=torch.int64, device=device))
@@ -123,6 +129,11 @@ class NegativeCache(nn.Module):
     def num_rows(self) -> int:
         """Number of rows, filled or not."""
         return self.filled.shape[0]
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids per document."""
+        return 1 if self.document_ids.dim() == 1 else self.document_ids.shape[1]
 
     @property
     def num_filled(self) -> Tensor:
@@ -182,13 +193,15 @@ class NegativeCache(nn.Module):
             document_ids: `[n]`, int64; negative entries are never found.
 
         Returns:
-            int64 `[n]`: the row that holds the document, -1 where none does.
+            int64 `[n]`: the row of the document with this id, as any of its ids; -1 where there is none.
         """
         if document_ids.numel() == 0:
             return document_ids
+        ids = self.document_ids.flatten()
         if self._rows_of_ids is None:
-            self._rows_of_ids = RowsOfIds(self.document_ids)
-        return self._rows_of_ids.find(self.document_ids, document_ids)
+            self._rows_of_ids = RowsOfIds(ids)
+        places = self._rows_of_ids.find(ids, document_ids)
+        return places if self.document_ids.dim() == 1 else places // self.document_ids.shape[1]
 
     def write(
         self,
@@ -205,7 +218,7 @@ class NegativeCache(nn.Module):
             items: `n` validated values per feature. If every feature is given, the rows become filled.
             mask: bool `[m]`; False entries are not written.
             resets_age: Whether to set the age of the written rows to 0.
-            document_ids: int64 `[n]`, stored if every feature is given.
+            document_ids: int64 `[m]`, or `[m, k]` for k ids per document, stored if every feature is given.
         """
         if rows.numel() == 0:
             return
@@ -218,12 +231,17 @@ class NegativeCache(nn.Module):
             put(self.written, rows, self.step, is_any)
         if len(items) < len(self._columns):
             return
-        new_ids = torch.full_like(rows, NO_ID) if document_ids is None else document_ids[source]
-        put(self.document_ids, rows, new_ids, is_any)
+        no_ids = torch.full_like(self.document_ids[:1], NO_ID)
+        put(self.document_ids, rows, no_ids if document_ids is None else document_ids[entries], is_any)
         if self._rows_of_ids is not None:
             is_once = reads_without_sync(rows)
             is_repeated = None if is_once else entries != torch.arange(len(rows), device=rows.device)
-            self._rows_of_ids.move(rows, self.document_ids[rows], is_repeated)
+            places = rows
+            if self.document_ids.dim() > 1:  # the k ids of a row are at k places of the flattened ids
+                count = self.document_ids.shape[1]
+                places = (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
+                is_repeated = None if is_repeated is None else is_repeated.repeat_interleave(count)
+            self._rows_of_ids.move(places, self.document_ids[rows].flatten(), is_repeated)
         self.filled[rows] |= True if is_any is None else is_any
         self._has_rows = True
 

@@ -98,8 +98,8 @@ def update_rows(
         use_lru: Whether `updates` reset the age of their rows.
         new_items: Items to insert, `n` of every feature. An item whose document already has a row replaces that row.
         new_items_mask: bool `[n]`, on the cache's device; False items are not inserted. None to insert all.
-        document_ids: int64 `[n]`, on the cache's device, -1 for unknown. If several items have the same document,
-            the last one is written if the document has a row, else the first one.
+        document_ids: int64 `[n]`, on the cache's device, -1 for unknown; or `[n, k]`: k ids per document. If several
+            items have the same (first) id, the last one is written if the document has a row, else the first one.
         document_rows: int64 `[n]`: the result of `cache.find(document_ids)`, if already computed.
         updates: New values of rows.
         reinserted: New values of rows whose documents occur in the batch again. They are written after the updates,
@@ -129,15 +129,20 @@ def _insert(
         # With the running count as index, the k-th inserted item replaces the k-th oldest row.
         cache.write(oldest_rows(cache.written, count)[mask.cumsum(0) - 1], items, mask)
         return
-    known = cache.find(document_ids) if document_rows is None else document_rows
+    ids = document_ids.view(count, -1)
+    known = cache.find(ids.flatten()).view(ids.shape).amax(dim=1) if document_rows is None else document_rows
     is_known, is_new = mask & (known >= 0), mask & (known < 0)
-    is_new &= is_first_of_equal(document_ids, is_new) | (document_ids < 0)
+    is_new &= is_first_of_equal(ids[:, 0], is_new) | (ids[:, 0] < 0)
     # The rows of known documents become the youngest before the oldest are selected, so that none is written twice.
     # Entries of other documents write the lowest possible time to row 0, which the maximum ignores.
     times = torch.where(is_known, cache.step, torch.iinfo(torch.int64).min)
     cache.written.scatter_reduce_(0, known.clamp(min=0), times, "amax")
     rows = oldest_rows(cache.written, count)[is_new.cumsum(0) - 1]
-    cache.write(torch.cat([known, rows]), items, torch.cat([is_known, is_new]), document_ids=document_ids)
+    kept = document_ids
+    if document_ids.dim() > 1:  # an unknown id replaces no id
+        kept = torch.where(document_ids < 0, cache.document_ids[known], document_ids)
+    new_ids = torch.cat([kept, document_ids])
+    cache.write(torch.cat([known, rows]), items, torch.cat([is_known, is_new]), document_ids=new_ids)
 
 
 def _finite_mask(cache: NegativeCache, items: Items, mask: Tensor | None) -> Tensor | None:

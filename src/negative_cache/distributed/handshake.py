@@ -21,6 +21,7 @@ class RankSummary(NamedTuple):
     batch: int
     num_positives: int
     num_new: int
+    num_ids: int  # per document; 0 without ids
     num_in_batch: int
     needs_gradient: int  # whether its in-batch negatives have a gradient
     has_rows: int
@@ -28,6 +29,7 @@ class RankSummary(NamedTuple):
     features: int  # a checksum
     query_dtype: int  # a checksum
     is_writing: int
+    needs_mean: int
     takes_best: int
     is_replicated: int
     top_k: int  # -1 for all rows
@@ -45,6 +47,7 @@ _MUST_AGREE = {
     "features": "the cached features (names, shapes, dtypes)",
     "query_dtype": "the dtype of the query embeddings",
     "is_writing": "training or evaluating",
+    "needs_mean": "evaluating with or without gradients",
     "takes_best": "the retrieval function",
     "is_replicated": "`use_cross_replica`",
     "top_k": "`top_k`",
@@ -71,6 +74,7 @@ def summarize(
         batch=len(request.queries),
         num_positives=0 if request.positive_ids is None else request.positive_ids.shape[1],
         num_new=num_new_ids(request),
+        num_ids=0 if request.new_ids is None else request.new_ids[:1].numel(),
         num_in_batch=request.num_in_batch,
         needs_gradient=needs_gradient,
         has_rows=cache.has_rows(),
@@ -78,6 +82,7 @@ def summarize(
         features=zlib.crc32(json.dumps(specs, sort_keys=True).encode()),
         query_dtype=zlib.crc32(str(request.queries.dtype).encode()),
         is_writing=is_writing,
+        needs_mean=config.needs_mean,
         takes_best=config.takes_best,
         is_replicated=config.is_replicated,
         top_k=-1 if config.top_k is None else config.top_k,
@@ -105,6 +110,9 @@ class Handshake:
 
     Raises:
         ValueError: The ranks do not make the same call. The same error is raised on all ranks.
+
+    Attributes:
+        num_ids: Ids per document; 0 if no rank has ids.
     """
 
     def __init__(self, ranks: Ranks, table: Sequence[Sequence[int]]) -> None:
@@ -116,9 +124,12 @@ class Handshake:
                 raise ValueError(
                     f"The ranks differ in {what}. Every rank must make the same call with the same settings."
                 )
+        if len({summary.num_ids for summary in self.summaries if summary.num_ids}) > 1:
+            raise ValueError("The ranks differ in the number of ids per document. Pad `document_ids` with -1.")
         self.batches = [summary.batch for summary in self.summaries]
         self.num_positives = [summary.num_positives for summary in self.summaries]
         self.num_new = [summary.num_new for summary in self.summaries]
+        self.num_ids = max(summary.num_ids for summary in self.summaries)
         self.num_in_batch = [summary.num_in_batch for summary in self.summaries]
         self.num_rows = [summary.num_rows for summary in self.summaries]
         self.needs_gradient = any(summary.needs_gradient for summary in self.summaries)

@@ -32,6 +32,7 @@ from negative_cache.sampling.config import (
     SamplingConfig,
     SamplingRequest,
 )
+from negative_cache.sampling.draw import mean_embedding
 from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 
 
@@ -96,10 +97,11 @@ class ManyRanks:
         self.new_ids = self._gather_ids(request.new_ids)
 
     def _gather_ids(self, own: Tensor | None) -> Tensor:
-        """Ids of the new documents of all ranks: int64 `[n]`, -1 for unknown."""
-        counts, rank = self.handshake.num_new, self.ranks.rank
+        """Ids of the new documents of all ranks: int64 `[n]`, or `[n, k]` with k ids per document; -1 for unknown."""
+        counts, rank, num_ids = self.handshake.num_new, self.ranks.rank, self.handshake.num_ids
         if own is None:
-            own = torch.full((counts[rank],), NO_ID, dtype=torch.int64, device=self.device)
+            shape = (counts[rank], num_ids) if num_ids > 1 else (counts[rank],)
+            own = torch.full(shape, NO_ID, dtype=torch.int64, device=self.device)
         return self.ranks.gather([own], [[count] for count in counts])[0] if any(counts) else own
 
     def in_batch_negatives(self, own: InBatch) -> InBatch:
@@ -154,7 +156,10 @@ class ManyRanks:
         shard = shard._replace(drawn=drawn._replace(lse=merged))
         weights: list[DocumentWeights] = []
         lse_of_dims = [merged[own] for _ in config.dims]
-        if config.is_shared and len(routes.query):
+        if config.needs_mean:
+            mean = ranks.sum(mean_embedding(shard.search, merged))[own]
+            weights = [DocumentWeights(mean[:, :0], mean)]
+        elif config.is_shared and len(routes.query):
             routes, weights, lse_of_dims = choose_together(handshake, config, of_all, shard, routes)
         arrivals = self._arrivals(found)
         own_found = torch.split(shard.found, handshake.num_new)[ranks.rank]
@@ -203,7 +208,7 @@ class ManyRanks:
 
     def _arrivals(self, rows: Tensor) -> Arrivals:
         """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
-        ids, is_here = self.new_ids.cpu(), rows >= 0
+        ids, is_here = self.new_ids.view(len(self.new_ids), -1)[:, 0].cpu(), rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
         origin_rank = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.handshake.num_new))

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from negative_cache.distributed import world
 from negative_cache.distributed.collectives import Ranks
-from negative_cache.metrics import cache_losses, tagged_metrics
+from negative_cache.metrics import cache_losses, tagged_metrics, warn_of_selection
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 FOLDER = "negative_cache"
@@ -59,6 +59,7 @@ class NegativeCacheTrainerMixin:
                     f"There is no complete checkpoint in {self.args.output_dir}. Call train() without "
                     "resume_from_checkpoint to start from the beginning."
                 )
+        self._warn_of_selection_by_loss()
         if resume_from_checkpoint:
             self._restore(str(resume_from_checkpoint))  # first, so that an error leaves the model unchanged
         try:
@@ -72,6 +73,14 @@ class NegativeCacheTrainerMixin:
         if "loss" in logs:
             logs |= tagged_metrics(self._loss_root)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _warn_of_selection_by_loss(self) -> None:
+        """Warn if checkpoints are selected, or training is stopped, by the value of a loss."""
+        stops = any(isinstance(each, EarlyStoppingCallback) for each in self.callback_handler.callbacks)
+        if (self.args.load_best_model_at_end or stops) and cache_losses(self._loss_root):
+            warn_of_selection(
+                [self.args.metric_for_best_model or "loss"], "metric_for_best_model='eval_cosine_ndcg@10'"
+            )
 
     @property
     def _loss_root(self) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from negative_cache.checkpoint import CheckpointError, state_for_rank
 from negative_cache.distributed import world
 from negative_cache.distributed.collectives import Ranks
-from negative_cache.metrics import cache_losses, tagged_metrics
+from negative_cache.metrics import cache_losses, tagged_metrics, warn_of_selection
 from negative_cache.negative_cache_loss import NegativeCacheLoss
 
 KEY = "negative_cache"
@@ -41,6 +41,13 @@ class NegativeCacheMixin:
                 f"The bases of {cls.__name__} must have NegativeCacheMixin before LightningModule; otherwise the mixin "
                 f"has no effect. Write class {cls.__name__}(NegativeCacheMixin, LightningModule)."
             )
+
+    def on_fit_start(self) -> None:
+        """Warn if a callback, such as ModelCheckpoint or EarlyStopping, monitors the value of a loss."""
+        super().on_fit_start()  # type: ignore[misc]
+        monitors = [str(getattr(callback, "monitor", None)) for callback in self.trainer.callbacks]
+        if _named(self):
+            warn_of_selection(monitors, "monitor='val_ndcg@10'")
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Log the metrics of each cache every `log_every_n_steps`; with several ranks, those of rank 0."""

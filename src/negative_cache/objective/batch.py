@@ -42,7 +42,7 @@ class Batch(NamedTuple):
         embeddings: `[batch + m, dim]`, with gradient: documents, then negatives.
         positive_ids: int64 `[batch, n]`: ids of documents that are not negatives of a query, padded with -1; or None.
         new_items: Items to insert into the cache: embeddings and features of documents and negatives, `batch + m` each.
-        new_ids: int64 `[batch + m]`: their ids, -1 for unknown; or None.
+        new_ids: int64 `[batch + m]`, or `[batch + m, k]` for k ids per document: their ids, -1 for unknown; or None.
         log_q: `[batch + m]`: log of the probability of each document, as in `forward`; or None.
         guide_queries: `[batch, guide_dim]`; or None.
         guide_documents: `[batch + m, guide_dim]`; or None.
@@ -99,9 +99,18 @@ class Batch(NamedTuple):
             guide_queries=self.guide_queries,
         )
 
-    def check_against(self, specs: Specs, dims: Sequence[int]) -> None:
-        """Raise unless the batch matches the columns of `specs`, and all `dims` are below the embedding dimension."""
+    def check_against(self, specs: Specs, dims: Sequence[int], num_ids: int) -> None:
+        """Raise unless the batch fits a cache with the columns of `specs` and with `num_ids` ids per document.
+
+        Raises:
+            ValueError: It does not, or one of the `dims` is not below the embedding dimension.
+        """
         width = self.queries.shape[1]
+        if self.new_ids is not None and self.new_ids[:1].numel() != num_ids:
+            raise ValueError(
+                f"`document_ids` has {self.new_ids[:1].numel()} ids per document, the cache has {num_ids}. The first "
+                "step decides; pad with -1."
+            )
         if dims and max(dims) >= width:
             raise ValueError(
                 f"`matryoshka_dims` is {list(dims)}; the embeddings have {width} dimensions, and "
@@ -128,8 +137,8 @@ def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:
     """
     _check_embeddings(inputs)
     queries, documents, negatives = inputs.query_embeddings, inputs.document_embeddings, inputs.negative_embeddings
-    document_ids = _ids("document_ids", inputs.document_ids, (len(documents),), queries.device)
-    positive_ids = document_ids if document_ids is None else document_ids[:, None]
+    document_ids = _document_ids("document_ids", inputs.document_ids, len(documents), queries.device)
+    positive_ids = None if document_ids is None else document_ids.view(len(documents), -1)
     if inputs.positive_ids is not None:
         if inputs.positive_ids.dim() != 2:
             raise ValueError(
@@ -197,12 +206,17 @@ def _append_negatives(
     for name, given in (("document_features", features), ("negative_features", inputs.negative_features)):
         if set(specs) - set(given):
             raise ValueError(f"`{name}` must have the keys {sorted(specs)}, got {sorted(given)}.")
-    negative_ids = _ids("negative_ids", inputs.negative_ids, (len(negatives),), documents.device)
-    if document_ids is not None or negative_ids is not None:
+    negative_ids = _document_ids("negative_ids", inputs.negative_ids, len(negatives), documents.device)
+    known = document_ids if negative_ids is None else negative_ids
+    if known is not None:
+        if document_ids is not None and known.shape[1:] != document_ids.shape[1:]:
+            raise ValueError(
+                f"`document_ids` has shape {list(document_ids.shape)}, `negative_ids` {list(known.shape)}; expected "
+                "the same number of ids per document. Pad with -1."
+            )
         both = ((document_ids, documents), (negative_ids, negatives))
-        new_ids = torch.cat(
-            [value.new_full((len(value),), NO_ID, dtype=torch.int64) if i is None else i for i, value in both]
-        )
+        shape = known.shape[1:]
+        new_ids = torch.cat([known.new_full((len(value), *shape), NO_ID) if i is None else i for i, value in both])
     return torch.cat([documents, negatives]), concatenate(features, inputs.negative_features, specs), new_ids
 
 
@@ -237,6 +251,12 @@ def _extra(name: str, values: Tensor, shape: tuple[int, ...], inputs: BatchInput
         raise TypeError(f"`{name}` is {values.dtype}; expected a floating point dtype.")
     check_finite(f"`{name}`", values)
     return values.detach().to(inputs.query_embeddings.device, torch.float32)
+
+
+def _document_ids(name: str, ids: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+    """Validate ids `[count]` or `[count, k]` and return them as int64 on the device."""
+    num_ids = ids.shape[1:] if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 else ()
+    return _ids(name, ids, (count, *num_ids), device)
 
 
 def _ids(name: str, ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

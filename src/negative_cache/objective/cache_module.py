@@ -106,8 +106,8 @@ class CacheModule(CacheHolder):
         """The number of steps that have updated the cache; synchronizes the device."""
         return 0 if self.cache is None else int(self.cache.step)
 
-    def _new_cache(self, specs: Specs, device: torch.device) -> NegativeCache:
-        """Create an empty cache for this rank's part of the rows."""
+    def _new_cache(self, specs: Specs, device: torch.device, num_ids: int = 1) -> NegativeCache:
+        """Create an empty cache for this rank's part of the rows, with `num_ids` ids per document."""
         num_rows = self.cache_size
         if self.process_group is not None:
             num_rows = shard_sizes(self.cache_size, self.ranks.size)[self.ranks.rank]
@@ -116,7 +116,7 @@ class CacheModule(CacheHolder):
                 f"`cache_size` is {self.cache_size}, less than the {self.ranks.size} ranks that share it. "
                 "Use a larger cache."
             )
-        return NegativeCache.empty(specs, num_rows, device, self.feature_device, SCORED)
+        return NegativeCache.empty(specs, num_rows, device, self.feature_device, SCORED, num_ids=num_ids)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""
@@ -134,7 +134,7 @@ class CacheModule(CacheHolder):
             scored = {key: spec for key, spec in specs.items() if key in SCORED}  # known at the first step
             specs = {**(self.specs or specs), **scored, EMBEDDING: embedding_spec(dim, self.embedding_dtype)}
             device = state_dict[prefix + "cache.filled"].device
-            cache = self._new_cache(specs, device)
+            cache = self._new_cache(specs, device, state_dict[prefix + "cache.document_ids"][:1].numel() or 1)
             cache.check_loadable(state_dict, prefix + "cache.")
             self.cache = cache
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -63,7 +63,7 @@ class Diagnostics:
         raise_for_rejected(cache)
         with torch.no_grad():
             latest = {key: float(value) for record in self._records for key, value in record().items()}
-        numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
+        numbers = {"staleness": 0.0, "near_duplicates": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if all(self._gradients.get(side) for side in ("queries", "documents")):
             queries, documents = (math.hypot(*map(float, self._gradients[side])) for side in ("queries", "documents"))
             if documents > 0 and math.isfinite(queries + documents):  # else a GradScaler's scale was too high

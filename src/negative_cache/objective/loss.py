@@ -126,11 +126,12 @@ def score_batch(batch: Batch, in_batch: InBatch, scale: Tensor | float, limits: 
 
 def _known_positives(batch: Batch, in_batch: InBatch) -> Tensor:
     """bool `[batch, n]`: in-batch negatives that do not count for a query: its positives, and repeated documents."""
-    ids = in_batch.ids
-    is_known = ids >= 0
-    hidden = (is_known & ~is_first_of_equal(ids, is_known)).repeat(len(batch.queries), 1)
+    ids = in_batch.ids.view(len(in_batch.embeddings), -1)
+    is_known = ids[:, 0] >= 0
+    hidden = (is_known & ~is_first_of_equal(ids[:, 0], is_known)).repeat(len(batch.queries), 1)
     if batch.positive_ids is not None:
-        hidden |= is_in_row(ids, batch.positive_ids) & is_known
+        for column in ids.T:
+            hidden |= is_in_row(column, batch.positive_ids) & (column >= 0)
     if in_batch.first_own >= 0:
         hidden.diagonal(in_batch.first_own).fill_(True)
     return hidden
@@ -160,8 +161,9 @@ def cache_loss(
     if batch.log_q is not None:  # scores are s - log q: each negative counts as one of n draws from q
         shift = -(sample.num_filled + scores.num_in_batch).clamp(min=1).log()
     weights, products = sample.weights[0] if sample.weights else None, None
-    if len(encoded.documents):
+    if sample.weights or len(encoded.documents):
         products = _products(batch.queries, encoded.documents, weights)
+    if products is not None and len(encoded.documents):
         records.append(_record_documents(batch, scores, sample, encoded.documents, products.detach()))
     losses = _loss_of_view(scores, sample.lse, shift, _expected_product(batch.queries, products, weights))
     lse, in_batch_lse = sample.lse, scores.in_batch_lse

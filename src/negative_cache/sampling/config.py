@@ -53,6 +53,7 @@ class SamplingConfig:
         guide_key: The feature with a guide's embeddings; None without a guide.
         dims: Truncated dimensions that have their own losses; only with shared documents.
         is_replicated: Whether every rank holds all rows; each rank then searches its part of them.
+        needs_mean: Whether to compute each query's expected cached embedding, as the gradient of an evaluation needs.
         other_settings: Other settings that must be equal on all ranks.
     """
 
@@ -70,6 +71,7 @@ class SamplingConfig:
     guide_key: str | None = None
     dims: tuple[int, ...] = ()
     is_replicated: bool = False
+    needs_mean: bool = False
     other_settings: tuple[Any, ...] = ()
 
 
@@ -79,7 +81,8 @@ class SamplingRequest(NamedTuple):
     Attributes:
         queries: `[batch, dim]`, without gradient.
         positive_ids: int64 `[batch, n]`: ids of documents that are not negatives of a query, padded with -1; or None.
-        new_ids: int64 `[n]`: ids of the documents that will be inserted, -1 for unknown; or None.
+        new_ids: int64 `[n]`, or `[n, k]` for k ids per document: the documents that will be inserted, -1 for unknown;
+            or None.
         num_in_batch: The last `num_in_batch` of `new_ids` are in-batch negatives, which no query may see in the cache.
         positive_scores: `[batch]`; required if documents are shared.
         in_batch_lse: `[batch]`: logsumexp over in-batch negatives, -inf for none; required if documents are shared.
@@ -104,7 +107,7 @@ class InBatch(NamedTuple):
 
     Attributes:
         embeddings: `[n, dim]`, with gradient; `n` may be 0.
-        ids: int64 `[n]`, -1 for unknown.
+        ids: int64 `[n]`, or `[n, k]` for k ids per document; -1 for unknown.
         first_own: The column of the first query's positive, if the positives are among them; -1 if not.
         biases: `[n]`, added to their scores; None for nothing.
         guide: `[n, guide_dim]`: a guide's embeddings; None without a guide.
@@ -146,7 +149,8 @@ class Sample:
         is_update: bool `[count]`: whether the row gets the new embedding; None for all.
         weights: Weights of the re-encoded documents of all ranks for the queries of this process: for full embeddings,
             then for each of `SamplingConfig.dims`. Empty if documents are not shared: each query then takes the mean
-            over `count / batch` documents of its own.
+            over `count / batch` documents of its own. In evaluation with gradients, weights of no documents, whose
+            correction is the expected cached embedding.
         lse_of_dims: `[batch]` for each of `SamplingConfig.dims`: an estimate of `lse` for truncated embeddings.
         num_hidden: int64 `[batch]`: the number of rows that the ceilings hide; None without ceilings.
         document_rows: int64 `[n]`: the rows of this process's cache that hold the documents to insert, -1 for none;

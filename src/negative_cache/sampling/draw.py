@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 from negative_cache.retrieval import Ceilings, Retrieved, RowPool, Search, retrieve
+from negative_cache.retrieval.search import score_rows
 from negative_cache.sampling.config import RowSource, SamplingConfig, SamplingRequest
+
+_ROWS_AT_ONCE = 8192
 
 
 def find_rows(cache: RowSource, request: SamplingRequest) -> tuple[Tensor | None, Tensor | None]:
     """Look up the rows of the new documents, `[n]`, and of the queries' positives, `[batch, m]`; -1 for none."""
     new_ids, positive_ids = request.new_ids, request.positive_ids
-    if positive_ids is None:
-        return None if new_ids is None else cache.find(new_ids), None
-    if new_ids is None:
-        return None, cache.find(positive_ids.flatten()).view(positive_ids.shape)
-    found = cache.find(torch.cat([new_ids, positive_ids.flatten()]))
-    return found[: len(new_ids)], found[len(new_ids) :].view(positive_ids.shape)
+    num_new = 0 if new_ids is None else new_ids.numel()
+    if new_ids is None or positive_ids is None:
+        wanted = new_ids if positive_ids is None else positive_ids
+        found = None if wanted is None else cache.find(wanted.flatten())
+    else:
+        found = cache.find(torch.cat([new_ids.flatten(), positive_ids.flatten()]))
+    positive_rows = None if positive_ids is None or found is None else found[num_new:].view(positive_ids.shape)
+    if new_ids is None or found is None:
+        return None, positive_rows
+    new_rows = found[:num_new].view(new_ids.shape)
+    return new_rows if new_ids.dim() == 1 else new_rows.amax(dim=1), positive_rows
 
 
 def row_pool(
@@ -73,6 +81,24 @@ def draw(search: Search, config: SamplingConfig, has_rows: bool) -> Retrieved:
     if config.takes_best and config.num_samples:
         found = found._replace(rows=found.best_rows[:, :1].clamp(min=0))
     return found
+
+
+def mean_embedding(search: Search, lse: Tensor) -> Tensor:
+    """Each query's expected embedding under the softmax over the rows: `[batch, dim]`, 0 for a query without negatives.
+
+    It is the exact gradient of `lse` by the query, without the scale; one product more than the search itself.
+
+    Args:
+        search: The search, without top_k.
+        lse: `[batch]`: its logsumexp. Over ranks, that over all rows; the result is then the part of this rank's rows.
+    """
+    shift = torch.where(lse > -torch.inf, lse, 0)[:, None]
+    total = torch.zeros_like(search.queries, dtype=lse.dtype)
+    for rows in torch.arange(search.pool.num_rows, device=lse.device).split(_ROWS_AT_ONCE):  # type: ignore[no-untyped-call]
+        scores, embeddings = score_rows(search, rows)
+        scores = scores.masked_fill(~search.pool.is_candidate[rows], -torch.inf)
+        total += (scores - shift).exp().to(total.dtype) @ embeddings.to(total.dtype)
+    return total
 
 
 def replace_missing(rows: Tensor, has_negatives: Tensor) -> Tensor:

@@ -87,12 +87,14 @@ def check_filling(batch: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(f"A batch has the keys {sorted(batch)}; it must also have {sorted(missing)}.")
     ids = batch["document_ids"]
+    ids = ids if ids.dim() == 1 else ids[:, 0]
     if len(ids) and int(ids.min()) < 0:
         raise ValueError(f"`document_ids` has the value {int(ids.min())}; every document needs an id of 0 or more.")
 
 
 def check_room(cache: NegativeCache, document_ids: Tensor) -> None:
-    """Raise unless all documents `[n]` can be inserted without replacing other documents."""
+    """Raise unless all documents, `[n]` or `[n, k]`, can be inserted without replacing other documents."""
+    document_ids = document_ids if document_ids.dim() == 1 else document_ids[:, 0]
     room = cache.num_rows - int(cache.num_filled)
     num_new = int((cache.find(torch.unique(document_ids).to(cache.device, torch.int64)) < 0).sum())
     if num_new > room:

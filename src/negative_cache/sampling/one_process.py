@@ -11,8 +11,16 @@ from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Retrieved, Search
 from negative_cache.retrieval.randomness import register, uniforms
 from negative_cache.sampling.choose import choose, weigh_candidates
-from negative_cache.sampling.config import Encoded, InBatch, RowSource, Sample, SamplingConfig, SamplingRequest
-from negative_cache.sampling.draw import draw, find_rows, make_search, replace_missing
+from negative_cache.sampling.config import (
+    DocumentWeights,
+    Encoded,
+    InBatch,
+    RowSource,
+    Sample,
+    SamplingConfig,
+    SamplingRequest,
+)
+from negative_cache.sampling.draw import draw, find_rows, make_search, mean_embedding, replace_missing
 from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 
 
@@ -85,6 +93,9 @@ def sample_rows(cache: RowSource, config: SamplingConfig, request: SamplingReque
         keys = config.data_keys
         sample.best_features = [read_features(cache, best[best >= 0], keys) for best in drawn.best_rows]
     has_negatives = drawn.lse > -torch.inf
+    if config.needs_mean and has_rows:
+        mean = mean_embedding(search, drawn.lse)
+        sample.weights = [DocumentWeights(mean[:, :0], mean)]
     if not has_rows or config.num_samples == 0 or (reads_without_sync(drawn.lse) and not bool(has_negatives.any())):
         return sample
     drawn = drawn._replace(rows=replace_missing(drawn.rows, has_negatives))

@@ -17,8 +17,10 @@ class TextBatch(NamedTuple):
     Attributes:
         anchors: Features of the anchors `[batch, ...]`; empty if only their embeddings are needed.
         documents: Features `[batch, ...]` of each column of documents, the positives first.
-        document_ids: int64 `[batch]` for each column of documents.
-        positive_ids: int64 `[batch, n]`, padded with -1: further documents that are not negatives; None without labels.
+        document_ids: For each column of documents, their hashes, int64 `[batch]`; or, with labels, hash and label,
+            int64 `[batch, 2]`, -1 for no label.
+        positive_ids: int64 `[batch, n]`, padded with -1: labels of further documents that are not negatives; None for
+            none.
         anchor_ids: int64 `[batch, n]`, padded with -1: known anchors of each positive, its own first; None unless
             anchors are cached.
     """

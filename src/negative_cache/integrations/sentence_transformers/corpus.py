@@ -15,6 +15,19 @@ from negative_cache.integrations.sentence_transformers.text import CachedTexts
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS, hash_tokens
 
 
+def check_corpus_ids(ids: Sequence[int], documents: Sequence[str]) -> None:
+    """Raise ValueError unless there is one id per document and one text per id."""
+    if len(ids) != len(documents):
+        raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
+    texts: dict[int, str] = {}
+    for document_id, text in zip(ids, documents, strict=True):
+        if texts.setdefault(document_id, text) != text:
+            raise ValueError(
+                f"`ids` has the id {document_id} for two texts: {texts[document_id][:60]!r} and {text[:60]!r}. Give "
+                "each text an id of its own."
+            )
+
+
 class Corpus(NamedTuple):
     """Documents, and how to tokenize them.
 
@@ -39,10 +52,15 @@ class Corpus(NamedTuple):
     shows_progress: bool
 
     def batches(self, ranks: Ranks) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield cached features and int64 ids `[n]` of this rank's documents. If ids is None, call it on all ranks."""
+        """Yield features and ids of this rank's documents; if `ids` is None, call it on all ranks.
+
+        The ids are hashes, int64 `[n]`; or, with `ids`, hash and id, int64 `[n, 2]`.
+        """
         for positions, features in self._tokenized(self._positions_of_rank(ranks), "Filling the cache"):
-            hashes = hash_tokens(features[TOKENS])
-            ids = hashes if self.ids is None else torch.tensor([self.ids[i] for i in positions], device=hashes.device)
+            ids = hash_tokens(features[TOKENS])
+            if self.ids is not None:
+                labels = torch.tensor([self.ids[i] for i in positions], device=ids.device)
+                ids = torch.stack([ids, labels], dim=1)
             yield features, ids
 
     def _tokenized(
@@ -58,12 +76,12 @@ class Corpus(NamedTuple):
             yield batch, self.texts.from_inputs(inputs, is_cached=True)
 
     def _positions_of_rank(self, ranks: Ranks) -> Sequence[int]:
-        """Positions of the documents that this rank stores: the first of each id, assigned to ranks in turn."""
-        if self.ids is None and ranks.size == 1:
+        """Positions of the documents that this rank stores: the first of each text, assigned to ranks in turn."""
+        if ranks.size == 1:
             return range(len(self.documents))  # the cache stores equal hashes in one row
-        first: dict[int, int] = {}
-        for position, document_id in enumerate(self._all_hashes(ranks) if self.ids is None else self.ids):
-            first.setdefault(document_id, position)
+        first: dict[Any, int] = {}
+        for position, text in enumerate(self._all_hashes(ranks) if self.ids is None else self.documents):
+            first.setdefault(text, position)
         return list(first.values())[ranks.rank :: ranks.size]
 
     def _all_hashes(self, ranks: Ranks) -> list[int]:

@@ -1,43 +1,30 @@
-"""The label column: ids of the positives, which replace the hashes of their tokens."""
+"""The label column: further ids of the positives, in addition to the hashes of their tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import NO_ID
+from negative_cache.cache.validation import reads_without_sync
 
-def ids_from_labels(labels: Tensor | None, hashes: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Ids of the positives, and of further documents that are not negatives of the anchors.
 
-    Args:
-        labels: int `[batch]`, ids of the positives; or `[batch, n]`, each followed by ids of further positives, padded
-            with -1; or None.
-        hashes: int64 `[batch]`, hashes of the positives' tokens.
-
-    Returns:
-        `ids`, int64 `[batch]`: the labels, or the hashes if there are no labels. `positive_ids`, int64 `[batch, n]`:
-        the further positives and the hashes, or None if there are no labels.
-
-    Raises:
-        ValueError: `labels` are not integers, or their shape is wrong.
-    """
-    if labels is None or labels.numel() == 0:
-        return hashes, None
+def check_labels(labels: Tensor, count: int) -> None:
+    """Raise ValueError unless labels of `count` pairs have the right dtype and shape."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"`labels` is {labels.dtype}; the label column must hold integer document ids. Remove the column, "
             "or rename it, if it means something else."
         )
-    if labels.dim() not in (1, 2) or len(labels) != len(hashes):
-        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected [{len(hashes)}] or [{len(hashes)}, n].")
-    labels = labels.to(hashes.device, torch.int64)
-    if labels.dim() == 1:
-        return labels, hashes[:, None]
-    return labels[:, 0], torch.cat([labels[:, 1:], hashes[:, None]], dim=1)
+    if labels.dim() not in (1, 2) or len(labels) != count or (labels.dim() == 2 and labels.shape[1] == 0):
+        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected [{count}] or [{count}, n].")
+    if reads_without_sync(labels) and int(labels.min()) < NO_ID:
+        raise ValueError(f"`labels` has the value {int(labels.min())}; document ids are 0 or larger, -1 for unknown.")
 
 
-def check_labels_are_ids(labels: Tensor, hashes: Tensor) -> None:
-    """Raise ValueError if labels `[batch]` or `[batch, n]` appear to rate pairs; synchronizes the device.
+def check_labels_are_no_ratings(labels: Tensor, hashes: Tensor) -> None:
+    """Raise ValueError if labels `[batch, n]` appear to rate pairs; synchronizes the device.
 
     Labels rate pairs if all of them are 0 or 1 and the batch has more different texts than labels.
     """
@@ -47,3 +34,23 @@ def check_labels_are_ids(labels: Tensor, hashes: Tensor) -> None:
             "expected ids of documents. Keep the good pairs and remove the label column, or pass mined negatives as "
             "columns (anchor, positive, negative, ...): mine_hard_negatives(output_format='n-tuple')."
         )
+
+
+def have_other_text(labels: Tensor, hashes: Tensor, cache: NegativeCache | None) -> Tensor:
+    """Find labels that contradict "one label, one text", in the batch or in the cache.
+
+    Args:
+        labels: int64 `[batch]`: the label of each positive, -1 for unknown.
+        hashes: int64 `[batch]`: the hashes of their tokens.
+        cache: This rank's rows, whose documents are identified by hash and label; None if it is empty.
+
+    Returns:
+        bool `[batch]`: whether another text has the label, before it in the batch or in the cache.
+    """
+    order = labels.argsort(stable=True)
+    first = torch.searchsorted(labels[order], labels)
+    is_bad = hashes[order[first]] != hashes
+    if cache is not None and cache.num_ids > 1:
+        rows = cache.find(labels)
+        is_bad |= (rows >= 0) & (cache.document_ids[rows, 0] != hashes)
+    return is_bad & (labels >= 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache.specs import FeatureSpec
+from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import NO_ID, FeatureSpec
+from negative_cache.cache.validation import reads_without_sync
 from negative_cache.distributed import world
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.integrations.sentence_transformers.anchors import (
@@ -19,8 +22,12 @@ from negative_cache.integrations.sentence_transformers.anchors import (
     merge_anchors,
 )
 from negative_cache.integrations.sentence_transformers.batch import TextBatch
-from negative_cache.integrations.sentence_transformers.corpus import Corpus
-from negative_cache.integrations.sentence_transformers.labels import check_labels_are_ids, ids_from_labels
+from negative_cache.integrations.sentence_transformers.corpus import Corpus, check_corpus_ids
+from negative_cache.integrations.sentence_transformers.labels import (
+    check_labels,
+    check_labels_are_no_ratings,
+    have_other_text,
+)
 from negative_cache.integrations.sentence_transformers.text import CachedTexts
 from negative_cache.integrations.sentence_transformers.tokens import SPECS, TOKENS, hash_tokens
 from negative_cache.integrations.sentence_transformers.wrappers import check_wrappers, matryoshka_dims, unwrap
@@ -33,7 +40,10 @@ except ImportError as error:
         "NegativeCacheRankingLoss needs sentence-transformers: pip install 'negative-cache[train]'"
     ) from error
 
+logger = logging.getLogger(__name__)
+
 _SPECS: dict[str, FeatureSpec] = {**SPECS, ANCHOR_IDS: ANCHOR_IDS_SPEC}
+CHECK_EVERY = 100  # batches; where a check of labels synchronizes the device
 _HIDDEN_IN_MODEL_CARD = ("feature_device", "process_group")
 
 
@@ -45,9 +55,10 @@ class NegativeCacheRankingLoss(nn.Module):
     anchor in the batch, and are stored in the cache as well.
 
     A document is identified by a hash of its tokens: a document equal to an anchor's positive is never a negative of
-    the anchor, and no document has two rows. An integer column `label` sets the ids of the positives instead. If its
-    values are lists of integers of equal length, the first is the id of the positive, and the others are ids of further
-    positives of the anchor, padded with -1.
+    the anchor, and no document has two rows. An integer column `label` names documents in addition: its values are
+    lists of integers of equal length, first the id of the positive, then those of further positives of the anchor,
+    padded with -1. Single integers name only the positive, and add nothing to its hash. An id names one text. Single
+    integers that contradict this, such as classes or grades, are ignored with a warning; lists raise an error.
 
     Documents are text: padded `input_ids` and `attention_mask` (any transformer), or the flat `input_ids` and `offsets`
     of `StaticEmbedding`. Prompts are part of the text. A `Router` encodes cached documents with the document route.
@@ -120,7 +131,10 @@ class NegativeCacheRankingLoss(nn.Module):
         self._guide = (guide,)  # in a tuple, so that it is not a submodule and not trained
         self._anchors = CachedTexts("anchors", self._unwrapped_model, self.embed)
         self._documents = CachedTexts("documents", self._unwrapped_model, self.embed)
+        self._uses_labels = True
         self._has_checked_labels = False
+        self._num_unchecked = 0  # batches of labels since the last check
+        self._num_contradictions: Tensor | int = 0  # labels with another text among them
         self._options: dict[str, Any] = {
             "cache_size": cache_size,
             "scale": scale,
@@ -147,7 +161,10 @@ class NegativeCacheRankingLoss(nn.Module):
             self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """Compute the mean loss of a batch; in training, also update the cache.
+        """Compute the mean loss of a batch against the cache, and update the cache.
+
+        In eval mode, or with gradients disabled, compute the loss against the batch alone, and leave the cache as it
+        is. Its values can be compared from one evaluation to the next, and with those of in-batch losses.
 
         Args:
             sentence_features: Model inputs of the anchors, the positives, and any columns of negatives.
@@ -159,18 +176,20 @@ class NegativeCacheRankingLoss(nn.Module):
 
         Raises:
             ValueError: Fewer than two columns, inputs that are not text, labels that are not ids, or non-finite
-                embeddings. The cache is unchanged.
+                embeddings. The cache is unchanged. On a GPU, labels are checked in the first step and in every 100th.
         """
         columns = list(sentence_features)
         _check_columns(columns)
         check_wrappers(self.model, columns)
-        batch = self._read(columns, labels)  # before the model runs, which may change the inputs in place
+        is_training = self.training and torch.is_grad_enabled()  # in evaluation, the trainer disables only gradients
+        batch = self._read(columns, labels, is_training)  # before the model runs, which may change inputs in place
         embeddings = [self.embed(column) for column in columns]
         guide = self._guide_embeddings(batch.anchors, batch.documents)
-        loss = self._compute(self.cache_loss, batch.compare_with_documents(embeddings, *guide))
+        compute = self._compute if is_training else _in_batch_loss
+        loss = compute(self.cache_loss, batch.compare_with_documents(embeddings, *guide))
         if self.query_cache_loss is None:
             return loss
-        return (loss + self._compute(self.query_cache_loss, batch.compare_with_anchors(embeddings, *guide))) / 2
+        return (loss + compute(self.query_cache_loss, batch.compare_with_anchors(embeddings, *guide))) / 2
 
     def fill_from(
         self,
@@ -187,18 +206,18 @@ class NegativeCacheRankingLoss(nn.Module):
         Args:
             documents: Texts, the same on all ranks; each rank stores a part of them.
             ids: Ids of the documents, as in the `label` column; None if there is no such column. One document is stored
-                per id or, without ids, per distinct text.
+                per distinct text.
             batch_size: Number of documents to encode at once.
             show_progress_bar: Whether to show a progress bar.
             prompt: The prompt that `prompts` in the training arguments assigns to the column of documents.
             task: The route that `router_mapping` in the training arguments assigns to that column.
 
         Raises:
-            ValueError: There are more documents than rows (earlier batches remain stored), or `ids` and `documents`
-                have different lengths.
+            ValueError: There are more documents than rows (earlier batches remain stored), `ids` and `documents` have
+                different lengths, or an id has two texts.
         """
-        if ids is not None and len(ids) != len(documents):
-            raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
+        if ids is not None:
+            check_corpus_ids(ids, documents)
         model, was_training = self._unwrapped_model(), self.model.training
         corpus = Corpus(
             documents, ids, self._documents, model=model, batch_size=batch_size, prompt=prompt, task=task,
@@ -232,25 +251,79 @@ class NegativeCacheRankingLoss(nn.Module):
     def _unwrapped_model(self) -> Any:
         return unwrap(self.model)
 
-    def _read(self, columns: Sequence[dict[str, Any]], labels: Tensor | None) -> TextBatch:
+    def _read(self, columns: Sequence[dict[str, Any]], labels: Tensor | None, is_training: bool) -> TextBatch:
         """Convert the model inputs of a batch to cached features, and identify its texts."""
         is_symmetric = self.query_cache_loss is not None
         needs_anchors = is_symmetric or self._guide[0] is not None
-        anchors = self._anchors.from_inputs(columns[0], is_symmetric and self.training) if needs_anchors else {}
-        documents = [self._documents.from_inputs(column, is_cached=self.training) for column in columns[1:]]
+        anchors = self._anchors.from_inputs(columns[0], is_symmetric and is_training) if needs_anchors else {}
+        documents = [self._documents.from_inputs(column, is_cached=is_training) for column in columns[1:]]
         hashes = [hash_tokens(document[TOKENS]) for document in documents]
-        ids, positive_ids = ids_from_labels(labels, hashes[0])
-        if labels is not None and not self._has_checked_labels and len(labels) >= 3:
-            check_labels_are_ids(labels, hashes[0])
-            self._has_checked_labels = True
-        document_ids = [ids, *hashes[1:]]
+        document_ids, positive_ids = hashes, None
+        num_ids = 1 if self.cache_loss.cache is None else self.cache_loss.cache.num_ids
+        of_positives = torch.full_like(hashes[0], NO_ID)
+        if labels is not None and labels.numel():
+            cache = self.cache_loss.cache if is_training else None  # evaluation may have labels of its own
+            labels = self._checked_labels(labels, hashes[0], documents[0], cache)
+            of_positives, num_ids = labels[:, 0], 2 if cache is None else num_ids
+            if labels.shape[1] > 1:
+                positive_ids = labels[:, 1:]
+        if num_ids > 1:
+            of_columns = [of_positives, *(torch.full_like(hashes[0], NO_ID) for _ in hashes[1:])]
+            document_ids = [torch.stack(both, dim=1) for both in zip(hashes, of_columns, strict=True)]
         if not is_symmetric:
             return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids=None)
-        known = [known_anchors(self.cache_loss.cache, column_ids) for column_ids in document_ids]
-        anchor_ids = merge_anchors(ids, hash_tokens(anchors[TOKENS]), known[0])
+        known = [known_anchors(self.cache_loss.cache, column_hashes) for column_hashes in hashes]
+        anchor_ids = merge_anchors(hashes[0], hash_tokens(anchors[TOKENS]), known[0])
         known[0] = anchor_ids[:, :NUM_ANCHORS]
         documents = [document | {ANCHOR_IDS: stored} for document, stored in zip(documents, known, strict=True)]
         return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids)
+
+    def _checked_labels(
+        self, labels: Tensor, hashes: Tensor, documents: dict[str, Tensor], cache: NegativeCache | None
+    ) -> Tensor:
+        """Validate labels; return int64 `[batch, n]`, all -1 if labels turned out not to be ids of documents."""
+        check_labels(labels, len(hashes))
+        is_list = labels.dim() == 2 and labels.shape[1] > 1
+        labels = labels.to(hashes.device, torch.int64).view(len(hashes), -1)
+        if is_list and cache is not None and cache.num_ids == 1:
+            raise ValueError(
+                "`labels` name further positives, but the documents in the cache have no labels. Pass their ids to "
+                "`fill_from`, or give every dataset of this loss a label column."
+            )
+        if not self._uses_labels and not is_list:
+            return torch.full_like(labels, NO_ID)
+        is_bad = have_other_text(labels[:, 0].contiguous(), hashes, cache)
+        if reads_without_sync(hashes) or not self._has_checked_labels:
+            if not self._has_checked_labels and len(labels) >= 3:
+                check_labels_are_no_ratings(labels, hashes)
+                self._has_checked_labels = True
+            if bool(is_bad.any()):
+                at = int(is_bad.to(torch.uint8).argmax())
+                (text,) = self._documents.to_strings({TOKENS: documents[TOKENS][at : at + 1]})
+                self._reject_labels(f"label {int(labels[at, 0])} has the text {text[:60]!r} and another one", is_list)
+        else:
+            self._num_contradictions += is_bad.sum()
+            self._num_unchecked += 1
+            if self._num_unchecked == CHECK_EVERY:
+                count, self._num_contradictions, self._num_unchecked = int(self._num_contradictions), 0, 0
+                if count:
+                    self._reject_labels(f"{count} of the latest labels had another text before", is_list)
+        return labels if self._uses_labels or is_list else torch.full_like(labels, NO_ID)
+
+    def _reject_labels(self, what: str, is_list: bool) -> None:
+        """Raise for labels that are lists; otherwise ignore labels from now on, with a warning."""
+        meaning = f"The `label` column does not hold ids of documents: {what}. A document id names one text."
+        if is_list:
+            raise ValueError(
+                f"{meaning} Give each text an id of its own. If prompts or truncation changed since the labels were "
+                "cached, start with a new loss."
+            )
+        self._uses_labels = False
+        logger.warning(
+            "%s Labels are ignored from now on, and documents are identified by their tokens alone. If the column "
+            "means something else, such as a class or a grade, remove it or rename it.",
+            meaning,
+        )
 
     def _guide_embeddings(
         self, anchors: dict[str, Tensor], documents: Sequence[dict[str, Tensor]]
@@ -283,6 +356,8 @@ class NegativeCacheRankingLoss(nn.Module):
             if self.query_cache_loss is not None:
                 features[ANCHOR_IDS] = known_anchors(None, ids)
             self.cache_loss.specs = {key: _SPECS[key] for key in features}
+            if ids.dim() == 1 and self.cache_loss.cache is not None and self.cache_loss.cache.num_ids > 1:
+                batch["document_ids"] = torch.stack([ids, torch.full_like(ids, NO_ID)], dim=1)
             yield batch
 
     @property
@@ -328,6 +403,11 @@ def _check_similarity(similarity_fct: Any) -> None:
             f"`similarity_fct` is {similarity_fct!r}; the cache can only search by inner product: "
             "use util.cos_sim or util.dot_score."
         )
+
+
+def _in_batch_loss(cache_loss: NegativeCacheLoss, arguments: dict[str, Any]) -> Tensor:
+    """The loss against the batch alone."""
+    return cache_loss.in_batch_loss(**{key: value for key, value in arguments.items() if "features" not in key})
 
 
 def _check_columns(columns: Sequence[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ def _hard_negatives(
     train, names = data.judged("train"), list(data.corpus)
     queries = spread(list(train), NUM_QUERIES)
     found = _search(loss, cache, model, data, {query: train[query] for query in queries})
-    ages, ids = cache.age.tolist(), cache.document_ids.tolist()
+    ages, ids = cache.age.tolist(), _positions(cache).tolist()
     result = []
     for at, query in enumerate(queries):
         negatives = [
@@ -160,7 +160,7 @@ def _search(
 
 def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: RetrievalData) -> list[list[float]]:
     """Pairs of the age in steps and the staleness of up to 512 rows, evenly spaced in the order of age."""
-    names, ids = list(data.corpus), cache.document_ids
+    names, ids = list(data.corpus), _positions(cache)
     rows = (cache.filled & (ids >= 0) & (ids < len(names))).nonzero().squeeze(1)
     rows = rows[cache.age[rows].argsort(stable=True)]
     if not len(rows):
@@ -170,6 +170,11 @@ def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: Re
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
+
+
+def _positions(cache: NegativeCache) -> Tensor:
+    """The position in the corpus of each row's document, which is its label; -1 for unknown: int64 `[num_rows]`."""
+    return cache.document_ids[:, -1] if cache.num_ids > 1 else cache.document_ids
 
 
 def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
