@@ -16,6 +16,7 @@ from torch import Tensor
 
 from negative_cache.workbench.data import RetrievalData
 
+MAX_K = 100  # of the metrics
 SCORES_PER_CHUNK = 1 << 23
 TEXTS_PER_CHUNK = 1024  # between two reports of progress
 
@@ -70,7 +71,7 @@ def metrics_of(model: SentenceTransformer, data: RetrievalData, split: str, corp
     """The metrics of `evaluate`, with a corpus that is already encoded.
 
     The rank of a relevant document is 1 plus the number of documents with a higher score, or with the same score and a
-    smaller id. NaN counts as higher than all other scores.
+    smaller id. NaN counts as higher than all other scores. A document that `data` ignores for a query is left out.
     """
     ranks = _ranks(model, data, data.judged(split), corpus)
     per_query = [_metrics(ranks_of_query) for ranks_of_query, _ in ranks]
@@ -82,12 +83,17 @@ def metrics_of(model: SentenceTransformer, data: RetrievalData, split: str, corp
 def rankings_of(
     model: SentenceTransformer, data: RetrievalData, qrels: dict[str, list[str]], corpus: Corpus, count: int
 ) -> list[Ranking]:
-    """The `count` best documents of each query of `qrels`. Documents with the same score are ordered by id."""
+    """The `count` best documents of each query of `qrels`, without one that `data` ignores.
+
+    Documents with the same score are ordered by id.
+    """
     result = []
     for query, (ranks, scores) in zip(qrels, _ranks(model, data, qrels, corpus), strict=True):
         values, at = scores.sort(descending=True, stable=True)
-        best = zip(at[:count].tolist(), values[:count].tolist(), strict=True)
-        result.append(Ranking(query, min(ranks), [(corpus.names[place], score) for place, score in best]))
+        best = zip(at[: count + 1].tolist(), values[: count + 1].tolist(), strict=True)
+        named = [(corpus.names[place], score) for place, score in best]
+        ignored = data.ignored(query)
+        result.append(Ranking(query, min(ranks), [found for found in named if found[0] != ignored][:count]))
     return result
 
 
@@ -112,19 +118,37 @@ def search(
 def make_evaluator(model: SentenceTransformer, data: RetrievalData, split: str) -> InformationRetrievalEvaluator:
     """sentence-transformers' evaluator of a split, for its trainer. `evaluate` gives the same results faster."""
     qrels = data.judged(split)
-    return InformationRetrievalEvaluator(
+    kind = _IgnoringIdenticalIds if data.ignores_identical_ids else InformationRetrievalEvaluator
+    return kind(
         queries={query: data.queries[query] for query in qrels},
         corpus=data.corpus,
         relevant_docs={query: set(documents) for query, documents in qrels.items()},
         mrr_at_k=[10],
         ndcg_at_k=[10],
-        accuracy_at_k=[10],
-        precision_recall_at_k=[1, 10, 100],
-        map_at_k=[100],
+        accuracy_at_k=[10, MAX_K + 1] if data.ignores_identical_ids else [10],
+        precision_recall_at_k=[1, 10, MAX_K],
+        map_at_k=[MAX_K],
         name=split,
         batch_size=encoding_options(model)["batch_size"],
         write_csv=False,
     )
+
+
+class _IgnoringIdenticalIds(InformationRetrievalEvaluator):
+    """Leaves out of a query's results the document with the id of the query.
+
+    It must find `MAX_K + 1` documents, so that `MAX_K` are left; only the measure accuracy@(MAX_K + 1) makes it do so.
+    """
+
+    def compute_metrics(self, queries_result_list: list[Any]) -> dict[str, dict[int, float]]:
+        """The metrics, from the results of each query."""
+        kept = [
+            [hit for hit in hits if hit["corpus_id"] != query]
+            for query, hits in zip(self.queries_ids, queries_result_list, strict=True)
+        ]
+        metrics: dict[str, dict[int, float]] = super().compute_metrics(kept)
+        del metrics["accuracy@k"][MAX_K + 1]
+        return metrics
 
 
 def encode_corpus(model: SentenceTransformer, data: RetrievalData, on_progress: OnProgress | None = None) -> Corpus:
@@ -161,12 +185,15 @@ def _ranks(
     queries = model.encode_query([data.queries[query] for query in qrels], **encoding_options(model))
     places_of = {name: place for place, name in enumerate(corpus.names)}
     relevant = [sorted(places_of[document] for document in set(documents)) for documents in qrels.values()]
+    ignored = [None if (name := data.ignored(query)) is None else places_of[name] for query in qrels]
     step = max(1, SCORES_PER_CHUNK // len(corpus.names))
     places = torch.arange(len(corpus.names), device=corpus.embeddings.device)
     for start in range(0, len(queries), step):
         scores = model.similarity(queries[start : start + step], corpus.embeddings)
-        for row, own in zip(scores, relevant[start : start + step], strict=True):
-            at = torch.tensor(own, device=row.device)
+        for number, row in enumerate(scores, start):
+            if (place := ignored[number]) is not None:
+                row[place] = -torch.inf
+            at = torch.tensor(relevant[number], device=row.device)
             target = row[at, None]
             is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
             yield (1 + is_before.sum(dim=1)).tolist(), row

@@ -93,6 +93,14 @@ def test_quiet_and_json_print_the_result_alone_and_errors_are_never_quiet(place:
     assert "'[nowhere]' is not a file" in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate"])
+def test_ignoring_identical_ids_of_data_without_any_is_refused(command: str, place: Path, tmp_path: Path):
+    ended = invoke(*arguments(command, place, tmp_path / "out"), "--ignore-identical-ids")
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert "--ignore-identical-ids has no effect on pairs: no query has the id of a document" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_training_exits_with_1(place: Path, tmp_path: Path):
     ended = invoke(*arguments("train", place, tmp_path / "out"), "--learning-rate", "1e38")
     assert ended.exit_code == 1, ended.output

@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import pytest
 from command_line import invoke
 from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
 from negative_cache.workbench.compare.running import best_rate, extensions, summary
-from negative_cache.workbench.compare.table import verdict
+from negative_cache.workbench.compare.table import command_of_best, verdict
 from negative_cache.workbench.training.config import RunError
 from negative_cache.workbench.training.record import RunRecord
 
@@ -228,6 +228,18 @@ def test_configurations_differ_only_in_the_loss_and_its_settings():
     assert large == replace(plain, loss="gradcache", batch_size=16 * plain.batch_size)
     assert refreshed == replace(plain, loss="negative-cache", refresh_per_step=4)
     assert comparison.rates() == [0.02, 0.05, 0.125]
+
+
+def test_identical_ids_are_ignored_in_every_run_and_in_the_command_of_the_best():
+    comparison = Comparison("d", "static", ("in-batch",), "out", ignore_identical_ids=True)
+    config = comparison.run_config("in-batch", 0.1, 0)
+    assert config.ignore_identical_ids
+    runs = [record(0.5)]
+    loss = {"configuration": asdict(config), "learning_rate": 0.1, "runs": runs, "summary": summary(runs)}
+    command = command_of_best({"configuration": asdict(comparison), "losses": {"in-batch": loss}})
+    assert "--ignore-identical-ids" in shlex.split(command)
+    with pytest.raises(RunError, match="field=value"):
+        Comparison("d", "static", ("in-batch:ignore_identical_ids=true",), "out")
     assert parse_rates("0.1, 0.2") == (0.1, 0.2)
     with pytest.raises(RunError, match="positive"):
         Comparison("d", "static", ("in-batch",), "out", gradcache_factor=0)

@@ -55,8 +55,8 @@ def test_files_of_pairs_give_the_same_data_and_splits_share_no_document(tmp_path
         ("a.jsonl", '{"query": "x", "positive": "y"}\n{broken\n', "line 2: not JSON"),
         ("a.jsonl", '{"query": "x", "positive": "y"}\n[1]\n', "line 2: expected a JSON object"),
         ("a.jsonl", '{"query": "x", "text": "y"}\n', "line 1: no column positive"),
-        ("a.jsonl", '{"query": "x", "positive": 3}\n', "line 1: the column 'positive' is empty or not a text"),
-        ("a.csv", "query,positive\nx,y\nz\n", "line 3: expected 2 columns"),
+        ("a.jsonl", '{"query": "x", "positive": 3}\n', "line 1: 'positive' is of type int; expected a text"),
+        ("a.csv", "query,positive\nx,y\nz\n", "line 3: expected 2 columns as in the first line, got 1"),
         ("a.csv", "", "no pairs"),
         ("a.parquet", "no parquet", "not readable as parquet"),
         ("a.csv.gz", "no gzip", "not readable|gzip"),
@@ -90,11 +90,9 @@ def test_the_split_all_has_the_judgements_of_all_splits(tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
-        ("qrels/test.tsv", "qd0\tnowhere\t1", "line 12: the id 'nowhere' is not in the corpus"),
-        ("qrels/test.tsv", "nobody\td0\t1", "line 12: the id 'nobody' is not in queries"),
-        ("qrels/test.tsv", "qd0 d0 1", "line 12: expected query id, document id and integer score"),
+        ("qrels/test.tsv", "qd0 d0 1", "line 12: expected 3 columns .* got 1: 'qd0 d0 1'"),
         ("corpus.jsonl", '{"_id": "d0", "text": "again"}', "line 81: the id 'd0' occurs twice"),
-        ("queries.jsonl", '{"_id": "new"}', "line 81: expected the keys"),
+        ("queries.jsonl", '{"_id": "new"}', "line 81: there is no 'text', only '_id'"),
     ],
 )
 def test_malformed_beir_folders_are_reported_with_the_line(beir: Path, file: str, line: str, message: str):
@@ -118,7 +116,7 @@ def test_ids_that_are_lists_or_differ_only_in_type_are_refused(beir: Path):
     path = beir / "corpus.jsonl"
     good = path.read_text()
     path.write_text(good + '{"_id": ["x"], "text": "a"}\n')
-    with pytest.raises(DataError, match="line 81: expected the keys"):
+    with pytest.raises(DataError, match="line 81: '_id' is of type list"):
         load_data(str(beir))
     path.write_text(good + '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n')
     with pytest.raises(DataError, match="line 82: the id '1' occurs twice"):

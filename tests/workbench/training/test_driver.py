@@ -64,6 +64,40 @@ def test_train_evaluate_and_search_from_the_command_line(beir: Path, tmp_path: P
     assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
 
 
+def test_identical_ids_are_ignored_and_what_is_not_used_is_said_and_recorded(beir: Path, tmp_path: Path):
+    queries = [json.loads(line) for line in (beir / "queries.jsonl").read_text().splitlines()]
+    with (beir / "corpus.jsonl").open("a") as corpus:  # each query is a document, too
+        corpus.writelines(json.dumps({**query, "url": "x"}) + "\n" for query in queries)
+    with (beir / "qrels" / "test.tsv").open("a") as qrels:
+        qrels.write("qd70\tnowhere\t1\n")
+    output = tmp_path / "model"
+    given = ["--data", beir, "--batch-size", 8, "--max-steps", 4, "--eval-steps", 4, "--ignore-identical-ids"]
+    trained = invoke("train", *given, "--output", output, "--cache-size", 64)
+    assert trained.exit_code == 0, trained.output
+    notes = [
+        f"{beir / 'corpus.jsonl'}: keys that are not used: 'url'.",
+        f"{beir}: skipped judgements: 1 of documents that are not in the corpus (first: "
+        f"{beir / 'qrels' / 'test.tsv'}, line 12).",
+        "set: for 80 of 80 queries, the document with the same id is ignored.",
+    ]
+    record = json.loads((output / "run.json").read_text())
+    assert record["data_notes"] == notes
+    assert record["configuration"]["ignore_identical_ids"] is True
+    for note in notes:
+        assert trained.stderr.count(f"Note: {note}") == 1
+    (dev,) = [row["eval_dev_cosine_mrr@10"] for row in record["history"] if "eval_dev_cosine_mrr@10" in row]
+
+    def evaluate(*more: str) -> float:
+        ended = invoke("evaluate", "--model", output, "--data", beir, "--json", "--quiet", *more)
+        assert (ended.exit_code, ended.stderr) == (0, ""), ended.output
+        return json.loads(ended.stdout)["mrr@10"]
+
+    assert evaluate("--ignore-identical-ids") == pytest.approx(record["after"]["mrr@10"])
+    assert evaluate("--ignore-identical-ids", "--split", "dev") == pytest.approx(dev)
+    assert evaluate() < record["after"]["mrr@10"]  # a query's own text is always the first
+    assert evaluate("--split", "dev") < dev
+
+
 def test_seconds_exclude_evaluation(beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Slow(SentenceEvaluator):
         def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:

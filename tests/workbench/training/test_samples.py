@@ -69,3 +69,22 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
         torch.tensor(sorted(found["staleness_by_age"])), torch.tensor(pairs), atol=1e-5, rtol=1e-3
     )
     assert samples.of_cache(torch.nn.Identity(), static, data) == {}
+
+
+def test_a_document_with_the_id_of_the_query_is_not_listed_as_a_hard_negative(static: SentenceTransformer):
+    loss = NegativeCacheRankingLoss(static, cache_size=16, scale=10.0, seed=0)
+    names = [f"d{number}" for number in range(len(POSITIVES))]
+    data = RetrievalData(
+        "data",
+        dict(zip(names, POSITIVES, strict=True)),
+        dict(zip(names, ANCHORS, strict=True)),
+        {"train": {name: [names[at - 1]] for at, name in enumerate(names)}},
+    )
+    loss([static.preprocess(texts) for texts in (ANCHORS, POSITIVES)], torch.arange(len(names))).backward()
+
+    def listed(data: RetrievalData) -> list[bool]:
+        entries = samples.of_cache(loss, static, data)["negatives"]
+        return [entry["query"] in [row["document"] for row in entry["negatives"]] for entry in entries]
+
+    assert all(listed(data))
+    assert not any(listed(data.ignoring_identical_ids()))

@@ -34,6 +34,7 @@ def compare(
     gradcache_factor: Annotated[int, typer.Option(help="Factor that multiplies the batch size for gradcache.")] = 16,
     query_column: opt.QueryColumn = None,
     positive_column: opt.PositiveColumn = None,
+    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def compare(
         comparison = opt.make(
             Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
         )
-        loaded = terminal.load_data(data, query_column, positive_column)
+        loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids)
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))

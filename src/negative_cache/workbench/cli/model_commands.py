@@ -21,13 +21,14 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, dev, test or all.")] = "test",
     query_column: opt.QueryColumn = None,
     positive_column: opt.PositiveColumn = None,
+    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the retrieval quality of a model, for the queries of a split against the whole corpus."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        loaded = terminal.load_data(data, query_column, positive_column, split)
+        loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids, split)
         trained = _load_model(terminal, model)
         from negative_cache.workbench.evaluation import evaluate as evaluate_model
 

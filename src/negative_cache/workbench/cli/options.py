@@ -17,6 +17,9 @@ Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that S
 TrainedModel = Annotated[str, typer.Option(help="A name or path that SentenceTransformer loads.")]
 QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in a file of pairs.")]
 PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
+IgnoreIdenticalIds = Annotated[
+    bool, typer.Option("--ignore-identical-ids", help="Leave a document with the id of a query out of its results.")
+]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
 BatchSize = Annotated[int, typer.Option(help="Queries per step, on each rank.")]

@@ -80,13 +80,22 @@ class Terminal:
         return self.progress.status(escape(what))
 
     def load_data(
-        self, source: str, query_column: str | None, positive_column: str | None, split: str | None = None
+        self,
+        source: str,
+        query_column: str | None,
+        positive_column: str | None,
+        ignore_identical_ids: bool = False,
+        split: str | None = None,
     ) -> RetrievalData:
-        """Load a dataset; if a split is given, check that it has judgements."""
+        """Load a dataset, and print its notes; if a split is given, check that it has judgements."""
         with self.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
         with self.waiting(f"Reading {source} ..."):
             data = load_data(source, query_column, positive_column)
+            if ignore_identical_ids:
+                data = data.ignoring_identical_ids()
+            for note in data.notes:
+                self.progress.print(f"[bold yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
             if split is not None:
                 data.judged(split)
         return data

@@ -60,6 +60,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
     query_column: opt.QueryColumn = None,
     positive_column: opt.PositiveColumn = None,
+    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -74,7 +75,7 @@ def train(
             from negative_cache.workbench.training.driver import finished_run, run
         record = finished_run(config, resume)
         if record is None:
-            loaded = terminal.load_data(data, query_column, positive_column)
+            loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids)
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 record = run(config, loaded, resume=resume, on_step=on_step, on_progress=on_progress)
         if record is not None:

@@ -15,6 +15,7 @@ RATE_FACTORS = (0.4, 1.0, 2.5)
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
     "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
+    "ignore_identical_ids",
 }  # fmt: skip
 _OPTIONS = {field.name for field in fields(RunConfig)} - FIXED_FIELDS
 
@@ -54,6 +55,7 @@ class Comparison:
         gradcache_factor: Factor that multiplies the batch size for gradcache.
         query_column: See `load_data`.
         positive_column: See `load_data`.
+        ignore_identical_ids: See `RunConfig`.
     """
 
     data: str
@@ -71,6 +73,7 @@ class Comparison:
     gradcache_factor: int = 16
     query_column: str | None = None
     positive_column: str | None = None
+    ignore_identical_ids: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, ("seeds", "gradcache_factor"))
@@ -105,6 +108,7 @@ class Comparison:
             output=self.output,
             epochs=self.epochs,
             save_steps=None,
+            ignore_identical_ids=self.ignore_identical_ids,
             **options,
         )
 

@@ -59,7 +59,8 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
         RunFailedError: The process of a run was killed, or training failed with every loss. A learning rate or seed
             for which training fails is left out and listed in the result.
     """
-    about = {"name": data.name, "documents": len(data.corpus), "pairs": len(data.training_columns()["anchor"])}
+    about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
+    about["pairs"] = len(data.training_columns()["anchor"])
     for split in ("train", "dev", "test"):
         about[f"{split}_queries"] = len(data.judged(split))
     result = _begin(comparison, about)

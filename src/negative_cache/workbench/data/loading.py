@@ -20,6 +20,9 @@ def load_data(source: str, query_column: str | None = None, positive_column: str
         query_column: Column of the queries in pairs; default: query, anchor or question.
         positive_column: Column of the documents in pairs; default: positive, document, answer or passage.
 
+    Returns:
+        The dataset. Its `notes` say what was skipped or is not used.
+
     Raises:
         DataError: The data cannot be used; the message names the file and the line.
     """

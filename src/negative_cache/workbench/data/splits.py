@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from negative_cache.workbench.data.reading import Rows
+from negative_cache.workbench.data.reading import Rows, quoted, text_in
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
 
 QUERY_COLUMNS = ("query", "anchor", "question")
@@ -31,9 +31,16 @@ def from_pairs(name: str, rows: Rows, query_column: str | None, positive_column:
     """
     documents: dict[str, str] = {}
     positives: dict[str, list[str]] = {}
+    used: set[str] = set()
+    found: set[str] = set()
     for place, row in rows:
-        query = _field(row, place, query_column, QUERY_COLUMNS, "--query-column")
-        positive = _field(row, place, positive_column, POSITIVE_COLUMNS, "--positive-column")
+        columns = (
+            _column(row, place, query_column, QUERY_COLUMNS, "--query-column"),
+            _column(row, place, positive_column, POSITIVE_COLUMNS, "--positive-column"),
+        )
+        used.update(columns)
+        found |= row.keys()
+        query, positive = (text_in(row, column, place) for column in columns)
         document = documents.setdefault(positive, f"d{len(documents)}")
         relevant = positives.setdefault(query, [])
         if document not in relevant:
@@ -49,20 +56,30 @@ def from_pairs(name: str, rows: Rows, query_column: str | None, positive_column:
     qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
     for key, relevant in zip(queries, positives.values(), strict=True):
         qrels[split_of(corpus[groups.root(relevant[0])])][key] = relevant
-    return RetrievalData(name, corpus, queries, qrels)
+    return RetrievalData(name, corpus, queries, qrels, _notes(name, used, found - used))
 
 
-def _field(row: dict[str, Any], place: str, given: str | None, usual: tuple[str, ...], option: str) -> str:
+def _column(row: dict[str, Any], place: str, given: str | None, usual: tuple[str, ...], option: str) -> str:
+    """The column that a text is read from: the one that an option names, or the first of the usual ones."""
     for column in (given,) if given else usual:
-        value = row.get(column)
-        if isinstance(value, str) and value.strip():
-            return value
         if column in row:
-            raise DataError(f"{place}: the column {column!r} is empty or not a text.")
+            return column
     raise DataError(
-        f"{place}: no column {given or ' or '.join(usual)}, only {sorted(map(str, row))}. Name the column with "
-        f"{option}."
+        f"{place}: no column {given or ' or '.join(usual)}, only {quoted(row)}. Name the column with {option}. The "
+        "first line of a .csv or .tsv file has the names of the columns."
     )
+
+
+def _notes(name: str, used: set[str], unused: set[str]) -> tuple[str, ...]:
+    if not unused:
+        return ()
+    note = f"{name}: columns that are read: {quoted(used)}; not used: {quoted(unused)}."
+    if any("negative" in str(column).lower() for column in unused):
+        note += (
+            " No command trains with negatives from a file; NegativeCacheRankingLoss does, with the columns (anchor, "
+            "positive, negative, ...)."
+        )
+    return (note,)
 
 
 class _Groups:

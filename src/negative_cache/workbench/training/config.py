@@ -62,6 +62,7 @@ class RunConfig:
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         save_steps: Steps between checkpoints; None for no checkpoints.
+        ignore_identical_ids: Whether a document with the id of a query is neither a result nor a negative of it.
     """
 
     data: str
@@ -86,6 +87,7 @@ class RunConfig:
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
+    ignore_identical_ids: bool = False
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, LOSSES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RunRecord:
         dev: Metrics on the dev split after training; None if not measured.
         curve: Quality during training: step, seconds, documents_encoded, and test (metrics on that split).
         failed: Reason why training failed; None if it did not.
+        data_notes: What of the data was skipped or not used, see `RetrievalData`.
         history: Logs of the trainer.
     """
 
@@ -60,6 +61,7 @@ class RunRecord:
     dev: Metrics | None = None
     curve: list[dict[str, Any]]
     failed: str | None = None
+    data_notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]]
 
     def write(self, folder: Path) -> None:
@@ -74,7 +76,7 @@ class RunRecord:
             RunError: The file is damaged or is not the record of a run.
         """
         content = read_json(folder / RECORD)
-        expected = {field.name for field in fields(cls)}
+        expected = {entry.name for entry in fields(cls)}
         if set(content) != expected:
             raise RunError(
                 f"{folder / RECORD} is not the record of a run: expected the keys {', '.join(sorted(expected))}, got "

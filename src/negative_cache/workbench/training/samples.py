@@ -68,7 +68,8 @@ class _Found(NamedTuple):
     """Rows of the cache for a batch of queries.
 
     Attributes:
-        positive_rows: int64 `[batch, n]`: rows of the known positives, -1 for those that are not cached.
+        positive_rows: int64 `[batch, n]`: rows of the known positives, the first one first, and of a document that the
+            data ignore; -1 for those that are not cached.
         similarities: `[batch]`: similarity of each query and its first positive, with the model's embeddings.
         rows: int64 `[batch, NUM_NEGATIVES]`: the best rows that can be drawn, padded with -1.
         row_similarities: `[batch, NUM_NEGATIVES]`: their similarities, with the cached embeddings.
@@ -132,7 +133,8 @@ def _search(
     queries = embed(model, [data.queries[query] for query in qrels])
     positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
     numbers = {name: number for number, name in enumerate(data.corpus)}
-    ids = padded([[numbers[document] for document in documents] for documents in qrels.values()])
+    known = [data.never_negative(query, documents) for query, documents in qrels.items()]
+    ids = padded([[numbers[document] for document in documents] for documents in known])
     positive_ids = torch.tensor(ids, device=queries.device)
     positive_rows = cache.find(positive_ids.flatten()).view(positive_ids.shape)
     similarities = estimators.dot(queries, positives)

@@ -1,0 +1,42 @@
+"""Documents with the id of a query."""
+
+from __future__ import annotations
+
+import pytest
+
+from negative_cache.workbench.data import DataError, RetrievalData
+
+CORPUS = {"a": "text a", "b": "text b", "c": "text c"}
+
+
+def data(queries: dict[str, str], train: dict[str, list[str]]) -> RetrievalData:
+    return RetrievalData("set", CORPUS, queries, {"train": train, "test": {}})
+
+
+def test_a_document_with_the_id_of_its_query_is_not_a_negative():
+    given = data({"a": "text a", "x": "other"}, {"a": ["b", "c"], "x": ["c"]})
+    assert given.training_columns()["label"] == [[1, 2], [2, 1], [2, -1]]
+    assert given.ignored("a") is None
+    found = given.ignoring_identical_ids()
+    assert (found.ignored("a"), found.ignored("x")) == ("a", None)
+    assert found.training_columns()["label"] == [[1, 2, 0], [2, 1, 0], [2, -1, -1]]
+    assert found.notes == ("set: for 1 of 2 queries, the document with the same id is ignored.",)
+    assert found.ignoring_identical_ids() == found
+
+
+def test_judgements_of_ignored_documents_are_skipped_and_counted():
+    found = data({"a": "q", "b": "q"}, {"a": ["a", "c"], "b": ["b"]}).ignoring_identical_ids()
+    assert found.qrels == {"train": {"a": ["c"]}, "test": {}}
+    assert found.notes[-1].endswith("; skipped judgements of such documents: 2.")
+
+
+@pytest.mark.parametrize(
+    ("queries", "train", "message"),
+    [
+        ({"x": "q"}, {"x": ["a"]}, "has no effect on set: no query has the id of a document. .*'x'.*'a'"),
+        ({"a": "q"}, {"a": ["a"]}, "leaves no judgement of set"),
+    ],
+)
+def test_ignoring_ids_that_never_meet_or_always_do_is_refused(queries: dict, train: dict, message: str):
+    with pytest.raises(DataError, match=f"--ignore-identical-ids {message}"):
+        data(queries, train).ignoring_identical_ids()
