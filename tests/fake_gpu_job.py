@@ -1,4 +1,6 @@
-"""Steps on a fake GPU, which count where the host synchronizes it. Run as a script; prints one JSON object.
+"""Steps on a fake GPU: where the host synchronizes it, and where a step makes float64 tensors on a device without them.
+
+Run as a script; prints one JSON object.
 
 Tensors on the fake device have shapes but no values. Reading a value would synchronize a real device, and so would a
 copy to the host, or a copy from the host that is not asynchronous.
@@ -6,11 +8,12 @@ copy to the host, or a copy from the host that is not asynchronous.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import embedding, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from negative_cache import (
@@ -30,6 +34,7 @@ from negative_cache import (
     RaggedFeature,
 )
 from negative_cache.cache.specs import Specs
+from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
 
 GPU = "fakegpu"
 BATCH, DIM, WIDTH = 8, 16, 6
@@ -63,6 +68,30 @@ class Waits(TorchDispatchMode):
         self.places[f"{last.filename.rsplit('/', 1)[1]}:{last.name}: {last.line}"] += 1
 
 
+class WideTensors(Waits):
+    """Counts float64 and complex128 tensors on the fake device, by the line of the library that makes them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else WIDTH
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        if any(x.device.type == GPU and x.dtype in (torch.float64, torch.complex128) for x in tensors):
+            self.note()
+        return result
+
+
+@contextlib.contextmanager
+def without_float64() -> Iterator[WideTensors]:
+    """Declare that the fake device has no float64, and count such tensors."""
+    WITHOUT_FLOAT64.add(GPU)
+    try:
+        with WideTensors() as wide:
+            yield wide
+    finally:
+        WITHOUT_FLOAT64.discard(GPU)
+
+
 class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +111,20 @@ def steps(loss: nn.Module, encoder: Encoder, **extra: Callable[[], Any]) -> Call
         documents, queries = encoder(features), encoder(features)
         options = {key: make() for key, make in extra.items() if key != "tokens"}
         loss(queries, documents, features, **options).backward()
+
+    return run
+
+
+def evaluations(loss: nn.Module, encoder: Encoder) -> Callable[[], None]:
+    train = steps(loss, encoder)
+
+    def run() -> None:
+        train()
+        loss.eval()
+        with torch.no_grad():
+            features = {"row": torch.zeros(BATCH, dtype=torch.int64, device=GPU)}
+            loss(encoder(features), encoder(features), features)
+        loss.train()
 
     return run
 
@@ -136,6 +179,8 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
     return {
         "plain": steps(new(), encoder),
         "ids": steps(new(), encoder, document_ids=ids, positive_ids=lambda: torch.stack([ids(), ids()], dim=1)),
+        "bfloat16": steps(new(embedding_dtype=torch.bfloat16), encoder),
+        "evaluation": evaluations(new(), encoder),
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
         "ragged": steps(new_ragged(encoder), encoder, tokens=tokens),
@@ -163,7 +208,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
 def main() -> None:
     _setup_privateuseone_for_python_backend(GPU)
     getattr(torch, GPU).get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
-    found = {}
+    found: dict[str, dict[str, Any]] = {"waits": {}, "wide": {}}
     losses = [CacheClassificationLoss("embedding", ("row",), lambda s: 20.0 * s, top_k=top_k) for top_k in (None, 16)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for name, run in scenarios(Encoder(), losses).items():
@@ -172,7 +217,13 @@ def main() -> None:
                 run()
             with Waits() as waits:
                 run()
-            found[name] = dict(waits.places)
+            with without_float64() as wide:
+                run()
+            found["waits"][name], found["wide"][name] = dict(waits.places), dict(wide.places)
+            if name == "plain":
+                with WideTensors() as control:  # the same step on a device that has float64
+                    run()
+                found["control"] = dict(control.places)
     json.dump(found, sys.stdout)
 
 

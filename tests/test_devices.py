@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,25 +18,48 @@ import negative_cache
 from negative_cache import NegativeCacheLoss
 from support import as_on_a_gpu, needs_compiling_of_whole_steps, snapshot
 
-KINDS = ("plain", "ids", "int8", "samples and scale", "given negatives", "handler", "handler with top_k")
+KINDS = (
+    "plain",
+    "ids",
+    "bfloat16",
+    "evaluation",
+    "int8",
+    "samples and scale",
+    "given negatives",
+    "handler",
+    "handler with top_k",
+)
 SHARED_KINDS = ("own draws", "margins", "guide", "correction", "refresh", "matryoshka")
 
 registration = pytest.importorskip("torch.utils.backend_registration")
 
 
-def test_a_step_does_not_synchronize_the_device():
-    """Lines of the library that synchronize, for each kind of step on a device without values."""
+@pytest.fixture(scope="module")
+def steps_on_a_fake_gpu() -> dict[str, dict[str, Any]]:
+    """Lines of the library that synchronize or make float64 tensors, for each kind of step."""
     if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot define a device in Python")
     job = Path(__file__).with_name("fake_gpu_job.py")
     ended = subprocess.run([sys.executable, str(job)], text=True, capture_output=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    waits: dict[str, dict[str, int]] = json.loads(ended.stdout)
+    return json.loads(ended.stdout)
+
+
+def test_a_step_does_not_synchronize_the_device(steps_on_a_fake_gpu: dict[str, dict[str, Any]]):
+    waits = dict(steps_on_a_fake_gpu["waits"])
     assert sum(waits.pop("three waits").values()) == 3  # they are detected
     assert len(waits.pop("ragged")) == 1  # the width of the sampled documents
     on_the_host = waits.pop("features on the host")
     assert sum(on_the_host.values()) <= 5, on_the_host
     assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
+
+
+def test_a_step_makes_no_float64_tensor_on_a_device_without_them(steps_on_a_fake_gpu: dict[str, dict[str, Any]]):
+    """As on Apple's MPS, which also has no complex128."""
+    wide = steps_on_a_fake_gpu["wide"]
+    assert set(wide) >= {*KINDS, *SHARED_KINDS}
+    assert not any(wide.values()), wide
+    assert sum(steps_on_a_fake_gpu["control"].values()) > 5  # on a device that has float64, they are detected
 
 
 def is_number(node: ast.expr) -> bool:

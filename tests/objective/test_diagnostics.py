@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
 from negative_cache.cache.update import RowUpdates
@@ -321,14 +322,55 @@ def test_an_uneven_gradient_gives_one_warning_with_advice(
     assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
 
 
+def readings_of_training(has_ids: bool, distinct: int, **settings: Any) -> list[dict[str, float]]:
+    """The metrics of each of 12 steps, each with 8 of `distinct` documents in turn."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.nn.Parameter(torch.randn(distinct, 16, generator=generator))
+    loss_fn = NegativeCacheLoss(lambda f: normalize(table[f["row"]], dim=1), 64, seed=0, **settings)
+    optimizer, readings = torch.optim.SGD([table], 0.05), []
+    for number in range(12):
+        rows = (torch.arange(8) + 8 * number) % distinct
+        documents = normalize(table[rows], dim=1)
+        queries = normalize(documents + 0.5 * torch.randn(8, 16, generator=generator), dim=1)
+        loss_fn(queries, documents, {"row": rows}, rows if has_ids else None).backward()
+        readings.append(loss_fn.metrics())
+        optimizer.step()
+        optimizer.zero_grad()
+    return readings
+
+
+def test_copies_of_the_positives_give_one_warning_with_advice(caplog: pytest.LogCaptureFixture):
+    (message,) = warnings_of(caplog, lambda: readings_of_training(has_ids=False, distinct=16))
+    assert "near_duplicates" in message
+    assert "above 0.05" in message
+    assert "document_ids" in message
+    assert "label column" in message
+    assert "relative_margin" in message
+
+
 @pytest.mark.parametrize(
-    ("staleness", "ratio", "count"), [(0.49, 9.9, 0), (0.51, 1.0, 1), (0.0, 0.09, 1), (0.6, 11.0, 2)]
+    ("has_ids", "distinct", "settings"),
+    [(False, 200, {}), (True, 16, {}), (False, 16, {"relative_margin": 0.05})],
+    ids=["distinct documents", "ids", "a margin"],
+)
+def test_training_without_copies_gives_no_warning(
+    has_ids: bool, distinct: int, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    readings: list[dict[str, float]] = []
+    assert warnings_of(caplog, lambda: readings.extend(readings_of_training(has_ids, distinct, **settings))) == []
+    assert max(reading.get("near_duplicates", 0.0) for reading in readings) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("staleness", "ratio", "copies", "count"),
+    [(0.49, 9.9, 0.04, 0), (0.51, 1.0, 0.0, 1), (0.0, 0.09, 0.0, 1), (0.0, 1.0, 0.06, 1), (0.6, 11.0, 0.5, 3)],
 )
 def test_warnings_begin_at_their_thresholds(
-    staleness: float, ratio: float, count: int, caplog: pytest.LogCaptureFixture
+    staleness: float, ratio: float, copies: float, count: int, caplog: pytest.LogCaptureFixture
 ):
     cache, diagnostics = make_cache([0])[0], Diagnostics()
-    diagnostics.begin([partial(dict, staleness=torch.tensor(staleness))])
+    values = {"staleness": torch.tensor(staleness), "near_duplicates": torch.tensor(copies)}
+    diagnostics.begin([partial(dict, values)])
     queries, documents = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
     diagnostics.watch(queries, [documents])
     (ratio * queries + documents).sum().backward()

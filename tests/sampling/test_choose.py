@@ -23,7 +23,7 @@ from negative_cache.retrieval import Ceilings, RowPool, Scale, Search
 from negative_cache.retrieval.dense import retrieve_dense
 from negative_cache.retrieval.search import dense_scores
 from negative_cache.sampling.choose import Candidates, choose, count_equal, weigh_candidates
-from support import as_on_a_gpu
+from support import as_on_a_gpu, as_without_float64
 
 QUERIES, ROWS, DIM = 2, 3, 4
 
@@ -332,3 +332,15 @@ def test_each_querys_candidates_get_their_share_of_the_choice():
         choice = choose(sizes, query, 6, torch.tensor((number + 0.5) / 8, dtype=torch.float64))
         assert query[choice.at].bincount().tolist() == [2, 2, 2]
         assert choice.factors.tolist() == [2.0] * 6
+
+
+def test_a_choice_on_a_device_without_float64_is_the_same():
+    """4,096 of 65,536 candidates. Half of them have small chances, which a float32 sum of 4,096 would lose."""
+    sizes = torch.rand(65_536, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-4]).repeat(32_768)
+    query, uniform = torch.arange(len(sizes)) % 512, torch.tensor(0.3)
+    expected = choose(sizes, query, 4096, uniform.double())
+    with as_without_float64():
+        found = choose(sizes, query, 4096, uniform)
+    for value, other in zip(found, expected, strict=True):
+        assert value.dtype == other.dtype
+        assert torch.equal(value, other)

@@ -7,9 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from command_line import invoke
 from negative_cache.workbench import environment
+from support import as_without_float64
 
 
 def test_doctor_reports_the_search_and_unmet_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -32,6 +34,16 @@ def test_devices_report_the_search_of_narrow_rows():
     (cpu, *_) = environment.devices(32, "int8", num_samples=1, shared=True)
     assert cpu["device"] == "cpu"
     assert "int8 rows" in cpu["retrieval"]
+
+
+def test_doctor_prints_one_line_per_device(monkeypatch: pytest.MonkeyPatch):
+    """Here, the other accelerator is a device without values."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("meta"))
+    with as_without_float64(kind="meta"):
+        lines = invoke("doctor", COLUMNS="200").output.splitlines()
+    assert "Search on cpu: tiled PyTorch, float32 rows." in lines
+    assert "Search on meta: tiled PyTorch, float32 rows, float32 sums." in lines
+    assert any("meta: META" in line and "unknown" in line for line in lines)  # its memory
 
 
 def test_memory_is_predicted_per_rank():

@@ -138,20 +138,14 @@ class ManyRanks:
         ragged = [key for key in sorted(config.data_keys) if isinstance(cache.specs[key], RaggedFeature)]
         widths = self._widths(cache, candidate_rows, ragged)
         hidden = shard.found.new_empty(0) if drawn.num_hidden is None else drawn.num_hidden
-        sent = [
-            drawn.lse.double(),
-            drawn.best_scores.double(),
-            shard.found,
-            widths,
-            hidden,
-            cache.num_filled[None],
-        ]
+        sent = [drawn.lse, drawn.best_scores, shard.found, widths, hidden, cache.num_filled[None]]
         results = ranks.gather(sent, [[len(tensor) for tensor in sent]] * ranks.size)
-        # Every rank computes the same routes, on the CPU.
+        # Every rank computes the same routes, on the CPU, in float64.
         lse, best_scores, found, widths, hidden, filled = (
             value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, sent, strict=True)
         )
-        routes = plan_routes(config, handshake, lse, best_scores, uniform.cpu())
+        lse = lse.double()
+        routes = plan_routes(config, handshake, lse, best_scores.double(), uniform.cpu())
         merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
         shard = shard._replace(drawn=drawn._replace(lse=merged))
         weights: list[DocumentWeights] = []

@@ -94,7 +94,7 @@ def choose_shard(lse: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         lse: float64 `[shards, batch]`: logsumexp of each shard's scores, -inf if the query sees none of its rows.
-        uniform: float64 `[batch, num_samples]` in [0, 1).
+        uniform: `[batch, num_samples]` in [0, 1).
 
     Returns:
         int64 `[batch, num_samples]`: a shard with rows that the query sees, or -1 if there is none.

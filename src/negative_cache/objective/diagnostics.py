@@ -17,6 +17,9 @@ from negative_cache.cache.update import RowUpdates
 # Unit vectors with a cosine of 0.75 have a relative squared distance of 0.5. The draws then no longer follow the
 # softmax of the new embeddings. If one of two encoders has ten times the gradient of the other, it learns much faster.
 STALE, UNEVEN = 0.5, 10.0
+# The loss pulls a query to its positive and pushes it from the cached documents by their softmax weights. Copies of the
+# positive with a weight of 0.05 cancel a twentieth of the pull, as if 3 queries of 64 had only copies as negatives.
+DUPLICATED = 0.05
 PATIENCE = 3  # bad readings in a row until a warning: a model from scratch changes much in its first steps
 NEAR_DUPLICATE = 0.99  # a document with at least this cosine to the positive counts as a copy of it
 MAX_KEPT = 2**18  # number of products that a step keeps until `read`; with more, values are computed at once
@@ -31,7 +34,11 @@ class Diagnostics:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._gradients: dict[str, list[Tensor]] = {}
-        self._num_bad = {"staleness": 0, "ratio": 0}  # bad readings in a row; PATIENCE of them log a warning
+        self._num_bad = {
+            "staleness": 0,
+            "ratio": 0,
+            "near_duplicates": 0,
+        }  # bad readings in a row; PATIENCE of them log a warning
 
     def begin(self, records: Sequence[Record]) -> None:
         """Start a step with its first records."""
@@ -85,6 +92,13 @@ class Diagnostics:
                 f"The gradient of the {side}' embeddings is {max(ratio, 1 / max(ratio, 1e-12)):.0f} times that of the "
                 f"{other}'. One encoder will learn much faster than the other: lower its learning rate, clip "
                 "gradients, use more num_samples, or train in both directions."
+            )
+        duplicates = numbers.get("near_duplicates", 0.0)
+        if self._is_time_to_warn("near_duplicates", duplicates > DUPLICATED):
+            logger.warning(
+                f"Queries are trained against copies of their own positive: near_duplicates {duplicates:.2f}, above "
+                f"{DUPLICATED}. Pass document_ids (with sentence-transformers, a label column of ids), or set "
+                "relative_margin=0.05. If documents differ, the encoder gives all of them nearly the same embedding."
             )
 
     def _is_time_to_warn(self, what: str, is_bad: bool) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
+
+# Types of devices without float64: Apple's GPUs, and many of Intel's. Sums and uniforms are float32 on them, float64 on
+# all others. A float32 sum is exact enough over a few hundred blocks or rows, but not over all rows of a cache.
+WITHOUT_FLOAT64 = {"mps", "xpu"}
 
 
 def _registry() -> MutableMapping[int, torch.Generator]:
@@ -37,7 +42,7 @@ def register(generator: torch.Generator) -> None:
 
 
 def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """float64 uniforms in [0, 1) from a CPU generator, the same on every device."""
+    """Uniforms in [0, 1) from a CPU generator, the same on every device: float64, or float32 on `WITHOUT_FLOAT64`."""
     if torch.compiler.is_compiling():
         drawn: Tensor = torch.ops.negative_cache.uniforms(id(generator), shape, device)
         return drawn
@@ -48,11 +53,15 @@ def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.d
 def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
     """Draw positions from the softmax of `scores [batch, n]` by inverse CDF: int64 `[batch, num_samples]`.
 
-    The cumulative sums and the uniforms are float64, so that improbable positions are neither lost nor tied. A row
-    without a finite score gives arbitrary positions.
+    The cumulative sums and the uniforms are float64, so that improbable positions are neither lost nor tied. Without
+    float64, a draw takes two steps, with short sums: a block, then a position in it. A row without a finite score gives
+    arbitrary positions.
     """
     top = scores.amax(dim=1, keepdim=True)
-    weights = (scores - torch.where(top.isfinite(), top, 0)).to(torch.float64).exp()
+    scores = scores - torch.where(top.isfinite(), top, 0)
+    if scores.device.type in WITHOUT_FLOAT64:
+        return _sample_by_blocks(scores.exp(), num_samples, generator)
+    weights = scores.to(torch.float64).exp()
     uniform = uniforms((scores.shape[0], num_samples), generator, scores.device)
     return inverse_cdf(weights.cumsum(dim=1), uniform)
 
@@ -71,6 +80,18 @@ def inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
+def _sample_by_blocks(weights: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
+    """Draw positions in proportion to `weights [batch, n]`, in about sqrt(n) blocks: int64 `[batch, num_samples]`."""
+    batch, count = weights.shape
+    size = math.isqrt(max(count - 1, 0)) + 1
+    blocks = torch.nn.functional.pad(weights, (0, -count % size)).view(batch, -1, size)
+    in_all, in_block = uniforms((2, batch, num_samples), generator, weights.device)
+    block = inverse_cdf(blocks.sum(dim=2).cumsum(dim=1), in_all)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).cumsum(dim=2)
+    within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
+    return block * size + within
+
+
 def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if generator not in _generators:
         raise RuntimeError(
@@ -80,6 +101,9 @@ def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> T
     drawn = torch.rand(
         tuple(shape), generator=_generators[generator], dtype=torch.float64, device="cpu", pin_memory=pins
     )
+    if device.type in WITHOUT_FLOAT64:
+        # Rounding may give 1, which is no uniform. The copy is synchronous: `drawn` must not be freed before its end.
+        return drawn.to(torch.float32).clamp_(max=1 - 2**-24).to(device)
     return drawn.to(device, non_blocking=True)
 
 
@@ -92,7 +116,9 @@ def _define() -> None:
     torch.library.impl("negative_cache::uniforms", "BackendSelect", _uniforms)
     torch.library.register_fake(
         "negative_cache::uniforms",
-        lambda generator, shape, device: torch.empty(shape, dtype=torch.float64, device=device),
+        lambda generator, shape, device: torch.empty(
+            shape, dtype=torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64, device=device
+        ),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.retrieval.dense import exact_top_k
-from negative_cache.retrieval.randomness import inverse_cdf, sample, uniforms
+from negative_cache.retrieval.randomness import WITHOUT_FLOAT64, inverse_cdf, sample, uniforms
 from negative_cache.retrieval.search import Retrieved, Search, group_bounds
 from negative_cache.retrieval.tile_scores import BLOCK, Tiles, narrow_products
 
@@ -71,8 +71,9 @@ class _Reservoir:
         device, batch = tiles.buffer.device, tiles.batch
         self.tiles = tiles
         self.generator = generator
-        # float64: over thousands of tiles a float32 sum would drift
-        self.lse = torch.full((batch,), -torch.inf, dtype=torch.float64, device=device)
+        # float64 if possible: a float32 sum drifts over thousands of tiles, by a few units in the last place per tile
+        dtype = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+        self.lse = torch.full((batch,), -torch.inf, dtype=dtype, device=device)
         self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=device)
         # for each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
         num_chunks, num_blocks = -(-tiles.tile_rows // tiles.chunk_rows), -(-tiles.chunk_rows // BLOCK)
@@ -101,8 +102,8 @@ class _Reservoir:
             return
         top = self.top.amax(dim=0)
         share = (self.top - top.clamp(min=torch.finfo(top.dtype).min)).exp()
-        cumulative = (self.sums * share[:, None]).flatten(0, 1).to(torch.float64).cumsum(dim=0)
-        tile_lse = top.double() + cumulative[-1].log()
+        cumulative = (self.sums * share[:, None]).flatten(0, 1).to(self.lse.dtype).cumsum(dim=0)
+        tile_lse = top.to(self.lse.dtype) + cumulative[-1].log()
         lse = torch.logaddexp(self.lse, tile_lse)
         chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
         self.lse = lse
@@ -128,7 +129,7 @@ class _Reservoir:
         begin = block // num_blocks * tiles.chunk_rows
         end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
         members = (begin + block % num_blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
-        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(torch.float64)
+        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(self.lse.dtype)
         inside = torch.where(members < end, weights, 0).cumsum(dim=2)
         within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
         drawn = start + members.gather(2, within[:, :, None]).squeeze(2)

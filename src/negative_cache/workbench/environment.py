@@ -97,8 +97,9 @@ def _devices() -> Iterator[tuple[torch.device, str, int | None, int | None]]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         yield torch.device("cuda", number), torch.cuda.get_device_name(number), total, free
-    if torch.backends.mps.is_available():
-        yield torch.device("mps"), "Metal", None, None
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if other is not None and other.type != "cuda":
+        yield other, {"mps": "Metal"}.get(other.type, other.type.upper()), None, None
 
 
 def _host_memory() -> tuple[int | None, int | None]:

@@ -61,15 +61,16 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for extra, unmet in found["extras"].items():
         needs = f"missing {', '.join(unmet)}: pip install 'negative-cache[{extra}]'" if unmet else "complete"
         lines.append(f"Extra {extra}: {needs}")
+    lines += [f"Search on {device['device']}: {device['retrieval']}" for device in found["devices"]]
     return lines
 
 
 def _devices_table(devices: list[dict[str, Any]]) -> Table:
-    table = Table(title="Devices, and how each would search the cache")
-    for heading in ("device", "memory", "free", "search"):
+    table = Table(title="Devices")
+    for heading in ("device", "memory", "free"):
         table.add_column(heading, overflow="fold")
     for device in devices:
         sizes = (device["memory_bytes"], device["free_bytes"])
         cells = ("unknown" if size is None else f"{size / 1e9:.1f} GB" for size in sizes)
-        table.add_row(f"{device['device']}: {device['name']}", *cells, device["retrieval"])
+        table.add_row(f"{device['device']}: {device['name']}", *cells)
     return table
