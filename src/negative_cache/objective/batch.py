@@ -203,7 +203,8 @@ def _append_negatives(
         new_ids = torch.cat(
             [value.new_full((len(value),), NO_ID, dtype=torch.int64) if i is None else i for i, value in both]
         )
-    return torch.cat([documents, negatives]), concatenate(features, inputs.negative_features, specs), new_ids
+    both_features = {"document_features": features, "negative_features": inputs.negative_features}
+    return torch.cat([documents, negatives]), concatenate(both_features, specs), new_ids
 
 
 def _check_extras(inputs: BatchInputs, count: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
