@@ -189,9 +189,9 @@ class RaggedColumn(_Column):
         self.pads_left = pads_left
         return self
 
-    def note_side(self, pads_left: Tensor) -> None:
-        """Pad on the left from now on if the bool scalar `pads_left` is True; does not synchronize a device."""
-        if not reads_without_sync(pads_left):
+    def note_side(self, pads_left: Tensor | bool) -> None:
+        """Pad on the left from now on if `pads_left` is True; does not synchronize a device."""
+        if isinstance(pads_left, Tensor) and not reads_without_sync(pads_left):
             self.pads_left |= pads_left.to(self.pads_left.device)
         elif bool(pads_left):
             self.pads_left.fill_(True)

@@ -171,8 +171,8 @@ class NegativeCache(nn.Module):
         assert isinstance(column, RaggedColumn)
         return column.pads_left
 
-    def note_side(self, key: str, pads_left: Tensor) -> None:
-        """Pad a ragged feature on the left from now on if the bool scalar `pads_left` is True."""
+    def note_side(self, key: str, pads_left: Tensor | bool) -> None:
+        """Pad a ragged feature on the left from now on if `pads_left` is True; does not synchronize the device."""
         column = self._columns[key]
         assert isinstance(column, RaggedColumn)
         column.note_side(pads_left)

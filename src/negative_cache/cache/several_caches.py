@@ -76,8 +76,8 @@ class PooledCaches:
         """Whether a ragged feature of any cache is padded on the left when it is read: bool scalar."""
         return torch.stack([cache.pads_left(key) for cache in self.caches]).any()
 
-    def note_side(self, key: str, pads_left: Tensor) -> None:
-        """Pad a ragged feature of all caches on the left from now on if the bool scalar `pads_left` is True."""
+    def note_side(self, key: str, pads_left: Tensor | bool) -> None:
+        """Pad a ragged feature of all caches on the left from now on if `pads_left` is True."""
         for cache in self.caches:
             cache.note_side(key, pads_left)
 

@@ -41,7 +41,7 @@ class RowUpdates(NamedTuple):
 def check_new_items(
     cache: NegativeCache,
     specs: Specs,
-    new_items: Features,
+    new_items: Features | Items,
     *,
     mask: Tensor | None = None,
     known_finite: Collection[str] = (),

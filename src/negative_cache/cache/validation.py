@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +27,6 @@ from negative_cache.cache.specs import (
     padding_value,
 )
 
-_PADS_RIGHT = torch.zeros((), dtype=torch.bool, device="cpu")
-
 
 class RaggedRows(NamedTuple):
     """Validated values of a ragged feature. Each item starts at column 0, with padding after its end.
@@ -35,12 +34,12 @@ class RaggedRows(NamedTuple):
     Attributes:
         values: `[n, width]`.
         lengths: int64 `[n]`.
-        pads_left: bool scalar, on any device: whether `pad_rows` moves the padding to the left.
+        pads_left: Whether `pad_rows` moves the padding to the left; a bool scalar tensor if the host may not know it.
     """
 
     values: Tensor
     lengths: Tensor
-    pads_left: Tensor = _PADS_RIGHT
+    pads_left: Tensor | bool = False
 
 
 # Validated items: per feature a tensor `[n, *shape]`, or ragged rows.
@@ -133,7 +132,7 @@ def check_finite_items(name: str, items: Items, mask: Tensor | None = None) -> N
             )
 
 
-def check_features(name: str, features: Features, specs: Specs) -> dict[str, Tensor | RaggedRows]:
+def check_features(name: str, features: Features | Items, specs: Specs) -> dict[str, Tensor | RaggedRows]:
     """Validate items against their specs, pad them and cast them to the stored dtype.
 
     Args:
@@ -172,7 +171,7 @@ def check_features(name: str, features: Features, specs: Specs) -> dict[str, Ten
     return {**checked, **_strip_padding(name, ragged, features, specs)} if ragged else checked
 
 
-def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFeature | QuantizedFeature) -> Tensor:
+def _check_fixed(where: str, value: object, spec: FixedLenFeature | QuantizedFeature) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{where}` is {type(value).__name__}; expected a torch.Tensor.")
     if value.dim() == 0:
@@ -190,9 +189,9 @@ def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFea
     return pad(_cast(where, value, spec.dtype), pads, value=padding_value(spec))
 
 
-def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeature) -> RaggedRows:
-    if isinstance(value, RaggedRows) and value.values.dtype == spec.dtype:
-        return value  # already validated
+def _check_ragged(where: str, value: Tensor | Sequence[Tensor] | RaggedRows, spec: RaggedFeature) -> RaggedRows:
+    if isinstance(value, RaggedRows):  # already validated
+        return value._replace(values=_cast(where, value.values, spec.dtype))
     lengths = None
     if not isinstance(value, Tensor):
         if not value or any(not isinstance(row, Tensor) or row.dim() != 1 for row in value):
@@ -213,7 +212,9 @@ def _unpadded_lengths(values: Tensor, padding: float) -> Tensor:
     return ((values != padding) * positions).amax(dim=1)
 
 
-def _strip_padding(name: str, ragged: Mapping[str, RaggedRows], given: Features, specs: Specs) -> dict[str, RaggedRows]:
+def _strip_padding(
+    name: str, ragged: Mapping[str, RaggedRows], given: Features | Items, specs: Specs
+) -> dict[str, RaggedRows]:
     """Move all items to column 0. Features of equal width move alike and get the same lengths, so they stay aligned."""
     stripped: dict[str, RaggedRows] = {}
     for width in {rows.values.shape[1] for rows in ragged.values()}:
@@ -222,7 +223,7 @@ def _strip_padding(name: str, ragged: Mapping[str, RaggedRows], given: Features,
         tensors = {key: rows.values for key, rows in group.items() if width and isinstance(given[key], Tensor)}
         starts = _starts(name, tensors, specs)
         lengths = functools.reduce(torch.maximum, [rows.lengths for rows in group.values()])
-        pads_left = functools.reduce(torch.logical_or, [rows.pads_left.to(lengths.device) for rows in group.values()])
+        pads_left = functools.reduce(operator.or_, [rows.pads_left for rows in group.values()])
         if starts is not None:
             ends = lengths if MASK in tensors else torch.full_like(lengths, width)
             others = [group[key].lengths for key in group if key not in tensors]
@@ -282,8 +283,8 @@ def _check_right_padding(where: str, mask: Tensor) -> None:
     """Raise for left padding in a mask of a fixed shape that is narrower than its spec."""
     if mask.numel() and reads_without_sync(mask) and bool((mask.flatten(1)[:, 0] == 0).any()):
         raise ValueError(
-            f"`{where}` has shape {list(mask.shape)} and starts with 0, but its spec is wider, and fixed shapes are "
-            "padded on the right: the texts would have padding on both sides. Use RaggedFeature specs, or pad the "
+            f"`{where}` has shape {list(mask.shape)} and starts with 0. It is narrower than its spec, and fixed shapes "
+            "are padded on the right: the texts would have padding on both sides. Use RaggedFeature specs, or pad the "
             "texts to the full width."
         )
 
@@ -321,9 +322,9 @@ def pad_rows(rows: RaggedRows) -> Tensor:
     """The values of ragged rows, `[n, width]`, with padding on the left if `pads_left`, else on the right."""
     values, lengths, pads_left = rows
     width = values.shape[1]
-    if width == 0 or (reads_without_sync(pads_left) and not bool(pads_left)):
-        return values
-    return roll_rows(values, (lengths - width) * pads_left.to(values.device))
+    if isinstance(pads_left, Tensor):
+        pads_left = bool(pads_left) if reads_without_sync(pads_left) else pads_left.to(values.device)
+    return values if width == 0 or pads_left is False else roll_rows(values, (lengths - width) * pads_left)
 
 
 def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:
@@ -393,5 +394,5 @@ def _concatenate_rows(parts: Sequence[Any], padding: float) -> RaggedRows:
     return RaggedRows(
         torch.cat(to_common_width([first.values, second.values], padding)),
         torch.cat([first.lengths, second.lengths]),
-        first.pads_left | second.pads_left.to(first.pads_left.device),
+        first.pads_left | second.pads_left,
     )

@@ -176,9 +176,9 @@ class ManyRanks:
             arrivals=arrivals,
         )
         widths = {}
-        for key, (width, pads_left) in zip(ragged, layouts.amax(dim=0), strict=True):
-            widths[key] = int(width)
-            cache.note_side(key, pads_left > 0)  # a rank whose batches had no padding learns the side from the others
+        for key, (width, pads_left) in zip(ragged, layouts.amax(dim=0).tolist(), strict=True):
+            widths[key] = width
+            cache.note_side(key, bool(pads_left))  # a rank without padding learns the side from the others
         if len(routes.query):  # the same on all ranks
             self._fetch(sample, cache, config, widths)
         return sample

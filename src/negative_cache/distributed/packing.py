@@ -51,7 +51,7 @@ def pack_rows(features: Items, widths: Mapping[str, int]) -> Tensor:
         value = features[key]
         if isinstance(value, RaggedRows):
             columns.append(value.lengths[:, None])
-            columns.append(value.pads_left.to(value.lengths.device).expand(len(value.lengths), 1))
+            columns.append(value.lengths.new_zeros(len(value.lengths), 1, dtype=torch.bool) | value.pads_left)
             missing = widths[key] - value.values.shape[1]
             columns.append(torch.nn.functional.pad(value.values, (0, missing)))  # a negative number cuts off padding
         else:
