@@ -43,8 +43,9 @@ class RaggedFeature(NamedTuple):
         max_length: Maximum length of a sequence; None for no limit. Longer items raise an error on the CPU; on a GPU,
             they are truncated.
         default_value: The padding value; 0 if None. Set it to the tokenizer's padding id if the encoder reads that id.
-        padding_side: "left" to pad on the left before a mask has shown it; for batches without padding, and for
-            features without `attention_mask`, whose padding is then the values equal to `default_value` at the start.
+        padding_side: The side on which items are padded until a mask shows padding on the left. Set it to "left" if
+            batches have no padding, or no `attention_mask`; without a mask, values equal to `default_value` at the
+            start are then the padding, and those at the end are not.
     """
 
     dtype: torch.dtype
