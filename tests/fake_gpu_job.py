@@ -98,18 +98,19 @@ class Encoder(nn.Module):
         self.table = nn.Parameter(torch.zeros(100, DIM, device=GPU))
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        tokens = features.get("tokens")
         vectors = embedding(features["row"], self.table)
-        return normalize(vectors if tokens is None else vectors + embedding(tokens, self.table).sum(dim=1), dim=1)
+        for key in ("tokens", "attention_mask"):
+            if key in features:
+                vectors = vectors + embedding(features[key], self.table).sum(dim=1)
+        return normalize(vectors, dim=1)
 
 
 def steps(loss: nn.Module, encoder: Encoder, **extra: Callable[[], Any]) -> Callable[[], None]:
     def run() -> None:
         features = {"row": torch.zeros(BATCH, dtype=torch.int64, device=GPU)}
-        if "tokens" in extra:
-            features["tokens"] = extra["tokens"]()
+        features |= {key: extra[key]() for key in extra if key in ("tokens", "attention_mask")}
         documents, queries = encoder(features), encoder(features)
-        options = {key: make() for key, make in extra.items() if key != "tokens"}
+        options = {key: make() for key, make in extra.items() if key not in features}
         loss(queries, documents, features, **options).backward()
 
     return run
@@ -142,13 +143,15 @@ def handler_steps(encoder: Encoder, loss: CacheClassificationLoss) -> Callable[[
 
 
 def new_ragged(encoder: Encoder) -> NegativeCacheLoss:
-    """A loss with a ragged feature that has room for every row: growing its arena would synchronize the device."""
-    specs: Specs = {"row": FixedLenFeature([], torch.int64), "tokens": RaggedFeature(torch.int32, 32)}
+    """A loss with ragged features that have room for every row: growing their arenas would synchronize the device."""
+    ragged = {key: RaggedFeature(torch.int32, 32) for key in ("tokens", "attention_mask")}
+    specs: Specs = {"row": FixedLenFeature([], torch.int64), **ragged}
     loss = NegativeCacheLoss(encoder, 256, seed=0, specs=specs)
     embedding_spec = FixedLenFeature([DIM], torch.float32)
     loss.cache = NegativeCache.empty({"embedding": embedding_spec, **specs}, 256, GPU, scored_keys=["embedding"])
-    column = loss.cache.get_submodule("feature_tokens")
-    column.arena = torch.zeros(256 * 32, dtype=torch.int32, device=GPU)
+    for key in ragged:
+        column = loss.cache.get_submodule(f"feature_{key}")
+        column.arena = torch.zeros(256 * 32, dtype=torch.int32, device=GPU)
     return loss
 
 
@@ -183,7 +186,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         "evaluation": evaluations(new(), encoder),
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
-        "ragged": steps(new_ragged(encoder), encoder, tokens=tokens),
+        "ragged": steps(new_ragged(encoder), encoder, tokens=tokens, attention_mask=tokens),
         "given negatives": steps(
             new(),
             encoder,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.specs import QuantizedFeature, padding_value
+from negative_cache.cache.specs import QuantizedFeature, RaggedFeature, padding_value
 from negative_cache.cache.validation import RaggedRows, check_features, to_common_width
 
 
@@ -55,12 +55,18 @@ class IsInCacheFilterFn(CacheFilterFn):
             raise ValueError(
                 f"The filter compares {rounded}, which the cache keeps rounded to int8. Name other features."
             )
-        items = check_features("new_items", {key: new_items[key] for key in self.keys}, specs)
+        # Other ragged features, such as `attention_mask`, show the padding of those that are compared.
+        used = [key for key in new_items if key in self.keys or isinstance(specs.get(key), RaggedFeature)]
+        items = check_features("new_items", {key: new_items[key] for key in used}, specs)
         is_equal = cache.filled.expand(len(next(iter(new_items.values()))), -1)
         for key in self.keys:
-            value, rows = items[key], cache.embeddings(key)
+            value = items[key]
             if isinstance(value, RaggedRows):
-                value, rows = to_common_width([value.values, rows], padding_value(specs[key]))
+                stored = cache.read_rows(torch.arange(cache.num_rows, device=cache.device), [key])[key]
+                assert isinstance(stored, RaggedRows)
+                value, rows = to_common_width([value.values, stored.values], padding_value(specs[key]))
+            else:
+                rows = cache.embeddings(key)
             is_equal = is_equal & _equal_rows(value.to(rows.device), rows).to(cache.device)
         return ~is_equal.any(dim=1)
 

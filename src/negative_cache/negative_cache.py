@@ -83,13 +83,13 @@ class CacheManager:
         """
         if len(cache.written) != cache.num_rows:
             raise ValueError(f"The cache has {cache.num_rows} rows but {len(cache.written)} ages.")
+        cache = copy.deepcopy(cache)  # validation notes the side of padding in it
         specs, items, count = self.specs_of(cache), None, 0
         updates = check_updates(cache, specs, updated_item_data, updated_item_indices, updated_item_mask)
         if new_items:
             items = check_new_items(cache, specs, new_items, mask=new_items_mask)
             count = batch_size(items)
         mask = check_mask("new_items_mask", new_items_mask, count, cache.device)
-        cache = copy.deepcopy(cache)
         update_rows(cache, use_lru=self.use_lru, new_items=items, new_items_mask=mask, updates=updates)
         return cache
 

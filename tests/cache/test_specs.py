@@ -24,6 +24,7 @@ from negative_cache.cache.specs import (
     [
         ({}, ValueError, "empty"),
         ({"x": RaggedFeature(torch.int64, 0)}, ValueError, "max_length 0"),
+        ({"x": RaggedFeature(torch.int64, padding_side="both")}, ValueError, "padding_side 'both'; expected 'left' or"),
         ({"x": FixedLenFeature([2, -1], torch.int64)}, ValueError, "negative size"),
         ({"x": torch.int64}, TypeError, "expected FixedLenFeature, RaggedFeature or"),
         ({"x": FixedLenFeature([2], torch.int64, 0.5)}, ValueError, "default_value"),
@@ -83,6 +84,7 @@ def test_token_inputs_and_lists_are_inferred_as_ragged_and_the_rest_as_fixed() -
         FixedLenFeature([], torch.bool),
         RaggedFeature(torch.int32, 128, 1),
         RaggedFeature(torch.float64),
+        RaggedFeature(torch.int32, padding_side="left"),
     ],
 )
 def test_specs_survive_json(spec: FixedLenFeature | RaggedFeature) -> None:

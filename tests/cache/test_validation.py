@@ -176,15 +176,23 @@ def test_concatenate_pads_to_the_wider_batch() -> None:
     specs = {"x": RaggedFeature(torch.int64, default_value=9), "y": FixedLenFeature([], torch.int64)}
     first = {"x": torch.tensor([[1, 2]]), "y": torch.tensor([1])}
     second = {"x": torch.tensor([[3]]), "y": torch.tensor([2])}
-    joined = concatenate(first, second, specs)
-    assert joined["x"].tolist() == [[1, 2], [3, 9]]
+    joined = concatenate({"first": first, "second": second}, specs)
+    assert joined["x"].values.tolist() == [[1, 2], [3, 9]]
+    assert joined["x"].lengths.tolist() == [2, 1]
     assert joined["y"].tolist() == [1, 2]
 
 
-def test_concatenate_of_a_list_and_a_tensor_is_a_list() -> None:
+def test_concatenate_takes_a_list_and_a_tensor() -> None:
     specs = {"x": RaggedFeature(torch.int64)}
-    joined = concatenate({"x": [torch.tensor([1, 2])]}, {"x": torch.tensor([[3], [4]])}, specs)
-    assert [row.tolist() for row in joined["x"]] == [[1, 2], [3], [4]]
+    joined = concatenate({"a": {"x": [torch.tensor([1, 2])]}, "b": {"x": torch.tensor([[3], [4]])}}, specs)
+    assert joined["x"].values.tolist() == [[1, 2], [3, 0], [4, 0]]
+    assert joined["x"].lengths.tolist() == [2, 1, 1]
+
+
+def test_concatenate_names_the_batch_with_an_error() -> None:
+    specs = {"x": RaggedFeature(torch.int64, 2)}
+    with pytest.raises(ValueError, match=r"`b\['x'\]` has items of 3 values"):
+        concatenate({"a": {"x": torch.ones(1, 2).long()}, "b": {"x": torch.ones(1, 3).long()}}, specs)
 
 
 def test_common_width_is_that_of_the_widest():

@@ -72,6 +72,20 @@ def test_ragged_features() -> None:
     assert is_new(cache, {"x": [torch.tensor([3]), torch.tensor([3, 3])]}).tolist() == [False, True]
 
 
+def test_ragged_features_are_compared_without_their_padding() -> None:
+    """Whatever its side, its width and its value under the mask."""
+    manager = CacheManager({"x": RaggedFeature(torch.int64), "attention_mask": RaggedFeature(torch.int64)}, 4)
+    known = {"x": torch.tensor([[9, 1, 2], [9, 9, 3]]), "attention_mask": torch.tensor([[0, 1, 1], [0, 0, 1]])}
+    cache = manager.update_cache(manager.init_cache(), new_items=known)
+    new = {
+        "x": torch.tensor([[8, 8, 1, 2], [8, 8, 8, 3], [8, 8, 9, 3]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]),
+    }
+    assert IsInCacheFilterFn(["x"])(cache, new).tolist() == [False, False, True]
+    on_the_right = {"x": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    assert IsInCacheFilterFn(["x", "attention_mask"])(cache, on_the_right).tolist() == [False, False]
+
+
 def test_an_empty_batch() -> None:
     assert IsInCacheFilterFn(["x"])(by_hand("x", torch.ones(2, 3)), {"x": torch.ones(0, 3)}).shape == (0,)
 

@@ -236,6 +236,36 @@ def test_ragged_features_of_several_caches_keep_their_padding() -> None:
     assert {tuple(row) for row in seen[0].tolist()} == {(1, 9), (2, 3)}
 
 
+def test_several_caches_are_padded_on_one_side() -> None:
+    """On the left, because the texts of one of them were."""
+    specs = {key: RaggedFeature(torch.int64) for key in ("item", "attention_mask")}
+    manager = CacheManager({"embedding": FixedLenFeature([2], torch.float32), **specs}, 2)
+    caches = {}
+    for name, tokens, mask in (("a", [[1, 1]], [[1, 1]]), ("b", [[2, 2, 2], [9, 9, 3]], [[1, 1, 1], [0, 0, 1]])):
+        new = {
+            "embedding": torch.ones(len(tokens), 2),
+            "item": torch.tensor(tokens),
+            "attention_mask": torch.tensor(mask),
+        }
+        caches[name] = manager.update_cache(manager.init_cache(), new_items=new)
+    assert not bool(caches["a"].pads_left("item"))
+    seen: list[dict[str, Tensor]] = []
+
+    def encoder(features: dict[str, Tensor]) -> Tensor:
+        seen.append(features)
+        return torch.ones(len(features["item"]), 2)
+
+    torch.manual_seed(0)
+    loss = CacheClassificationLoss("embedding", ("item", "attention_mask"))
+    loss(encoder, torch.ones(40, 2), torch.ones(40, 2), caches)
+    rows = zip(seen[0]["item"].tolist(), seen[0]["attention_mask"].tolist(), strict=True)
+    assert {(tuple(item), tuple(mask)) for item, mask in rows} == {
+        ((0, 1, 1), (0, 1, 1)),
+        ((2, 2, 2), (1, 1, 1)),
+        ((0, 0, 3), (0, 0, 1)),
+    }
+
+
 class SecondBest(AbstractRetrievalFn):
     def forward(self, scores: Tensor) -> Tensor:
         self.shape = scores.shape

@@ -18,7 +18,7 @@ from negative_cache.cache.specs import (
     Specs,
     padding_value,
 )
-from negative_cache.cache.validation import Items, RaggedRows
+from negative_cache.cache.validation import Items, RaggedRows, pad_rows, reads_without_sync
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -167,16 +167,34 @@ class RaggedColumn(_Column):
     arena: Tensor
     offsets: Tensor
     lengths: Tensor
+    pads_left: Tensor
 
     def __init__(
         self, spec: RaggedFeature, num_rows: int, device: torch.device, pinned_device: torch.device | None = None
     ) -> None:
         super().__init__(pinned_device)
+        home = device if pinned_device is None else pinned_device
         self.spec = spec
         self.tail = 0
-        self.register_buffer("arena", torch.empty(0, dtype=spec.dtype, device=device))
-        self.register_buffer("offsets", torch.zeros(num_rows, dtype=torch.int64, device=device))
-        self.register_buffer("lengths", torch.zeros(num_rows, dtype=torch.int64, device=device))
+        self.register_buffer("arena", torch.empty(0, dtype=spec.dtype, device=home))
+        self.register_buffer("offsets", torch.zeros(num_rows, dtype=torch.int64, device=home))
+        self.register_buffer("lengths", torch.zeros(num_rows, dtype=torch.int64, device=home))
+        # On the device of the cache even if the column is pinned: the batches that set it are there, and so are the
+        # rows that are read.
+        self.register_buffer("pads_left", torch.full((), spec.padding_side == "left", device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        pads_left = fn(self.pads_left)
+        super()._apply(fn, recurse)
+        self.pads_left = pads_left
+        return self
+
+    def note_side(self, pads_left: Tensor | bool) -> None:
+        """Pad on the left from now on if `pads_left` is True; does not synchronize a device."""
+        if isinstance(pads_left, Tensor) and not reads_without_sync(pads_left):
+            self.pads_left |= pads_left.to(self.pads_left.device)
+        elif bool(pads_left):
+            self.pads_left.fill_(True)
 
     @property
     def _is_slotted(self) -> bool:
@@ -198,15 +216,16 @@ class RaggedColumn(_Column):
         width = int(self.longest(rows)) if width is None else width
         lengths = self.lengths[rows]
         if width == 0:
-            return RaggedRows(self.arena.new_empty(len(rows), 0), lengths)
+            return RaggedRows(self.arena.new_empty(len(rows), 0), lengths, self.pads_left)
         positions = torch.arange(width, device=self.device)
         inside = positions < lengths[:, None]
         # Positions after the end of a sequence may lie outside the arena. They read value 0, which padding replaces.
         at = torch.where(inside, self.offsets[rows][:, None] + positions, 0)
-        return RaggedRows(self.arena[at].masked_fill_(~inside, padding_value(self.spec)), lengths)
+        return RaggedRows(self.arena[at].masked_fill_(~inside, padding_value(self.spec)), lengths, self.pads_left)
 
     def write(self, rows: Tensor, values: RaggedRows, is_any: Tensor | None = None) -> None:
         """Write `values` to `rows [n]`; see `write_columns`."""
+        self.note_side(values.pads_left)
         rows = rows.to(self.device)
         padded, lengths = values.values.to(self.device), values.lengths.to(self.device)
         count, width = padded.shape
@@ -227,7 +246,7 @@ class RaggedColumn(_Column):
 
     def dense(self) -> Tensor:
         """All rows, padded to the longest one; a copy `[num_rows, longest]`."""
-        return self.read(torch.arange(len(self.offsets), device=self.device)).values
+        return pad_rows(self.read(torch.arange(len(self.offsets), device=self.device)))
 
     def _compact(self, incoming: int) -> None:
         """Copy the values in use to a new arena with room for `incoming` more values."""
@@ -261,6 +280,7 @@ class RaggedColumn(_Column):
         if isinstance(arena, Tensor):  # a saved arena may have any size
             self.arena = torch.empty_like(arena, device=self.device)
             self.tail = arena.numel()
+        state_dict.setdefault(prefix + "pads_left", self.pads_left.clone())  # earlier versions saved none
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -289,9 +309,9 @@ def make_column(
         device: Device of the cache.
         pinned_device: Device on which the column stays when the cache is moved; None to move it with the cache.
     """
-    home = device if pinned_device is None else pinned_device
     if isinstance(spec, RaggedFeature):
-        return RaggedColumn(spec, num_rows, home, pinned_device)
+        return RaggedColumn(spec, num_rows, device, pinned_device)
+    home = device if pinned_device is None else pinned_device
     if isinstance(spec, QuantizedFeature):
         return QuantizedColumn(spec, num_rows, home, pinned_device)
     values = zeros([num_rows, *spec.shape], spec.dtype, home, reader=device)
@@ -361,7 +381,7 @@ def _write_on(
     device: torch.device, columns: Mapping[str, Column], rows: Tensor, items: Items, is_any: Tensor | None
 ) -> None:
     """`write_columns` for the columns on another device; all tensors are copied there together."""
-    parts = [part for value in items.values() for part in (value if isinstance(value, RaggedRows) else [value])]
+    parts = [part for value in items.values() for part in (value[:2] if isinstance(value, RaggedRows) else [value])]
     flags = [] if is_any is None else [is_any]
     arrived = iter(bring([rows, *flags, *parts], device))
     rows = next(arrived)
@@ -369,5 +389,7 @@ def _write_on(
         return
     for key, value in items.items():
         column: Any = columns[key]
-        is_ragged = isinstance(value, RaggedRows)
-        column.write(rows, RaggedRows(next(arrived), next(arrived)) if is_ragged else next(arrived))
+        if isinstance(value, RaggedRows):
+            column.write(rows, RaggedRows(next(arrived), next(arrived), value.pads_left))
+        else:
+            column.write(rows, next(arrived))

@@ -176,6 +176,18 @@ class NegativeCache(nn.Module):
         """Features of `rows [n]`: `[n, *shape]` each; ragged ones are padded to the longest of these rows."""
         return padded(self.read_rows(rows, keys))
 
+    def pads_left(self, key: str) -> Tensor:
+        """Whether a ragged feature is padded on the left when it is read: bool scalar on the cache's device."""
+        column = self._columns[key]
+        assert isinstance(column, RaggedColumn)
+        return column.pads_left
+
+    def note_side(self, key: str, pads_left: Tensor | bool) -> None:
+        """Pad a ragged feature on the left from now on if `pads_left` is True; does not synchronize the device."""
+        column = self._columns[key]
+        assert isinstance(column, RaggedColumn)
+        column.note_side(pads_left)
+
     def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
         """Features of `rows [n]` in the form that `write` accepts, each on its own device."""
         return read_columns(self._columns, rows, keys)
@@ -271,6 +283,8 @@ class NegativeCache(nn.Module):
             if name.startswith(f"{prefix}_rows_of_ids."):  # not saved, but rebuilt
                 continue
             value = state_dict.get(name)
+            if value is None and name.endswith(".pads_left"):  # earlier versions saved none
+                continue
             if value is None:
                 raise ValueError(f"The state dict has no entry {name!r}.")
             has_own_size = name.endswith(".arena")

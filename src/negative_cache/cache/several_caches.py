@@ -72,6 +72,15 @@ class PooledCaches:
             result = torch.where(inside, lengths, result)
         return result
 
+    def pads_left(self, key: str) -> Tensor:
+        """Whether a ragged feature of any cache is padded on the left when it is read: bool scalar."""
+        return torch.stack([cache.pads_left(key) for cache in self.caches]).any()
+
+    def note_side(self, key: str, pads_left: Tensor | bool) -> None:
+        """Pad a ragged feature of all caches on the left from now on if `pads_left` is True."""
+        for cache in self.caches:
+            cache.note_side(key, pads_left)
+
     def read_rows(self, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor | RaggedRows]:
         """Features of `rows [n]` on the device of `rows`: `[n, ...]` each, or ragged."""
         result: dict[str, Tensor | RaggedRows] = {}
@@ -107,7 +116,7 @@ def _where(
     if isinstance(new, RaggedRows) and isinstance(old, RaggedRows):
         values = _where(condition, new.values, old.values, padding)
         assert isinstance(values, Tensor)
-        return RaggedRows(values, torch.where(condition, new.lengths, old.lengths))
+        return RaggedRows(values, torch.where(condition, new.lengths, old.lengths), new.pads_left | old.pads_left)
     assert isinstance(new, Tensor)
     assert isinstance(old, Tensor)
     if new.dim() > 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 NO_ID = -1  # the id of a document whose id is unknown
+MASK = "attention_mask"  # the ragged feature whose zeros are the padding of the texts
 
 
 class FixedLenFeature(NamedTuple):
@@ -31,15 +32,26 @@ class RaggedFeature(NamedTuple):
     Items are stored without padding, unless one slot of `max_length` values per row takes less memory. When they are
     read, they are padded with `default_value` to the longest of the items read.
 
+    Ragged features of equal width in a batch, such as token ids and their mask, are stored aligned. Values equal to
+    `default_value` at the end of an item are padding. If one of these features is named `attention_mask`, its zeros at
+    the start of an item are padding in all of them, whatever the other values. After the first such batch, these
+    features are read with the padding on the left, including items of other batches. A batch whose masks have zeros at
+    both ends raises an error on the CPU.
+
     Attributes:
         dtype: dtype in which the values are stored.
-        max_length: Maximum length of a sequence; None for no limit.
-        default_value: The padding value; 0 if None. Padding at the end of an input is not stored.
+        max_length: Maximum length of a sequence; None for no limit. Longer items raise an error on the CPU; on a GPU,
+            they are truncated.
+        default_value: The padding value; 0 if None. Set it to the tokenizer's padding id if the encoder reads that id.
+        padding_side: The side on which items are padded until a mask shows padding on the left. Set it to "left" if
+            batches have no padding, or no `attention_mask`; without a mask, values equal to `default_value` at the
+            start are then the padding, and those at the end are not.
     """
 
     dtype: torch.dtype
     max_length: int | None = None
     default_value: float | None = None
+    padding_side: Literal["left", "right"] = "right"
 
 
 class QuantizedFeature(NamedTuple):
@@ -66,7 +78,7 @@ Specs = Mapping[str, FeatureSpec]
 Features = Mapping[str, Tensor | Sequence[Tensor]]
 
 # Inputs of transformers whose width differs from batch to batch.
-_TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+_TOKEN_KEYS = ("input_ids", MASK, "token_type_ids")
 
 
 def embedding_spec(dim: int, dtype: torch.dtype) -> FixedLenFeature | QuantizedFeature:
@@ -130,6 +142,8 @@ def check_specs(specs: Specs) -> None:
         if isinstance(spec, RaggedFeature):
             if spec.max_length is not None and spec.max_length < 1:
                 raise ValueError(f"specs[{key!r}] has max_length {spec.max_length}; it must be at least 1.")
+            if spec.padding_side not in ("left", "right"):
+                raise ValueError(f"specs[{key!r}] has padding_side {spec.padding_side!r}; expected 'left' or 'right'.")
         elif isinstance(spec, FixedLenFeature | QuantizedFeature):
             _check_shape(key, spec)
         else:
@@ -155,10 +169,11 @@ def _check_shape(key: str, spec: FixedLenFeature | QuantizedFeature) -> None:
 
 def spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
     """A spec as JSON; `spec_from_json` is the inverse."""
-    size = {"max_length": spec.max_length} if isinstance(spec, RaggedFeature) else {"shape": list(spec.shape)}
-    if isinstance(spec, QuantizedFeature):
-        return {**size, "dtype": "int8 with scales", "default_value": spec.default_value}
-    return {**size, "dtype": str(spec.dtype).removeprefix("torch."), "default_value": spec.default_value}
+    dtype = "int8 with scales" if isinstance(spec, QuantizedFeature) else str(spec.dtype).removeprefix("torch.")
+    common = {"dtype": dtype, "default_value": spec.default_value}
+    if isinstance(spec, RaggedFeature):
+        return {"max_length": spec.max_length, "padding_side": spec.padding_side, **common}
+    return {"shape": list(spec.shape), **common}
 
 
 def spec_from_json(spec: Mapping[str, Any]) -> FeatureSpec:
@@ -167,11 +182,12 @@ def spec_from_json(spec: Mapping[str, Any]) -> FeatureSpec:
         return QuantizedFeature(spec["shape"], spec["default_value"])
     dtype = getattr(torch, spec["dtype"])
     if "max_length" in spec:
-        return RaggedFeature(dtype, spec["max_length"], spec["default_value"])
+        side = spec.get("padding_side", "right")  # earlier versions saved none
+        return RaggedFeature(dtype, spec["max_length"], spec["default_value"], side)
     return FixedLenFeature(spec["shape"], dtype, spec["default_value"])
 
 
 def is_loadable(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether values saved with one spec fit another (both as JSON); `default_value` and `max_length` may differ."""
-    ignored = {"default_value": None, "max_length": None}
-    return set(saved) == set(own) and {**saved, **ignored} == {**own, **ignored}
+    """Whether values saved with one spec fit another (both as JSON); padding and `max_length` may differ."""
+    ignored = {"default_value": None, "max_length": None, "padding_side": None}
+    return {**saved, **ignored} == {**own, **ignored}

@@ -41,12 +41,12 @@ class RowUpdates(NamedTuple):
 def check_new_items(
     cache: NegativeCache,
     specs: Specs,
-    new_items: Features,
+    new_items: Features | Items,
     *,
     mask: Tensor | None = None,
     known_finite: Collection[str] = (),
 ) -> dict[str, Tensor | RaggedRows]:
-    """Validate items for insertion into a cache, without writing them.
+    """Validate items for insertion into a cache, without writing them; the cache notes the side of their padding.
 
     Args:
         cache: The cache.
@@ -71,6 +71,9 @@ def check_new_items(
             f"`new_items` has {count} items, the cache only {cache.num_rows} rows. "
             "Use a cache that is larger than the batch."
         )
+    for key, value in items.items():
+        if isinstance(value, RaggedRows):  # before rows are read, so that they are padded like this batch
+            cache.note_side(key, value.pads_left)
     unchecked = {key: value for key, value in items.items() if key not in known_finite}
     check_finite_items("new_items", unchecked, check_mask("new_items_mask", mask, count, cache.device))
     return items

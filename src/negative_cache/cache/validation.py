@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache.cache import device_copies as placement
 from negative_cache.cache.specs import (
+    MASK,
     NO_ID,
     Features,
+    FeatureSpec,
     FixedLenFeature,
     QuantizedFeature,
     RaggedFeature,
@@ -25,15 +29,17 @@ from negative_cache.cache.specs import (
 
 
 class RaggedRows(NamedTuple):
-    """Validated values of a ragged feature, padded after the end of each item.
+    """Validated values of a ragged feature. Each item starts at column 0, with padding after its end.
 
     Attributes:
         values: `[n, width]`.
         lengths: int64 `[n]`.
+        pads_left: Whether `pad_rows` moves the padding to the left; a bool scalar tensor if the host may not know it.
     """
 
     values: Tensor
     lengths: Tensor
+    pads_left: Tensor | bool = False
 
 
 # Validated items: per feature a tensor `[n, *shape]`, or ragged rows.
@@ -126,7 +132,7 @@ def check_finite_items(name: str, items: Items, mask: Tensor | None = None) -> N
             )
 
 
-def check_features(name: str, features: Features, specs: Specs) -> dict[str, Tensor | RaggedRows]:
+def check_features(name: str, features: Features | Items, specs: Specs) -> dict[str, Tensor | RaggedRows]:
     """Validate items against their specs, pad them and cast them to the stored dtype.
 
     Args:
@@ -137,11 +143,11 @@ def check_features(name: str, features: Features, specs: Specs) -> dict[str, Ten
 
     Returns:
         A tensor `[batch, *shape]` per fixed feature and `RaggedRows` per ragged one, without gradient. Ragged
-        features of the same width, such as token ids and their mask, share their lengths.
+        features of the same width, such as token ids and their mask, stay aligned.
 
     Raises:
-        ValueError: Unknown key, wrong shape, value longer than the spec, different batch sizes, or a value
-            that the stored integer dtype cannot hold.
+        ValueError: Unknown key, wrong shape, value longer than the spec, different batch sizes, padding on both sides,
+            or a value that the stored integer dtype cannot hold.
         TypeError: A floating point value for an integer feature, or vice versa.
     """
     unknown = set(features) - set(specs)
@@ -158,12 +164,14 @@ def check_features(name: str, features: Features, specs: Specs) -> dict[str, Ten
         else:
             fixed = checked[key] = _check_fixed(where, value, spec)
             sizes[key] = len(fixed)
+            if key == MASK and isinstance(value, Tensor) and value.shape != fixed.shape:
+                _check_right_padding(where, value)
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The values of `{name}` have different batch sizes: {sizes}.")
-    return {**checked, **_share_lengths(ragged)} if len(ragged) > 1 else checked
+    return {**checked, **_strip_padding(name, ragged, features, specs)} if ragged else checked
 
 
-def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFeature | QuantizedFeature) -> Tensor:
+def _check_fixed(where: str, value: object, spec: FixedLenFeature | QuantizedFeature) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{where}` is {type(value).__name__}; expected a torch.Tensor.")
     if value.dim() == 0:
@@ -181,9 +189,9 @@ def _check_fixed(where: str, value: Tensor | Sequence[Tensor], spec: FixedLenFea
     return pad(_cast(where, value, spec.dtype), pads, value=padding_value(spec))
 
 
-def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeature) -> RaggedRows:
-    if isinstance(value, RaggedRows) and value.values.dtype == spec.dtype:
-        return value  # already validated
+def _check_ragged(where: str, value: Tensor | Sequence[Tensor] | RaggedRows, spec: RaggedFeature) -> RaggedRows:
+    if isinstance(value, RaggedRows):  # already validated
+        return value._replace(values=_cast(where, value.values, spec.dtype))
     lengths = None
     if not isinstance(value, Tensor):
         if not value or any(not isinstance(row, Tensor) or row.dim() != 1 for row in value):
@@ -193,19 +201,7 @@ def _check_ragged(where: str, value: Tensor | Sequence[Tensor], spec: RaggedFeat
     if value.dim() != 2:
         raise ValueError(f"`{where}` has shape {list(value.shape)}; a ragged feature must be [batch, length].")
     value = _cast(where, value, spec.dtype)
-    if lengths is None:
-        lengths = _unpadded_lengths(value, padding_value(spec))
-    if spec.max_length is not None and value.shape[1] > spec.max_length:
-        longest = value.shape[1]
-        if reads_without_sync(value):
-            longest = int(lengths.amax()) if len(lengths) else 0
-        if longest > spec.max_length:
-            raise ValueError(
-                f"`{where}` has items of {longest} values; the spec's max_length is {spec.max_length}. "
-                "Truncate them or raise max_length."
-            )
-        value = value[:, : spec.max_length]
-    return RaggedRows(value, lengths)
+    return RaggedRows(value, _unpadded_lengths(value, padding_value(spec)) if lengths is None else lengths)
 
 
 def _unpadded_lengths(values: Tensor, padding: float) -> Tensor:
@@ -216,13 +212,81 @@ def _unpadded_lengths(values: Tensor, padding: float) -> Tensor:
     return ((values != padding) * positions).amax(dim=1)
 
 
-def _share_lengths(ragged: Mapping[str, RaggedRows]) -> dict[str, RaggedRows]:
-    """Give ragged features of equal width the same lengths, so that they stay aligned when they are read."""
-    longest: dict[int, Tensor] = {}
-    for values, lengths in ragged.values():
-        width = values.shape[1]
-        longest[width] = torch.maximum(longest[width], lengths) if width in longest else lengths
-    return {key: RaggedRows(values, longest[values.shape[1]]) for key, (values, _) in ragged.items()}
+def _strip_padding(
+    name: str, ragged: Mapping[str, RaggedRows], given: Features | Items, specs: Specs
+) -> dict[str, RaggedRows]:
+    """Move all items to column 0. Features of equal width move alike and get the same lengths, so they stay aligned."""
+    stripped: dict[str, RaggedRows] = {}
+    for width in {rows.values.shape[1] for rows in ragged.values()}:
+        group = {key: rows for key, rows in ragged.items() if rows.values.shape[1] == width}
+        # Lists and validated rows already start at column 0.
+        tensors = {key: rows.values for key, rows in group.items() if width and isinstance(given[key], Tensor)}
+        starts = _starts(name, tensors, specs)
+        lengths = functools.reduce(torch.maximum, [rows.lengths for rows in group.values()])
+        pads_left = functools.reduce(operator.or_, [rows.pads_left for rows in group.values()])
+        if starts is not None:
+            ends = lengths if MASK in tensors else torch.full_like(lengths, width)
+            others = [group[key].lengths for key in group if key not in tensors]
+            lengths = functools.reduce(torch.maximum, [ends - starts, *others])
+            pads_left = pads_left | (starts > 0).any()
+        for key, rows in group.items():
+            values = rows.values
+            if starts is not None and key in tensors:
+                is_padding = torch.arange(width, device=values.device) >= lengths[:, None]
+                values = roll_rows(values, starts).masked_fill_(is_padding, padding_value(specs[key]))
+            stripped[key] = _limit_length(f"{name}[{key!r}]", RaggedRows(values, lengths, pads_left), specs[key])
+    return stripped
+
+
+def _starts(name: str, tensors: Mapping[str, Tensor], specs: Specs) -> Tensor | None:
+    """The column of the first value of each item of aligned features, int64 `[n]`; None if all items start at 0."""
+    if MASK in tensors:
+        is_padding = tensors[MASK] == 0
+        starts = is_padding.cumprod(dim=1).sum(dim=1) % is_padding.shape[1]  # an item without any 1 starts at 0
+        if reads_without_sync(starts):
+            if not bool(starts.any()):
+                return None
+            if bool((is_padding[:, -1] & ~is_padding.all(dim=1)).any()):
+                raise ValueError(
+                    f"`{name}[{MASK!r}]` has zeros at the start of some texts and at the end of some; expected padding "
+                    "on one side of all texts. Pad them with one tokenizer.padding_side."
+                )
+        return starts
+    left = [
+        (values == padding_value(spec)).cumprod(dim=1).sum(dim=1)
+        for key, values in tensors.items()
+        if isinstance(spec := specs[key], RaggedFeature) and spec.padding_side == "left"
+    ]
+    return functools.reduce(torch.minimum, left) if left else None
+
+
+def _limit_length(where: str, rows: RaggedRows, spec: FeatureSpec) -> RaggedRows:
+    """Raise for items longer than the spec's `max_length`; truncate them where the host cannot read their lengths."""
+    limit = spec.max_length if isinstance(spec, RaggedFeature) else None
+    if limit is None or rows.values.shape[1] <= limit:
+        return rows
+    if reads_without_sync(rows.lengths) and len(rows.lengths) and int(rows.lengths.amax()) > limit:
+        raise ValueError(
+            f"`{where}` has items of {int(rows.lengths.amax())} values; the spec's max_length is {limit}. "
+            "Truncate them or raise max_length."
+        )
+    return rows._replace(values=rows.values[:, :limit], lengths=rows.lengths.clamp(max=limit))
+
+
+def roll_rows(values: Tensor, shifts: Tensor) -> Tensor:
+    """Rotate each row of `values [n, width]` to the left by its shift, int64 `[n]`."""
+    width = values.shape[1]
+    return values.gather(1, (torch.arange(width, device=values.device) + shifts[:, None]) % width)
+
+
+def _check_right_padding(where: str, mask: Tensor) -> None:
+    """Raise for left padding in a mask of a fixed shape that is narrower than its spec."""
+    if mask.numel() and reads_without_sync(mask) and bool((mask.flatten(1)[:, 0] == 0).any()):
+        raise ValueError(
+            f"`{where}` has shape {list(mask.shape)} and starts with 0. It is narrower than its spec, and fixed shapes "
+            "are padded on the right: the texts would have padding on both sides. Use RaggedFeature specs, or pad the "
+            "texts to the full width."
+        )
 
 
 def _cast(where: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,8 +314,17 @@ def batch_size(items: Items) -> int:
 
 
 def padded(items: Items) -> dict[str, Tensor]:
-    """The values of validated items, `[n, ...]` each; those of ragged features are already padded."""
-    return {key: value.values if isinstance(value, RaggedRows) else value for key, value in items.items()}
+    """The values of validated items, `[n, ...]` each; those of ragged features with padding on their side."""
+    return {key: pad_rows(value) if isinstance(value, RaggedRows) else value for key, value in items.items()}
+
+
+def pad_rows(rows: RaggedRows) -> Tensor:
+    """The values of ragged rows, `[n, width]`, with padding on the left if `pads_left`, else on the right."""
+    values, lengths, pads_left = rows
+    width = values.shape[1]
+    if isinstance(pads_left, Tensor):
+        pads_left = bool(pads_left) if reads_without_sync(pads_left) else pads_left.to(values.device)
+    return values if width == 0 or pads_left is False else roll_rows(values, (lengths - width) * pads_left)
 
 
 def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:
@@ -260,7 +333,7 @@ def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:
     for key, value in items.items():
         if isinstance(value, RaggedRows):
             at = index.to(value.values.device)
-            selected[key] = RaggedRows(value.values[at], value.lengths[at])
+            selected[key] = RaggedRows(value.values[at], value.lengths[at], value.pads_left)
         else:
             selected[key] = value[index.to(value.device)]
     return selected
@@ -269,7 +342,8 @@ def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:
 def to_device(value: Tensor | RaggedRows, device: torch.device) -> Tensor | RaggedRows:
     """Validated values on a device; see `placement.to_device`."""
     if isinstance(value, RaggedRows):
-        return RaggedRows(placement.to_device(value.values, device), placement.to_device(value.lengths, device))
+        values, lengths = placement.to_device(value.values, device), placement.to_device(value.lengths, device)
+        return RaggedRows(values, lengths, value.pads_left)
     return placement.to_device(value, device)
 
 
@@ -284,23 +358,41 @@ def to_common_width(values: Sequence[Tensor], fill: float = 0) -> list[Tensor]:
     ]
 
 
-def concatenate(first: Features, second: Features, specs: Specs) -> dict[str, Tensor | list[Tensor]]:
+def concatenate(batches: Mapping[str, Features], specs: Specs) -> dict[str, Any]:
     """Concatenate the items of two batches; features of different widths are padded to the wider one.
 
     Args:
-        first: Feature name -> tensor `[n, ...]` or list of `n` tensors; the result has its devices and dtypes.
-        second: The same keys.
-        specs: Spec per feature.
+        batches: Name of the argument, for error messages -> feature name -> tensor `[n, ...]` or list of `n` tensors.
+            The result has the devices of the first batch.
+        specs: Spec per feature. Ragged features are validated, because each batch may be padded on a side of its own.
 
     Returns:
-        Feature name -> tensor, or a list where either value is a list.
+        Feature name -> tensor; `RaggedRows` for ragged features.
     """
-    result: dict[str, Tensor | list[Tensor]] = {}
+    first, second = batches.values()
+    ragged = {key: spec for key, spec in specs.items() if isinstance(spec, RaggedFeature)}
+    checked = [check_features(name, {key: batch[key] for key in ragged}, ragged) for name, batch in batches.items()]
+    result: dict[str, Any] = {}
     for key, spec in specs.items():
         a, b = first[key], second[key]
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            result[key] = [*a, *b]
-            continue
-        a, b = to_common_width([a, b], padding_value(spec)) if a.dim() > 1 else (a, b)
-        result[key] = torch.cat([a, b.to(a.device, a.dtype)])
+        if key in ragged:
+            result[key] = _concatenate_rows([rows[key] for rows in checked], padding_value(spec))
+        elif isinstance(a, Tensor) and isinstance(b, Tensor):
+            a, b = to_common_width([a, b], padding_value(spec)) if a.dim() > 1 else (a, b)
+            result[key] = torch.cat([a, b.to(a.device, a.dtype)])
+        else:
+            result[key] = [*a, *b]  # refused later
     return result
+
+
+def _concatenate_rows(parts: Sequence[Any], padding: float) -> RaggedRows:
+    """Concatenate the ragged rows of two batches on the device of the first."""
+    device = parts[0].values.device
+    first, second = (to_device(rows, device) for rows in parts)
+    assert isinstance(first, RaggedRows)
+    assert isinstance(second, RaggedRows)
+    return RaggedRows(
+        torch.cat(to_common_width([first.values, second.values], padding)),
+        torch.cat([first.lengths, second.lengths]),
+        first.pads_left | second.pads_left,
+    )

@@ -136,12 +136,12 @@ class ManyRanks:
         drawn = shard.drawn
         candidate_rows = torch.cat([drawn.rows.flatten(), drawn.best_rows.flatten()])
         ragged = [key for key in sorted(config.data_keys) if isinstance(cache.specs[key], RaggedFeature)]
-        widths = self._widths(cache, candidate_rows, ragged)
+        layouts = self._layouts(cache, candidate_rows, ragged)
         hidden = shard.found.new_empty(0) if drawn.num_hidden is None else drawn.num_hidden
-        sent = [drawn.lse, drawn.best_scores, shard.found, widths, hidden, cache.num_filled[None]]
+        sent = [drawn.lse, drawn.best_scores, shard.found, layouts, hidden, cache.num_filled[None]]
         results = ranks.gather(sent, [[len(tensor) for tensor in sent]] * ranks.size)
         # Every rank computes the same routes, on the CPU, in float64.
-        lse, best_scores, found, widths, hidden, filled = (
+        lse, best_scores, found, layouts, hidden, filled = (
             value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, sent, strict=True)
         )
         lse = lse.double()
@@ -174,8 +174,12 @@ class ManyRanks:
             candidate_rows=candidate_rows,
             arrivals=arrivals,
         )
+        widths = {}
+        for key, (width, pads_left) in zip(ragged, layouts.amax(dim=0).tolist(), strict=True):
+            widths[key] = width
+            cache.note_side(key, bool(pads_left))  # a rank without padding learns the side from the others
         if len(routes.query):  # the same on all ranks
-            self._fetch(sample, cache, config, dict(zip(ragged, widths.amax(dim=0).tolist(), strict=True)))
+            self._fetch(sample, cache, config, widths)
         return sample
 
     def _gather_requests(self, request: SamplingRequest, uniform: Tensor) -> tuple[SamplingRequest, Tensor]:
@@ -194,11 +198,14 @@ class ManyRanks:
         new_ids = self.new_ids if len(self.new_ids) else None
         return SamplingRequest(result[2], result[1] if width else None, new_ids, **others), result[0]
 
-    def _widths(self, cache: RowSource, rows: Tensor, ragged: Sequence[str]) -> Tensor:
-        """The length of the longest of `rows [n]` in each ragged feature: int64 `[len(ragged)]`."""
-        if not ragged or len(rows) == 0:
-            return torch.zeros(len(ragged), dtype=torch.int64, device=self.device)
-        return torch.stack([cache.lengths(rows.clamp(min=0), key).amax() for key in ragged]).to(self.device)
+    def _layouts(self, cache: RowSource, rows: Tensor, ragged: Sequence[str]) -> Tensor:
+        """The length of the longest of `rows [n]` in each ragged feature, and `pads_left`: int64 `[len(ragged), 2]`."""
+        layouts = torch.zeros(len(ragged), 2, dtype=torch.int64, device=self.device)
+        if ragged and len(rows):
+            layouts[:, 0] = torch.stack([cache.lengths(rows.clamp(min=0), key).amax() for key in ragged])
+        if ragged:
+            layouts[:, 1] = torch.stack([cache.pads_left(key) for key in ragged])
+        return layouts
 
     def _arrivals(self, rows: Tensor) -> Arrivals:
         """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
@@ -336,7 +343,7 @@ def _pick(items: Mapping[str, Tensor | RaggedRows], index: Tensor) -> dict[str, 
     """Select received items at `index [n]`, `[n, ...]` each; ragged ones are cut to the longest selected item."""
     picked: Items = select(items, index)
     cut = {
-        key: RaggedRows(value.values[:, : int(value.lengths.amax()) if len(index) else 0], value.lengths)
+        key: value._replace(values=value.values[:, : int(value.lengths.amax()) if len(index) else 0])
         if isinstance(value, RaggedRows)
         else value
         for key, value in picked.items()

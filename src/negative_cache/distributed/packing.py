@@ -51,6 +51,7 @@ def pack_rows(features: Items, widths: Mapping[str, int]) -> Tensor:
         value = features[key]
         if isinstance(value, RaggedRows):
             columns.append(value.lengths[:, None])
+            columns.append(value.lengths.new_zeros(len(value.lengths), 1, dtype=torch.bool) | value.pads_left)
             missing = widths[key] - value.values.shape[1]
             columns.append(torch.nn.functional.pad(value.values, (0, missing)))  # a negative number cuts off padding
         else:
@@ -85,9 +86,11 @@ def unpack_rows(raw: Tensor, specs: Specs, widths: Mapping[str, int]) -> dict[st
     for key in sorted(specs):
         spec = specs[key]
         if isinstance(spec, RaggedFeature):
-            lengths, values = take(torch.int64, [1])[:, 0], take(spec.dtype, [widths[key]])
+            lengths, is_left = take(torch.int64, [1])[:, 0], take(torch.bool, [1])
+            values = take(spec.dtype, [widths[key]])
             inside = torch.arange(widths[key], device=raw.device) < lengths[:, None]
-            rows[key] = RaggedRows(torch.where(inside, values, values.new_tensor(padding_value(spec))), lengths)
+            values = torch.where(inside, values, values.new_tensor(padding_value(spec)))
+            rows[key] = RaggedRows(values, lengths, is_left.any())
         else:
             rows[key] = take(spec.dtype, list(spec.shape))
     return rows

@@ -217,7 +217,8 @@ def _append_negatives(
         both = ((document_ids, documents), (negative_ids, negatives))
         shape = known.shape[1:]
         new_ids = torch.cat([known.new_full((len(value), *shape), NO_ID) if i is None else i for i, value in both])
-    return torch.cat([documents, negatives]), concatenate(features, inputs.negative_features, specs), new_ids
+    both_features = {"document_features": features, "negative_features": inputs.negative_features}
+    return torch.cat([documents, negatives]), concatenate(both_features, specs), new_ids
 
 
 def _check_extras(inputs: BatchInputs, count: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negative_cache.cache.device_copies import to_device
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.validation import check_finite, padded
+from negative_cache.cache.validation import RaggedRows, check_finite, padded, to_device
 from negative_cache.sampling.config import RowSource
 
 DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
@@ -18,8 +17,11 @@ DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
 
 def read_features(cache: RowSource, rows: Tensor, keys: Sequence[str]) -> dict[str, Tensor]:
     """Read features of `rows [n]`, `[n, ...]` each, on the device of `rows`; ragged ones padded to the longest row."""
-    values = padded(cache.read_rows(rows, keys))
-    return {key: v if v.device == rows.device else to_device(v, rows.device) for key, v in values.items()}
+    items = cache.read_rows(rows, keys)
+    for key, value in items.items():
+        if (value.values if isinstance(value, RaggedRows) else value).device != rows.device:
+            items[key] = to_device(value, rows.device)
+    return padded(items)
 
 
 def encode(

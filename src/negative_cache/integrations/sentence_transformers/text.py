@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from negative_cache.cache.validation import roll_rows
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS, TYPES, to_tokens
 
 
@@ -26,6 +27,7 @@ class CachedTexts:
         self._embed = embed
         self._is_flat = False
         self._pad_token_id = 0
+        self._pads_left = False
         # Constants are inputs that are the same for all texts of a column: the route and the prompt length.
         self._latest_constants: dict[str, Any] = {}
         self._cached_constants: dict[str, Any] | None = None
@@ -44,8 +46,8 @@ class CachedTexts:
             ValueError: The inputs are not text, or their route or prompt length differs from that of the cached texts.
         """
         constants = self._constants_of(inputs)
-        features = to_tokens({key: value for key, value in inputs.items() if key != "prompt_length"})
         self._latest_constants = constants
+        features = to_tokens({key: value for key, value in inputs.items() if key != "prompt_length"}, self._is_left())
         if is_cached:
             self._remember(constants, "offsets" in inputs)
         return features
@@ -58,6 +60,10 @@ class CachedTexts:
         if self._is_flat:
             lengths = is_token.sum(dim=1)
             return self._embed({"input_ids": tokens[is_token] - 1, "offsets": lengths.cumsum(0) - lengths, **constants})
+        if self._pads_left:
+            shifts = -is_token.flip(1).int().argmax(dim=1)  # the padding at the end of each text
+            tokens, is_token = roll_rows(tokens, shifts), roll_rows(is_token, shifts)
+            features = {key: roll_rows(value, shifts) for key, value in features.items() if key == TYPES}
         inputs: dict[str, Any] = {
             "input_ids": torch.where(is_token, tokens - 1, self._pad_token_id),
             "attention_mask": is_token.to(torch.int64),
@@ -87,12 +93,17 @@ class CachedTexts:
         if self._cached_constants is None:
             self._cached_constants, self._is_flat = constants, is_flat
             self._pad_token_id = getattr(self._tokenizer(), "pad_token_id", None) or 0
+            self._pads_left = self._is_left()
         elif constants != self._cached_constants or is_flat != self._is_flat:
             raise ValueError(
                 f"The inputs of these {self._name} include {constants}, those of the cached ones "
                 f"{self._cached_constants}. Cached texts are re-encoded together, so all of them need the same route "
                 "and, if the pooling excludes prompts, prompts of the same length. Give each dataset a loss of its own."
             )
+
+    def _is_left(self) -> bool:
+        """Whether the tokenizer of the latest column pads on the left."""
+        return getattr(self._tokenizer(), "padding_side", "right") == "left"
 
     def _tokenizer(self) -> Any:
         """The tokenizer of the latest column; a model with several routes has one per route."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.cache.specs import RaggedFeature
+from negative_cache.cache.validation import roll_rows
 
 # A token is stored as its id + 1, so that 0 is padding whatever the tokenizer's padding id.
 TOKENS, TYPES = "tokens", "token_type_ids"
@@ -17,15 +18,16 @@ _PADDED_KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 _FLAT_KEYS = {"input_ids", "offsets"}
 
 
-def to_tokens(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def to_tokens(inputs: dict[str, Any], pads_left: bool = False) -> dict[str, Tensor]:
     """Convert the model inputs of a column of texts to cached features.
 
     Args:
         inputs: Padded `input_ids` and `attention_mask`, int `[batch, length]`, with or without `token_type_ids`; or the
             flat `input_ids [n]` and `offsets [batch]` of `StaticEmbedding`. Values that are not tensors are ignored.
+        pads_left: Whether padded inputs may have padding on the left.
 
     Returns:
-        `tokens`, int `[batch, length]`, and `token_type_ids` if they were given.
+        `tokens`, int `[batch, length]`, and `token_type_ids` if they were given; padded on the right.
 
     Raises:
         ValueError: The tensors are not the inputs of padded or flat text.
@@ -42,7 +44,10 @@ def to_tokens(inputs: dict[str, Any]) -> dict[str, Tensor]:
     features = {TOKENS: (tensors["input_ids"] + 1) * tensors["attention_mask"].bool()}
     if TYPES in tensors:
         features[TYPES] = tensors[TYPES]
-    return features
+    if not pads_left:
+        return features
+    starts = (features[TOKENS] == 0).cumprod(dim=1).sum(dim=1)
+    return {key: roll_rows(value, starts) for key, value in features.items()}
 
 
 def pad_flat(values: Tensor, offsets: Tensor) -> Tensor:
