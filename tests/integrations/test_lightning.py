@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
@@ -242,3 +242,12 @@ def test_ranks_resume_whether_they_share_a_cache_or_not(process_group: Any, tmp_
     trainer = make_trainer(tmp_path)
     trainer.fit(alone, loader(), ckpt_path=tmp_path / "saved" / "epoch=1.ckpt")  # one rank resumes what two have saved
     assert trainer.current_epoch == 3
+
+
+@pytest.mark.parametrize(
+    "callback", [EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss"), ModelCheckpoint()]
+)
+def test_monitoring_a_loss_is_warned_of(tmp_path: Path, callback: Any, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, logger="negative_cache"):
+        make_trainer(tmp_path, 1, callbacks=[callback]).fit(Towers(), loader(), loader())
+    assert ("'val_loss'" in caplog.text) == (callback.monitor is not None)

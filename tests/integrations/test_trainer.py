@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from transformers import EarlyStoppingCallback
 
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
@@ -143,3 +146,35 @@ def check_ranks(is_shared: bool, rank: int, world_size: int, folder: Path) -> No
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_ranks_resume_whether_they_share_a_cache_or_not(is_shared: bool, tmp_path: Path):
     run_ranks(functools.partial(check_ranks, is_shared), 2, tmp_path)
+
+
+@pytest.mark.parametrize("metric", [None, "eval_loss", "eval_cosine_ndcg@10"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_selecting_checkpoints_by_a_loss_is_warned_of(
+    tmp_path: Path, metric: str | None, stops: bool, caplog: pytest.LogCaptureFixture
+):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.args.metric_for_best_model = metric
+    trainer.args.load_best_model_at_end = not stops
+    if stops:
+        trainer.add_callback(EarlyStoppingCallback(2))
+    with caplog.at_level(logging.WARNING), contextlib.suppress(AssertionError):  # the callback wants evaluations
+        trainer.train()
+    assert ("Checkpoints are selected by" in caplog.text) == (metric != "eval_cosine_ndcg@10")
+    trainer.loss = torch.nn.Identity()
+    caplog.clear()
+    trainer._warn_of_selection_by_loss()
+    assert not caplog.records
+
+
+def test_evaluations_of_a_trainer_do_not_depend_on_the_cache(tmp_path: Path):
+    """The trainer disables gradients, but leaves the loss in training mode."""
+    trainer = make_trainer(tmp_path, max_steps=4)
+    held_out = Dataset.from_dict({"anchor": ANCHORS[:8], "positive": POSITIVES[:8]})
+    trainer.train()
+    full = trainer.evaluate(held_out)["eval_loss"]
+    written = trainer.loss.cache_loss.cache.written.clone()
+    del trainer.loss.cache_loss.cache
+    assert trainer.evaluate(held_out)["eval_loss"] == full
+    assert trainer.loss.cache_loss.cache is None
+    assert len(written)

@@ -40,3 +40,10 @@ def test_judgements_of_ignored_documents_are_skipped_and_counted():
 def test_ignoring_ids_that_never_meet_or_always_do_is_refused(queries: dict, train: dict, message: str):
     with pytest.raises(DataError, match=f"--ignore-identical-ids {message}"):
         data(queries, train).ignoring_identical_ids()
+
+
+def test_documents_with_equal_texts_have_one_label():
+    found = RetrievalData("set", CORPUS | {"d": "text b"}, {"x": "q"}, {"train": {"x": ["d", "a", "b"]}, "test": {}})
+    columns = found.training_columns()
+    assert columns["positive"] == ["text b", "text a", "text b"]
+    assert [row[0] for row in columns["label"]] == [1, 0, 1]

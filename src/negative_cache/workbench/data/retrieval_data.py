@@ -99,9 +99,12 @@ class RetrievalData:
         """Columns anchor, positive and label, with one row per judged pair of the training split.
 
         A label lists the positions in the corpus of the documents that are not negatives of the query, the positive of
-        the row first, padded with -1.
+        the row first, padded with -1. Documents with equal texts have the position of the first of them.
         """
-        positions = {document: position for position, document in enumerate(self.corpus)}
+        first: dict[str, int] = {}
+        positions = {
+            document: first.setdefault(text, position) for position, (document, text) in enumerate(self.corpus.items())
+        }
         columns: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": []}
         for query, documents in self.judged("train").items():
             known = self.never_negative(query, documents)
