@@ -379,6 +379,9 @@ def _sample_by_function(
 
 
 def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
+    for name, value in (("query_embeddings", query_embeddings), ("pos_doc_embeddings", pos_doc_embeddings)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` is {type(value).__name__}; expected a tensor [batch, dim].")
     if query_embeddings.dim() != 2 or query_embeddings.shape != pos_doc_embeddings.shape:
         raise ValueError(
             f"Query embeddings have shape {list(query_embeddings.shape)}, those of the positive documents "
@@ -386,8 +389,8 @@ def _check_pairs(query_embeddings: Tensor, pos_doc_embeddings: Tensor) -> None:
         )
     if len(query_embeddings) == 0:
         raise ValueError("The batch is empty: no query embeddings.")
-    check_finite("query_embeddings", query_embeddings)
-    check_finite("pos_doc_embeddings", pos_doc_embeddings)
+    check_finite("query_embeddings", query_embeddings, is_embedding=True)
+    check_finite("pos_doc_embeddings", pos_doc_embeddings, is_embedding=True)
 
 
 def _storable(doc_network: DocumentEncoder, cache: Caches, embedding_key: str, checked: torch.dtype) -> DocumentEncoder:

@@ -22,6 +22,7 @@ from negative_cache.cache.validation import (
     batch_size,
     check_features,
     check_finite_items,
+    check_integer,
     check_mask,
     reads_without_sync,
 )
@@ -40,10 +41,8 @@ class CacheManager:
 
     def __init__(self, specs: Specs, cache_size: int, use_lru: bool = True) -> None:
         check_specs(specs)
-        if cache_size < 1:
-            raise ValueError(f"`cache_size` is {cache_size}; it must be at least 1.")
         self.specs = dict(specs)
-        self.cache_size = cache_size
+        self.cache_size = check_integer("cache_size", cache_size, 1)
         self.use_lru = use_lru
 
     def init_cache(self) -> NegativeCache:

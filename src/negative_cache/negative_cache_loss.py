@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
 from negative_cache.cache.update import check_new_items, update_rows
+from negative_cache.cache.validation import check_integer, check_number
 from negative_cache.distributed import separate
 from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
 from negative_cache.distributed.many_ranks import ManyRanks
@@ -32,7 +33,7 @@ from negative_cache.sampling.config import (
     SamplingRequest,
     default_candidates,
 )
-from negative_cache.sampling.encode import DocumentEncoder, check_filling, check_room, refresh
+from negative_cache.sampling.encode import DocumentEncoder, check_room, encode_for_filling, refresh
 from negative_cache.sampling.one_process import OneProcess
 
 
@@ -91,7 +92,8 @@ class NegativeCacheLoss(CacheModule):
 
     Raises:
         ValueError: An argument is out of range, or `specs` has a key that the cache uses itself.
-        TypeError: `embedding_dtype` is not a dtype.
+        TypeError: An argument has the wrong type: an encoder that is not callable, something else than a number, an
+            integer, a flag, a dtype or specs.
     """
 
     def __init__(
@@ -122,21 +124,21 @@ class NegativeCacheLoss(CacheModule):
             specs,
             embedding_dtype=embedding_dtype,
             feature_device=feature_device,
-            generator=new_generator(seed),
+            generator=new_generator(None if seed is None else check_integer("seed", seed, -(2**63), 2**64 - 1)),
             process_group=process_group,
         )
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
         self.limits = FalseNegativeLimits(absolute_margin, relative_margin, guide_margin)
-        self.matryoshka_dims = (matryoshka_dims,) if isinstance(matryoshka_dims, int) else tuple(matryoshka_dims)
+        self.matryoshka_dims = _checked_dims(matryoshka_dims)
         self.refresh_per_step = refresh_per_step
         self.use_lru = use_lru
         self._fixed_scale = scale
-        self._check_settings()
+        self._check_settings(learnable_scale)
         # Rows drawn per query; the rows to re-encode are chosen from them. Not an option, but benchmarks change it.
-        self.num_candidates = default_candidates(num_samples)
-        self.log_scale = nn.Parameter(torch.tensor(scale).log()) if learnable_scale else None
+        self.num_candidates = default_candidates(self.num_samples)
+        self.log_scale = nn.Parameter(torch.tensor(self._fixed_scale).log()) if learnable_scale else None
         self.diagnostics = Diagnostics()
 
     @property
@@ -301,8 +303,7 @@ class NegativeCacheLoss(CacheModule):
         """
         begin = self.step_number()
         for given in batches:
-            check_filling(given)
-            embeddings = self.document_encoder(dict(given["document_features"]))
+            embeddings = encode_for_filling(self.document_encoder, given)
             guide = given.get("guide_documents")
             inputs = BatchInputs(embeddings, embeddings, **{"guide_queries": guide, **given})
             step = self._prepare(inputs, is_writing=True)
@@ -333,7 +334,8 @@ class NegativeCacheLoss(CacheModule):
             )
             return step, summary
 
-        device = inputs.query_embeddings.device
+        given = inputs.query_embeddings
+        device = given.device if isinstance(given, Tensor) else self.ranks.device  # what is no tensor raises below
         step, table = self.ranks.run_checked(self.step_number, device, prepare, NUM_INTEGERS)
         return ManyRanks(Handshake(self.ranks, table), step.request, self.step_number), step
 
@@ -397,6 +399,8 @@ class NegativeCacheLoss(CacheModule):
         if sample.num_hidden is not None:
             self.diagnostics.add(partial(hidden_numbers, sample.num_hidden, sample.num_filled))
         negatives = [] if batch.negatives is None else [batch.negatives]
+        if not (batch.queries.requires_grad or batch.embeddings.requires_grad or self.log_scale is not None):
+            self.diagnostics.warn_of_missing_gradients()
         self.diagnostics.watch(batch.queries, [batch.documents, *negatives, encoded.own])
         update_rows(
             cache,
@@ -413,23 +417,30 @@ class NegativeCacheLoss(CacheModule):
             count = -(-self.refresh_per_step // (1 if self.process_group is None else self.ranks.size))
             refresh(cache, EMBEDDING, sampling.data_keys, self.document_encoder, count)
 
-    def _check_settings(self) -> None:
-        """Raise for arguments of the constructor that are out of range."""
-        size, dims = self.cache_size, self.matryoshka_dims
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"`cache_size` is {size}; it must be an integer of at least 1.")
-        if not (math.isfinite(self._fixed_scale) and self._fixed_scale > 0):
-            raise ValueError(f"`scale` is {self._fixed_scale}; it must be a positive number.")
-        if not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"`num_samples` is {self.num_samples}; it must be an integer of at least 1.")
-        if dims and not self.shared:
+    def _check_settings(self, learnable_scale: bool) -> None:
+        """Raise for arguments of the constructor of a wrong type or out of range, and convert numbers of NumPy."""
+        flags = {"learnable_scale": learnable_scale, "in_batch": self.in_batch, "shared": self.shared}
+        for name, flag in {**flags, "use_lru": self.use_lru}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"`{name}` is {flag!r}; expected True or False.")
+        self.cache_size = check_integer("cache_size", self.cache_size, 1)
+        self.num_samples = check_integer("num_samples", self.num_samples, 1)
+        self.refresh_per_step = check_integer("refresh_per_step", self.refresh_per_step, 0, self.cache_size)
+        self._fixed_scale = check_number("scale", self._fixed_scale, " To learn it, set learnable_scale=True.")
+        smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+        if not smallest <= self._fixed_scale <= largest:
+            raise ValueError(f"`scale` is {self._fixed_scale}; it must be positive, {smallest:.1e} to {largest:.1e}.")
+        if self.matryoshka_dims and not self.shared:
             raise ValueError("`matryoshka_dims` needs shared=True: truncated embeddings use the draws of all queries.")
-        if any(dim < 1 for dim in dims) or len(set(dims)) < len(dims):
-            raise ValueError(f"`matryoshka_dims` is {list(dims)}; expected numbers of components, each once.")
-        if not 0 <= self.refresh_per_step <= size:
-            raise ValueError(f"`refresh_per_step` is {self.refresh_per_step}; it must be from 0 to the {size} rows.")
-        self.limits.check()
+        self.limits = self.limits.checked()
         check_embedding_dtype(self.embedding_dtype)
+        if self.feature_device is not None:
+            _check_device("feature_device", self.feature_device)
+        if isinstance(self._process_group, str | bool) and self._process_group != "world":
+            raise ValueError(
+                f'`process_group` is {self._process_group!r}; expected a process group, "world" for the default one, '
+                "or None."
+            )
         for key in SCORED:
             if self.specs is not None and key in self.specs:
                 raise ValueError(f"`specs` has the key {key!r}, which the cache uses itself. Rename the feature.")
@@ -439,3 +450,21 @@ class NegativeCacheLoss(CacheModule):
             saved, mine = ("is", "is not") if self.log_scale is None else ("is not", "is")
             raise ValueError(f"The scale of the saved loss {saved} learnable, that of this one {mine}.")
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _checked_dims(dims: Sequence[int] | int) -> tuple[int, ...]:
+    """Validate `matryoshka_dims` and return them as a tuple."""
+    values = [dims] if isinstance(dims, numbers.Real) else dims
+    if not isinstance(values, Iterable):
+        raise TypeError(f"`matryoshka_dims` is {dims!r}; expected a sequence of integers, () for none.")
+    checked = tuple(check_integer("matryoshka_dims", dim, 1) for dim in values)
+    if len(set(checked)) < len(checked):
+        raise ValueError(f"`matryoshka_dims` is {list(checked)}; expected numbers of components, each once.")
+    return checked
+
+
+def _check_device(name: str, device: torch.device | str) -> None:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"`{name}` is {device!r}; expected a device such as 'cpu' or 'cuda:0', or None.") from None

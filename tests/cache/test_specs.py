@@ -34,6 +34,17 @@ from negative_cache.cache.specs import (
         ({"x": QuantizedFeature(16)}, TypeError, "shape 16"),
         ({"x": QuantizedFeature("a")}, TypeError, "shape 'a'"),
         ({"x": QuantizedFeature([2, 0])}, ValueError, "without any value to quantize"),
+        ([("x", FixedLenFeature([2], torch.int64))], TypeError, "`specs` is list; expected a dict"),
+        ({1: FixedLenFeature([2], torch.int64)}, TypeError, "feature name 1 is int"),
+        ({"x": FixedLenFeature([2], "int64")}, TypeError, "dtype 'int64'; expected a torch.dtype"),
+        ({"x": FixedLenFeature([2], torch.uint64)}, ValueError, "dtype torch.uint64, which the cache cannot store"),
+        ({"x": RaggedFeature(torch.qint8)}, ValueError, "dtype torch.qint8, which the cache cannot store"),
+        ({"x": FixedLenFeature([True], torch.int64)}, TypeError, r"shape \[True\]; expected a list of integers"),
+        ({"x": RaggedFeature(torch.int64, 2.5)}, TypeError, "max_length 2.5; expected an integer or None"),
+        ({"x": RaggedFeature(torch.int64, True)}, TypeError, "max_length True; expected an integer or None"),
+        ({"x": RaggedFeature(torch.int64, 4, "0")}, TypeError, "default_value '0'; expected a number"),
+        ({"x": FixedLenFeature([2], torch.int64, float("nan"))}, ValueError, "default_value nan"),
+        ({"x": FixedLenFeature([2], torch.float32, float("inf"))}, ValueError, "default_value inf"),
     ],
 )
 def test_invalid_specs_are_refused(specs: dict, error: type[Exception], message: str) -> None:
@@ -47,6 +58,8 @@ def test_valid_specs_are_accepted() -> None:
             "scalar": FixedLenFeature([], torch.int32, -1),
             "float": FixedLenFeature([2, 3], torch.float16, 0.1),
             "ragged": RaggedFeature(torch.uint8, None, 255),
+            "flags": FixedLenFeature((2,), torch.bool, True),
+            "complex": FixedLenFeature([], torch.complex64),
         }
     )
 

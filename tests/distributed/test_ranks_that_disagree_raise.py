@@ -102,6 +102,10 @@ def check_new_items(rank: int, world_size: int, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"Rank 1, step 1: .*stored as torch.float16, has NaN or infinity in . of 4"):
         loss_fn(model({"number": own(rank)}), documents, {"number": own(rank)})
     assert_same_state(before, snapshot(loss_fn))
+    queries = model({"number": own(rank)})
+    with pytest.raises(TypeError, match="Rank 1, step 1: `query_embeddings` is tuple; expected a dense tensor"):
+        loss_fn((queries,) if rank == 1 else queries, queries, {"number": own(rank)})  # type: ignore[arg-type]
+    assert_same_state(before, snapshot(loss_fn))
     loss_fn = NegativeCacheLoss(lambda f: f["vector"], 32, seed=0, process_group="world")
     vectors = model({"number": own(rank)}).detach()
     loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": vectors})

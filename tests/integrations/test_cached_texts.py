@@ -43,6 +43,14 @@ def test_flat_sequences_are_padded_with_0():
     assert padded.tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
 
 
+@pytest.mark.parametrize(("num_values", "offsets"), [(3, [0, 2, 5]), (2, [0, 2, 2, 4]), (4, [3, 5]), (8, [3, 5])])
+def test_flat_sequences_that_were_cut_are_refused(num_values: int, offsets: list[int]):
+    """A dispatcher cuts token ids and offsets to the rows of a rank."""
+    message = rf'have {num_values} token ids, but offsets from {offsets[0]} to {offsets[-1]}.*"dispatch_batches": False'
+    with pytest.raises(ValueError, match=message):
+        pad_flat(torch.arange(num_values), torch.tensor(offsets))
+
+
 def test_the_padding_is_that_of_the_documents_tokenizer():
     """RoBERTa numbers positions by what is no padding: another token there would be another input."""
     model = make_tiny()

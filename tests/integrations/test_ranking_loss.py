@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sentence_transformers import SentenceTransformer, util
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.losses import (
     AdaptiveLayerLoss,
     Matryoshka2dLoss,
@@ -16,8 +20,9 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
-from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, wrappers
 from negative_cache.integrations.sentence_transformers.anchors import merge_anchors
 from support import ANCHORS, HARD, POSITIVES, columns
 from text_models import VERSION, encode, make_router, make_static, make_tiny
@@ -274,6 +279,64 @@ def test_flat_inputs_in_data_parallel_are_refused():
                 loss(columns(model, ANCHORS, POSITIVES))
         else:
             assert loss(columns(model, ANCHORS, POSITIVES)) > 0
+
+
+def routed(model: SentenceTransformer, at: slice) -> list[dict[str, Any]]:
+    """The inputs of some anchors and positives, each by its route."""
+    return [model.preprocess(texts[at], task=task) for task, texts in (("query", ANCHORS), ("document", POSITIVES))]
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_router_needs_ddp_without_a_search_for_unused_parameters(monkeypatch: pytest.MonkeyPatch):
+    """The last pass of a step is the documents' one: the queries' parameters would count as unused."""
+    queries, documents = (list(make_static(seed=seed).children()) for seed in (0, 1))
+    model = SentenceTransformer(modules=[Router.for_query_document(queries, documents)], device="cpu")
+
+    def step(**settings: Any) -> Tensor:
+        loss = NegativeCacheRankingLoss(model, 32, seed=0)
+        loss.model = DistributedDataParallel(model, **settings)
+        for at in (slice(6), slice(6, 12)):
+            value: Tensor = loss(routed(model, at))
+            value.backward()
+        return value
+
+    assert step().isfinite()
+    assert step(static_graph=True).isfinite()
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters=False"):
+        step(find_unused_parameters=True)
+    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss.model = DistributedDataParallel(model, find_unused_parameters=True)
+    with torch.no_grad():  # an evaluation has no backward pass
+        assert loss.eval()(routed(model, slice(6))).isfinite()
+    # what the error is about
+    monkeypatch.setattr(wrappers, "_check_unused_parameters", lambda model: None)
+    with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+        step(find_unused_parameters=True)
+
+
+def test_wrong_arguments_are_refused_by_name(model: SentenceTransformer):
+    with pytest.raises(TypeError, match="`model` is str; expected a SentenceTransformer"):
+        NegativeCacheRankingLoss("all-MiniLM-L6-v2", 32)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`scale` is '20'"):
+        NegativeCacheRankingLoss(model, 32, scale="20")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`documents` is a str; expected a list of texts"):
+        NegativeCacheRankingLoss(model, 32).fill_from("a text")
+
+
+def test_one_number_is_a_matryoshka_dimension(model: SentenceTransformer):
+    losses = []
+    for dims in (16, (16,)):
+        loss = NegativeCacheRankingLoss(model, 32, matryoshka_dims=dims, seed=0)
+        losses.append(loss(columns(model, ANCHORS, POSITIVES)))
+        assert loss.get_config_dict()["matryoshka_dims"] == (16,)
+    assert torch.equal(*losses)
 
 
 def test_the_model_card_gets_the_options(model: SentenceTransformer, guide: SentenceTransformer):

@@ -24,7 +24,7 @@ from negative_cache.checkpoint import load_checkpoint, save_checkpoint
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS
 from negative_cache.integrations.trainer import NegativeCacheTrainer, cache_losses
-from support import ANCHORS, HARD, POSITIVES, assert_same_state, snapshot
+from support import ANCHORS, HARD, POSITIVES, assert_same_state, columns, snapshot
 from text_models import (
     PAIRS,
     TRIPLETS,
@@ -309,6 +309,30 @@ def test_a_compiled_model(tmp_path: Path):
     assert type(trainer.loss.model).__name__ == "OptimizedModule"
     trainer.loss.fill_from(ANCHORS, show_progress_bar=False)
     assert int(trainer.loss.cache_loss.cache.num_filled) == 20
+
+
+def test_a_stream_of_flat_inputs_is_not_dispatched(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Its batches are trained whole."""
+    data = Dataset.from_dict(PAIRS)
+    make_trainer(make_static(), NegativeCacheRankingLoss(make_static(), 32), data, tmp_path)
+    assert not [message for message in caplog.messages if "dispatch_batches" in message]
+    model, stream = make_static(), data.to_iterable_dataset()
+    first = NegativeCacheRankingLoss(model, 32)(columns(model, ANCHORS[:4], POSITIVES[:4])).item()
+    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    trainer = train(model, loss, stream, tmp_path, steps=3, evaluated=stream)
+    assert logged_losses(trainer)[0] == pytest.approx(first, rel=1e-4)
+    assert cached_texts(loss) == sorted(POSITIVES)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    (message,) = [message for message in caplog.messages if "dispatch_batches" in message]
+    assert "dispatch_batches is set to False" in message
+
+
+def test_a_dispatched_stream_of_flat_inputs_is_refused_with_the_setting(tmp_path: Path):
+    model = make_static()
+    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    stream = Dataset.from_dict(PAIRS).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r'accelerator_config=\{"dispatch_batches": False\}'):
+        train(model, loss, stream, tmp_path, accelerator_config={"dispatch_batches": True})
 
 
 def test_a_streaming_dataset(tmp_path: Path):

@@ -116,7 +116,7 @@ def test_evaluation_counts_only_whole_embeddings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"matryoshka_dims": (0,)}, "numbers of components"),
+        ({"matryoshka_dims": (0,)}, "`matryoshka_dims` is 0; it must be an integer of at least 1"),
         ({"matryoshka_dims": (4,), "shared": False}, "needs shared=True"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -77,6 +79,14 @@ FeatureSpec = FixedLenFeature | RaggedFeature | QuantizedFeature
 Specs = Mapping[str, FeatureSpec]
 Features = Mapping[str, Tensor | Sequence[Tensor]]
 
+# Others, such as uint16 or float8, cannot be indexed, compared or summed on every device.
+_STORABLE = {
+    torch.bool,
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+}
+
 # Inputs of transformers whose width differs from batch to batch.
 _TOKEN_KEYS = ("input_ids", MASK, "token_type_ids")
 
@@ -101,16 +111,55 @@ def infer_specs(features: Features) -> dict[str, FeatureSpec]:
 
     Raises:
         ValueError: `features` is empty.
+        TypeError: A value is no tensor with a batch dimension and no list of tensors.
     """
     if not features:
         raise ValueError("`document_features` is empty; expected the inputs of the document encoder.")
     specs: dict[str, FeatureSpec] = {}
     for key, value in features.items():
+        check_feature(f"document_features[{key!r}]", value)
         if isinstance(value, Tensor) and not (key in _TOKEN_KEYS and value.dim() == 2):
             specs[key] = FixedLenFeature(list(value.shape[1:]), value.dtype)
         else:
             specs[key] = RaggedFeature(value.dtype if isinstance(value, Tensor) else value[0].dtype)
     return specs
+
+
+def check_feature(where: str, value: object) -> None:
+    """Raise TypeError unless a value is a dense tensor with a batch dimension, or a list of dense tensors.
+
+    Args:
+        where: Name of the value, for the error message.
+        value: The value of a feature.
+    """
+    if isinstance(value, list | tuple):
+        is_usable = len(value) > 0 and all(isinstance(row, Tensor) and is_dense(row) for row in value)
+        kinds = ", ".join(sorted({kind_of(row) for row in value}))
+        got = f"{type(value).__name__} of {kinds}" if value else f"an empty {type(value).__name__}"
+    else:
+        is_usable, got = isinstance(value, Tensor) and is_dense(value) and value.dim() > 0, kind_of(value)
+    if not is_usable:
+        raise TypeError(
+            f"`{where}` is {got}; expected a tensor [batch, ...] or a list of tensors [length]. Convert values to "
+            "dense tensors, one per key. Keep constants in the encoder."
+        )
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether a tensor has values in the usual layout: not sparse, not nested, not on the meta device."""
+    return value.layout == torch.strided and not value.is_nested and not value.is_meta
+
+
+def kind_of(value: object) -> str:
+    """The type of a value, for error messages."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else type(value).__name__
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout != torch.strided:
+        return f"a {str(value.layout).removeprefix('torch.')} tensor"
+    what = "a tensor on the meta device" if value.is_meta else "a tensor"
+    return what if value.dim() else f"{what} without dimensions"
 
 
 def padding_value(spec: FeatureSpec) -> float:
@@ -130,18 +179,31 @@ def check_embedding_dtype(dtype: torch.dtype) -> None:
     """Raise unless embeddings can be stored as `dtype`."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"`embedding_dtype` is {dtype!r}; expected a torch.dtype such as torch.int8.")
-    if not (dtype.is_floating_point or dtype == torch.int8):
-        raise ValueError(f"`embedding_dtype` is {dtype}; it must be a floating point dtype or int8.")
+    if dtype not in _STORABLE or not (dtype.is_floating_point or dtype == torch.int8):
+        raise ValueError(
+            f"`embedding_dtype` is {dtype}; it must be a floating point dtype or int8. float8 is not supported."
+        )
 
 
 def check_specs(specs: Specs) -> None:
-    """Raise unless every spec has a valid shape or length, and a default value that its dtype can hold."""
+    """Raise unless every spec has a storable dtype, a valid shape or length, and a default value that its dtype holds.
+
+    Raises:
+        ValueError: A size, a dtype or a default value is out of range, or there are no specs.
+        TypeError: Something else than specs by feature name, integers, dtypes and numbers.
+    """
+    if not isinstance(specs, Mapping):
+        raise TypeError(
+            f"`specs` is {type(specs).__name__}; expected a dict of feature name -> FixedLenFeature, RaggedFeature or "
+            "QuantizedFeature."
+        )
     if not specs:
-        raise ValueError("`specs` is empty: name at least the embedding's feature.")
+        raise ValueError("`specs` is empty; expected a spec for each feature.")
     for key, spec in specs.items():
+        if not isinstance(key, str):
+            raise TypeError(f"The feature name {key!r} is {type(key).__name__}; expected str. Rename the feature.")
         if isinstance(spec, RaggedFeature):
-            if spec.max_length is not None and spec.max_length < 1:
-                raise ValueError(f"specs[{key!r}] has max_length {spec.max_length}; it must be at least 1.")
+            _check_max_length(key, spec.max_length)
             if spec.padding_side not in ("left", "right"):
                 raise ValueError(f"specs[{key!r}] has padding_side {spec.padding_side!r}; expected 'left' or 'right'.")
         elif isinstance(spec, FixedLenFeature | QuantizedFeature):
@@ -150,15 +212,37 @@ def check_specs(specs: Specs) -> None:
             raise TypeError(
                 f"specs[{key!r}] is {type(spec).__name__}; expected FixedLenFeature, RaggedFeature or QuantizedFeature."
             )
-        if not can_hold(spec.dtype, padding_value(spec)):
-            raise ValueError(f"specs[{key!r}] has default_value {spec.default_value}, which {spec.dtype} cannot hold.")
+        _check_values(key, spec)
+
+
+def _check_values(key: str, spec: FeatureSpec) -> None:
+    if not isinstance(spec.dtype, torch.dtype):
+        raise TypeError(f"specs[{key!r}] has the dtype {spec.dtype!r}; expected a torch.dtype such as torch.int64.")
+    if spec.dtype not in _STORABLE:
+        raise ValueError(
+            f"specs[{key!r}] has the dtype {spec.dtype}, which the cache cannot store. Convert the feature to int64, "
+            "float32 or another common dtype."
+        )
+    value = padding_value(spec)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"specs[{key!r}] has the default_value {value!r}; expected a number.")
+    if not math.isfinite(value) or not can_hold(spec.dtype, value):
+        raise ValueError(f"specs[{key!r}] has default_value {value}, which {spec.dtype} cannot hold as a finite value.")
+
+
+def _check_max_length(key: str, length: object) -> None:
+    if length is None:
+        return
+    if not isinstance(length, numbers.Integral) or isinstance(length, bool):
+        raise TypeError(f"specs[{key!r}] has the max_length {length!r}; expected an integer or None.")
+    if length < 1:
+        raise ValueError(f"specs[{key!r}] has max_length {length}; it must be at least 1.")
 
 
 def _check_shape(key: str, spec: FixedLenFeature | QuantizedFeature) -> None:
-    if not isinstance(spec.shape, Sequence) or not all(hasattr(size, "__index__") for size in spec.shape):
+    is_list = isinstance(spec.shape, Sequence)
+    if not is_list or any(isinstance(size, bool) or not hasattr(size, "__index__") for size in spec.shape):
         raise TypeError(f"specs[{key!r}] has the shape {spec.shape!r}; expected a list of integers.")
-    if isinstance(spec.default_value, torch.dtype):
-        raise TypeError(f"specs[{key!r}] has the default_value {spec.default_value}; expected a number.")
     if isinstance(spec, QuantizedFeature) and 0 in spec.shape:
         raise ValueError(
             f"specs[{key!r}] has the shape {list(spec.shape)}, without any value to quantize. Use a FixedLenFeature."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,8 +25,13 @@ from negative_cache.cache.specs import (
     RaggedFeature,
     Specs,
     can_hold,
+    check_feature,
+    kind_of,
     padding_value,
 )
+
+# Integers whose values all fit int64, in which ids are compared.
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class RaggedRows(NamedTuple):
@@ -77,11 +83,49 @@ def check_keys(name: str, given: Mapping[str, object], expected: Sequence[str]) 
         )
 
 
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    """Validate an integer setting and return it as int: `minimum` to `maximum`, None for no maximum.
+
+    Raises:
+        TypeError: The value is no number; True and False are none.
+        ValueError: The value is not an integer, or out of range.
+    """
+    limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+    message = f"`{name}` is {value!r}; it must be an integer {limits}."
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(message)
+    integer = int(value) if isinstance(value, numbers.Integral) else minimum - 1
+    if integer < minimum or (maximum is not None and integer > maximum):
+        raise ValueError(message)
+    return integer
+
+
+def check_number(name: str, value: object, hint: str = "") -> float:
+    """Validate a finite number and return it as float.
+
+    Raises:
+        TypeError: The value is no number; True, False and tensors are none. The message ends with `hint`.
+        ValueError: The value is not finite.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}; it must be a finite number.{hint}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` is {number}; it must be a finite number.")
+    return number
+
+
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise unless `ids` are integers of this shape, -1 (unknown) or larger."""
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"`{name}` is {got}; expected a tensor of integers.")
+    """Raise unless `ids` are integers of this shape that fit int64, -1 (unknown) or larger."""
+    if not isinstance(ids, Tensor) or ids.dtype not in _ID_DTYPES or ids.layout != torch.strided or ids.is_meta:
+        got = ids.dtype if isinstance(ids, Tensor) and ids.dtype not in _ID_DTYPES else kind_of(ids)
+        raise TypeError(
+            f"`{name}` is {got}; expected a tensor of integers that fit int64. Convert ids to int64, from 0 to "
+            "2**63 - 1, and unknown ones to -1."
+        )
     if ids.shape != shape:
         raise ValueError(f"`{name}` has shape {list(ids.shape)}; expected {list(shape)}.")
     if reads_without_sync(ids) and ids.numel() and int(ids.min()) < NO_ID:
@@ -97,16 +141,28 @@ def check_mask(name: str, mask: Tensor | None, count: int, device: torch.device)
     return mask.to(device, torch.bool)
 
 
-def check_finite(name: str, values: Tensor) -> None:
+def check_finite(name: str, values: Tensor, is_embedding: bool = False) -> None:
     """Raise ValueError for NaN or infinity if the host can read the values without synchronizing the device.
 
-    Otherwise, `update_rows` skips and counts such rows.
+    Otherwise, `update_rows` skips and counts such rows. With `is_embedding`, also raise for values whose dot products
+    may overflow; if the host cannot read them, the loss is then infinite or NaN.
     """
-    if reads_without_sync(values) and not all_finite(values.detach()):
+    if not reads_without_sync(values):
+        return
+    values = values.detach()
+    if not all_finite(values):
         raise ValueError(
             f"{name} has NaN or infinity. Nothing was written to the cache; look for a learning rate that is "
             "too high or an overflow in half precision."
         )
+    if is_embedding and values.numel():
+        dtype = torch.promote_types(values.dtype, torch.float32)  # in which scores are computed
+        largest, limit = float(values.abs().amax()), 1e-4 * torch.finfo(dtype).max ** 0.5  # 1e8 for dim times scale
+        if largest > limit:
+            raise ValueError(
+                f"{name} has values up to {largest:.1e}; dot products of values above {limit:.1e} may overflow "
+                f"{dtype}. Nothing was written to the cache; normalize the embeddings."
+            )
 
 
 def check_finite_items(name: str, items: Items, mask: Tensor | None = None) -> None:
@@ -148,7 +204,7 @@ def check_features(name: str, features: Features | Items, specs: Specs) -> dict[
     Raises:
         ValueError: Unknown key, wrong shape, value longer than the spec, different batch sizes, padding on both sides,
             or a value that the stored integer dtype cannot hold.
-        TypeError: A floating point value for an integer feature, or vice versa.
+        TypeError: No dense tensors, or a floating point value for an integer feature, or vice versa.
     """
     unknown = set(features) - set(specs)
     if unknown:
@@ -158,6 +214,10 @@ def check_features(name: str, features: Features | Items, specs: Specs) -> dict[
     ragged: dict[str, RaggedRows] = {}
     for key, value in features.items():
         where, spec = f"{name}[{key!r}]", specs[key]
+        if isinstance(value, RaggedRows):
+            pass  # already validated
+        elif not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested or value.is_meta:
+            check_feature(where, value)
         if isinstance(spec, RaggedFeature):
             checked[key] = ragged[key] = _check_ragged(where, value, spec)
             sizes[key] = len(ragged[key].values)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+from datasets import IterableDataset
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
 from negative_cache.metrics import cache_losses
@@ -10,5 +15,25 @@ from negative_cache.metrics import cache_losses
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
 
 
+logger = logging.getLogger("negative_cache")
+
+
 class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer):
-    """`SentenceTransformerTrainer` with the cache in its checkpoints and logs; see `NegativeCacheTrainerMixin`."""
+    """`SentenceTransformerTrainer` with the cache in its checkpoints and logs; see `NegativeCacheTrainerMixin`.
+
+    With `StaticEmbedding`, whose inputs are flat, the batches of an `IterableDataset` are not dispatched from rank 0:
+    `dispatch_batches` of the accelerator becomes False unless the training arguments set it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.accelerator.dataloader_config
+        is_flat = any(isinstance(module, StaticEmbedding) for module in self.model.modules())
+        if config.dispatch_batches is None and is_flat:
+            # A dispatcher cuts all tensors of a batch to its number of rows, also flat token ids.
+            config.dispatch_batches = False
+            if any(isinstance(dataset, IterableDataset) for dataset in (self.train_dataset, self.eval_dataset)):
+                logger.warning(
+                    "The inputs of StaticEmbedding are flat and cannot be cut into rows: dispatch_batches is set to "
+                    "False, so that each rank reads the whole stream and takes its own batches."
+                )

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from negative_cache.cache.specs import NO_ID, Features, FeatureSpec, FixedLenFeature, Specs, embedding_spec
+from negative_cache.cache.specs import (
+    NO_ID,
+    Features,
+    FeatureSpec,
+    FixedLenFeature,
+    Specs,
+    check_feature,
+    embedding_spec,
+    kind_of,
+)
 from negative_cache.cache.validation import check_finite, check_ids, concatenate, reads_without_sync
 from negative_cache.sampling.config import InBatch, SamplingRequest
 
@@ -140,11 +149,10 @@ def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:
     document_ids = _document_ids("document_ids", inputs.document_ids, len(documents), queries.device)
     positive_ids = None if document_ids is None else document_ids.view(len(documents), -1)
     if inputs.positive_ids is not None:
-        if inputs.positive_ids.dim() != 2:
-            raise ValueError(
-                f"`positive_ids` has shape {list(inputs.positive_ids.shape)}; expected [{len(queries)}, n]."
-            )
-        shape = (len(queries), inputs.positive_ids.shape[1])
+        given = inputs.positive_ids
+        if isinstance(given, Tensor) and given.dim() != 2:
+            raise ValueError(f"`positive_ids` has shape {list(given.shape)}; expected [{len(queries)}, n].")
+        shape = (len(queries), given.shape[1] if isinstance(given, Tensor) else 0)
         further = _ids("positive_ids", inputs.positive_ids, shape, queries.device)
         assert further is not None
         positive_ids = further if positive_ids is None else torch.cat([positive_ids, further], dim=1)
@@ -176,6 +184,13 @@ def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:
 def _check_embeddings(inputs: BatchInputs) -> None:
     """Raise unless the embeddings of a batch fit together and are finite."""
     queries, documents, negatives = inputs.query_embeddings, inputs.document_embeddings, inputs.negative_embeddings
+    for name, value in (("query", queries), ("document", documents), ("negative", negatives)):
+        is_missing = value is None and name == "negative"
+        if not is_missing and (not isinstance(value, Tensor) or value.layout != torch.strided):
+            raise TypeError(
+                f"`{name}_embeddings` is {kind_of(value)}; expected a dense tensor [n, dim]. Take the embeddings out "
+                'of the output of the encoder, such as `output["sentence_embedding"]`.'
+            )
     if queries.dim() != 2 or queries.shape != documents.shape:
         raise ValueError(
             f"`query_embeddings` has shape {list(queries.shape)}, `document_embeddings` {list(documents.shape)}; "
@@ -192,7 +207,7 @@ def _check_embeddings(inputs: BatchInputs) -> None:
             raise TypeError(f"`{name}_embeddings` is {value.dtype}; expected a floating point dtype.")
         if value.device != queries.device:
             raise ValueError(f"`{name}_embeddings` is on {value.device}, `query_embeddings` on {queries.device}.")
-        check_finite(f"`{name}_embeddings`", value)
+        check_finite(f"`{name}_embeddings`", value, is_embedding=True)
 
 
 def _append_negatives(
@@ -204,6 +219,10 @@ def _append_negatives(
         raise ValueError("`negative_embeddings` needs `negative_features`, to re-encode the documents later.")
     specs = {key: spec for key, spec in specs.items() if key not in SCORED}
     for name, given in (("document_features", features), ("negative_features", inputs.negative_features)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"`{name}` is {type(given).__name__}; expected a dict of feature name -> values.")
+        for key, value in given.items():
+            check_feature(f"{name}[{key!r}]", value)
         if set(specs) - set(given):
             raise ValueError(f"`{name}` must have the keys {sorted(specs)}, got {sorted(given)}.")
     negative_ids = _document_ids("negative_ids", inputs.negative_ids, len(negatives), documents.device)
@@ -236,13 +255,16 @@ def _check_extras(inputs: BatchInputs, count: int) -> tuple[Tensor | None, Tenso
     if (queries is None) != (documents is None):
         raise ValueError("`guide_queries` and `guide_documents` must be given together.")
     if queries is not None and documents is not None:
-        queries = _extra("guide_queries", queries, (len(inputs.query_embeddings), queries.shape[-1]), inputs)
+        width = queries.shape[-1] if isinstance(queries, Tensor) and queries.dim() else 0
+        queries = _extra("guide_queries", queries, (len(inputs.query_embeddings), width), inputs)
         documents = _extra("guide_documents", documents, (count, queries.shape[1]), inputs)
     return log_q, queries, documents
 
 
 def _extra(name: str, values: Tensor, shape: tuple[int, ...], inputs: BatchInputs) -> Tensor:
     """Validate an optional input and return it as float32 without gradient."""
+    if not isinstance(values, Tensor) or values.layout != torch.strided:
+        raise TypeError(f"`{name}` is {kind_of(values)}; expected a dense tensor. Convert it with torch.as_tensor.")
     if values.shape != shape:
         raise ValueError(
             f"`{name}` has shape {list(values.shape)}; expected {list(shape)}: the documents of the batch, then its "
@@ -250,7 +272,7 @@ def _extra(name: str, values: Tensor, shape: tuple[int, ...], inputs: BatchInput
         )
     if not values.is_floating_point():
         raise TypeError(f"`{name}` is {values.dtype}; expected a floating point dtype.")
-    check_finite(f"`{name}`", values)
+    check_finite(f"`{name}`", values, is_embedding=name != "log_q")
     return values.detach().to(inputs.query_embeddings.device, torch.float32)
 
 

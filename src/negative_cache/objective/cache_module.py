@@ -10,7 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from negative_cache.cache.rows import CacheHolder, NegativeCache, state_of
-from negative_cache.cache.specs import Features, FeatureSpec, Specs, embedding_spec, infer_specs, spec_from_json
+from negative_cache.cache.specs import (
+    Features,
+    FeatureSpec,
+    Specs,
+    check_feature,
+    check_specs,
+    embedding_spec,
+    infer_specs,
+    spec_from_json,
+)
 from negative_cache.distributed import shard_sizes, world
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.objective.batch import EMBEDDING, SCORED
@@ -39,9 +48,10 @@ class CacheModule(CacheHolder):
         process_group: dist.ProcessGroup | Literal["world"] | None,
     ) -> None:
         super().__init__()
-        # Inside a tuple, the encoder is not a submodule: the caller manages its parameters and its training mode.
-        self._document_encoder = (document_encoder,)
+        self.document_encoder = document_encoder
         self.cache_size = cache_size
+        if specs is not None:
+            check_specs(specs)
         self.specs: dict[str, FeatureSpec] | None = None if specs is None else dict(specs)
         self.embedding_dtype = embedding_dtype
         self.embedding_dim: int | None = None  # set if it is known before the first step
@@ -53,11 +63,17 @@ class CacheModule(CacheHolder):
 
     @property
     def document_encoder(self) -> DocumentEncoder:
-        """The encoder of cached documents; may be replaced at any time."""
+        """The encoder of cached documents; may be replaced at any time. TypeError if it is not callable."""
         return self._document_encoder[0]
 
     @document_encoder.setter
     def document_encoder(self, encoder: DocumentEncoder) -> None:
+        if not callable(encoder):
+            raise TypeError(
+                f"`document_encoder` is {type(encoder).__name__}, which is not callable; expected a module or function "
+                "of features {key: [n, ...]} that returns embeddings [n, dim]."
+            )
+        # Inside a tuple, the encoder is not a submodule: the caller manages its parameters and its training mode.
         self._document_encoder = (encoder,)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -100,7 +116,14 @@ class CacheModule(CacheHolder):
                 f"`document_features` is {type(document_features).__name__}; expected a dict of feature name -> "
                 "values, the input of the document encoder."
             )
-        return (self.specs or infer_specs(document_features)) if self.cache is None else self.cache.specs
+        specs = self.specs if self.cache is None else self.cache.specs
+        if not specs:
+            return infer_specs(document_features)
+        for key, value in document_features.items():
+            is_usual = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() > 0
+            if not isinstance(value, Tensor) or not is_usual or value.is_nested or value.is_meta:
+                check_feature(f"document_features[{key!r}]", value)
+        return specs
 
     def step_number(self) -> int:
         """The number of steps that have updated the cache; synchronizes the device."""

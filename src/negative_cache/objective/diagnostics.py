@@ -39,6 +39,7 @@ class Diagnostics:
             "ratio": 0,
             "near_duplicates": 0,
         }  # bad readings in a row; PATIENCE of them log a warning
+        self._has_warned_of_gradients = False
 
     def begin(self, records: Sequence[Record]) -> None:
         """Start a step with its first records."""
@@ -58,6 +59,15 @@ class Diagnostics:
                 if tensor.requires_grad and len(tensor):
                     found = self._gradients.setdefault(side, [])  # of this step; a later step has its own lists
                     tensor.register_hook(partial(_append_norm, found))  # type: ignore[no-untyped-call]
+
+    def warn_of_missing_gradients(self) -> None:
+        """Warn once that no embedding of a training step has a gradient."""
+        if not self._has_warned_of_gradients and not torch.compiler.is_compiling():
+            self._has_warned_of_gradients = True
+            logger.warning(
+                "`query_embeddings` and `document_embeddings` have no gradient, so only re-encoded documents train the "
+                "encoder. Compute them without no_grad, inference mode or detach; to evaluate, call loss_fn.eval()."
+            )
 
     def read(self, cache: NegativeCache | None) -> dict[str, float]:
         """Return all values; synchronizes the device. Logs one warning per value that is bad several times in a row.

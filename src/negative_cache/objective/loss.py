@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache.index import is_first_of_equal, is_in_row
+from negative_cache.cache.validation import check_number
 from negative_cache.objective.batch import Batch
 from negative_cache.objective.diagnostics import MAX_KEPT, Record, document_numbers, loss_numbers
 from negative_cache.sampling.config import DocumentWeights, Encoded, InBatch, Sample, SamplingRequest
@@ -30,16 +30,16 @@ class FalseNegativeLimits(NamedTuple):
     relative: float | None = None
     guide: float = 0.0
 
-    def check(self) -> None:
-        """Raise ValueError for limits that are not finite or out of range."""
-        for name, margin in zip(("absolute_margin", "relative_margin", "guide_margin"), self, strict=True):
-            if margin is not None and not math.isfinite(margin):
-                raise ValueError(f"`{name}` is {margin}; it must be a finite number.")
-        if self.relative is not None and not 0 <= self.relative <= 1:
+    def checked(self) -> FalseNegativeLimits:
+        """The limits as floats; TypeError or ValueError for limits that are no finite numbers or out of range."""
+        absolute = None if self.absolute is None else check_number("absolute_margin", self.absolute)
+        relative = None if self.relative is None else check_number("relative_margin", self.relative)
+        if relative is not None and not 0 <= relative <= 1:
             raise ValueError(
                 f"`relative_margin` is {self.relative}; it is a fraction of the positive's similarity, from 0 to 1: "
                 "0.05 hides documents above 95 % of it."
             )
+        return FalseNegativeLimits(absolute, relative, check_number("guide_margin", self.guide))
 
     def ceilings(self, similarities: Tensor) -> Tensor | None:
         """The highest similarity that a negative may have, given the positives' `[batch]`; None without a limit."""

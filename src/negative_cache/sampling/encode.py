@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.validation import RaggedRows, check_finite, padded, to_device
+from negative_cache.cache.specs import Features, check_feature
+from negative_cache.cache.validation import RaggedRows, check_finite, check_ids, padded, to_device
 from negative_cache.sampling.config import RowSource
 
 DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
@@ -53,8 +54,17 @@ def encode(
             "The document encoder returned embeddings without gradient, but those of the batch's documents have one. "
             "Encode them like the batch's documents, without no_grad or detach."
         )
-    check_finite(f"The document encoder's output, stored as {stored_dtype},", embeddings.detach().to(stored_dtype))
+    stored = embeddings.detach().to(stored_dtype)
+    check_finite(f"The document encoder's output, stored as {stored_dtype},", stored, is_embedding=True)
     return embeddings
+
+
+def twice(features: Features) -> dict[str, Any]:
+    """The features of each document twice. BatchNorm in training mode cannot encode a single document."""
+    return {
+        key: torch.cat([value, value]) if isinstance(value, Tensor) else [*value, *value]
+        for key, value in features.items()
+    }
 
 
 def _check_shape(embeddings: object, shape: tuple[int, int]) -> Tensor:
@@ -74,24 +84,48 @@ def refresh(
     Rows that are not finite are skipped and counted. They do not raise, because the step is already written.
     """
     # If no row is filled, row 0 is encoded but not written: a wrapped encoder, such as DDP, must run on all ranks.
-    rows = (torch.arange(count, device=cache.device) + cache.step * count) % cache.num_filled.clamp(min=1)
-    shape = (count, cache.stored(embedding_key)[0].shape[1])
+    # A single row is encoded together with the next one: BatchNorm in training mode cannot encode a single document.
+    places = torch.arange(max(count, 2), device=cache.device) + cache.step * count
+    rows = places % cache.num_filled.clamp(min=1)
+    shape = (len(rows), cache.stored(embedding_key)[0].shape[1])
     embeddings = _check_shape(encoder(read_features(cache, rows, data_keys)), shape)
+    rows, embeddings = rows[:count], embeddings[:count]
     stored = embeddings.to(cache.specs[embedding_key].dtype)
     is_finite, is_filled = stored.isfinite().all(dim=1), cache.filled[rows]
     cache.num_rejected += (is_filled & ~is_finite).sum()
     cache.write(rows, {embedding_key: stored}, is_filled & is_finite, resets_age=False)
 
 
-def check_filling(batch: Mapping[str, Any]) -> None:
-    """Raise unless a batch of documents has features and ids."""
+def encode_for_filling(document_encoder: DocumentEncoder, batch: Mapping[str, Any]) -> Tensor:
+    """Check that a batch of documents has features and ids, and encode it.
+
+    Returns:
+        `[n, dim]`.
+
+    Raises:
+        ValueError: Missing keys, unknown ids, or embeddings of a wrong shape or that are not finite.
+        TypeError: Features or ids that are no tensors, or an encoder that returns no tensor.
+    """
     missing = {"document_features", "document_ids"} - set(batch)
     if missing:
         raise ValueError(f"A batch has the keys {sorted(batch)}; it must also have {sorted(missing)}.")
-    ids = batch["document_ids"]
-    ids = ids if ids.dim() == 1 else ids[:, 0]
-    if len(ids) and int(ids.min()) < 0:
+    features, ids = batch["document_features"], batch["document_ids"]
+    if not isinstance(features, Mapping):
+        raise TypeError(f"`document_features` is {type(features).__name__}; expected a dict of feature name -> values.")
+    for key, value in features.items():
+        check_feature(f"document_features[{key!r}]", value)
+    check_ids("document_ids", ids, tuple(getattr(ids, "shape", ())))
+    ids = ids[:, 0] if ids.dim() > 1 else ids
+    if ids.numel() and int(ids.min()) < 0:
         raise ValueError(f"`document_ids` has the value {int(ids.min())}; every document needs an id of 0 or more.")
+    is_single = {len(value) for value in features.values()} == {1}
+    embeddings = document_encoder(twice(features) if is_single else dict(features))
+    if not isinstance(embeddings, Tensor) or embeddings.dim() != 2:
+        got = f"shape {list(embeddings.shape)}" if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise TypeError(f"The document encoder returned {got}; expected a tensor [{ids.numel()}, dim].")
+    embeddings = embeddings[:1] if is_single else embeddings
+    check_finite("The document encoder's output", embeddings, is_embedding=True)
+    return embeddings
 
 
 def check_room(cache: NegativeCache, document_ids: Tensor) -> None:

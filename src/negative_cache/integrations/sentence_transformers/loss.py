@@ -125,6 +125,10 @@ class NegativeCacheRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_similarity(similarity_fct)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"`model` is {type(model).__name__}; expected a SentenceTransformer, such as SentenceTransformer(name)."
+            )
         self.model = model
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
@@ -153,6 +157,7 @@ class NegativeCacheRankingLoss(nn.Module):
             "process_group": "world" if gather_across_devices else None,
         }
         self.cache_loss = self._make_loss(self._documents, seed)
+        self._options["matryoshka_dims"] = self.cache_loss.matryoshka_dims
         self.query_cache_loss: NegativeCacheLoss | None = None
         if symmetric:
             self.query_cache_loss = self._make_loss(self._anchors, None if seed is None else seed + 1)
@@ -216,6 +221,8 @@ class NegativeCacheRankingLoss(nn.Module):
             ValueError: There are more documents than rows (earlier batches remain stored), `ids` and `documents` have
                 different lengths, or an id has two texts.
         """
+        if isinstance(documents, str):
+            raise TypeError("`documents` is a str; expected a list of texts, such as [text].")
         if ids is not None:
             check_corpus_ids(ids, documents)
         model, was_training = self._unwrapped_model(), self.model.training
@@ -339,9 +346,7 @@ class NegativeCacheRankingLoss(nn.Module):
     def _compute(self, cache_loss: NegativeCacheLoss, arguments: dict[str, Any]) -> Tensor:
         """The loss of one cache, with the specs and dimensions of this batch."""
         dim = arguments["query_embeddings"].shape[1]
-        cache_loss.matryoshka_dims = matryoshka_dims(self.calculate_loss, dim) or tuple(
-            self._options["matryoshka_dims"]
-        )
+        cache_loss.matryoshka_dims = matryoshka_dims(self.calculate_loss, dim) or self._options["matryoshka_dims"]
         cache_loss.specs = {key: _SPECS[key] for key in arguments["document_features"]}
         loss: Tensor = cache_loss(**arguments)
         return loss

@@ -30,7 +30,7 @@ def to_tokens(inputs: dict[str, Any], pads_left: bool = False) -> dict[str, Tens
         `tokens`, int `[batch, length]`, and `token_type_ids` if they were given; padded on the right.
 
     Raises:
-        ValueError: The tensors are not the inputs of padded or flat text.
+        ValueError: The tensors are not the inputs of padded or flat text, or flat token ids were cut.
     """
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     if set(tensors) == _FLAT_KEYS:
@@ -51,9 +51,22 @@ def to_tokens(inputs: dict[str, Any], pads_left: bool = False) -> dict[str, Tens
 
 
 def pad_flat(values: Tensor, offsets: Tensor) -> Tensor:
-    """Split `values [n]` at `offsets [batch]` into rows `[batch, longest]`, padded with 0."""
-    lengths = torch.diff(offsets, append=offsets.new_full((1,), len(values)))
-    width = int(lengths.max()) if len(lengths) else 0
+    """Split `values [n]` at `offsets [batch]` into rows `[batch, longest]`, padded with 0.
+
+    Raises:
+        ValueError: The offsets do not start at 0, descend, or exceed the number of values.
+    """
+    edges = torch.cat([offsets, offsets.new_full((1,), len(values))])
+    lengths = edges.diff()
+    if not len(lengths):
+        return values.new_zeros(0, 0)
+    width, least, first = torch.stack([lengths.max(), lengths.min(), edges[0]]).tolist()
+    if least < 0 or first != 0:
+        raise ValueError(
+            f"{len(offsets)} texts have {len(values)} token ids, but offsets from {first} to {int(offsets.max())}: the "
+            "ids were cut. accelerate cuts the flat input_ids of StaticEmbedding if it dispatches batches of a stream. "
+            'Set accelerator_config={"dispatch_batches": False} in the training arguments.'
+        )
     inside = torch.arange(width, device=values.device) < lengths[:, None]
     return values.new_zeros(inside.shape).masked_scatter_(inside, values)
 

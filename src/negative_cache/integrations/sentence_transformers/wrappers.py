@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from sentence_transformers.base.modules import Router
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPED = ("_orig_mod", "module")  # the attributes in which torch.compile and DDP keep the model
 
@@ -29,6 +32,8 @@ def check_wrappers(model: nn.Module, columns: Sequence[dict[str, Any]]) -> None:
             "rows. Start one process per GPU, `torchrun --nproc-per-node N script.py`, or make a single GPU visible, "
             "CUDA_VISIBLE_DEVICES=0."
         )
+    if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
+        _check_unused_parameters(model)
     for module in {id(module): module for module in (model, unwrap(model))}.values():
         # While MatryoshkaLoss or AdaptiveLayerLoss calls this loss, the model's `forward` is a `ForwardDecorator`.
         decorator = type(vars(module).get("forward"))
@@ -44,6 +49,22 @@ def check_wrappers(model: nn.Module, columns: Sequence[dict[str, Any]]) -> None:
             "AdaptiveLayerLoss and Matryoshka2dLoss take the embeddings of the batch from earlier layers, but cached "
             "embeddings are those of the last layer. Use NegativeCacheRankingLoss without them."
         )
+
+
+def _check_unused_parameters(model: DistributedDataParallel) -> None:
+    """Raise ValueError if DDP would take the parameters of one route for unused because another route ran last."""
+    if not model.find_unused_parameters or model.static_graph:
+        return
+    for module in model.modules():
+        if not isinstance(module, Router):
+            continue
+        routes = [{id(p) for p in route.parameters() if p.requires_grad} for route in module.sub_modules.values()]
+        if any(route != routes[0] for route in routes):
+            raise ValueError(
+                "DDP searches for unused parameters after each forward pass, but each pass of a Router uses one of its "
+                'routes. The backward pass would fail with "Expected to mark a variable ready only once". Set '
+                "ddp_find_unused_parameters=False in the training arguments."
+            )
 
 
 def matryoshka_dims(calculate_loss: Any, dim: int) -> tuple[int, ...]:
