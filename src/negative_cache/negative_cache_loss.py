@@ -15,6 +15,8 @@ from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
 from negative_cache.cache.update import check_new_items, update_rows
 from negative_cache.distributed import separate
+from negative_cache.distributed import world as default_group
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
 from negative_cache.distributed.many_ranks import ManyRanks
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, BatchInputs, make_batch
@@ -131,13 +133,24 @@ class NegativeCacheLoss(CacheModule):
         self._check_settings()
         # Rows drawn per query; the rows to re-encode are chosen from them. Not an option, but benchmarks change it.
         self.num_candidates = default_candidates(num_samples)
-        self.log_scale = nn.Parameter(torch.tensor(scale).log()) if learnable_scale else None
+        # Of shape [1], because FSDP cannot shard a scalar.
+        self.log_scale = nn.Parameter(torch.full([1], math.log(scale))) if learnable_scale else None
+        self.averages_scale = False  # over the ranks of the default group, if each of them has its own cache
         self.diagnostics = Diagnostics()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable scale to its initial value, after `to_empty`. The cache is left unchanged."""
+        if self.log_scale is not None:
+            nn.init.constant_(self.log_scale, math.log(self._fixed_scale))
+
+    def _after_from_pretrained(self) -> None:
+        super()._after_from_pretrained()
+        self.reset_parameters()  # keeps a loaded value, because transformers replaces the functions of `nn.init`
 
     @property
     def scale(self) -> Tensor | float:
         """The factor of the dot products; with gradient if it is learnable."""
-        return self._fixed_scale if self.log_scale is None else self.log_scale.exp()
+        return self._fixed_scale if self.log_scale is None else self.log_scale[0].exp()
 
     def forward(
         self,
@@ -262,7 +275,8 @@ class NegativeCacheLoss(CacheModule):
         """The scale; if it is learnable, its gradient is averaged over ranks."""
         if self.log_scale is None:
             return self._fixed_scale
-        return world.average_gradient(self.log_scale.to(device)).exp()
+        log_scale = world.average_gradient(self.log_scale.to(device))[0]
+        return (Ranks(default_group()).average_gradient(log_scale) if self.averages_scale else log_scale).exp()
 
     def _begin(self, inputs: BatchInputs) -> tuple[OneProcess | ManyRanks, Step]:
         """Validate a step; with several ranks, all ranks validate together."""
@@ -319,7 +333,7 @@ class NegativeCacheLoss(CacheModule):
             EMBEDDING,
             data_keys,
             self.generator,
-            score_transform=Scale(self._fixed_scale if self.log_scale is None else self.log_scale.detach().exp()),
+            score_transform=Scale(self._fixed_scale if self.log_scale is None else self.log_scale.detach()[0].exp()),
             num_samples=self.num_samples if is_writing else 0,
             num_draws=(self.num_candidates if self.shared else self.num_samples) if is_writing else 0,
             is_shared=self.shared,

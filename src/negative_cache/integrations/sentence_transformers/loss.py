@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.cache.specs import FeatureSpec
-from negative_cache.distributed import world
-from negative_cache.distributed.collectives import Ranks
 from negative_cache.integrations.sentence_transformers.anchors import (
     ANCHOR_IDS,
     ANCHOR_IDS_SPEC,
@@ -143,8 +141,6 @@ class NegativeCacheRankingLoss(nn.Module):
         if symmetric:
             self.query_cache_loss = self._make_loss(self._anchors, None if seed is None else seed + 1)
             self.query_cache_loss.log_scale = self.cache_loss.log_scale  # both directions share it
-        if self.cache_loss.log_scale is not None and not gather_across_devices:
-            self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the mean loss of a batch; in training, also update the cache.
@@ -170,6 +166,8 @@ class NegativeCacheRankingLoss(nn.Module):
         loss = self._compute(self.cache_loss, batch.compare_with_documents(embeddings, *guide))
         if self.query_cache_loss is None:
             return loss
+        if self.query_cache_loss.log_scale is not self.cache_loss.log_scale:  # `to_empty` replaces both
+            self.query_cache_loss.log_scale = self.cache_loss.log_scale
         return (loss + self._compute(self.query_cache_loss, batch.compare_with_anchors(embeddings, *guide))) / 2
 
     def fill_from(
@@ -227,6 +225,7 @@ class NegativeCacheRankingLoss(nn.Module):
     def _make_loss(self, texts: CachedTexts, seed: int | None) -> NegativeCacheLoss:
         loss = NegativeCacheLoss(texts.embed, seed=seed, **self._options)
         loss.embedding_dim = _embedding_dim(self.model)
+        loss.averages_scale = not self.gather_across_devices  # the trainer's DDP averages gradients only of the model
         return loss
 
     def _unwrapped_model(self) -> Any:
@@ -352,9 +351,3 @@ def _embedding_dim(model: Any) -> int | None:
         if hasattr(model, name):
             return getattr(model, name)()
     return None
-
-
-def _average_over_ranks(gradient: Tensor) -> Tensor:
-    """The mean gradient over all ranks. The trainer's DDP averages gradients of the model, but not of the loss."""
-    ranks = Ranks(world())
-    return ranks.sum(gradient) / ranks.size
