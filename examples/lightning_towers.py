@@ -97,7 +97,7 @@ def main() -> None:
     )
     if trainer.is_global_zero:
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        validation = f"val_loss {metrics['val_loss']:.3f}, hits@1 {metrics['val_hits@1']:.3f}"
+        validation = f"val_loss {metrics['val_loss']:.3f} hits@1 {metrics['val_hits@1']:.3f}"
         print(f"epoch {trainer.current_epoch}: {validation}", flush=True)
         print(f"cache {metrics['cache/fill']:.0%} full, staleness {metrics['cache/staleness']:.3f}", flush=True)
 

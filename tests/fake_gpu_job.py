@@ -176,7 +176,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
     def new(**options: Any) -> NegativeCacheLoss:
         loss = NegativeCacheLoss(encoder, 256, seed=0, **options)
         if loss.log_scale is not None:
-            loss.log_scale = nn.Parameter(torch.zeros((), device=GPU))
+            loss.log_scale = nn.Parameter(torch.zeros(1, device=GPU))
         return loss
 
     return {

@@ -106,7 +106,7 @@ def _write(loss: NegativeCacheLoss, beside: Path) -> Path:
     """Write this rank's file."""
     ranks = loss.ranks
     prefix = _prefix(ranks.rank, ranks.size)
-    state = {prefix + key: value.detach() for key, value in loss.state_dict().items()}
+    state = {prefix + key: value.detach() for key, value in loss.state_dict(keep_vars=True).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # warns that only one process saves
         writer = _storage().HuggingFaceStorageWriter(str(beside), save_distributed=True)
@@ -266,8 +266,10 @@ def assign_rows(fill_and_times: list[tuple[Tensor, Tensor]], cache_size: int, ra
     Returns:
         int64 `[n, 2]`: saved shard and row for the first n rows of the rank, oldest first.
     """
-    shard = torch.cat([torch.full((len(filled),), number) for number, (filled, _) in enumerate(fill_and_times)])
-    row = torch.cat([torch.arange(len(filled)) for filled, _ in fill_and_times])
+    shard = torch.cat(
+        [torch.full((len(filled),), number, device="cpu") for number, (filled, _) in enumerate(fill_and_times)]
+    )
+    row = torch.cat([torch.arange(len(filled), device="cpu") for filled, _ in fill_and_times])
     filled, written = (torch.cat([pair[i] for pair in fill_and_times]) for i in range(2))
     rows = torch.stack([shard, row], dim=1)[filled]
     newest_first = written[filled].argsort(descending=True, stable=True)[:cache_size]
@@ -278,7 +280,7 @@ def _read(folder: Path, shard: int, num_shards: int) -> dict[str, Tensor]:
     """Read the state that one rank wrote."""
     reader, prefix = _storage().HuggingFaceStorageReader(str(folder)), _prefix(shard, num_shards)
     state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         for key, entry in reader.read_metadata().state_dict_metadata.items()
         if key.startswith(prefix)
     }

@@ -217,12 +217,12 @@ class MultiCacheLossHandler(CacheHolder):
             ("cache/interpretable_prediction_loss", result.interpretable_loss),
             ("cache/staleness", result.staleness),
         ):
-            writer.add_scalar(tag, torch.as_tensor(value).float().mean().item(), step)
+            writer.add_scalar(tag, torch.as_tensor(value, device="cpu").float().mean().item(), step)
 
     def get_extra_state(self) -> Tensor:
         """The state of the loss's generator, uint8."""
         generator = getattr(self.cache_loss, "generator", None)
-        return torch.zeros(0, dtype=torch.uint8) if generator is None else generator.get_state()
+        return torch.zeros(0, dtype=torch.uint8, device="cpu") if generator is None else generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the generator's state, so that the draws continue where the saved run stopped."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.several_caches import PooledCaches
 from negative_cache.cache.validation import check_finite, reads_without_sync
-from negative_cache.distributed import separate, world
+from negative_cache.distributed import check_picklable, separate, world
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
 from negative_cache.distributed.many_ranks import ManyRanks
@@ -29,6 +30,9 @@ from negative_cache.sampling.config import RowSource, Sample, SamplingConfig, Sa
 from negative_cache.sampling.draw import make_search, replace_missing
 from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 from negative_cache.sampling.one_process import OneProcess
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Caches = Mapping[str, NegativeCache]
 Reducer = Callable[[Tensor], Tensor]
@@ -272,6 +276,17 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         super().__init__(embedding_key, data_keys, score_transform, top_k, reducer)
         self.process_group = process_group
         self.is_replicated = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the loss; the copy has the same process group."""
+        memo[id(self.process_group)] = self.process_group
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_picklable(self, self.process_group, "process_group=None")
+        return self.__dict__
 
     @property
     def ranks(self) -> Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, c
 from negative_cache.cache.update import check_new_items, update_rows
 from negative_cache.cache.validation import check_integer, check_number
 from negative_cache.distributed import separate
+from negative_cache.distributed import world as default_group
+from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
 from negative_cache.distributed.many_ranks import ManyRanks
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, BatchInputs, make_batch
@@ -138,13 +141,24 @@ class NegativeCacheLoss(CacheModule):
         self._check_settings(learnable_scale)
         # Rows drawn per query; the rows to re-encode are chosen from them. Not an option, but benchmarks change it.
         self.num_candidates = default_candidates(self.num_samples)
-        self.log_scale = nn.Parameter(torch.tensor(self._fixed_scale).log()) if learnable_scale else None
+        # Of shape [1], because FSDP cannot shard a scalar.
+        self.log_scale = nn.Parameter(torch.full([1], math.log(self._fixed_scale))) if learnable_scale else None
+        self.averages_scale = False  # over the ranks of the default group, if each of them has its own cache
         self.diagnostics = Diagnostics()
+
+    def reset_parameters(self) -> None:
+        """Set a learnable scale to its initial value, after `to_empty`. The cache is left unchanged."""
+        if self.log_scale is not None:
+            nn.init.constant_(self.log_scale, math.log(self._fixed_scale))
+
+    def _after_from_pretrained(self) -> None:
+        super()._after_from_pretrained()
+        self.reset_parameters()  # keeps a loaded value, because transformers replaces the functions of `nn.init`
 
     @property
     def scale(self) -> Tensor | float:
         """The factor of the dot products; with gradient if it is learnable."""
-        return self._fixed_scale if self.log_scale is None else self.log_scale.exp()
+        return self._fixed_scale if self.log_scale is None else self.log_scale[0].exp()
 
     def forward(
         self,
@@ -263,7 +277,7 @@ class NegativeCacheLoss(CacheModule):
             guide_documents=guide_documents,
         )
         batch = make_batch(inputs, {})
-        scale = self._scale_over(OneProcess(), batch.queries.device)
+        scale = self.scale.to(batch.queries.device) if isinstance(self.scale, Tensor) else self.scale
         scores = score_batch(batch, batch.in_batch(has_documents=True), scale, self.limits)
         no_rows = torch.full_like(scores.positive, -torch.inf)
         return estimators.readable_loss(scores.positive, scores.positive * 0, no_rows, scores.in_batch).mean()
@@ -318,7 +332,8 @@ class NegativeCacheLoss(CacheModule):
         """The scale; if it is learnable, its gradient is averaged over ranks."""
         if self.log_scale is None:
             return self._fixed_scale
-        return world.average_gradient(self.log_scale.to(device)).exp()
+        log_scale = world.average_gradient(self.log_scale.to(device))[0]
+        return (Ranks(default_group()).average_gradient(log_scale) if self.averages_scale else log_scale).exp()
 
     def _begin(self, inputs: BatchInputs) -> tuple[OneProcess | ManyRanks, Step]:
         """Validate a step; with several ranks, all ranks validate together."""
@@ -377,7 +392,7 @@ class NegativeCacheLoss(CacheModule):
             EMBEDDING,
             data_keys,
             self.generator,
-            score_transform=Scale(self._fixed_scale if self.log_scale is None else self.log_scale.detach().exp()),
+            score_transform=Scale(self._fixed_scale if self.log_scale is None else self.log_scale.detach()[0].exp()),
             num_samples=self.num_samples if is_writing else 0,
             num_draws=(self.num_candidates if self.shared else self.num_samples) if is_writing else 0,
             is_shared=self.shared,
@@ -449,6 +464,8 @@ class NegativeCacheLoss(CacheModule):
         if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):
             saved, mine = ("is", "is not") if self.log_scale is None else ("is not", "is")
             raise ValueError(f"The scale of the saved loss {saved} learnable, that of this one {mine}.")
+        if self.log_scale is not None:  # earlier versions saved a scalar
+            state_dict[prefix + "log_scale"] = state_dict[prefix + "log_scale"].view(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -95,7 +95,7 @@ def check_unbiased(rank: int, given: Problem) -> None:
             whole[2].copy_(leaves[2].grad)
         whole[3].index_add_(0, encoder.rows, encoder.output.grad)
         # averaged already, so that all ranks have the same
-        parts = [slot.flatten() for slot in whole] + [loss_fn.log_scale.grad.double()[None], loss.detach()[None]]
+        parts = [slot.flatten() for slot in whole] + [loss_fn.log_scale.grad.double(), loss.detach()[None]]
         gradients.append(torch.cat(parts))
     everything = torch.stack(gradients)
     dist.all_reduce(everything)

@@ -49,7 +49,7 @@ def test_gradients_include_the_cached_rows(dtype: torch.dtype, settings: dict):
     found = torch.autograd.grad(loss, [queries, documents, *parameters], allow_unused=True)
 
     q, d = (value.detach().double().requires_grad_() for value in (queries, documents))
-    scale = torch.tensor(6.0, dtype=torch.float64).log().requires_grad_()
+    scale = torch.tensor([6.0], dtype=torch.float64).log().requires_grad_()
     rows = loss_fn.cache.embeddings("embedding")[:21].double()
     positive = (q * d).sum(1)
     cached = q @ rows.T

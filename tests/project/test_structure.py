@@ -212,3 +212,32 @@ def test_the_check_sees_a_message_however_it_is_imported():
     }
     assert [messages(source) for source in silent] == [[], [], []]
     assert [messages(source) for source in loud] == [[found] for found in loud.values()]
+
+
+# Devices
+
+CREATE_TENSORS = {
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor",
+    "zeros",
+}  # fmt: skip
+
+
+def tensors_without_device(source: str) -> list[str]:
+    """Calls that would create a tensor on the default device of torch, which the user may have set."""
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in CREATE_TENSORS}
+        if all(keyword.arg != "device" for keyword in node.keywords)
+    ]
+
+
+def test_every_tensor_is_created_on_a_named_device():
+    engine = {name: source for name, source in sources().items() if not name.startswith("workbench/")}
+    scale = "torch.full([1], math.log(self._fixed_scale))"  # a parameter of the user's module
+    assert [found for found in problems(tensors_without_device, engine) if scale not in found] == []
+
+
+def test_the_check_sees_a_tensor_without_a_device():
+    assert tensors_without_device("torch.zeros(3, device=x.device)\nx.new_zeros(3)\ntorch.zeros_like(x)") == []
+    assert tensors_without_device("torch.zeros(3)") == ["line 1: torch.zeros(3)"]

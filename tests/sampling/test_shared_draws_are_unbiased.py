@@ -78,7 +78,7 @@ def collect(passes: int = PASSES, with_ids: bool = True, log_q: Tensor | None = 
         loss.backward()
         table = torch.zeros_like(TABLE).index_add(0, encoder.rows, encoder.output.grad)
         gradients.append(
-            torch.cat([*(leaf.grad.flatten() for leaf in leaves), table.flatten(), loss_fn.log_scale.grad[None]])
+            torch.cat([*(leaf.grad.flatten() for leaf in leaves), table.flatten(), loss_fn.log_scale.grad])
         )
         values.append(loss.detach())
     return Found(torch.stack(gradients), torch.stack(values))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +25,6 @@ from negative_cache.cache.validation import Items, RaggedRows, pad_rows, reads_w
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 # A ragged column copies this many rows at a time when it copies all of them.
 _ROWS_AT_ONCE = 8192
@@ -58,7 +59,58 @@ def put(target: Tensor, rows: Tensor, values: Tensor, is_any: Tensor | None) -> 
     target[rows] = values if is_any is None else torch.where(is_any, values, target[rows])
 
 
-class _Column(nn.Module):
+def copy_saved(module: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+    """Replace the module's own tensors in a state dict by copies, which later steps do not change."""
+    for name in (*module._parameters, *module._buffers):
+        saved = destination.get(prefix + name)
+        if saved is not None:
+            destination[prefix + name] = saved.clone()
+
+
+class Rows(nn.Module):
+    """Buffers of rows. They can be moved, unless they have a `pinned_device`; their dtypes do not change."""
+
+    pinned_device: torch.device | None = None
+
+    def reset_parameters(self) -> None:
+        """Set all values to zero; `to_empty` and FSDP's deferred initialization call this."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        marker = torch.full([1], time.time_ns(), device=next(self.buffers()).device)
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(partial(self._moved, fn), recurse=False)  # type: ignore[no-untyped-call]
+        moved = fn(marker)
+        if moved.is_meta or type(moved) is not Tensor:  # a fake tensor has no values either
+            return self
+        if not marker.is_meta and torch.equal(moved.cpu(), marker.cpu().to(moved.dtype)):
+            return self
+        self.reset_parameters()  # after `to_empty`: uninitialized memory does not contain the present time
+        return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], stored: Tensor) -> Tensor:
+        """A buffer after `fn`, the function that `.to()`, `.half()` or a similar method applies to each tensor."""
+        probe = fn(stored.new_empty(0))
+        if self.pinned_device is not None and probe.device != stored.device:
+            return stored
+        if probe.dtype == stored.dtype:
+            return fn(stored)
+        warnings.warn(
+            "`.half()`, `.to(dtype)` and similar methods move a cache, but do not change the dtypes in which it stores "
+            "values. To store other dtypes, create it with another `embedding_dtype` or other `specs`.",
+            stacklevel=2,
+        )
+        return stored.to(probe.device)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            copy_saved(self, destination, prefix)
+
+
+class _Column(Rows):
     """Buffers of one feature. With a `pinned_device`, they stay there when the owning module is moved."""
 
     storage: ClassVar[str] = "values"  # name of the buffer with the values
@@ -66,9 +118,6 @@ class _Column(nn.Module):
     def __init__(self, pinned_device: torch.device | None) -> None:
         super().__init__()
         self.pinned_device = pinned_device
-
-    def _apply(self: _Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Module:
-        return self if self.pinned_device is not None else super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +149,7 @@ class FixedColumn(_Column):
 
     @property
     def spec(self) -> FixedLenFeature:
-        """The spec, with the dtype in which values are currently stored."""
+        """The spec, with the dtype in which values are stored."""
         return FixedLenFeature(list(self.values.shape[1:]), self.values.dtype, self.default_value)
 
     def read(self, rows: Tensor) -> Tensor:
@@ -129,12 +178,6 @@ class QuantizedColumn(_Column):
         self.spec = spec
         self.register_buffer("values", torch.zeros([num_rows, *spec.shape], dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.zeros(num_rows, dtype=torch.float32, device=device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scales = self.scales
-        super()._apply(fn, recurse)
-        self.scales = scales.to(self.device)  # moved, but always float32
-        return self
 
     def read(self, rows: Tensor) -> Tensor:
         """The values of `rows [n]`: float32 `[n, *shape]`."""
@@ -196,6 +239,10 @@ class RaggedColumn(_Column):
         elif bool(pads_left):
             self.pads_left.fill_(True)
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.tail = 0
+
     @property
     def _is_slotted(self) -> bool:
         slot = self.spec.max_length or 0
@@ -248,6 +295,7 @@ class RaggedColumn(_Column):
         """All rows, padded to the longest one; a copy `[num_rows, longest]`."""
         return pad_rows(self.read(torch.arange(len(self.offsets), device=self.device)))
 
+    @torch.inference_mode(False)  # a later step changes the new arena in place
     def _compact(self, incoming: int) -> None:
         """Copy the values in use to a new arena with room for `incoming` more values."""
         alive, starts = self._alive()
@@ -278,7 +326,8 @@ class RaggedColumn(_Column):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         arena = state_dict.get(prefix + "arena")
         if isinstance(arena, Tensor):  # a saved arena may have any size
-            self.arena = torch.empty_like(arena, device=self.device)
+            with torch.inference_mode(False):
+                self.arena = torch.empty_like(arena, device=self.device)
             self.tail = arena.numel()
         state_dict.setdefault(prefix + "pads_left", self.pads_left.clone())  # earlier versions saved none
         super()._load_from_state_dict(state_dict, prefix, *args)

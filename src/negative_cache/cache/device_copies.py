@@ -18,7 +18,7 @@ def is_staged(first: torch.device, second: torch.device) -> bool:
 
 def new_staging(like: Tensor) -> Tensor:
     """Page-locked host memory for a copy. torch does not reuse it until all copies from and to it have finished."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
 
 
 def wait_for(device: torch.device) -> None:
@@ -49,7 +49,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, reader
     """Zeros on a device; page-locked if they are in host memory, `reader` is a GPU and enough memory is free."""
     if device.type == "cpu" and is_staged(device, reader):
         try:
-            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+            return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             logger.info(f"Features of shape {list(shape)} are kept in memory that is not page-locked: {error}")
     return torch.zeros(shape, dtype=dtype, device=device)

@@ -45,6 +45,7 @@ class RowsOfIds(nn.Module):
     slots: Tensor
     places: Tensor
 
+    @torch.inference_mode(False)  # an evaluation may build the table, and a later step changes it in place
     def __init__(self, ids: Tensor) -> None:
         super().__init__()
         self.num_buckets = max(len(ids) // _MEAN_LOAD, 1) | 1  # odd, so that all bits of the hash matter

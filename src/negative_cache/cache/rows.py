@@ -14,6 +14,8 @@ from negative_cache.cache.columns import (
     FixedColumn,
     QuantizedColumn,
     RaggedColumn,
+    Rows,
+    copy_saved,
     make_columns,
     put,
     read_columns,
@@ -35,7 +37,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class NegativeCache(nn.Module):
+def _set_hf_initialized(module: NegativeCache | CacheHolder, value: bool) -> None:
+    module.__dict__["_is_hf_initialized"] = value
+    module._after_from_pretrained()
+
+
+# The attribute that transformers sets on each module after `from_pretrained`.
+_IS_HF_INITIALIZED = property(lambda module: module.__dict__.get("_is_hf_initialized", False), _set_hf_initialized)
+
+
+class NegativeCache(Rows):
     """Rows of past documents. A row has features with a possibly stale embedding, an age and a document id.
 
     All tensors are buffers: `state_dict` contains them, and `.to()` moves them. All rows of a cache that is constructed
@@ -73,6 +84,7 @@ class NegativeCache(nn.Module):
         self.written = -ages.to(torch.int64)
 
     @classmethod
+    @torch.inference_mode(False)  # a later step changes the buffers in place
     def empty(
         cls,
         specs: Specs,
@@ -257,13 +269,33 @@ class NegativeCache(nn.Module):
         self.filled[rows] |= True if is_any is None else is_any
         self._has_rows = True
 
+    def reset_parameters(self) -> None:
+        """Remove all rows: no row is filled, and `step` is 0. `to_empty` does the same."""
+        super().reset_parameters()
+        for column in self._columns.values():
+            column.reset_parameters()
+        self.document_ids.fill_(NO_ID)
+        self._has_rows, self._rows_of_ids = False, None
+
+    _is_hf_initialized = _IS_HF_INITIALIZED
+
+    def _after_from_pretrained(self) -> None:
+        """Called by transformers when `from_pretrained` has set all tensors; those it did not load are undefined."""
+        if self.__dict__.pop("_extra_state", None) is not None:  # set if the checkpoint does not have the cache
+            self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._rows_of_ids = None  # built again at the next lookup
+        return super()._apply(fn, recurse)
+
     def get_extra_state(self) -> Tensor:
         """The size and specs as JSON in a uint8 tensor, so that all values of a state dict are tensors."""
         state = {"num_rows": self.num_rows, "specs": {key: spec_to_json(spec) for key, spec in self.specs.items()}}
-        return torch.tensor(list(json.dumps(state, sort_keys=True).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(state, sort_keys=True).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: `check_loadable` checks the specs before anything is copied."""
+        """Forget what is known of the old rows. `check_loadable` checks the specs before anything is copied."""
+        self._has_rows = self._rows_of_ids = None
 
     def check_loadable(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise ValueError if the saved number of rows, keys, shapes or dtypes differ from those of this cache."""
@@ -307,9 +339,8 @@ class NegativeCache(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check_loadable(state_dict, prefix)
-        self._has_rows = None
+        self._has_rows = self._rows_of_ids = None
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._rows_of_ids = None
 
 
 class CacheHolder(nn.Module):
@@ -322,26 +353,42 @@ class CacheHolder(nn.Module):
         super().__init__()
         self._held: dict[str, NegativeCache] = {}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def __getattr__(self, name: str) -> Any:
+        """A cache by its name in state dicts, for `get_submodule`."""
+        held = self.__dict__.get("_held", {})
+        return held[name] if name in held else super().__getattr__(name)
+
+    _is_hf_initialized = _IS_HF_INITIALIZED
+
+    def _after_from_pretrained(self) -> None:
+        """See `NegativeCache`."""
         for cache in self._held.values():
-            cache._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            cache._after_from_pretrained()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for cache in self._held.values() if recurse else ():
+            cache._apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            copy_saved(self, destination, prefix)
         for name, cache in self._held.items():
             cache.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = dict(state_dict)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        own, assign = dict(state_dict), local_metadata.get("assign_to_params_buffers", False)
         parts = {}
         for name, cache in self._held.items():  # all caches are checked before any is changed
             start = f"{prefix}{name}."
             cache.check_loadable(state_dict, start)
             parts[name] = {key[len(start) :]: own.pop(key) for key in state_dict if key.startswith(start)}
         for name, cache in self._held.items():
-            cache.load_state_dict(parts[name])
-        super()._load_from_state_dict(own, prefix, *args)
+            cache.load_state_dict(parts[name], assign=assign)
+        super()._load_from_state_dict(own, prefix, local_metadata, *args)
 
 
 def state_of(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -40,3 +40,12 @@ def separate(generator: torch.Generator, first_state: Tensor) -> None:
     """
     if process_rank() and torch.equal(generator.get_state(), first_state):
         generator.manual_seed(rank_seed(generator.initial_seed(), process_rank()))
+
+
+def check_picklable(owner: object, group: dist.ProcessGroup | str | None, alternative: str) -> None:
+    """Raise TypeError if an object that is being pickled has a process group; `alternative` names the default group."""
+    if group is not None and not isinstance(group, str):
+        raise TypeError(
+            f"A {type(owner).__name__} with a process group cannot be pickled, because the group exists only in this "
+            f"process. Use {alternative} for the default group, or save its state instead."
+        )

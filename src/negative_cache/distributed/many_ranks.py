@@ -212,7 +212,7 @@ class ManyRanks:
         ids, is_here = self.new_ids.view(len(self.new_ids), -1)[:, 0].cpu(), rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
-        origin_rank = torch.repeat_interleave(torch.arange(self.ranks.size), torch.tensor(self.handshake.num_new))
+        origin_rank = torch.repeat_interleave(torch.tensor(self.handshake.num_new, device="cpu"))
         is_first = is_first_of_equal(ids, ~is_known & (ids >= 0))
         return Arrivals(owner, origin_rank, is_last_of_equal(ids, is_known) | is_first | (ids < 0), rows)
 
@@ -293,8 +293,8 @@ class ManyRanks:
         # Each message starts with a row that tells whether its sender failed. Sampled rows follow, then new documents,
         # each in the order of routes. `to` is the receiver of each row that is sent, `origin` the sender of each row
         # that is received.
-        everyone = torch.arange(ranks.size)
-        is_draw = torch.arange(len(routes.owner)) < routes.num_draws
+        everyone = torch.arange(ranks.size, device="cpu")
+        is_draw = torch.arange(len(routes.owner), device="cpu") < routes.num_draws
         first_draw = int((routes.requester[is_draw] < rank).sum())
         first_new = sum(self.handshake.num_new[:rank])
         drawn = (routes.is_update & (routes.requester == rank)).nonzero().squeeze(1)

@@ -57,14 +57,15 @@ def plan_routes(
         best_scores: `[ranks, batch of all, num_best]`.
         uniform: `[batch of all, draws + 1]` in [0, 1).
     """
-    num_ranks, batch = lse.shape
+    batch = lse.shape[1]
     num_draws, num_best = config.num_draws, best_scores.shape[2]
     if config.takes_best and num_draws:
         best = best_scores[:, :, 0].max(dim=0)
         owner = torch.where(best.values > -torch.inf, best.indices, -1)
     else:
         owner = choose_shard(lse, uniform[:, :num_draws]).flatten()
-    query, candidate = torch.arange(batch).repeat_interleave(num_draws), torch.arange(batch * num_draws)
+    candidate = torch.arange(batch * num_draws, device="cpu")
+    query = torch.arange(batch, device="cpu").repeat_interleave(num_draws)
     is_update = owner >= 0
     if bool(is_update.any()):  # a query without negatives gets another query's document, so that every rank encodes
         first = int(is_update.to(torch.uint8).argmax())
@@ -82,8 +83,8 @@ def plan_routes(
         query = torch.cat([query, best_query])
         owner = torch.cat([owner, at // num_best])
         candidate = torch.cat([candidate, batch * num_draws + best_query * num_best + at % num_best])
-        is_update = torch.cat([is_update, torch.zeros(len(best_query), dtype=torch.bool)])
-    requester = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(handshake.batches))
+        is_update = torch.cat([is_update, torch.zeros(len(best_query), dtype=torch.bool, device="cpu")])
+    requester = torch.repeat_interleave(torch.tensor(handshake.batches, device="cpu"))
     return Routes(query, requester[query], owner, candidate, is_update, num_draws=num_routed_draws)
 
 

@@ -124,11 +124,11 @@ def choose_together(
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
     count = config.num_samples * len(request.queries)
     choice = choose(sizes, query, count, shard.uniform[0, -1].cpu().double(), is_trimmed=False)
-    parts = torch.tensor([config.num_samples * batch for batch in handshake.batches])
+    parts = torch.tensor([config.num_samples * batch for batch in handshake.batches], device="cpu")
     best = slice(routes.num_draws, None)
     chosen = Routes(
         query=torch.cat([torch.full_like(choice.at, -1), routes.query[best]]),
-        requester=torch.cat([torch.repeat_interleave(torch.arange(ranks.size), parts), routes.requester[best]]),
+        requester=torch.cat([torch.repeat_interleave(parts), routes.requester[best]]),
         owner=torch.cat([owner[choice.at], routes.owner[best]]),
         candidate=torch.cat([candidate[choice.at], routes.candidate[best]]),
         is_update=torch.cat([choice.is_chosen, routes.is_update[best]]),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,10 +22,13 @@ from negative_cache.cache.specs import (
     infer_specs,
     spec_from_json,
 )
-from negative_cache.distributed import shard_sizes, world
+from negative_cache.distributed import check_picklable, shard_sizes, world
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.objective.batch import EMBEDDING, SCORED
 from negative_cache.sampling.encode import DocumentEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CacheModule(CacheHolder):
@@ -108,6 +113,23 @@ class CacheModule(CacheHolder):
         if self._ranks is None or self._ranks.group is not self.process_group:
             self._ranks = Ranks(self.process_group)
         return self._ranks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the cache, the generator and the encoder. The copy has the same process group."""
+        memo[id(self._process_group)] = self._process_group
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy({**self.__dict__, "_ranks": None}, memo))  # type: ignore[no-untyped-call]
+        if other.document_encoder is self.document_encoder:
+            warnings.warn(
+                f"The copy of {type(self).__name__} has the same document encoder as the original, because a function "
+                "is not copied. Assign `document_encoder` of the copy, or pass a module or a method of a module.",
+                stacklevel=2,
+            )
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_picklable(self, self._process_group, 'process_group="world"')
+        return {**self.__dict__, "_ranks": None}
 
     def _specs_for(self, document_features: Features) -> dict[str, FeatureSpec]:
         """The specs of all features of the cache; before the first step, those of the document features."""

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class Diagnostics:
             "near_duplicates": 0,
         }  # bad readings in a row; PATIENCE of them log a warning
         self._has_warned_of_gradients = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the values of the last step out of copies, as out of `state_dict`."""
+        return {**self.__dict__, "_records": [], "_gradients": {}}
 
     def begin(self, records: Sequence[Record]) -> None:
         """Start a step with its first records."""

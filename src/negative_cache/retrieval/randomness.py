@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,22 @@ def _registry() -> MutableMapping[int, torch.Generator]:
 _generators = _registry()
 
 
+class _Generator(torch.Generator):
+    """A CPU generator that can be sent to another process; torch's own passes on a tensor that it frees too early."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.initial_seed(), bytes(self.get_state().tolist()))
+
+
+def _restored(seed: int, state: bytes) -> torch.Generator:
+    generator = new_generator(seed)
+    return generator.set_state(torch.tensor(list(state), dtype=torch.uint8, device="cpu"))
+
+
 def new_generator(seed: int | None = None) -> torch.Generator:
     """Create a CPU generator with the given seed, or with a seed from torch's global generator."""
-    generator = torch.Generator()
-    generator.manual_seed(int(torch.randint(2**62, ()).item()) if seed is None else seed)
+    generator = _Generator()
+    generator.manual_seed(int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed)
     register(generator)
     return generator
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import NO_ID, FeatureSpec
 from negative_cache.cache.validation import reads_without_sync
-from negative_cache.distributed import world
-from negative_cache.distributed.collectives import Ranks
 from negative_cache.integrations.sentence_transformers.anchors import (
     ANCHOR_IDS,
     ANCHOR_IDS_SPEC,
@@ -162,8 +160,6 @@ class NegativeCacheRankingLoss(nn.Module):
         if symmetric:
             self.query_cache_loss = self._make_loss(self._anchors, None if seed is None else seed + 1)
             self.query_cache_loss.log_scale = self.cache_loss.log_scale  # both directions share it
-        if self.cache_loss.log_scale is not None and not gather_across_devices:
-            self.cache_loss.log_scale.register_hook(_average_over_ranks)  # type: ignore[no-untyped-call]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
         """Compute the mean loss of a batch against the cache, and update the cache.
@@ -194,6 +190,8 @@ class NegativeCacheRankingLoss(nn.Module):
         loss = compute(self.cache_loss, batch.compare_with_documents(embeddings, *guide))
         if self.query_cache_loss is None:
             return loss
+        if self.query_cache_loss.log_scale is not self.cache_loss.log_scale:  # `to_empty` replaces both
+            self.query_cache_loss.log_scale = self.cache_loss.log_scale
         return (loss + compute(self.query_cache_loss, batch.compare_with_anchors(embeddings, *guide))) / 2
 
     def fill_from(
@@ -253,6 +251,7 @@ class NegativeCacheRankingLoss(nn.Module):
     def _make_loss(self, texts: CachedTexts, seed: int | None) -> NegativeCacheLoss:
         loss = NegativeCacheLoss(texts.embed, seed=seed, **self._options)
         loss.embedding_dim = _embedding_dim(self.model)
+        loss.averages_scale = not self.gather_across_devices  # the trainer's DDP averages gradients only of the model
         return loss
 
     def _unwrapped_model(self) -> Any:
@@ -437,9 +436,3 @@ def _embedding_dim(model: Any) -> int | None:
         if hasattr(model, name):
             return getattr(model, name)()
     return None
-
-
-def _average_over_ranks(gradient: Tensor) -> Tensor:
-    """The mean gradient over all ranks. The trainer's DDP averages gradients of the model, but not of the loss."""
-    ranks = Ranks(world())
-    return ranks.sum(gradient) / ranks.size
