@@ -166,10 +166,12 @@ def _ranks(
     for start in range(0, len(queries), step):
         scores = model.similarity(queries[start : start + step], corpus.embeddings)
         for row, own in zip(scores, relevant[start : start + step], strict=True):
-            at = torch.tensor(own, device=row.device)
-            target = row[at, None]
-            is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
-            yield (1 + is_before.sum(dim=1)).tolist(), row
+            ranks = []
+            for at in torch.split(torch.tensor(own, device=row.device), step):  # a query may have thousands of them
+                target = row[at, None]
+                is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
+                ranks += (1 + is_before.sum(dim=1)).tolist()
+            yield ranks, row
 
 
 def _metrics(ranks: list[int]) -> dict[str, float]:
