@@ -55,6 +55,11 @@ def test_files_of_pairs_give_the_same_data_and_splits_share_no_document(tmp_path
         ("a.jsonl", '{"query": "x", "positive": "y"}\n{broken\n', "line 2: not JSON"),
         ("a.jsonl", '{"query": "x", "positive": "y"}\n[1]\n', "line 2: expected a JSON object"),
         ("a.jsonl", '{"query": "x", "text": "y"}\n', "line 1: no column positive"),
+        (
+            "a.jsonl",
+            '{"query": "x", "positive": "\\ud83d"}\n',
+            r"line 1: 'positive' has '\\ud83d', half of a surrogate",
+        ),
         ("a.jsonl", '{"query": "x", "positive": 3}\n', "line 1: the column 'positive' is empty or not a text"),
         ("a.csv", "query,positive\nx,y\nz\n", "line 3: expected 2 columns"),
         ("a.csv", "", "no pairs"),
@@ -94,6 +99,11 @@ def test_the_split_all_has_the_judgements_of_all_splits(tmp_path: Path):
         ("qrels/test.tsv", "nobody\td0\t1", "line 12: the id 'nobody' is not in queries"),
         ("qrels/test.tsv", "qd0 d0 1", "line 12: expected query id, document id and integer score"),
         ("corpus.jsonl", '{"_id": "d0", "text": "again"}', "line 81: the id 'd0' occurs twice"),
+        (
+            "queries.jsonl",
+            '{"_id": "new", "text": "a \\udc00 b"}',
+            r"line 81: 'text' has '\\udc00', half of a surrogate",
+        ),
         ("queries.jsonl", '{"_id": "new"}', "line 81: expected the keys"),
     ],
 )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from negative_cache.workbench.data.retrieval_data import DataError
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Pairs of a place such as "FILE, line 3", for messages, and the row as column -> value."""
@@ -47,6 +50,13 @@ def json_rows(path: Path) -> Rows:
             raise DataError(f"{place}: not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}.")
+        if "\\u" in text:  # only an escape can be half of a pair; no tokenizer takes such a text
+            for key, value in row.items():
+                if isinstance(value, str) and (found := _SURROGATE.search(value)):
+                    raise DataError(
+                        f"{place}: {key!r} has {found[0]!a}, half of a surrogate pair, which is no character. "
+                        "Remove or replace it."
+                    )
         yield place, row
 
 
