@@ -328,6 +328,15 @@ class NegativeCacheLoss(CacheModule):
             self.cache = cache
         return 0 if self.cache is None else int(self.cache.num_filled)
 
+    def _restart(self) -> None:
+        """Return to the state before the first step: no rows, the first draws, the initial scale."""
+        del self.cache
+        self.set_extra_state(self._first_state)
+        self.diagnostics = Diagnostics()
+        if self.log_scale is not None:
+            with torch.no_grad():
+                self.log_scale.fill_(math.log(self._fixed_scale))
+
     def _scale_over(self, world: OneProcess | ManyRanks, device: torch.device) -> Tensor | float:
         """The scale; if it is learnable, its gradient is averaged over ranks."""
         if self.log_scale is None:

@@ -351,3 +351,10 @@ def test_the_model_card_gets_the_options(model: SentenceTransformer, guide: Sent
     assert config["similarity_fct"] == "cos_sim"
     assert config["embedding_dtype"] == "torch.float32"
     assert loss.temperature == 0.1
+
+
+def test_a_model_without_pooling_is_refused_with_the_reason():
+    model = SentenceTransformer(modules=[make_tiny()[0]], device="cpu")
+    loss = NegativeCacheRankingLoss(model, cache_size=16)
+    with pytest.raises(ValueError, match=r"\['.*token_embeddings.*\], without 'sentence_embedding'. Add a pooling"):
+        loss(columns(model, ANCHORS[:4], POSITIVES[:4]))

@@ -402,6 +402,24 @@ def test_the_plain_trainer_takes_the_loss_as_a_function(tmp_path: Path):
     assert int(trainer.loss.cache_loss.cache.num_filled) == 8
 
 
+def test_every_trial_of_a_search_starts_anew(tmp_path: Path):
+    """With `model_init`, each call of train() has a new model, which must not meet the rows of the model before."""
+    model = make_static()
+    args = make_trainer(model, NegativeCacheRankingLoss(model, 32), PAIRS, tmp_path, steps=4, learning_rate=0.05).args
+    trainer = NegativeCacheTrainer(
+        model_init=lambda: make_static(),
+        args=args,
+        train_dataset=Dataset.from_dict(PAIRS),
+        loss=lambda made: NegativeCacheRankingLoss(made, 32, seed=0, learnable_scale=True),
+    )
+    states = []
+    for _ in range(2):
+        trainer.train()
+        states.append({**snapshot(trainer.loss.cache_loss), **snapshot(trainer.model)})
+    assert_same_state(*states)
+    assert int(trainer.loss.cache_loss.cache.step) == 4
+
+
 def test_everything_at_once_trains_logs_and_is_restored(tmp_path: Path):
     options = {"symmetric": True, "matryoshka_dims": (64, 32), "relative_margin": 0.05, "refresh_per_step": 2}
     model = make_tiny()

@@ -35,12 +35,18 @@ BATCH = 4
 
 
 def make_trainer(
-    folder: Path, max_steps: int = 6, dim: int = 16, save_steps: int = 2, **options: Any
+    folder: Path,
+    max_steps: int = 6,
+    dim: int = 16,
+    save_steps: int = 2,
+    truncate_dim: int | None = None,
+    **options: Any,
 ) -> NegativeCacheTrainer:
     torch.manual_seed(0)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="about"))
     tokenizer.pre_tokenizer = Whitespace()
-    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
+    modules = [StaticEmbedding(tokenizer, embedding_dim=dim)]
+    model = SentenceTransformer(modules=modules, device="cpu", truncate_dim=truncate_dim)
     loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **options)
     args = SentenceTransformerTrainingArguments(
         str(folder),
@@ -99,6 +105,26 @@ def test_missing_damaged_and_mismatched_checkpoints_are_refused(tmp_path: Path):
         make_trainer(tmp_path, embedding_dtype=torch.float64).train(str(tmp_path / "checkpoint-4"))
     with pytest.raises(CheckpointError, match=r"feature 'embedding'.*\[16\].*\[8\]"):  # before any step
         make_trainer(tmp_path, dim=8).train(str(tmp_path / "checkpoint-4"))
+
+
+def test_a_checkpoint_without_a_cache_is_refused_with_both_reasons(tmp_path: Path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.args.save_only_model = True
+    trainer.train()
+    with pytest.raises(
+        CheckpointError, match="save_only_model=True, or by a trainer without NegativeCacheTrainerMixin"
+    ):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_model_that_truncates_its_results_resumes(tmp_path: Path):
+    """`truncate_dim` shortens what `encode` returns, but not the embeddings in training."""
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    make_trainer(tmp_path / "stopped", max_steps=4).train()
+    resumed = make_trainer(tmp_path / "stopped", truncate_dim=8)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(everything(whole), everything(resumed))
 
 
 def test_gradients_of_the_losses_own_parameters_do_not_accumulate(tmp_path: Path):

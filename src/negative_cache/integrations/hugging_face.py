@@ -34,6 +34,7 @@ class NegativeCacheTrainerMixin:
 
     args: Any
     model: Any
+    model_init: Any
     state: Any
     control: Any
     callback_handler: Any
@@ -45,13 +46,18 @@ class NegativeCacheTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
-        A checkpoint of the last step is not trained further.
+        A checkpoint of the last step is not trained further. With `model_init`, every further call trains a new model
+        and, like the model, the caches, their draws and a learnable scale start anew; so does each trial of a
+        hyperparameter search.
 
         Raises:
             ValueError: There is no complete checkpoint.
             CheckpointError: The checkpoint has no cache, or the cache is damaged or does not match the loss. The model
                 is unchanged.
         """
+        if self.model_init is not None and self.state.global_step:
+            for loss in cache_losses(self._loss_root).values():
+                loss._restart()  # its cache has embeddings of the model before
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -114,8 +120,8 @@ class NegativeCacheTrainerMixin:
         losses = cache_losses(self._loss_root)
         if losses and not (Path(checkpoint_path) / FOLDER).is_dir():
             raise CheckpointError(
-                f"{checkpoint_path} has no folder {FOLDER!r}: it was saved by a trainer without "
-                "NegativeCacheTrainerMixin. Resume from a checkpoint with a cache, or start from the beginning."
+                f"{checkpoint_path} has no folder {FOLDER!r}: it was saved with save_only_model=True, or by a trainer "
+                "without NegativeCacheTrainerMixin. Resume from a checkpoint with a cache, or start from the beginning."
             )
         for name, loss in losses.items():
             try:

@@ -193,10 +193,12 @@ def _ranks(
         for number, row in enumerate(scores, start):
             if (place := ignored[number]) is not None:
                 row[place] = -torch.inf
-            at = torch.tensor(relevant[number], device=row.device)
-            target = row[at, None]
-            is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
-            yield (1 + is_before.sum(dim=1)).tolist(), row
+            ranks: list[int] = []
+            for at in torch.split(torch.tensor(relevant[number], device=row.device), step):  # there may be thousands
+                target = row[at, None]
+                is_before = ~(row <= target) | ((row == target) & (places < at[:, None]))
+                ranks += (1 + is_before.sum(dim=1)).tolist()
+            yield ranks, row
 
 
 def _metrics(ranks: list[int]) -> dict[str, float]:

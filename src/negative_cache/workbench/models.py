@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from array import array
 from collections.abc import Iterable
@@ -146,7 +145,6 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     )
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=specials, show_progress=False)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -184,3 +184,12 @@ def test_without_its_packages_the_command_says_what_to_install():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.strip().endswith("(typer): pip install 'negative-cache[train]'")
+
+
+def test_a_query_of_many_pages_is_answered_at_once(place: Path):
+    """rich needs minutes for a heading of this length."""
+    began = time.monotonic()
+    ended = invoke("search", "ab " * 30_000, "--data", str(place / "pairs.jsonl"), "--model", str(place / "model"))
+    assert ended.exit_code == 0, ended.output
+    assert time.monotonic() - began < 20
+    assert ended.stdout.startswith("ab ab ab")

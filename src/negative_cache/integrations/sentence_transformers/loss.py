@@ -243,7 +243,13 @@ class NegativeCacheRankingLoss(nn.Module):
 
     def embed(self, features: dict[str, Any]) -> Tensor:
         """Encode model inputs: embeddings `[n, dim]`, in float32 and normalized for `util.cos_sim`."""
-        embeddings: Tensor = self.model(features)["sentence_embedding"]
+        outputs = self.model(features)
+        if "sentence_embedding" not in outputs:
+            raise ValueError(
+                f"The model returned {sorted(outputs)}, without 'sentence_embedding'. Add a pooling to its modules, "
+                "such as Pooling(transformer.get_embedding_dimension()). Multi-vector models are not supported."
+            )
+        embeddings: Tensor = outputs["sentence_embedding"]
         if self.similarity_fct is util.dot_score:
             return embeddings
         return nn.functional.normalize(embeddings.float(), dim=-1)
@@ -431,7 +437,9 @@ def _encode(guide: SentenceTransformer, strings: list[str], device: torch.device
 
 
 def _embedding_dim(model: Any) -> int | None:
-    """Dimensions of the model's embeddings; None if the model does not provide them."""
+    """Dimensions of the model's embeddings; None if they are unknown, as in training with `truncate_dim`."""
+    if getattr(model, "truncate_dim", None) is not None:
+        return None  # shortens what `encode` returns and the dimension that the model states, but not what is trained
     for name in ("get_embedding_dimension", "get_sentence_embedding_dimension"):
         if hasattr(model, name):
             return getattr(model, name)()

@@ -61,7 +61,7 @@ def search(
         found = list(zip(query, hits, strict=True))
         terminal.result([{"query": text, "documents": [hit._asdict() for hit in own]} for text, own in found])
         for text, own in found:
-            terminal.out.rule(f"[bold]{escape(text)}", align="left")
+            terminal.out.rule(f"[bold]{escape(_clip(text))}", align="left")
             _show(terminal, own)
 
 
@@ -81,5 +81,9 @@ def _show(terminal: Terminal, hits: list[Hit]) -> None:
 
 def _preview(text: str, num_lines: int = 6, width: int = 110) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    shown = [line if len(line) <= width else line[: width - 3] + "..." for line in lines[:num_lines]]
-    return "\n".join(["    " + line for line in shown] + (["    ..."] if len(lines) > num_lines else []))
+    shown = ["    " + _clip(line, width) for line in lines[:num_lines]]
+    return "\n".join(shown + (["    ..."] if len(lines) > num_lines else []))
+
+
+def _clip(line: str, width: int = 110) -> str:
+    return line if len(line) <= width else line[: width - 3] + "..."
