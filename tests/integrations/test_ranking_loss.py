@@ -174,6 +174,14 @@ def test_known_anchors_are_merged_without_duplicates_the_own_first():
     assert ((merged[:, 1:] < 0) | (merged[:, :-1] >= 0)).all()  # padding is at the end
 
 
+def test_a_guide_that_is_the_model_stays_in_training_mode():
+    model = make_tiny().train()
+    loss = NegativeCacheRankingLoss(model, 32, seed=0, guide=model)
+    for _ in range(2):
+        loss(columns(model, ANCHORS[:4], POSITIVES[:4]))
+        assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_other_anchors_of_a_document_are_not_its_negatives(model: SentenceTransformer, with_labels: bool):
     """Whether they are in the batch, or were in an earlier one."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 
 import pytest
+import torch
 
-from negative_cache.workbench.models import train_tokenizer
+from negative_cache.workbench.models import load_model, prepare_for_training, train_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -23,3 +24,16 @@ def test_a_forked_process_can_tokenize(monkeypatch: pytest.MonkeyPatch):
     process.kill()
     assert not is_hanging
     assert process.exitcode == 0
+
+
+def test_what_training_does_differently_from_evaluation_is_said():
+    model = load_model("tiny", ["a text", "another text"], seed=0)
+    assert prepare_for_training(model) == []
+    model.bfloat16()
+    model.similarity_fn_name = "dot"
+    model.prompts = {"query": "query: ", "document": ""}
+    half, similarity, prompts = prepare_for_training(model)
+    assert "trained and saved as float32" in half
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert "cosine similarity, evaluation that of the model, dot" in similarity
+    assert prompts == "Training uses no prompts; evaluation uses the model's own (query)."

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -92,6 +93,20 @@ def _ask_hub(name: str) -> None:
         f"does not have it or cannot be reached ({failed}). Give a folder or the name of a model on the hub; train and "
         "compare also take static and tiny."
     )
+
+
+def prepare_for_training(model: SentenceTransformer) -> list[str]:
+    """Make the weights float32, as small updates are lost in half precision; return notes for the user, a line each."""
+    notes, dtypes = [], {parameter.dtype for parameter in model.parameters()}
+    if dtypes & {torch.float16, torch.bfloat16}:
+        model.float()
+        notes.append("The weights are stored in half precision; they are trained and saved as float32.")
+    if model.similarity_fn_name not in (None, "cosine"):
+        notes.append(f"Training uses cosine similarity, evaluation that of the model, {model.similarity_fn_name}.")
+    used = sorted(name for name, prompt in model.prompts.items() if prompt)
+    if used:
+        notes.append(f"Training uses no prompts; evaluation uses the model's own ({', '.join(used)}).")
+    return notes
 
 
 def cache_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:

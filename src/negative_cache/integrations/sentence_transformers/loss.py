@@ -430,7 +430,10 @@ def _check_columns(columns: Sequence[dict[str, Any]]) -> None:
 
 def _encode(guide: SentenceTransformer, strings: list[str], device: torch.device) -> Tensor:
     """Normalized float32 embeddings `[n, guide_dim]` of texts."""
+    was_training = guide.training  # `encode` ends training mode; the guide may share modules with the model
     embeddings = guide.encode(strings, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+    if was_training:
+        guide.train()
     # Clone, because `encode` returns an inference tensor, which autograd cannot save.
     cloned: Tensor = embeddings.to(device).float().clone()
     return cloned

@@ -16,7 +16,7 @@ from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation import OnProgress, encode_corpus, make_evaluator, metrics_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained
+from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
@@ -187,6 +187,8 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, texts, self.config.seed)
+        for note in prepare_for_training(model):
+            logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
         before, hits = None, []
         if self.options.measure_before:
