@@ -13,7 +13,6 @@ from torch import Tensor
 
 from negative_cache.cache.columns import quantize
 from negative_cache.cache.validation import reads_without_sync
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
 from negative_cache.retrieval.search import Ceilings, RowPool, Search
 
 # On a CPU, a chunk of scores is read several times: it should fit in a core's cache, and be long enough for the
@@ -204,11 +203,10 @@ def multiplies_integers(device: torch.device) -> bool:
 
 
 def describe(pool: RowPool) -> str:
-    """How tiles of these rows are multiplied and summed, for a log line."""
-    dtype, device = str(pool.embeddings.dtype).removeprefix("torch."), pool.embeddings.device
-    how = " in integers" if dtype == "int8" and multiplies_integers(device) else ""
-    sums = ", float32 sums" if device.type in WITHOUT_FLOAT64 else ""
-    return f"{dtype} rows{how}{sums}"
+    """How tiles of these rows are multiplied, for a log line."""
+    dtype = str(pool.embeddings.dtype).removeprefix("torch.")
+    how = " in integers" if dtype == "int8" and multiplies_integers(pool.embeddings.device) else ""
+    return f"{dtype} rows{how}"
 
 
 @contextlib.contextmanager
