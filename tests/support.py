@@ -21,7 +21,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 needs_resuming_on_ranks_of_a_cpu = pytest.mark.skipif(
     Version(version("transformers")) < Version("5.18"),
     reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",

@@ -26,8 +26,8 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """Draws from `softmax(inv_temp * scores)`, as the maximum of scores with added Gumbel noise.
 
-    The noise is float32 (float64 for float64 scores) and exact to its last digits where it is large, so that ties at the
-    maximum are rare. It is never infinite.
+    The noise is float32, or float64 for float64 scores. Large values have all digits of the dtype, so that ties at the
+    maximum are rare, and none is infinite.
 
     Args:
         inv_temp: Factor of the scores. 1 gives the estimator of the paper; other values give a biased estimator.

@@ -202,7 +202,9 @@ class ManyRanks:
 
     def _arrivals(self, rows: Tensor) -> Arrivals:
         """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
-        ids = (self.new_ids if self.new_ids.dim() == 1 else self.new_ids[:, 0]).cpu()  # a reshape fails for no documents
+        ids = (
+            self.new_ids if self.new_ids.dim() == 1 else self.new_ids[:, 0]
+        ).cpu()  # a reshape fails for no documents
         is_here = rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)

@@ -260,5 +260,5 @@ def tile_bytes(batch: int, dim: int, num_rows: int, row_dtype: torch.dtype) -> i
     scales = torch.empty(num_rows, device=device) if row_dtype == torch.int8 else None
     pool = RowPool(rows, rows.new_empty(num_rows, dtype=torch.bool), scales)
     tiles = Tiles(Search(torch.empty(batch, dim, device=device), pool))
-    sums = 3 * (tiles.tile_rows // BLOCK + 1) * batch * 8
+    sums = 4 * (tiles.tile_rows // BLOCK + 1) * batch * tiles.buffer.itemsize  # plain, scaled, cumulative, contiguous
     return tiles.buffer.nbytes + tiles.product.nbytes + sums

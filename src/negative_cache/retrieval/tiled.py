@@ -64,9 +64,9 @@ class _Reservoir:
     """Running sum of exp(score), and samples from the softmax over all tiles seen so far.
 
     A sample moves into a tile with probability t / r, to one of its rows in proportion to exp(score). t is the sum over
-    the tile, and r the running sum including t. Sums are relative to the exponential of the highest score so far, in the
-    dtype of the scores: each tile adds one rounding error to r, and each draw uses sums over a few hundred numbers, so
-    that float32 loses no row.
+    the tile, and r the running sum including t. Sums are relative to the exponential of the highest score so far and
+    have the dtype of the scores. float32 is exact enough for them: a tile adds one rounding error to r, and a draw uses
+    sums over at most a few hundred numbers.
     """
 
     def __init__(self, tiles: Tiles, num_samples: int, generator: torch.Generator) -> None:
