@@ -99,7 +99,8 @@ def _random_integers(generator: int, shape: tuple[int, ...], device: torch.devic
             "Compiled code draws from a generator that is not registered: run one step uncompiled first."
         )
     pins = device.type == "cuda"  # a copy from pageable memory would synchronize the device
-    drawn = torch.randint(2**62, tuple(shape), generator=_generators[generator], device="cpu", pin_memory=pins)
+    drawn = torch.empty(tuple(shape), dtype=torch.int64, device="cpu", pin_memory=pins)
+    drawn.random_(2**62, generator=_generators[generator])
     # The memory of `drawn` must not be freed before the end of the copy, which is not guaranteed on these devices.
     return drawn.to(device, non_blocking=device.type not in ("mps", "xpu"))
 
