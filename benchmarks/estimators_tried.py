@@ -167,12 +167,12 @@ def two_phase(
     rows, candidates = _first_phase(situation, generator, num_candidates, uniforms)
     count = len(situation.queries)
     size = sizes(candidates)
-    chances = estimators.inclusion_probabilities(size, count)
+    units, step = estimators.inclusion_probabilities(size, count)
     ordered = order(candidates, size, generator)
-    uniform = torch.rand((), generator=generator, dtype=torch.float64).to(chances.device)
-    at, is_chosen = estimators.systematic_sample(chances[ordered], count, uniform)
+    uniform = torch.randint(2**62, (), generator=generator).to(units.device)
+    at, is_chosen = estimators.systematic_sample(units[ordered], step, count, uniform)
     at = ordered[at[is_chosen]]
-    weights = (candidates.weights[:, at] / chances[at]).to(situation.cached.dtype)
+    weights = (candidates.weights[:, at] * step / units[at]).to(situation.cached.dtype)
     correction = torch.zeros_like(situation.queries)
     if control is not None:
         all_weights, cached = situation.probabilities, situation.cached

@@ -1,4 +1,4 @@
-"""Steps on a fake GPU: where the host synchronizes it, and where a step makes float64 tensors on a device without them.
+"""Steps on a fake GPU: where the host synchronizes it, and where a step makes float64 tensors on it.
 
 Run as a script; prints one JSON object.
 
@@ -8,12 +8,11 @@ copy to the host, or a copy from the host that is not asynchronous.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from negative_cache import (
     RaggedFeature,
 )
 from negative_cache.cache.specs import Specs
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
 
 GPU = "fakegpu"
 BATCH, DIM, WIDTH = 8, 16, 6
@@ -79,17 +77,6 @@ class WideTensors(Waits):
         if any(x.device.type == GPU and x.dtype in (torch.float64, torch.complex128) for x in tensors):
             self.note()
         return result
-
-
-@contextlib.contextmanager
-def without_float64() -> Iterator[WideTensors]:
-    """Declare that the fake device has no float64, and count such tensors."""
-    WITHOUT_FLOAT64.add(GPU)
-    try:
-        with WideTensors() as wide:
-            yield wide
-    finally:
-        WITHOUT_FLOAT64.discard(GPU)
 
 
 class Encoder(nn.Module):
@@ -185,6 +172,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         "bfloat16": steps(new(embedding_dtype=torch.bfloat16), encoder),
         "evaluation": evaluations(new(), encoder),
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
+        "float64": steps(new(embedding_dtype=torch.float64), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
         "ragged": steps(new_ragged(encoder), encoder, tokens=tokens, attention_mask=tokens),
         "given negatives": steps(
@@ -220,13 +208,9 @@ def main() -> None:
                 run()
             with Waits() as waits:
                 run()
-            with without_float64() as wide:
+            with WideTensors() as wide:
                 run()
             found["waits"][name], found["wide"][name] = dict(waits.places), dict(wide.places)
-            if name == "plain":
-                with WideTensors() as control:  # the same step on a device that has float64
-                    run()
-                found["control"] = dict(control.places)
     json.dump(found, sys.stdout)
 
 

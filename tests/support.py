@@ -21,8 +21,6 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
-
 needs_resuming_on_ranks_of_a_cpu = pytest.mark.skipif(
     Version(version("transformers")) < Version("5.18"),
     reason="transformers before 5.18 cannot load an optimizer on several ranks of a CPU",
@@ -108,18 +106,6 @@ def as_on_a_gpu() -> Iterator[None]:
     finally:
         for module, original in zip(modules, originals, strict=True):
             setattr(module, name, original)
-
-
-@contextlib.contextmanager
-def as_without_float64(is_so: bool = True, kind: str = "cpu") -> Iterator[None]:
-    """Run what runs on a device without float64, on the CPU; or, inside of that, what runs on other devices."""
-    before = set(WITHOUT_FLOAT64)
-    (WITHOUT_FLOAT64.add if is_so else WITHOUT_FLOAT64.discard)(kind)
-    try:
-        yield
-    finally:
-        WITHOUT_FLOAT64.clear()
-        WITHOUT_FLOAT64.update(before)
 
 
 def run_ranks(fn: Callable[..., None], world_size: int, folder: Path, seconds: float = 120) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import negative_cache
 from negative_cache import NegativeCacheLoss
@@ -24,6 +26,7 @@ KINDS = (
     "bfloat16",
     "evaluation",
     "int8",
+    "float64",
     "samples and scale",
     "given negatives",
     "handler",
@@ -54,12 +57,44 @@ def test_a_step_does_not_synchronize_the_device(steps_on_a_fake_gpu: dict[str, d
     assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
 
 
-def test_a_step_makes_no_float64_tensor_on_a_device_without_them(steps_on_a_fake_gpu: dict[str, dict[str, Any]]):
-    """As on Apple's MPS, which also has no complex128."""
-    wide = steps_on_a_fake_gpu["wide"]
-    assert set(wide) >= {*KINDS, *SHARED_KINDS}
+def test_a_step_makes_no_float64_tensor(steps_on_a_fake_gpu: dict[str, dict[str, Any]]):
+    """Apple's MPS has neither float64 nor complex128."""
+    wide = dict(steps_on_a_fake_gpu["wide"])
+    assert sum(wide.pop("float64").values()) > 5  # they are detected
+    assert set(wide) >= {*KINDS, *SHARED_KINDS} - {"float64"}
     assert not any(wide.values()), wide
-    assert sum(steps_on_a_fake_gpu["control"].values()) > 5  # on a device that has float64, they are detected
+
+
+class Float64(TorchDispatchMode):
+    """Counts float64 tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves(result))
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"num_samples": 3}, {"embedding_dtype": torch.bfloat16}])
+def test_a_step_on_the_cpu_makes_no_float64_tensor_either(options: dict[str, Any]):
+    torch.manual_seed(0)
+    table = torch.nn.EmbeddingBag(100, 8)
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        return normalize(table(features["words"]), dim=-1)
+
+    def steps(**options: Any) -> int:
+        loss_fn = NegativeCacheLoss(encode, cache_size=64, **options)
+        with Float64() as found:
+            for step in range(3):
+                words = torch.randint(100, (8, 5))
+                documents, ids = encode({"words": words}), torch.arange(8) + 8 * step
+                loss_fn(encode({"words": words[:, :2]}), documents, {"words": words}, ids).backward()
+        return found.count
+
+    assert steps(**options) == 0
+    assert steps(embedding_dtype=torch.float64) > 20  # they are detected
 
 
 def is_number(node: ast.expr) -> bool:

@@ -180,9 +180,10 @@ def test_8_top_k_need_not_divide_the_cache_and_ties_have_an_order(top_k: int) ->
 def test_9_random_numbers_are_finer_than_24_bits_and_all_rows_are_reached() -> None:
     torch.manual_seed(0)
     count = 2**20
-    drawn = uniforms((count,), torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert len(drawn.unique()) == count
-    assert len(torch.rand(count).unique()) < count  # 24 bits repeat themselves
+    small = uniforms((count,), torch.Generator().manual_seed(0), torch.device("cpu")).sort().values[: count // 100]
+    assert len(small.unique()) > 0.999 * len(small)
+    coarse = torch.rand(count).sort().values[: count // 100]
+    assert len(coarse.unique()) < 0.99 * len(coarse)  # 24 bits repeat themselves
 
     num_rows, num_queries = 131_072, 128
     handler = new_handler(num_rows)

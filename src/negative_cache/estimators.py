@@ -167,47 +167,61 @@ def importance(weights: Tensor, shares: Tensor, queries: Tensor) -> Tensor:
     return (weights * factors[:, None]).square().sum(dim=0).sqrt()
 
 
-def inclusion_probabilities(sizes: Tensor, count: int) -> Tensor:
+def inclusion_probabilities(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Probabilities `min(1, t * size)` that sum to `count`; if at most `count` sizes are above 0, those get 1.
 
+    They are fractions of integers, so that sums over many of them are exact on every device: element k has the
+    probability `units[k] / step`. It deviates from the formula by a factor of at most 1 - 2^-19, and by 2^-29. It is 0
+    only for a size of 0, and the sum is never above `count`.
+
     Args:
-        sizes: `[n]`, at least 0.
+        sizes: `[n]`, at least 0, for n below 2^23.
         count: How many to choose, at least 1.
 
     Returns:
-        float64 `[n]`; 0 for a size of 0.
+        Units, int64 `[n]`, from 0 to the step, and the step, int64 `[]`, from 1 to about 2^30.
     """
-    sizes, limits = sizes.double(), torch.finfo(torch.float64)
-    rest = sizes.sort().values.cumsum(0)  # the sum of each size and all smaller ones
-    # If exactly the k largest sizes get probability 1, the others share the remainder: t = (count - k) / rest. The
-    # correct t is the largest of these over all k: for any t, the probabilities sum to the minimum over k of
+    order, places = sizes.argsort(), torch.arange(len(sizes) + 1, device=sizes.device)
+    rest = torch.nn.functional.pad(sizes[order].cumsum(0), (1, 0))  # the sum of the n - k smallest, for k from n to 0
+    left = count - len(sizes) + places  # count - k
+    # If exactly the k largest sizes get probability 1, the others share the remainder: 1 / t = rest / (count - k). The
+    # correct 1 / t is the smallest of these over all k: for any t, the probabilities sum to the minimum over k of
     # k + t * rest, because each probability is the minimum of 1 and t * size.
-    left = torch.arange(count - len(sizes) + 1, count + 1, device=sizes.device)
-    t = (left / rest.clamp(min=limits.tiny)).amax().clamp(max=limits.max)
-    return (t * sizes).clamp(max=1.0)
+    steps = torch.where(rest > 0, rest / left, 0).masked_fill(left < 0, torch.inf)
+    scale, num_rest = steps.min(dim=0)
+    # The limit of 2 is above every probability of 1, in spite of the rounding errors of the scale.
+    shares = (sizes / scale.clamp(min=torch.finfo(sizes.dtype).tiny)).clamp(max=2)
+    units = (shares * 2**30).round().long().clamp(min=1) * (sizes != 0)
+    # The same for the integers, at one k. Any k gives a step that is large enough: k * step + rest is an upper bound of
+    # the sum of min(step, units). It is rounded up by more than the rounding errors of float32.
+    rest_units = (units[order] * (places[:-1] < num_rest)).sum()
+    step = (rest_units / (count - len(sizes) + num_rest).clamp(min=1) * (1 + 2**-20)).long() + 1
+    return torch.minimum(units, step), step
 
 
-def systematic_sample(probabilities: Tensor, count: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose elements, each at most once and with its own probability, by a grid of step 1 over the cumulative sum.
+def systematic_sample(units: Tensor, step: Tensor, count: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose elements, each at most once and with its own probability, by a grid over the cumulative sum.
 
     Similar elements should be adjacent: each run then gets a number of choices close to its expected number.
 
     Args:
-        probabilities: float64 `[n]`: from 0 to 1, with a sum of at most `count`.
+        units: int64 `[n]`, from 0 to the step, with a sum of at most `count * step`: element k has the probability
+            `units[k] / step`.
+        step: int64 `[]`, from 1 to 2^32: the distance of the grid points.
         count: Number of grid points.
-        uniform: float64 `[]` in [0, 1): the start of the grid.
+        uniform: int64 `[]` from 0 to 2^62 - 1: uniform in fixed point, which gives the start of the grid.
 
     Returns:
         Positions, int64 `[count]`, and which of them count, bool `[count]`; those that count are in ascending order. A
-        grid point beyond the sum of all probabilities does not count and has the position of the most probable element.
+        grid point beyond the sum of all units does not count and has the position of the most probable element.
     """
-    cumulative = probabilities.cumsum(0)
-    total = cumulative[-1].round()  # rounding errors may leave the sum just below the number of grid points
-    points = torch.arange(count, device=cumulative.device) + uniform
-    is_chosen = points < total
-    scale = cumulative[-1] / total.clamp(min=1)
-    at = torch.searchsorted(cumulative, points * scale, right=True).clamp(max=len(cumulative) - 1)
-    return torch.where(is_chosen, at, probabilities.argmax()), is_chosen
+    cumulative = units.cumsum(0)
+    # uniform * step / 2^62, rounded down, by halves of 31 bits: the product itself may have 94 bits.
+    start = ((uniform >> 31) * step + ((uniform & (2**31 - 1)) * step >> 31)) >> 31
+    points = torch.arange(count, device=units.device) * step + start
+    is_chosen = points < cumulative[-1]
+    at = torch.searchsorted(cumulative, points, right=True).clamp(max=len(cumulative) - 1)
+    return torch.where(is_chosen, at, units.argmax()), is_chosen
 
 
 def staleness(cached: Tensor, encoded: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _arena_bytes(spec: RaggedFeature, cache_size: int, mean_length: float) -> in
 
 def _draw_bytes(batch_size: int, cache_size: int, num_samples: int, num_candidates: int) -> int:
     """Peak bytes for drawing rows and, if there are candidates, for weighing them for all queries."""
-    # float64 cumulative sums over the blocks of a tile and within a block, uniforms, and gathered values
+    # six tensors of at most 8 bytes for each row of a drawn block: row numbers, masks, weights and their sums
     drawing = batch_size * max(num_samples, num_candidates) * BLOCK * 8 * 6
     weighing = _CANDIDATE_MATRICES * batch_size * min(batch_size * num_candidates, cache_size) * 4
     return max(drawing, weighing)

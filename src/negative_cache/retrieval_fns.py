@@ -7,8 +7,6 @@ import abc
 import torch
 from torch import Tensor, nn
 
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
-
 
 class AbstractRetrievalFn(nn.Module, abc.ABC):
     """A function from scores `[batch, n]` to int64 indices `[batch, 1]`."""
@@ -28,7 +26,8 @@ class MaxScoreRetrievalFn(AbstractRetrievalFn):
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """Draws from `softmax(inv_temp * scores)`, as the maximum of scores with added Gumbel noise.
 
-    The noise is float64 (float32 on MPS and XPU) and never infinite, so that no tie of infinite values can occur.
+    The noise is float32, or float64 for float64 scores. Large values have all digits of the dtype, so that ties at the
+    maximum are rare, and none is infinite.
 
     Args:
         inv_temp: Factor of the scores. 1 gives the estimator of the paper; other values give a biased estimator.
@@ -39,7 +38,12 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
         self.inv_temp = inv_temp
 
     def forward(self, scores: Tensor) -> Tensor:
-        dtype = torch.float32 if scores.device.type in WITHOUT_FLOAT64 else torch.float64
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        limits, shape = torch.finfo(dtype), (2, *scores.shape)
+        # Uniforms of 60 bits: those near 0, which become the largest noise, have all digits of the dtype.
+        coarse, fine = torch.randint(2**30, shape, dtype=torch.int32, device=scores.device).to(dtype)
+        uniform = ((coarse + fine * 2.0**-30) * 2.0**-30).clamp_(max=1 - limits.eps / 2)
+        exponential = -torch.log1p(-uniform)
         # An exponential variable of 0 would make the noise infinite, so it is clamped to the smallest normal number.
-        exponential = torch.empty_like(scores, dtype=dtype).exponential_().clamp_(min=torch.finfo(dtype).tiny)
-        return (self.inv_temp * scores.to(dtype) - exponential.log()).argmax(dim=1, keepdim=True)
+        noise = -exponential.clamp_(min=limits.tiny).log()
+        return (self.inv_temp * scores.to(dtype) + noise).argmax(dim=1, keepdim=True)

@@ -92,7 +92,7 @@ def test_noise_has_no_ties_at_the_top() -> None:
 
 
 def test_noise_goes_beyond_the_end_of_24_bits() -> None:
-    torch.manual_seed(5)  # one of the few seeds with which so few draws get there
+    torch.manual_seed(27)  # one of the few seeds with which so few draws get there
     with Perturbed() as perturbed:
         GumbelMaxRetrievalFn()(torch.zeros(1, 2**20))
     assert perturbed.scores.max() > 16.7

@@ -47,6 +47,31 @@ def test_lse_is_as_exact_as_the_dense_one(shape: tuple[int, int, int | None], dt
             assert relative_error(lse, truth) <= 2 * relative_error(plain, truth) + TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("tile_rows", [128, None])
+def test_the_float32_lse_does_not_drift_over_many_tiles(tile_rows: int | None):
+    """In units of 2^-24, half a unit in the last place of 1; products of small integers are exact.
+
+    Each tile rounds the running sum once, by at most 1 unit, at random: six standard deviations are
+    6 * (tiles / 3)^0.5. Exponentials and sums of blocks are wrong by up to 4 units, the logarithm and lse, which is
+    below 16, by up to 8 each.
+    """
+    rows = 65_536
+    search = random_search(16, rows, torch.float32, has_integers=True)
+    search = search._replace(score_transform=lambda scores: 0.25 * scores)
+    found = retrieve_tiled(search, generator(), tile_rows).lse
+    exact = dense_scores(in_float64(search)).logsumexp(1)
+    assert found.dtype == torch.float32
+    assert float(exact.max()) < 16
+    tiles = rows / (tile_rows or 16_384)
+    assert float((found - exact).abs().max()) * 2**24 <= 6 * math.sqrt(tiles / 3) + 4 + 2 * 8
+
+
+def test_the_lse_of_float64_rows_has_no_float32_in_it():
+    search = random_search(16, 65_536, torch.float64)
+    found, exact = retrieve_tiled(search, generator()).lse, dense_scores(search).logsumexp(1)
+    torch.testing.assert_close(found, exact, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

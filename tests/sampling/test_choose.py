@@ -23,7 +23,7 @@ from negative_cache.retrieval import Ceilings, RowPool, Scale, Search
 from negative_cache.retrieval.dense import retrieve_dense
 from negative_cache.retrieval.search import dense_scores
 from negative_cache.sampling.choose import Candidates, choose, count_equal, weigh_candidates
-from support import as_on_a_gpu, as_without_float64
+from support import as_on_a_gpu
 
 QUERIES, ROWS, DIM = 2, 3, 4
 
@@ -100,12 +100,20 @@ def test_no_draw_weighs_more_than_one_of_its_own(case: Case, num_samples: int):
 
 def choices(sizes: Tensor, query: Tensor, count: int):
     """All outcomes of the choice: it is constant between the points at which the running sum has whole distances."""
-    chances = inclusion_probabilities(sizes, count)[query.argsort(stable=True)]
-    edges = sorted({0.0, 1.0, *(chances.cumsum(0) % 1).tolist()})
+    units, step = inclusion_probabilities(sizes, count)
+    edges = sorted({0, int(step), *(units[query.argsort(stable=True)].cumsum(0) % step).tolist()})
     for low, high in itertools.pairwise(edges):
-        if high - low > 1e-12:
-            uniform = torch.tensor((low + high) / 2, dtype=torch.float64)
-            yield choose(sizes, query, count, uniform), high - low
+        yield choose(sizes, query, count, uniform_at(low, int(step))), (high - low) / int(step)
+
+
+def uniform_at(start: int, step: int) -> Tensor:
+    """The smallest uniform for which the grid starts at `start`, from 0 to step - 1."""
+    return torch.tensor(-(-start * 2**62 // step))
+
+
+def fixed_point(uniform: float) -> Tensor:
+    """A uniform in fixed point."""
+    return torch.tensor(int(uniform * 2**62))
 
 
 def two_phases(case: Case, num_candidates: int, count: int, has_factors: bool = True) -> tuple[Tensor, Tensor]:
@@ -192,7 +200,7 @@ def test_padded_candidates_have_the_same_weights(case: Case):
         )
         assert torch.equal(fixed.positions[found.positions], found.positions)
         for number in range(8):
-            uniform = torch.tensor((number + 0.5) / 8, dtype=torch.float64)
+            uniform = fixed_point((number + 0.5) / 8)
             choice = choose(*found.sizes(shares, queries), 2, uniform)
             with as_on_a_gpu():
                 other = choose(*fixed.sizes(shares, queries), 2, uniform)
@@ -251,31 +259,48 @@ SIZES = st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1e12), st.sampled_from
 
 
 @settings(max_examples=300, deadline=None)
-@given(SIZES, st.integers(1, 12))
-def test_inclusion_probabilities_are_proportional_to_sizes_but_at_most_1(sizes: list[float], count: int):
-    given = torch.tensor(sizes, dtype=torch.float64)
-    chances = inclusion_probabilities(given, count)
+@given(SIZES, st.integers(1, 12), st.sampled_from([torch.float32, torch.float64]))
+def test_inclusion_probabilities_are_proportional_to_sizes_but_at_most_1(
+    sizes: list[float], count: int, dtype: torch.dtype
+):
+    given = torch.tensor(sizes, dtype=dtype)
+    units, step = inclusion_probabilities(given, count)
+    assert units.dtype == step.dtype == torch.int64
+    assert bool(((units >= 0) & (units <= step)).all())
+    assert torch.equal(units > 0, given > 0)
     num_possible = int((given > 0).sum())
-    assert bool(((chances >= 0) & (chances <= 1)).all())
-    assert bool((chances[given == 0] == 0).all())
-    assert float(chances.sum()) == pytest.approx(min(count, num_possible), rel=1e-9)
     if num_possible <= count:
-        assert bool((chances[given > 0] > 1 - 1e-9).all())
+        assert int(units.sum()) == num_possible * int(step)
         return
-    is_open = (given > 0) & (chances < 1)
-    factors = chances[is_open] / given[is_open]
-    if bool(is_open.any()):
-        torch.testing.assert_close(factors, factors.mean().expand_as(factors), rtol=1e-9, atol=0)
-        # in proportion to its size, an element with probability 1 would have at least 1
-        assert bool((given[chances == 1] * factors.mean() >= 1 - 1e-9).all())
+    assert int(units.sum()) <= count * int(step)  # else the grid would not reach the last elements
+    chances, factor = units / step.double(), exact_factor(given.double(), count)
+    assert float((chances - (factor * given).clamp(max=1)).abs().max()) <= 2**-19 + 2**-29
+
+
+def exact_factor(sizes: Tensor, count: int) -> float:
+    """The t for which `sum min(1, t * size)` is `count`, by bisection."""
+    low, high = 0.0, 2 * count / float(sizes[sizes > 0].min())
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((middle * sizes).clamp(max=1).sum()) < count else (low, middle)
+    return high
 
 
 def test_inclusion_probabilities_keep_small_float32_sizes():
     """Sums of float32 sizes would lose the small ones: 100,000 of them are worth as much as the large one."""
     sizes = torch.cat([torch.tensor([1e8]), torch.ones(100_000)])
-    chances = inclusion_probabilities(sizes, 3)
-    assert float(chances[0]) == 1.0
-    torch.testing.assert_close(chances[1:], torch.full((100_000,), 2e-5, dtype=torch.float64), rtol=1e-9, atol=0)
+    units, step = inclusion_probabilities(sizes, 3)
+    assert int(units[0]) == int(step)
+    small = units[1:] / step.double()
+    torch.testing.assert_close(small, torch.full((100_000,), 2e-5, dtype=torch.float64), rtol=2**-19, atol=2**-29)
+
+
+def test_sizes_that_are_no_numbers_give_probabilities_all_the_same():
+    """Their weights are no numbers either, so that the loss tells; the choice must only not fail."""
+    for wrong in (torch.nan, torch.inf):
+        units, step = inclusion_probabilities(torch.tensor([1.0, wrong, 0.0, 2.0, 3.0]), 2)
+        assert bool(((units >= 0) & (units <= step)).all())
+        assert int(step) > 0
 
 
 # Multiples of 1/16 have exact sums: the choice is constant on each of 16 intervals of the uniform.
@@ -288,14 +313,13 @@ def test_a_systematic_sample_takes_each_element_with_its_probability_and_at_most
     parts = [*parts, -sum(parts) % STEPS]
     total = sum(parts) // STEPS
     count = max(total, 1)
-    probabilities = torch.tensor(parts, dtype=torch.float64) / STEPS
     taken = torch.zeros(len(parts), dtype=torch.int64)
     bounds = torch.tensor([0, *itertools.accumulate(parts)])
     sums = (bounds - bounds[:, None]).triu()  # of the parts from one place to another
     for number in range(STEPS):
         for offset in (0.0, 0.5):  # the edge belongs to the interval
-            uniform = torch.tensor((number + offset) / STEPS, dtype=torch.float64)
-            at, is_chosen = systematic_sample(probabilities, count, uniform)
+            uniform = fixed_point((number + offset) / STEPS)
+            at, is_chosen = systematic_sample(torch.tensor(parts), torch.tensor(STEPS), count, uniform)
             assert int(is_chosen.sum()) == total
             chosen = at[is_chosen]
             assert chosen.tolist() == sorted(set(chosen.tolist()))
@@ -307,40 +331,59 @@ def test_a_systematic_sample_takes_each_element_with_its_probability_and_at_most
     assert taken.tolist() == [2 * part for part in parts]
 
 
+@given(st.integers(1, 2**32), st.integers(0, 2**62 - 1))
+def test_the_grid_starts_at_the_uniform_times_the_step(step: int, uniform: int):
+    """Exactly, so that each of the starts from 0 to step - 1 is as probable as any other."""
+    start = uniform * step >> 62
+    for end_of_first, expected in ((start, 1), (start + 1, 0)):
+        units = torch.tensor([end_of_first, 1])
+        at, is_chosen = systematic_sample(units, torch.tensor(step), 1, torch.tensor(uniform))
+        assert (int(at), bool(is_chosen)) == (expected, True)
+
+
 def test_a_grid_that_is_longer_than_the_sum_has_points_that_do_not_count():
-    probabilities = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    units, step = torch.tensor([2**30, 0, 2**30]), torch.tensor(2**30)
     for uniform in (0.0, 0.3, 1 - 2**-40):
-        at, is_chosen = systematic_sample(probabilities, 5, torch.tensor(uniform, dtype=torch.float64))
+        at, is_chosen = systematic_sample(units, step, 5, fixed_point(uniform))
         assert at[is_chosen].tolist() == [0, 2]
         assert is_chosen.tolist() == [True, True, False, False, False]
-        assert bool((probabilities[at] > 0).all())  # what does not count can be encoded all the same
+        assert bool((units[at] > 0).all())  # what does not count can be encoded all the same
 
 
-def test_a_sum_that_falls_short_by_rounding_fills_the_grid():
-    probabilities = torch.full((30,), 0.1, dtype=torch.float64)
-    assert float(probabilities.cumsum(0)[-1]) != 3.0
-    for shift in (-1e-9, 0.0, 1e-9):
-        at, is_chosen = systematic_sample(probabilities * (1 + shift), 3, torch.tensor(1 - 2**-50, dtype=torch.float64))
-        assert bool(is_chosen.all())
-        assert at.tolist() == [9, 19, 29]
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 1e6])
+def test_a_sum_that_falls_short_by_rounding_fills_nearly_every_grid(scale: float):
+    units, step = inclusion_probabilities(torch.full((30,), scale), 3)
+    at, is_chosen = systematic_sample(units, step, 3, fixed_point(1 - 2**-17))
+    assert bool(is_chosen.all())
+    assert at.tolist() == [9, 19, 29]
 
 
 def test_each_querys_candidates_get_their_share_of_the_choice():
     sizes = torch.ones(12, dtype=torch.float64)
     query = torch.tensor([2, 0, 1] * 4)
     for number in range(8):
-        choice = choose(sizes, query, 6, torch.tensor((number + 0.5) / 8, dtype=torch.float64))
+        choice = choose(sizes, query, 6, fixed_point((number + 0.5) / 8))
         assert query[choice.at].bincount().tolist() == [2, 2, 2]
-        assert choice.factors.tolist() == [2.0] * 6
+        assert choice.factors.tolist() == pytest.approx([2.0] * 6, rel=2**-19)
 
 
-def test_a_choice_on_a_device_without_float64_is_the_same():
-    """4,096 of 65,536 candidates. Half of them have small chances, which a float32 sum of 4,096 would lose."""
-    sizes = torch.rand(65_536, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-4]).repeat(32_768)
-    query, uniform = torch.arange(len(sizes)) % 512, torch.tensor(0.3)
-    expected = choose(sizes, query, 4096, uniform.double())
-    with as_without_float64():
-        found = choose(sizes, query, 4096, uniform)
-    for value, other in zip(found, expected, strict=True):
-        assert value.dtype == other.dtype
-        assert torch.equal(value, other)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_of_many_candidates_each_is_chosen_with_the_inverse_of_its_factor(dtype: torch.dtype):
+    """4,096 of 65,536 candidates. Half of them have small chances, which a float32 sum of 4,096 would lose.
+
+    An equidistant grid of uniforms enumerates the choice: the number of its points in an interval differs by less than
+    one from the interval's share of them.
+    """
+    sizes = torch.rand(65_536, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-3]).repeat(32_768)
+    query, taken, points = torch.arange(len(sizes)) % 512, torch.zeros(len(sizes)), 16
+    factors = torch.zeros(len(sizes), dtype=torch.float64)
+    for number in range(points):
+        choice = choose(sizes.to(dtype), query, 4096, fixed_point((number + 0.5) / points))
+        assert choice.factors.dtype == dtype
+        taken[choice.at] += 1
+        factors[choice.at] = choice.factors.double()
+    is_taken = taken > 0
+    assert int(is_taken.sum()) > 16_384
+    assert float((taken - points / factors)[is_taken].abs().max()) < 1
+    of_small = 4096 * float(sizes[1::2].sum() / sizes.sum())  # expected per choice; a lost half would give 0
+    assert float(taken[1::2].sum()) / points == pytest.approx(of_small, abs=1)

@@ -14,7 +14,7 @@ from negative_cache import FixedLenFeature, NegativeCacheLoss, estimators
 from negative_cache.sampling import one_process
 from negative_cache.sampling.choose import Candidates, Choice, choose
 from stats import ALPHA, mean_gradient
-from support import TableEncoder, as_on_a_gpu, as_without_float64
+from support import TableEncoder, as_on_a_gpu
 
 NUM_ROWS, CACHE_SIZE, DIM, NUM_DOCUMENTS = 12, 20, 3, 17
 SCALE = torch.tensor(2.0).log().exp().double()  # as a learnable one rounds it
@@ -128,12 +128,13 @@ def test_a_step_that_may_not_synchronize_is_unbiased():
         check(collect(), exact(PROBLEM))
 
 
-def test_a_step_on_a_device_without_float64_is_unbiased():
-    with as_on_a_gpu(), as_without_float64():
-        found, truth = collect(), exact(PROBLEM)
-    # sums over the cache are float32, and the gradient of a component without noise has their rounding error
-    torch.testing.assert_close(found.values, truth.value.expand_as(found.values), rtol=1e-6, atol=0)
+def test_a_step_with_a_float32_cache_is_unbiased():
+    with as_on_a_gpu():
+        found = collect(embedding_dtype=torch.float32)
+    truth = exact(PROBLEM._replace(stale=STALE.float().double()))
+    torch.testing.assert_close(found.values, truth.value.expand_as(found.values), rtol=1e-6, atol=0)  # float32 sums
     assert mean_gradient(found.gradients, truth.gradient) > ALPHA
+    assert mean_gradient(found.gradients, exact(PROBLEM, is_reencoded=True).gradient) < ALPHA
 
 
 def test_the_oracle_has_the_gradient_of_its_value():

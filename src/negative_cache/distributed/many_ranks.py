@@ -130,7 +130,7 @@ class ManyRanks:
     def _sample(self, cache: RowSource, config: SamplingConfig, request: SamplingRequest) -> Sample:
         ranks, handshake, own = self.ranks, self.handshake, self.handshake.own_queries
         width = config.num_draws + 1 if config.num_draws else 0  # an evaluation does not advance the generator
-        uniform = uniforms((len(request.queries), width), config.generator, self.device)
+        uniform = uniforms((len(request.queries), width), config.generator, self.device, torch.int64)
         of_all, uniform = self._gather_requests(request, uniform)
         shard = search_shard(handshake, cache, config, of_all, uniform)
         drawn = shard.drawn
@@ -145,7 +145,7 @@ class ManyRanks:
             value.cpu().view(ranks.size, *tensor.shape) for value, tensor in zip(results, sent, strict=True)
         )
         lse = lse.double()
-        routes = plan_routes(config, handshake, lse, best_scores.double(), uniform.cpu())
+        routes = plan_routes(config, handshake, lse, best_scores.double(), (uniform.cpu() >> 9).double() * 2.0**-53)
         merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
         shard = shard._replace(drawn=drawn._replace(lse=merged))
         weights: list[DocumentWeights] = []
@@ -209,7 +209,10 @@ class ManyRanks:
 
     def _arrivals(self, rows: Tensor) -> Arrivals:
         """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
-        ids, is_here = self.new_ids.view(len(self.new_ids), -1)[:, 0].cpu(), rows >= 0
+        ids = (
+            self.new_ids if self.new_ids.dim() == 1 else self.new_ids[:, 0]
+        ).cpu()  # a reshape fails for no documents
+        is_here = rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
         origin_rank = torch.repeat_interleave(torch.tensor(self.handshake.num_new, device="cpu"))

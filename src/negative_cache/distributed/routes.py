@@ -55,7 +55,7 @@ def plan_routes(
         handshake: The sizes of all ranks.
         lse: `[ranks, batch of all]`: logsumexp over each shard.
         best_scores: `[ranks, batch of all, num_best]`.
-        uniform: `[batch of all, draws + 1]` in [0, 1).
+        uniform: float64 `[batch of all, draws + 1]` in [0, 1).
     """
     batch = lse.shape[1]
     num_draws, num_best = config.num_draws, best_scores.shape[2]
@@ -95,7 +95,7 @@ def choose_shard(lse: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         lse: float64 `[shards, batch]`: logsumexp of each shard's scores, -inf if the query sees none of its rows.
-        uniform: `[batch, num_samples]` in [0, 1).
+        uniform: float64 `[batch, num_samples]` in [0, 1).
 
     Returns:
         int64 `[batch, num_samples]`: a shard with rows that the query sees, or -1 if there is none.

@@ -26,8 +26,8 @@ class Shard(NamedTuple):
         search: The search of this rank's rows, with the queries of all ranks.
         drawn: Its result. Rows are numbered as in this rank's cache, and the best rows are padded to `num_best`.
         found: int64 `[n]`: this rank's rows of the new documents of all ranks, -1 for none.
-        uniform: `[batch of all, draws + 1]`: uniforms of all ranks, which choose the owners of the draws. The
-            last uniform of the first query chooses the documents to re-encode.
+        uniform: int64 `[batch of all, draws + 1]`: uniforms of all ranks in fixed point, which choose the owners of the
+            draws. The last uniform of the first query chooses the documents to re-encode.
     """
 
     search: Search
@@ -123,7 +123,7 @@ def choose_together(
     shares = estimators.cache_share(request.positive_scores, lse, request.in_batch_lse)
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
     count = config.num_samples * len(request.queries)
-    choice = choose(sizes, query, count, shard.uniform[0, -1].cpu().double(), is_trimmed=False)
+    choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False)
     parts = torch.tensor([config.num_samples * batch for batch in handshake.batches], device="cpu")
     best = slice(routes.num_draws, None)
     chosen = Routes(

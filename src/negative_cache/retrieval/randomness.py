@@ -10,10 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Types of devices without float64: Apple's GPUs, and many of Intel's. Sums and uniforms are float32 on them, float64 on
-# all others. A float32 sum is exact enough over a few hundred blocks or rows, but not over all rows of a cache.
-WITHOUT_FLOAT64 = {"mps", "xpu"}
-
 
 def _registry() -> MutableMapping[int, torch.Generator]:
     """Generators by id. If torch is too old for weak references to them, they are kept alive, about 5 kB each."""
@@ -54,29 +50,45 @@ def register(generator: torch.Generator) -> None:
         _generators[id(generator)] = generator
 
 
-def uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniforms in [0, 1) from a CPU generator, the same on every device: float64, or float32 on `WITHOUT_FLOAT64`."""
+def uniforms(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniforms in [0, 1) from a CPU generator, the same on every device.
+
+    Args:
+        shape: The shape of the result.
+        generator: Source of randomness.
+        device: Where the result is.
+        dtype: float32 or float64; int64 for fixed point, integers from 0 to 2^62 - 1 in units of 2^-62.
+    """
     if torch.compiler.is_compiling():
-        drawn: Tensor = torch.ops.negative_cache.uniforms(id(generator), shape, device)
+        drawn: Tensor = torch.ops.negative_cache.random_integers(id(generator), shape, device)
+    else:
+        register(generator)
+        drawn = _random_integers(id(generator), shape, device)
+    if dtype == torch.int64:
         return drawn
-    register(generator)
-    return _uniforms(id(generator), shape, device)
+    # Small numbers keep the full precision of the dtype. Large ones may be rounded to 1, which is not below 1.
+    return (drawn.to(dtype) * 2.0**-62).clamp_(max=1 - torch.finfo(dtype).eps / 2)
 
 
 def sample(scores: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
     """Draw positions from the softmax of `scores [batch, n]` by inverse CDF: int64 `[batch, num_samples]`.
 
-    The cumulative sums and the uniforms are float64, so that improbable positions are neither lost nor tied. Without
-    float64, a draw takes two steps, with short sums: a block, then a position in it. A row without a finite score gives
-    arbitrary positions.
+    A draw takes two steps: one of about sqrt(n) blocks, then a position in it. A float32 sum over all positions would
+    lose and tie improbable ones; over sqrt(n) of them it does not. A row without a finite score gives arbitrary
+    positions.
     """
     top = scores.amax(dim=1, keepdim=True)
-    scores = scores - torch.where(top.isfinite(), top, 0)
-    if scores.device.type in WITHOUT_FLOAT64:
-        return _sample_by_blocks(scores.exp(), num_samples, generator)
-    weights = scores.to(torch.float64).exp()
-    uniform = uniforms((scores.shape[0], num_samples), generator, scores.device)
-    return inverse_cdf(weights.cumsum(dim=1), uniform)
+    weights = (scores - torch.where(top.isfinite(), top, 0)).exp()
+    batch, count = weights.shape
+    size = math.isqrt(max(count - 1, 0)) + 1
+    blocks = torch.nn.functional.pad(weights, (0, -count % size)).view(batch, -(-count // size), size)
+    in_all, in_block = uniforms((2, batch, num_samples), generator, weights.device, weights.dtype)
+    block = inverse_cdf(blocks.sum(dim=2).cumsum(dim=1), in_all)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).cumsum(dim=2)
+    within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
+    return block * size + within
 
 
 def inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
@@ -93,45 +105,29 @@ def inverse_cdf(cumulative: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(drawn, last)
 
 
-def _sample_by_blocks(weights: Tensor, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Draw positions in proportion to `weights [batch, n]`, in about sqrt(n) blocks: int64 `[batch, num_samples]`."""
-    batch, count = weights.shape
-    size = math.isqrt(max(count - 1, 0)) + 1
-    blocks = torch.nn.functional.pad(weights, (0, -count % size)).view(batch, -1, size)
-    in_all, in_block = uniforms((2, batch, num_samples), generator, weights.device)
-    block = inverse_cdf(blocks.sum(dim=2).cumsum(dim=1), in_all)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).cumsum(dim=2)
-    within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
-    return block * size + within
-
-
-def _uniforms(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _random_integers(generator: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers from 0 to 2^62 - 1, from the generator with this id: int64."""
     if generator not in _generators:
         raise RuntimeError(
             "Compiled code draws from a generator that is not registered: run one step uncompiled first."
         )
     pins = device.type == "cuda"  # a copy from pageable memory would synchronize the device
-    drawn = torch.rand(
-        tuple(shape), generator=_generators[generator], dtype=torch.float64, device="cpu", pin_memory=pins
-    )
-    if device.type in WITHOUT_FLOAT64:
-        # Rounding may give 1, which is no uniform. The copy is synchronous: `drawn` must not be freed before its end.
-        return drawn.to(torch.float32).clamp_(max=1 - 2**-24).to(device)
-    return drawn.to(device, non_blocking=True)
+    drawn = torch.empty(tuple(shape), dtype=torch.int64, device="cpu", pin_memory=pins)
+    drawn.random_(2**62, generator=_generators[generator])
+    # The memory of `drawn` must not be freed before the end of the copy, which is not guaranteed on these devices.
+    return drawn.to(device, non_blocking=device.type not in ("mps", "xpu"))
 
 
 def _define() -> None:
-    """Register `_uniforms` as an operator whose calls are never merged or dropped by the compiler."""
+    """Register `_random_integers` as an operator whose calls are never merged or dropped by the compiler."""
     tags = (torch.Tag.nondeterministic_seeded,)
     torch.library.define(
-        "negative_cache::uniforms", "(int generator, SymInt[] shape, Device device) -> Tensor", tags=tags
+        "negative_cache::random_integers", "(int generator, SymInt[] shape, Device device) -> Tensor", tags=tags
     )
-    torch.library.impl("negative_cache::uniforms", "BackendSelect", _uniforms)
+    torch.library.impl("negative_cache::random_integers", "BackendSelect", _random_integers)
     torch.library.register_fake(
-        "negative_cache::uniforms",
-        lambda generator, shape, device: torch.empty(
-            shape, dtype=torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64, device=device
-        ),
+        "negative_cache::random_integers",
+        lambda generator, shape, device: torch.empty(shape, dtype=torch.int64, device=device),
     )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from negative_cache.cache.columns import quantize
 from negative_cache.cache.validation import reads_without_sync
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
 from negative_cache.retrieval.search import Ceilings, RowPool, Search
 
 # On a CPU, a chunk of scores is read several times: it should fit in a core's cache, and be long enough for the
@@ -204,11 +203,10 @@ def multiplies_integers(device: torch.device) -> bool:
 
 
 def describe(pool: RowPool) -> str:
-    """How tiles of these rows are multiplied and summed, for a log line."""
-    dtype, device = str(pool.embeddings.dtype).removeprefix("torch."), pool.embeddings.device
-    how = " in integers" if dtype == "int8" and multiplies_integers(device) else ""
-    sums = ", float32 sums" if device.type in WITHOUT_FLOAT64 else ""
-    return f"{dtype} rows{how}{sums}"
+    """How tiles of these rows are multiplied, for a log line."""
+    dtype = str(pool.embeddings.dtype).removeprefix("torch.")
+    how = " in integers" if dtype == "int8" and multiplies_integers(pool.embeddings.device) else ""
+    return f"{dtype} rows{how}"
 
 
 @contextlib.contextmanager
@@ -262,5 +260,5 @@ def tile_bytes(batch: int, dim: int, num_rows: int, row_dtype: torch.dtype) -> i
     scales = torch.empty(num_rows, device=device) if row_dtype == torch.int8 else None
     pool = RowPool(rows, rows.new_empty(num_rows, dtype=torch.bool), scales)
     tiles = Tiles(Search(torch.empty(batch, dim, device=device), pool))
-    sums = 3 * (tiles.tile_rows // BLOCK + 1) * batch * 8
+    sums = 4 * (tiles.tile_rows // BLOCK + 1) * batch * tiles.buffer.itemsize  # plain, scaled, cumulative, contiguous
     return tiles.buffer.nbytes + tiles.product.nbytes + sums

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from negative_cache.retrieval.dense import exact_top_k
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64, inverse_cdf, sample, uniforms
+from negative_cache.retrieval.randomness import inverse_cdf, sample, uniforms
 from negative_cache.retrieval.search import Retrieved, Search, group_bounds
 from negative_cache.retrieval.tile_scores import BLOCK, Tiles, narrow_products
 
@@ -36,7 +36,7 @@ def retrieve_tiled(search: Search, generator: torch.Generator, tile_rows: int | 
                     best.add(first, chunk)
                     reservoir.add_(first - start, chunk)
             reservoir.draw(start, min(start + tiles.tile_rows, pool.num_rows))
-        lse = reservoir.lse.to(pool.score_dtype)
+        lse = reservoir.highest + reservoir.total.log()
         return Retrieved(lse, reservoir.rows, best.rows(), best.best_scores, tiles.num_hidden)
 
 
@@ -61,19 +61,20 @@ def mine_groups(search: Search, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 class _Reservoir:
-    """Running logsumexp, and samples from the softmax over all tiles seen so far.
+    """Running sum of exp(score), and samples from the softmax over all tiles seen so far.
 
-    Let t be the logsumexp of a tile, and r the running logsumexp including t. A sample moves into the tile with
-    probability exp(t - r), to one of its rows in proportion to exp(score).
+    A sample moves into a tile with probability t / r, to one of its rows in proportion to exp(score). t is the sum over
+    the tile, and r the running sum including t. Sums are relative to the exponential of the highest score so far and
+    have the dtype of the scores. float32 is exact enough for them: a tile adds one rounding error to r, and a draw uses
+    sums over at most a few hundred numbers.
     """
 
     def __init__(self, tiles: Tiles, num_samples: int, generator: torch.Generator) -> None:
         device, batch = tiles.buffer.device, tiles.batch
         self.tiles = tiles
         self.generator = generator
-        # float64 if possible: a float32 sum drifts over thousands of tiles, by a few units in the last place per tile
-        dtype = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
-        self.lse = torch.full((batch,), -torch.inf, dtype=dtype, device=device)
+        self.highest = tiles.buffer.new_full((batch,), -torch.inf)
+        self.total = tiles.buffer.new_zeros(batch)
         self.rows = torch.zeros(batch, num_samples, dtype=torch.int64, device=device)
         # for each chunk of a tile: the highest score, and the sums of exp(score - highest) over blocks
         num_chunks, num_blocks = -(-tiles.tile_rows // tiles.chunk_rows), -(-tiles.chunk_rows // BLOCK)
@@ -100,15 +101,15 @@ class _Reservoir:
         """Finish the tile of rows `start` to `stop`, and move some samples into it."""
         if self.is_empty:
             return
-        top = self.top.amax(dim=0)
-        share = (self.top - top.clamp(min=torch.finfo(top.dtype).min)).exp()
-        cumulative = (self.sums * share[:, None]).flatten(0, 1).to(self.lse.dtype).cumsum(dim=0)
-        tile_lse = top.to(self.lse.dtype) + cumulative[-1].log()
-        lse = torch.logaddexp(self.lse, tile_lse)
-        chance = (tile_lse - torch.where(lse.isfinite(), lse, 0)).exp()
-        self.lse = lse
+        limits, before = torch.finfo(self.top.dtype), self.highest
+        self.highest = torch.maximum(before, self.top.amax(dim=0))
+        finite = self.highest.clamp(min=limits.min)
+        cumulative = (self.sums * (self.top - finite).exp()[:, None]).flatten(0, 1).cumsum(dim=0)
+        self.total = self.total * (before - finite).exp() + cumulative[-1]
         if self.rows.shape[1]:
-            move, in_tile, in_block = uniforms((3, *self.rows.shape), self.generator, lse.device)
+            chance = cumulative[-1] / self.total.clamp(min=limits.tiny)
+            shape, dtype = (3, *self.rows.shape), chance.dtype
+            move, in_tile, in_block = uniforms(shape, self.generator, chance.device, dtype)
             self._move(move < chance[:, None], start, stop, cumulative.T, in_tile, in_block)
         self._clear()
 
@@ -129,7 +130,7 @@ class _Reservoir:
         begin = block // num_blocks * tiles.chunk_rows
         end = (begin + tiles.chunk_rows).clamp(max=stop - start)[:, :, None]
         members = (begin + block % num_blocks * BLOCK)[:, :, None] + torch.arange(BLOCK, device=block.device)
-        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]].to(self.lse.dtype)
+        weights = tiles.buffer[members.clamp(max=tiles.tile_rows - 1), query[:, None, None]]
         inside = torch.where(members < end, weights, 0).cumsum(dim=2)
         within = inverse_cdf(inside.flatten(0, 1), in_block.reshape(-1, 1)).view_as(block)
         drawn = start + members.gather(2, within[:, :, None]).squeeze(2)

@@ -17,7 +17,6 @@ from torch import Tensor
 from negative_cache import estimators
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Search
-from negative_cache.retrieval.randomness import WITHOUT_FLOAT64
 from negative_cache.retrieval.search import score_rows
 from negative_cache.sampling.config import DocumentWeights
 
@@ -134,27 +133,23 @@ def _reweighed(log_proposals: Tensor, scores: Tensor, cached: Tensor, merge: Cal
 
 
 def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True) -> Choice:
-    """Choose `count` candidates to re-encode. If the device has no float64, the CPU does it, which synchronizes.
+    """Choose `count` candidates to re-encode, each with a probability in proportion to its size.
 
     Args:
         sizes: `[n]`: how much each candidate contributes to the gradient of the batch.
         query: int64 `[n]`: the query that each candidate contributes most to. The choice is stratified by this query.
         count: How many to choose.
-        uniform: `[]` in [0, 1): see `randomness.uniforms`.
+        uniform: int64 `[]`: a uniform in fixed point, see `randomness.uniforms`.
         is_trimmed: Whether to drop placeholders, if that does not synchronize the device.
     """
-    device, is_trimmed = sizes.device, is_trimmed and reads_without_sync(sizes)
-    if device.type in WITHOUT_FLOAT64:  # a float32 sum over all candidates would lose small chances
-        sizes, query, uniform = sizes.cpu(), query.cpu(), uniform.cpu().double()
-    chances = estimators.inclusion_probabilities(sizes, count)
+    units, step = estimators.inclusion_probabilities(sizes, count)
     # Candidates of one query are adjacent, so that the grid gives each query close to its expected number.
     order = query.argsort(stable=True)
-    at, is_chosen = estimators.systematic_sample(chances[order], count, uniform)
-    if is_trimmed:
+    at, is_chosen = estimators.systematic_sample(units[order], step, count, uniform)
+    if is_trimmed and reads_without_sync(sizes):
         at, is_chosen = at[is_chosen], is_chosen[is_chosen]
     at = order[at]
-    factors = is_chosen / chances[at].clamp(min=torch.finfo(chances.dtype).tiny)
-    return Choice(at.to(device), is_chosen.to(device), factors.to(sizes.dtype).to(device))
+    return Choice(at, is_chosen, is_chosen * (step.to(sizes.dtype) / units[at].clamp(min=1)))
 
 
 def count_equal(rows: Tensor, mask: Tensor) -> Tensor:

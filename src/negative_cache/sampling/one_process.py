@@ -122,7 +122,7 @@ def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, se
     candidates = weigh_candidates(search, drawn.lse, drawn.rows.flatten(), is_drawn, dims=config.dims)
     shares = estimators.cache_share(request.positive_scores, drawn.lse, request.in_batch_lse)
     sizes, query = candidates.sizes(shares, request.queries)
-    uniform = uniforms((), config.generator, drawn.lse.device)
+    uniform = uniforms((), config.generator, drawn.lse.device, torch.int64)
     chosen = choose(sizes, query, config.num_samples * len(request.queries), uniform)
     sample.rows, sample.is_update = candidates.rows[chosen.at], chosen.is_chosen
     sample.cached = candidates.views[0].cached[chosen.at].to(sample.cached.dtype)

@@ -152,7 +152,7 @@ def retrieve_fused(
 def _all_rows(search: Search, operands: _Operands, tiling: Tiling, generator: torch.Generator) -> Retrieved:
     """The pass without top_k."""
     batch, num_samples, segments = len(operands.queries), search.num_samples, _segments(operands, tiling, 1)
-    seed = (uniforms((1,), generator, operands.rows.device) * 2**53).long()
+    seed = uniforms((1,), generator, operands.rows.device, torch.int64)
     best = _empty(operands, batch, segments.num_segments)
     state = _ScanState(
         seed=seed,
@@ -207,7 +207,7 @@ def _best_of_groups(search: Search, operands: _Operands, tiling: Tiling, generat
     rows = torch.empty_like(starts)
     _pick(operands, tiling, starts, stops, rows, None)
     return Retrieved(
-        lse=scores.double().logsumexp(1).float(),
+        lse=scores.logsumexp(dim=1),
         rows=rows.gather(1, drawn),
         best_rows=torch.where(best_scores > -torch.inf, rows.gather(1, top), -1),
         best_scores=best_scores,
