@@ -180,10 +180,11 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
         gradients.append(torch.cat([*(leaf.grad.flatten() for leaf in leaves), of_table.flatten()]))
         torch.testing.assert_close(loss.detach().double().cpu(), truth.value, rtol=1e-5, atol=1e-5)
     found = torch.stack(gradients).double().cpu()
-    # Constant components (the batch's own documents) are equal but for float32.
-    assert mean_gradient(found + 1e-6 * torch.randn(found.shape, generator=rng), truth.gradient[:-1]) > ALPHA
+    # Constant components (the batch's own documents) are equal but for rounding: scores up to 7 in three TF32 products
+    # have errors up to 6e-7. Noise of 1e-5, whose mean over the passes varies by 7e-7, covers it.
+    assert mean_gradient(found + 1e-5 * torch.randn(found.shape, generator=rng), truth.gradient[:-1]) > ALPHA
     wrong = exact(problem._replace(scale=1.1 * scale)).gradient[:-1]
-    assert mean_gradient(found + 1e-6 * torch.randn(found.shape, generator=rng), wrong) < ALPHA
+    assert mean_gradient(found + 1e-5 * torch.randn(found.shape, generator=rng), wrong) < ALPHA
 
 
 @needs_gpu

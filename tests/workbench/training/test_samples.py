@@ -44,6 +44,7 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
         columns = [static.preprocess(texts[part]) for texts in (ANCHORS, POSITIVES)]
         loss(columns, torch.arange(first, first + 4)).backward()
     cache = loss.cache_loss.cache
+    labels = cache.document_ids[:12, 1]
     with torch.no_grad():
         cache.stored(EMBEDDING)[0].add_(0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
     found = samples.of_cache(loss, static, data)
@@ -55,15 +56,15 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
         at = int(entry["query"][1:])
         own = float(queries[at] @ samples.embed(static, POSITIVES)[at])
         assert entry["positive"]["similarity"] == pytest.approx(own, abs=1e-5)
-        assert entry["positive"]["age"] == int(cache.age[cache.document_ids == at])
-        is_negative = (cache.document_ids[:12] != at) & (similarities[at] <= own)
+        assert entry["positive"]["age"] == int(cache.age[:12][labels == at])
+        is_negative = (labels != at) & (similarities[at] <= own)
         assert entry["num_hidden"] == 11 - int(is_negative.sum())
         expected = torch.where(is_negative, 10 * similarities[at], -torch.inf).softmax(dim=0)
         best = expected.argsort(descending=True)[: min(6, int(is_negative.sum()))]
-        assert [row["document"] for row in entry["negatives"]] == [f"d{int(cache.document_ids[b])}" for b in best]
+        assert [row["document"] for row in entry["negatives"]] == [f"d{int(labels[b])}" for b in best]
         probabilities = torch.tensor([row["probability"] for row in entry["negatives"]])
         torch.testing.assert_close(probabilities, expected[best], atol=1e-5, rtol=1e-4)
-    new = samples.embed(static, [POSITIVES[int(number)] for number in cache.document_ids[:12]])
+    new = samples.embed(static, [POSITIVES[int(number)] for number in labels])
     pairs = sorted(zip(cache.age[:12].tolist(), (rows - new).square().sum(dim=1).tolist(), strict=True))
     torch.testing.assert_close(
         torch.tensor(sorted(found["staleness_by_age"])), torch.tensor(pairs), atol=1e-5, rtol=1e-3
@@ -71,7 +72,10 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
     assert samples.of_cache(torch.nn.Identity(), static, data) == {}
 
 
-def test_a_document_with_the_id_of_the_query_is_not_listed_as_a_hard_negative(static: SentenceTransformer):
+def test_a_document_with_the_id_of_the_query_is_not_listed_as_a_hard_negative(
+    static: SentenceTransformer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(samples, "NUM_NEGATIVES", len(POSITIVES))  # all documents that may be drawn
     loss = NegativeCacheRankingLoss(static, cache_size=16, scale=10.0, seed=0)
     names = [f"d{number}" for number in range(len(POSITIVES))]
     data = RetrievalData(

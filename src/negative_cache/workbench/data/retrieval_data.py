@@ -95,16 +95,18 @@ class RetrievalData:
             )
         return self.qrels[split]
 
+    def labels(self) -> dict[str, int]:
+        """Document id -> its position in the corpus; for equal texts, that of the first of them."""
+        first: dict[str, int] = {}
+        return {name: first.setdefault(text, position) for position, (name, text) in enumerate(self.corpus.items())}
+
     def training_columns(self) -> dict[str, list[Any]]:
         """Columns anchor, positive and label, with one row per judged pair of the training split.
 
-        A label lists the positions in the corpus of the documents that are not negatives of the query, the positive of
-        the row first, padded with -1. Documents with equal texts have the position of the first of them.
+        A label lists the `labels` of the documents that are not negatives of the query, the positive of the row first,
+        padded with -1.
         """
-        first: dict[str, int] = {}
-        positions = {
-            document: first.setdefault(text, position) for position, (document, text) in enumerate(self.corpus.items())
-        }
+        positions = self.labels()
         columns: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": []}
         for query, documents in self.judged("train").items():
             known = self.never_negative(query, documents)

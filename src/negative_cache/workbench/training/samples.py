@@ -132,7 +132,7 @@ def _search(
     """Search the cache for the queries of `qrels` as a training step does."""
     queries = embed(model, [data.queries[query] for query in qrels])
     positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
-    numbers = {name: number for number, name in enumerate(data.corpus)}
+    numbers = data.labels()
     known = [data.never_negative(query, documents) for query, documents in qrels.items()]
     ids = padded([[numbers[document] for document in documents] for documents in known])
     positive_ids = torch.tensor(ids, device=queries.device)
