@@ -71,6 +71,22 @@ def test_positives_are_recognized_by_any_id():
     )
 
 
+def test_the_first_id_identifies_a_document():
+    """Another document with the same second id has a row of its own."""
+    loss_fn = make_loss()
+    step(loss_fn, [0, 1], [[1, 100], [3, 101]])
+    step(loss_fn, [2, 3], [[2, 100], [4, 102]])
+    assert sorted(loss_fn.cache.document_ids[:4].tolist()) == [[1, 100], [2, 100], [3, 101], [4, 102]]
+    queries = normalize(torch.randn(2, DIM), dim=1)
+    copies = encode({"number": torch.tensor([5, 5])})
+    hidden = loss_fn.in_batch_loss(
+        queries[:1], copies[:1], document_ids=torch.tensor([[9, 8]]), positive_ids=torch.tensor([[100]]),
+        negative_embeddings=copies, negative_ids=torch.tensor([[1, 101], [1, 100]]),
+    )  # fmt: skip
+    assert float(hidden) == 0.0  # both are copies of document 1, one of which is known as a positive
+    assert step(make_loss(), [0, 1], [[1], [2]]) == step(make_loss(), [0, 1], [1, 2])  # one id per document
+
+
 def test_an_unknown_id_replaces_no_id():
     loss_fn = make_loss()
     step(loss_fn, [0, 1], [[10, 20], [11, 21]])
@@ -101,9 +117,15 @@ def check_ranks(rank: int, world_size: int, folder: Path) -> None:
     other = [[3, 4, 5], [0, 1, 2]][rank]
     # every document is a positive of every query, by the second id alone
     hidden = torch.arange(200, 206).expand(3, -1)
-    assert step(loss_fn, other, [[300 + number, 200 + number] for number in other], positive_ids=hidden) == 0.0
+    assert step(loss_fn, other, [[100 + number, 200 + number] for number in other], positive_ids=hidden) == 0.0
     (filled,) = loss_fn.ranks.gather([loss_fn.cache.filled.sum()[None]], [[1]] * 2)
     assert int(filled.sum()) == 6  # the same rows
+    assert step(loss_fn, other, [[number + 500, -1] for number in other]) > 0.0  # documents without second id
+    step(loss_fn, numbers, [[number + 500, 900 + number] for number in numbers])  # on the rank that has no row of them
+    ids = loss_fn.ranks.gather([loss_fn.cache.document_ids], [[SIZE // 2]] * 2)[0]
+    assert sorted(ids[ids[:, 0] >= 500].tolist()) == [[500 + number, 900 + number] for number in range(6)]
+    loss_fn = make_loss(process_group="world")
+    step(loss_fn, numbers, [[100 + number, 200 + number] for number in numbers])
     checkpoint.save_checkpoint(loss_fn, folder / "cache")
     whole = checkpoint.full_state_dict(loss_fn)
     assert whole["cache.document_ids"].shape == (SIZE, 2)

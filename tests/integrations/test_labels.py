@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from negative_cache import checkpoint
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.sentence_transformers import loss as module
 from negative_cache.integrations.sentence_transformers.labels import have_other_text
-from support import ANCHORS, HARD, POSITIVES, columns
+from support import ANCHORS, HARD, POSITIVES, columns, run_ranks
 from text_models import make_static
 
 
@@ -121,9 +122,43 @@ def test_a_label_whose_text_changes_in_a_later_batch(model: SentenceTransformer,
 def test_evaluation_may_have_labels_of_its_own(model: SentenceTransformer, caplog: pytest.LogCaptureFixture):
     loss = make_loss(model)
     step(loss, POSITIVES[:4], [[0, 9], [1, -1], [2, -1], [3, -1]])
+    without = make_loss(model)
+    step(without, POSITIVES[:4])
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         step(loss, POSITIVES[4:8], [[0, 9], [1, -1], [2, -1], [3, -1]])
+        # classes, and ratings of pairs, are no labels of documents; training goes on as before
+        for labels in ([5, 5, 6, 6], [1, 0, 1, 0]):
+            assert step(loss, POSITIVES[4:8], labels) == pytest.approx(step(without, POSITIVES[4:8]))
     assert not caplog.records
+    step(loss, POSITIVES[4:8], [14, 15, 16, 17])
+    assert sorted(loss.cache_loss.cache.document_ids[:8, 1].tolist()) == [0, 1, 2, 3, 14, 15, 16, 17]
+
+
+def check_ranks(rank: int, world_size: int, folder: Path) -> None:
+    """A label of another text on one rank is an error on all ranks."""
+    loss = make_loss(make_static(), gather_across_devices=True)
+    texts = POSITIVES[4 * rank : 4 * rank + 4]
+    first = 4 * rank
+    step(loss, texts, [[first + number, 99] for number in range(4)])
+    wrong = [[first + (number + rank) % 4, 99] for number in range(4)]
+    with pytest.raises(ValueError, match="Rank 1, step 1: The `label` column does not hold ids of documents"):
+        step(loss, texts, wrong)
+    assert step(loss, texts, [[first + number, 99] for number in range(4)]) > 0
+
+
+def test_an_error_in_labels_is_raised_on_all_ranks(tmp_path: Path):
+    run_ranks(check_ranks, 2, tmp_path)
+
+
+def test_ids_of_equal_texts_in_a_corpus_are_warned_of(model: SentenceTransformer, caplog: pytest.LogCaptureFixture):
+    loss = make_loss(model)
+    with caplog.at_level(logging.WARNING):
+        loss.fill_from([*POSITIVES[:3], POSITIVES[0]], ids=[5, 6, 7, 8], show_progress_bar=False)
+    assert "1 ids name a text that has another id, too" in caplog.text
+    other = make_loss(model)
+    other.fill_from(POSITIVES[:3], show_progress_bar=False)
+    with pytest.raises(ValueError, match="Pass ids in every call of `fill_from`"):
+        other.fill_from(POSITIVES[3:6], ids=[1, 2, 3], show_progress_bar=False)
 
 
 def test_contradictions_on_a_gpu_are_read_in_some_steps(

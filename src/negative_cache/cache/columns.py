@@ -227,9 +227,10 @@ class RaggedColumn(_Column):
         self.register_buffer("pads_left", torch.full((), spec.padding_side == "left", device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        pads_left = fn(self.pads_left)
+        before = self.pads_left
         super()._apply(fn, recurse)
-        self.pads_left = pads_left
+        if self.pads_left is before:  # the column is pinned, but this value moves with the cache
+            self.pads_left = fn(before)
         return self
 
     def note_side(self, pads_left: Tensor | bool) -> None:
@@ -241,6 +242,7 @@ class RaggedColumn(_Column):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
+        self.pads_left.fill_(self.spec.padding_side == "left")
         self.tail = 0
 
     @property
@@ -331,6 +333,8 @@ class RaggedColumn(_Column):
             self.tail = arena.numel()
         state_dict.setdefault(prefix + "pads_left", self.pads_left.clone())  # earlier versions saved none
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.spec.padding_side == "left":  # set by the user, perhaps after the state was saved
+            self.pads_left.fill_(True)
 
 
 def _move(source: Tensor, source_offsets: Tensor, target: Tensor, target_offsets: Tensor, lengths: Tensor) -> None:

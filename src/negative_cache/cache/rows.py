@@ -227,6 +227,16 @@ class NegativeCache(Rows):
         places = self._rows_of_ids.find(ids, document_ids)
         return places if self.document_ids.dim() == 1 else places // self.document_ids.shape[1]
 
+    def add_ids(self, rows: Tensor, document_ids: Tensor) -> None:
+        """Give the documents of `rows [n]`, each once, the ids `[n, k]` where these are known (not -1)."""
+        if self.document_ids.dim() == 1 or len(rows) == 0:
+            return
+        self.document_ids[rows] = torch.where(document_ids < 0, self.document_ids[rows], document_ids)
+        if self._rows_of_ids is not None:
+            count = self.num_ids
+            places = (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
+            self._rows_of_ids.move(places, self.document_ids[rows].flatten())
+
     def write(
         self,
         rows: Tensor,

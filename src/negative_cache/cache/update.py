@@ -31,11 +31,13 @@ class RowUpdates(NamedTuple):
         rows: int64 `[n]`, on the cache's device. If a row occurs several times, its last update is written.
         items: `n` values each, of some or all of the cache's features.
         mask: bool `[n]`, on the cache's device; False entries are not written. None to write all.
+        document_ids: int64 `[n, k]`: further ids of the rows' documents, -1 for unknown; None for nothing new.
     """
 
     rows: Tensor
     items: Items
     mask: Tensor | None = None
+    document_ids: Tensor | None = None
 
 
 def check_new_items(
@@ -71,11 +73,11 @@ def check_new_items(
             f"`new_items` has {count} items, the cache only {cache.num_rows} rows. "
             "Use a cache that is larger than the batch."
         )
+    unchecked = {key: value for key, value in items.items() if key not in known_finite}
+    check_finite_items("new_items", unchecked, check_mask("new_items_mask", mask, count, cache.device))
     for key, value in items.items():
         if isinstance(value, RaggedRows):  # before rows are read, so that they are padded like this batch
             cache.note_side(key, value.pads_left)
-    unchecked = {key: value for key, value in items.items() if key not in known_finite}
-    check_finite_items("new_items", unchecked, check_mask("new_items_mask", mask, count, cache.device))
     return items
 
 
@@ -112,6 +114,8 @@ def update_rows(
     for each, resets_age in ((updates, use_lru), (reinserted, True)):
         if each is not None:
             cache.write(each.rows, each.items, _finite_mask(cache, each.items, each.mask), resets_age)
+            if each.document_ids is not None:
+                cache.add_ids(each.rows, each.document_ids)
     if new_items:
         mask = _finite_mask(cache, new_items, new_items_mask)
         _insert(cache, new_items, mask, document_ids, document_rows)
@@ -133,7 +137,7 @@ def _insert(
         cache.write(oldest_rows(cache.written, count)[mask.cumsum(0) - 1], items, mask)
         return
     ids = document_ids.view(count, -1)
-    known = cache.find(ids.flatten()).view(ids.shape).amax(dim=1) if document_rows is None else document_rows
+    known = cache.find(ids[:, 0].contiguous()) if document_rows is None else document_rows
     is_known, is_new = mask & (known >= 0), mask & (known < 0)
     is_new &= is_first_of_equal(ids[:, 0], is_new) | (ids[:, 0] < 0)
     # The rows of known documents become the youngest before the oldest are selected, so that none is written twice.

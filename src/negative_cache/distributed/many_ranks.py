@@ -33,7 +33,7 @@ from negative_cache.sampling.config import (
     SamplingRequest,
 )
 from negative_cache.sampling.draw import mean_embedding
-from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
+from negative_cache.sampling.encode import DocumentEncoder, encode, read_features, twice
 
 
 @dataclass
@@ -261,8 +261,10 @@ class ManyRanks:
             return Encoded(own, own)
         if sample.count:
             try:
-                shape = (sample.count, cached.shape[1])
-                own = encode(document_encoder, sample.features, shape, cached.dtype, needs_gradient)
+                is_single = sample.count == 1 < len(new_embeddings)  # see `OneProcess.encode`
+                features, count = (twice(sample.features), 2) if is_single else (sample.features, sample.count)
+                own = encode(document_encoder, features, (count, cached.shape[1]), cached.dtype, needs_gradient)
+                own = own[: sample.count]
             except Exception as caught:  # raised on all ranks in `_write_back`
                 error = caught
         updates, reinserted = self._write_back(config, sample, own.detach().to(cached.dtype), new_embeddings, error)
@@ -321,7 +323,11 @@ class ManyRanks:
         rows_here = sample.candidate_rows[routes.candidate[owned].to(device)]
         return (
             RowUpdates(rows_here, {config.embedding_key: updates}),
-            RowUpdates(arrivals.rows[rank][known].to(device), {config.embedding_key: reinserted}),
+            RowUpdates(
+                arrivals.rows[rank][known].to(device),
+                {config.embedding_key: reinserted},
+                document_ids=self.new_ids[known.to(device)] if self.new_ids.dim() > 1 else None,
+            ),
         )
 
     def average_gradient(self, parameter: Tensor) -> Tensor:

@@ -278,8 +278,10 @@ def _extra(name: str, values: Tensor, shape: tuple[int, ...], inputs: BatchInput
 
 def _document_ids(name: str, ids: Tensor | None, count: int, device: torch.device) -> Tensor | None:
     """Validate ids `[count]` or `[count, k]` and return them as int64 on the device."""
-    num_ids = ids.shape[1:] if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 else ()
-    return _ids(name, ids, (count, *num_ids), device)
+    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 0:
+        checked = _ids(name, ids, (count, ids.shape[1]), device)
+        return checked[:, 0] if checked is not None and ids.shape[1] == 1 else checked
+    return _ids(name, ids, (count,), device)
 
 
 def _ids(name: str, ids: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

@@ -130,8 +130,13 @@ def _known_positives(batch: Batch, in_batch: InBatch) -> Tensor:
     is_known = ids[:, 0] >= 0
     hidden = (is_known & ~is_first_of_equal(ids[:, 0], is_known)).repeat(len(batch.queries), 1)
     if batch.positive_ids is not None:
+        is_positive = torch.zeros_like(hidden)
         for column in ids.T:
-            hidden |= is_in_row(column, batch.positive_ids) & (column >= 0)
+            is_positive |= is_in_row(column, batch.positive_ids) & (column >= 0)
+        if ids.shape[1] > 1:  # a copy of a document may have other further ids
+            is_copy = (ids[:, 0][:, None] == ids[:, 0]) & is_known
+            is_positive |= (is_positive.float() @ is_copy.float()) > 0
+        hidden |= is_positive
     if in_batch.first_own >= 0:
         hidden.diagonal(in_batch.first_own).fill_(True)
     return hidden

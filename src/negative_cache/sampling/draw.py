@@ -25,7 +25,7 @@ def find_rows(cache: RowSource, request: SamplingRequest) -> tuple[Tensor | None
     if new_ids is None or found is None:
         return None, positive_rows
     new_rows = found[:num_new].view(new_ids.shape)
-    return new_rows if new_ids.dim() == 1 else new_rows.amax(dim=1), positive_rows
+    return new_rows if new_ids.dim() == 1 else new_rows[:, 0], positive_rows
 
 
 def row_pool(

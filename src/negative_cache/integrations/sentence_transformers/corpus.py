@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from negative_cache.distributed.collectives import Ranks
 from negative_cache.integrations.sentence_transformers.text import CachedTexts
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS, hash_tokens
 
+logger = logging.getLogger(__name__)
+
 
 def check_corpus_ids(ids: Sequence[int], documents: Sequence[str]) -> None:
-    """Raise ValueError unless there is one id per document and one text per id."""
+    """Raise ValueError unless there is one id per document and one text per id; warn of texts with several ids."""
     if len(ids) != len(documents):
         raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
     texts: dict[int, str] = {}
@@ -26,6 +29,13 @@ def check_corpus_ids(ids: Sequence[int], documents: Sequence[str]) -> None:
                 f"`ids` has the id {document_id} for two texts: {texts[document_id][:60]!r} and {text[:60]!r}. Give "
                 "each text an id of its own."
             )
+    num_lost = len(texts) - len(set(texts.values()))
+    if num_lost:
+        logger.warning(
+            "%d ids name a text that has another id, too. A text is one document with one of its ids: labels that name "
+            "the others do not find it. Give equal texts the same id.",
+            num_lost,
+        )
 
 
 class Corpus(NamedTuple):
@@ -52,7 +62,7 @@ class Corpus(NamedTuple):
     shows_progress: bool
 
     def batches(self, ranks: Ranks) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield features and ids of this rank's documents; if `ids` is None, call it on all ranks.
+        """Yield features and ids of this rank's documents; call it on all ranks.
 
         The ids are hashes, int64 `[n]`; or, with `ids`, hash and id, int64 `[n, 2]`.
         """
@@ -79,9 +89,9 @@ class Corpus(NamedTuple):
         """Positions of the documents that this rank stores: the first of each text, assigned to ranks in turn."""
         if ranks.size == 1:
             return range(len(self.documents))  # the cache stores equal hashes in one row
-        first: dict[Any, int] = {}
-        for position, text in enumerate(self._all_hashes(ranks) if self.ids is None else self.documents):
-            first.setdefault(text, position)
+        first: dict[int, int] = {}
+        for position, text_hash in enumerate(self._all_hashes(ranks)):
+            first.setdefault(text_hash, position)
         return list(first.values())[ranks.rank :: ranks.size]
 
     def _all_hashes(self, ranks: Ranks) -> list[int]:

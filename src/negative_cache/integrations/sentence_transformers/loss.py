@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import NO_ID, FeatureSpec
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.integrations.sentence_transformers.anchors import (
@@ -183,7 +182,7 @@ class NegativeCacheRankingLoss(nn.Module):
         _check_columns(columns)
         check_wrappers(self.model, columns)
         is_training = self.training and torch.is_grad_enabled()  # in evaluation, the trainer disables only gradients
-        batch = self._read(columns, labels, is_training)  # before the model runs, which may change inputs in place
+        batch = self._read_on_all_ranks(columns, labels, is_training)  # before the model runs, which may change inputs
         embeddings = [self.embed(column) for column in columns]
         guide = self._guide_embeddings(batch.anchors, batch.documents)
         compute = self._compute if is_training else _in_batch_loss
@@ -263,6 +262,18 @@ class NegativeCacheRankingLoss(nn.Module):
     def _unwrapped_model(self) -> Any:
         return unwrap(self.model)
 
+    def _read_on_all_ranks(
+        self, columns: Sequence[dict[str, Any]], labels: Tensor | None, is_training: bool
+    ) -> TextBatch:
+        """See `_read`. In training with a shared cache, an error on one rank is raised on all."""
+        if not is_training or self.cache_loss.process_group is None:
+            return self._read(columns, labels, is_training)
+        device = next(value.device for value in columns[1].values() if isinstance(value, Tensor))
+        batch, _ = self.cache_loss.ranks.run_checked(
+            self.cache_loss.step_number, device, lambda: (self._read(columns, labels, is_training), []), 0
+        )
+        return batch
+
     def _read(self, columns: Sequence[dict[str, Any]], labels: Tensor | None, is_training: bool) -> TextBatch:
         """Convert the model inputs of a batch to cached features, and identify its texts."""
         is_symmetric = self.query_cache_loss is not None
@@ -274,9 +285,9 @@ class NegativeCacheRankingLoss(nn.Module):
         num_ids = 1 if self.cache_loss.cache is None else self.cache_loss.cache.num_ids
         of_positives = torch.full_like(hashes[0], NO_ID)
         if labels is not None and labels.numel():
-            cache = self.cache_loss.cache if is_training else None  # evaluation may have labels of its own
-            labels = self._checked_labels(labels, hashes[0], documents[0], cache)
-            of_positives, num_ids = labels[:, 0], 2 if cache is None else num_ids
+            labels = self._checked_labels(labels, hashes[0], documents[0], is_training)
+            is_fixed = is_training and self.cache_loss.cache is not None  # the number of ids per document
+            of_positives, num_ids = labels[:, 0], num_ids if is_fixed else 2
             if labels.shape[1] > 1:
                 positive_ids = labels[:, 1:]
         if num_ids > 1:
@@ -291,20 +302,27 @@ class NegativeCacheRankingLoss(nn.Module):
         return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids)
 
     def _checked_labels(
-        self, labels: Tensor, hashes: Tensor, documents: dict[str, Tensor], cache: NegativeCache | None
+        self, labels: Tensor, hashes: Tensor, documents: dict[str, Tensor], is_training: bool
     ) -> Tensor:
-        """Validate labels; return int64 `[batch, n]`, all -1 if labels turned out not to be ids of documents."""
+        """Validate labels; return int64 `[batch, n]`, all -1 if they turn out not to be ids of documents."""
         check_labels(labels, len(hashes))
         is_list = labels.dim() == 2 and labels.shape[1] > 1
         labels = labels.to(hashes.device, torch.int64).view(len(hashes), -1)
-        if is_list and cache is not None and cache.num_ids == 1:
+        own, cache = labels[:, 0].contiguous(), self.cache_loss.cache
+        if not is_training:  # evaluation may have labels of its own, which tell nothing about those of training
+            is_bad = have_other_text(own, hashes, None)
+            return torch.where(is_bad.any(), NO_ID, labels)
+        if cache is None:  # the first step, also of a further run with the same loss
+            self._uses_labels, self._has_checked_labels = True, False
+            self._num_contradictions, self._num_unchecked = 0, 0
+        elif is_list and cache.num_ids == 1:
             raise ValueError(
                 "`labels` name further positives, but the documents in the cache have no labels. Pass their ids to "
                 "`fill_from`, or give every dataset of this loss a label column."
             )
         if not self._uses_labels and not is_list:
             return torch.full_like(labels, NO_ID)
-        is_bad = have_other_text(labels[:, 0].contiguous(), hashes, cache)
+        is_bad = have_other_text(own, hashes, cache)
         if reads_without_sync(hashes) or not self._has_checked_labels:
             if not self._has_checked_labels and len(labels) >= 3:
                 check_labels_are_no_ratings(labels, hashes)
@@ -312,7 +330,7 @@ class NegativeCacheRankingLoss(nn.Module):
             if bool(is_bad.any()):
                 at = int(is_bad.to(torch.uint8).argmax())
                 (text,) = self._documents.to_strings({TOKENS: documents[TOKENS][at : at + 1]})
-                self._reject_labels(f"label {int(labels[at, 0])} has the text {text[:60]!r} and another one", is_list)
+                self._reject_labels(f"label {int(own[at])} has the text {text[:60]!r} and another one", is_list)
         else:
             self._num_contradictions += is_bad.sum()
             self._num_unchecked += 1
@@ -366,8 +384,14 @@ class NegativeCacheRankingLoss(nn.Module):
             if self.query_cache_loss is not None:
                 features[ANCHOR_IDS] = known_anchors(None, ids)
             self.cache_loss.specs = {key: _SPECS[key] for key in features}
-            if ids.dim() == 1 and self.cache_loss.cache is not None and self.cache_loss.cache.num_ids > 1:
+            cache = self.cache_loss.cache
+            if ids.dim() == 1 and cache is not None and cache.num_ids > 1:
                 batch["document_ids"] = torch.stack([ids, torch.full_like(ids, NO_ID)], dim=1)
+            elif ids.dim() > 1 and cache is not None and cache.num_ids == 1:
+                raise ValueError(
+                    "`ids` were given, but the documents in the cache have none. Pass ids in every call of "
+                    "`fill_from`, or in none."
+                )
             yield batch
 
     @property
