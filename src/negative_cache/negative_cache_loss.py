@@ -183,7 +183,7 @@ class NegativeCacheLoss(CacheModule):
             document_features: Feature name -> `[batch, ...]`: the inputs of `document_encoder` for these documents.
             document_ids: int `[batch]`, -1 for unknown. A query's own document in the cache is not its negative. A
                 document that already has a row is written to that row. Or int `[batch, k]`, for documents with several
-                ids: the first identifies a document, and a query's positives are recognized by all of them.
+                ids in one name space: the first identifies a document, and a query's positives are recognized by all.
             positive_ids: int `[batch, n]`, padded with -1: further documents that are not negatives of the query.
             negative_embeddings: `[m, dim]`, with gradient: documents that are negatives of every query of the batch,
                 except of queries whose known positives they are. Their gradients are exact.
