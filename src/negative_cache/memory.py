@@ -65,7 +65,8 @@ def predict_bytes(
         specs: Spec per document feature.
         mean_lengths: Mean length of each ragged feature. Its column is counted with 50 % spare room for new items, but
             with at most max_length per row.
-        has_ids: Whether documents have ids, one each. With labels, `NegativeCacheRankingLoss` has two: 32 bytes a row more.
+        has_ids: Whether documents have ids, one each. `NegativeCacheRankingLoss` has two with labels, 32 bytes a row
+            more.
         num_samples, shared, in_batch: See `NegativeCacheLoss`.
         guide_dim: Dimension of a guide's embeddings; 0 without a guide.
         has_log_q: Whether `log_q` is given.
