@@ -333,9 +333,7 @@ class NegativeCacheLoss(CacheModule):
         del self.cache
         self.set_extra_state(self._first_state)
         self.diagnostics = Diagnostics()
-        if self.log_scale is not None:
-            with torch.no_grad():
-                self.log_scale.fill_(math.log(self._fixed_scale))
+        self.reset_parameters()
 
     def _scale_over(self, world: OneProcess | ManyRanks, device: torch.device) -> Tensor | float:
         """The scale; if it is learnable, its gradient is averaged over ranks."""

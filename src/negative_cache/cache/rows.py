@@ -233,9 +233,11 @@ class NegativeCache(Rows):
             return
         self.document_ids[rows] = torch.where(document_ids < 0, self.document_ids[rows], document_ids)
         if self._rows_of_ids is not None:
-            count = self.num_ids
-            places = (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
-            self._rows_of_ids.move(places, self.document_ids[rows].flatten())
+            self._rows_of_ids.move(self._places_of_ids(rows), self.document_ids[rows].flatten())
+
+    def _places_of_ids(self, rows: Tensor) -> Tensor:
+        """The places of the k ids of `rows [n]` among the flattened ids: int64 `[n * k]`."""
+        return (rows[:, None] * self.num_ids + torch.arange(self.num_ids, device=rows.device)).flatten()
 
     def write(
         self,
@@ -271,10 +273,9 @@ class NegativeCache(Rows):
             is_once = reads_without_sync(rows)
             is_repeated = None if is_once else entries != torch.arange(len(rows), device=rows.device)
             places = rows
-            if self.document_ids.dim() > 1:  # the k ids of a row are at k places of the flattened ids
-                count = self.document_ids.shape[1]
-                places = (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
-                is_repeated = None if is_repeated is None else is_repeated.repeat_interleave(count)
+            if self.document_ids.dim() > 1:
+                places = self._places_of_ids(rows)
+                is_repeated = None if is_repeated is None else is_repeated.repeat_interleave(self.num_ids)
             self._rows_of_ids.move(places, self.document_ids[rows].flatten(), is_repeated)
         self.filled[rows] |= True if is_any is None else is_any
         self._has_rows = True

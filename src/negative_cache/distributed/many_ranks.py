@@ -33,7 +33,7 @@ from negative_cache.sampling.config import (
     SamplingRequest,
 )
 from negative_cache.sampling.draw import mean_embedding
-from negative_cache.sampling.encode import DocumentEncoder, encode, read_features, twice
+from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 
 
 @dataclass
@@ -209,10 +209,8 @@ class ManyRanks:
 
     def _arrivals(self, rows: Tensor) -> Arrivals:
         """Make the `Arrivals` from the rows of the new documents on each rank, `[ranks, n]`."""
-        ids = (
-            self.new_ids if self.new_ids.dim() == 1 else self.new_ids[:, 0]
-        ).cpu()  # a reshape fails for no documents
-        is_here = rows >= 0
+        first_ids = self.new_ids if self.new_ids.dim() == 1 else self.new_ids[:, 0]
+        ids, is_here = first_ids.cpu(), rows >= 0
         is_known = is_here.any(dim=0)
         owner = torch.where(is_known, is_here.to(torch.uint8).argmax(dim=0), -1)
         origin_rank = torch.repeat_interleave(torch.tensor(self.handshake.num_new, device="cpu"))
@@ -261,10 +259,8 @@ class ManyRanks:
             return Encoded(own, own)
         if sample.count:
             try:
-                is_single = sample.count == 1 < len(new_embeddings)  # see `OneProcess.encode`
-                features, count = (twice(sample.features), 2) if is_single else (sample.features, sample.count)
-                own = encode(document_encoder, features, (count, cached.shape[1]), cached.dtype, needs_gradient)
-                own = own[: sample.count]
+                shape, batch = (sample.count, cached.shape[1]), len(new_embeddings)
+                own = encode(document_encoder, sample.features, shape, cached.dtype, needs_gradient, batch)
             except Exception as caught:  # raised on all ranks in `_write_back`
                 error = caught
         updates, reinserted = self._write_back(config, sample, own.detach().to(cached.dtype), new_embeddings, error)

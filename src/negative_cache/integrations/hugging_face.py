@@ -46,9 +46,8 @@ class NegativeCacheTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
-        A checkpoint of the last step is not trained further. With `model_init`, every further call trains a new model
-        and, like the model, the caches, their draws and a learnable scale start anew; so does each trial of a
-        hyperparameter search.
+        A checkpoint of the last step is not trained further. With `model_init`, every further call, such as a trial of
+        a hyperparameter search, starts with a new model, empty caches, the first draws and the initial scale.
 
         Raises:
             ValueError: There is no complete checkpoint.

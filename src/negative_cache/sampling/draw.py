@@ -15,17 +15,14 @@ _ROWS_AT_ONCE = 8192
 def find_rows(cache: RowSource, request: SamplingRequest) -> tuple[Tensor | None, Tensor | None]:
     """Look up the rows of the new documents, `[n]`, and of the queries' positives, `[batch, m]`; -1 for none."""
     new_ids, positive_ids = request.new_ids, request.positive_ids
-    num_new = 0 if new_ids is None else new_ids.numel()
-    if new_ids is None or positive_ids is None:
-        wanted = new_ids if positive_ids is None else positive_ids
-        found = None if wanted is None else cache.find(wanted.flatten())
-    else:
-        found = cache.find(torch.cat([new_ids.flatten(), positive_ids.flatten()]))
-    positive_rows = None if positive_ids is None or found is None else found[num_new:].view(positive_ids.shape)
-    if new_ids is None or found is None:
-        return None, positive_rows
-    new_rows = found[:num_new].view(new_ids.shape)
-    return new_rows if new_ids.dim() == 1 else new_rows[:, 0], positive_rows
+    if new_ids is not None and new_ids.dim() > 1:
+        new_ids = new_ids[:, 0]  # the first id identifies a document
+    if positive_ids is None:
+        return None if new_ids is None else cache.find(new_ids), None
+    if new_ids is None:
+        return None, cache.find(positive_ids.flatten()).view(positive_ids.shape)
+    found = cache.find(torch.cat([new_ids, positive_ids.flatten()]))
+    return found[: len(new_ids)], found[len(new_ids) :].view(positive_ids.shape)
 
 
 def row_pool(

@@ -31,8 +31,9 @@ def encode(
     shape: tuple[int, int],
     stored_dtype: torch.dtype,
     needs_gradient: bool = False,
+    batch: int = 1,
 ) -> Tensor:
-    """Run the document encoder and check its output.
+    """Run the document encoder and check its output. A document alone is encoded twice if the encoder takes batches.
 
     Args:
         document_encoder: Features -> embeddings.
@@ -40,6 +41,7 @@ def encode(
         shape: The expected `(count, dim)`.
         stored_dtype: The dtype in which the cache stores embeddings; the output must be finite in it.
         needs_gradient: Whether to raise for embeddings without gradient; ignored with gradients disabled.
+        batch: Documents that the encoder took at once in this step; it may be unable to take fewer than two.
 
     Returns:
         `[count, dim]`, with gradient.
@@ -48,7 +50,10 @@ def encode(
         TypeError: The encoder returned no tensor.
         ValueError: Wrong shape, a missing gradient, or values that are not finite (checked only on the CPU).
     """
-    embeddings = _check_shape(document_encoder(features), shape)
+    if shape[0] == 1 < batch:
+        embeddings = _check_shape(document_encoder(twice(features)), (2, shape[1]))[:1]
+    else:
+        embeddings = _check_shape(document_encoder(features), shape)
     if needs_gradient and torch.is_grad_enabled() and not embeddings.requires_grad:
         raise ValueError(
             "The document encoder returned embeddings without gradient, but those of the batch's documents have one. "

@@ -21,7 +21,7 @@ from negative_cache.sampling.config import (
     SamplingRequest,
 )
 from negative_cache.sampling.draw import draw, find_rows, make_search, mean_embedding, replace_missing
-from negative_cache.sampling.encode import DocumentEncoder, encode, read_features, twice
+from negative_cache.sampling.encode import DocumentEncoder, encode, read_features
 
 
 class OneProcess:
@@ -56,12 +56,8 @@ class OneProcess:
         cached = sample.cached
         if sample.count == 0:
             return Encoded(cached, cached)
-        if sample.count == 1 < len(new_embeddings):  # the encoder took a batch, so it may need one
-            features, shape = twice(sample.features), (2, cached.shape[1])
-            own = encode(document_encoder, features, shape, cached.dtype, needs_gradient)[:1]
-        else:
-            shape = (sample.count, cached.shape[1])
-            own = encode(document_encoder, sample.features, shape, cached.dtype, needs_gradient)
+        shape, batch = (sample.count, cached.shape[1]), len(new_embeddings)
+        own = encode(document_encoder, sample.features, shape, cached.dtype, needs_gradient, batch)
         stored = own.detach().to(cached.dtype)
         return Encoded(own, own, RowUpdates(sample.rows, {config.embedding_key: stored}, sample.is_update))
 
