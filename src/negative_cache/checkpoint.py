@@ -174,7 +174,7 @@ def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
     whole.written[everywhere] = written
     whole.step.copy_(cache.step)
     own = {key: value for key, value in loss.state_dict().items() if not key.startswith("cache.")}
-    state = loss.generator.get_state().to(cache.device)
+    state = loss.get_extra_state().to(cache.device)
     own["_extra_state"] = ranks.gather([state], [[len(state)]] * ranks.size)[0][: len(state)].cpu()
     return {**{"cache." + key: value for key, value in whole.state_dict().items()}, **own}
 
@@ -247,7 +247,8 @@ def _redistributed(
     cache.step.fill_(step)
     if ranks.rank >= len(shards):  # a new rank has no saved generator
         generator = new_generator(rank_seed(loss.generator.initial_seed(), ranks.rank))
-        own["_extra_state"] = generator.get_state()
+        first = generator.get_state()
+        own["_extra_state"] = torch.cat([first, own["_extra_state"][len(first) :]])
     return {**{"cache." + key: value for key, value in cache.state_dict().items()}, **own}
 
 

@@ -12,10 +12,17 @@ documents, `sum_k V_ik grad s_ik`. The mean of this sum over the draws is the ex
 - Two-phase sampling (Neyman 1938): of many shared draws, a few are chosen and re-encoded, each with a probability p_k
   proportional to its contribution. Then V_ik = W_ik / p_k. See `inclusion_probabilities` and `systematic_sample`. The
   cached embeddings c_j of all draws provide a control variate: `sum_j W_ij c_j - sum_k V_ik c_k` has mean 0, and
-  nearly cancels the error that the choice causes in the gradient of the query.
+  nearly cancels the error that the choice causes in the gradient of the query. The batch's documents provide another
+  one for the gradient of the documents, see `stand_in_weights`.
+
+How many documents to re-encode follows from the error that the choice causes, see `choice_error`, and from the noise
+that a step has anyway, see `batch_noise`.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -222,6 +229,154 @@ def systematic_sample(units: Tensor, step: Tensor, count: int, uniform: Tensor) 
     is_chosen = points < cumulative[-1]
     at = torch.searchsorted(cumulative, points, right=True).clamp(max=len(cumulative) - 1)
     return torch.where(is_chosen, at, units.argmax()), is_chosen
+
+
+def choice_weights(probabilities: Tensor, num_steps: float = math.inf) -> Tensor:
+    """Factors of the weights of chosen documents: `T / (T p + 1 - p)`, with T = `num_steps`; `1 / p` for infinity.
+
+    A gradient is in effect averaged over several steps. Let each of T steps choose a document with probability p and
+    give it the factor w. The mean of the T estimates has the squared bias `(1 - p w)^2` and the variance
+    `p (1 - p) w^2 / T`, relative to the squared contribution of the document. This w minimizes their sum. For infinity,
+    the estimate is unbiased; for a finite number of steps, no factor exceeds T.
+
+    Args:
+        probabilities: `[n]`: p, above 0.
+        num_steps: T, at least 1.
+
+    Returns:
+        `[n]`, 1 where p = 1.
+    """
+    if num_steps == math.inf:
+        return 1 / probabilities
+    return num_steps / (num_steps * probabilities + 1 - probabilities)
+
+
+def choice_error(sizes: Tensor, count: int, num_steps: float = math.inf) -> Tensor:
+    """The error that choosing documents adds to the gradient of a step: `sum_k s_k^2 (1 - p_k) w_k`.
+
+    For an infinite number of steps, it is the variance of independent choices with the factors `1 / p`. Otherwise it is
+    T times the mean squared error of the mean over T steps with the factors of `choice_weights`, so that it can be
+    added to the variance of a single step. The errors of different documents are assumed to be orthogonal.
+
+    Args:
+        sizes: `[n]`: s, see `importance`.
+        count: Documents to choose, at least 1.
+        num_steps: T, see `choice_weights`.
+
+    Returns:
+        `[]`: 0 if all documents with a size above 0 are chosen.
+    """
+    units, step = inclusion_probabilities(sizes, count)
+    probabilities = units / step.to(sizes.dtype)
+    errors = sizes.square() * (1 - probabilities) * choice_weights(probabilities, num_steps)
+    return torch.where(units > 0, errors, 0).sum()
+
+
+def error_removed(sizes: Tensor, count: int, num_steps: float = math.inf) -> Tensor:
+    """The decrease of `choice_error` by the last of `count` documents, at least 2: `[]`.
+
+    For an infinite number of steps it is about the square of the common size `s_k / p_k` of the documents that are not
+    certain to be chosen: the sum S of their sizes divided by the number m of choices among them; its exact value is
+    `S^2 / (m (m - 1))`.
+    """
+    return choice_error(sizes, count - 1, num_steps) - choice_error(sizes, count, num_steps)
+
+
+def batch_noise(positive_scores: Tensor, lse: Tensor, in_batch_lse: Tensor, queries: Tensor) -> Tensor:
+    """The noise that a gradient has because it is that of one batch: `sum_i ((1 - pi_i) |q_i|)^2`.
+
+    These are the squared norms of the gradients of single queries with respect to their positives, in the unit of
+    `importance`.
+
+    Args:
+        positive_scores, lse, in_batch_lse: `[batch]`, see `cache_share`.
+        queries: `[batch, dim]`.
+
+    Returns:
+        `[]`.
+    """
+    missing = torch.sigmoid(torch.logaddexp(lse, in_batch_lse) - positive_scores)
+    return (missing * queries.norm(dim=1).to(missing.dtype)).square().sum()
+
+
+def in_batch_noise(
+    shares: Tensor, concentration: Tensor, queries: Tensor, num_rows: Tensor, num_in_batch: int
+) -> Tensor:
+    """The noise of a gradient in which in-batch negatives represent the cache: `sum_i (a_i |q_i|)^2 N c_i / n`.
+
+    The n in-batch negatives of a query are a uniform sample of the documents, of which the cache holds N. Importance
+    sampling of the softmax over the cache from them gives negative j the weight `N rho_ij / n`. The sum of the squared
+    weights has the mean `N sum_j rho_ij^2 / n`: 1 / n if all documents are equally hard, N / n if a single one matters.
+
+    Args:
+        shares: `[batch]`: a, see `cache_share`.
+        concentration: `[batch]`: `c_i = sum_j rho_ij^2`, the inverse of the effective number of negatives.
+        queries: `[batch, dim]`.
+        num_rows: `[]`: N.
+        num_in_batch: n; for 0, the noise is infinite, or NaN if all shares are 0.
+
+    Returns:
+        `[]`, in the unit of `importance`.
+    """
+    squares = (shares * queries.norm(dim=1).to(shares.dtype)).square()
+    return (squares * concentration).sum() * num_rows / num_in_batch
+
+
+def best_count(
+    sizes: Tensor, counts: Iterable[int], noise: float, batch_cost: float, num_steps: float = math.inf
+) -> int:
+    """The number of documents to re-encode with the smallest error per cost: it minimizes `(noise + error) (cost + k)`.
+
+    With a given number of encoded texts, the number of steps is inversely proportional to the cost of a step, and the
+    error of the mean gradient over these steps is proportional to the product. The best count is 1 if the cache is
+    empty or its share of the softmax is small, and for certain choices, because more documents remove no error.
+
+    Args:
+        sizes: `[n]`: see `importance`.
+        counts: The numbers k to compare.
+        noise: The noise of a step in which the choice adds none, see `batch_noise`.
+        batch_cost: The cost of encoding the batch, in documents.
+        num_steps: See `choice_error`.
+
+    Returns:
+        One of the counts, the smallest in a tie.
+    """
+    return min(counts, key=lambda count: (noise + float(choice_error(sizes, count, num_steps))) * (batch_cost + count))
+
+
+def stand_in_weights(missing: Tensor, missing_weight: Tensor, documents: Tensor) -> Tensor:
+    """Weights with which the batch's documents stand in for cached documents that are not re-encoded.
+
+    The gradient of query i with respect to the encoder's weights is `sum_j W_ij J_j^T q_i`, up to a factor, with the
+    Jacobian J_j of document j. Only re-encoded documents have one. Ridge regression of the cached embeddings on those
+    of the batch, `c_j ~ sum_b A_jb d_b` with `sum_b A_jb = 1`, gives coefficients with which `J_j ~ sum_b A_jb J_b`.
+    The weights are `U_ib = sum_j (W_ij - V_ij) A_jb`. Adding `sum_b U_ib J_b^T q_i` to `sum_k V_ik J_k^T q_i` is a
+    control variate: its mean is 0 if that of V is W. It replaces what was not re-encoded if V is smaller than W.
+
+    The coefficients are linear in the cached embeddings, so that the weights follow from two sums. The ridge is the
+    mean squared norm of the documents.
+
+    Args:
+        missing: `[batch, dim]`: `sum_j (W_ij - V_ij) c_j`.
+        missing_weight: `[batch]`: `sum_j (W_ij - V_ij)`.
+        documents: `[n, dim]`: d.
+
+    Returns:
+        `[batch, n]`, without gradient.
+    """
+    documents = documents.detach().to(missing.dtype)
+    count, dim = documents.shape
+    center, ridge = documents.mean(dim=0), documents.square().sum(dim=1).mean()
+    centered, wanted = documents - center, missing - missing_weight[:, None] * center
+    with torch.autocast(missing.device.type, enabled=False):
+        gram = centered @ centered.T if count <= dim else centered.T @ centered
+        gram.diagonal().add_(ridge.clamp(min=torch.finfo(gram.dtype).tiny))
+        factor = torch.linalg.cholesky_ex(gram).L  # does not synchronize; the ridge makes it positive definite
+        if count <= dim:
+            weights = torch.cholesky_solve(centered @ wanted.T, factor).T
+        else:
+            weights = torch.cholesky_solve(wanted.T, factor).T @ centered.T
+    return weights + missing_weight[:, None] / count
 
 
 def staleness(cached: Tensor, encoded: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from negative_cache.cache.specs import FixedLenFeature, RaggedFeature, Specs, ch
 from negative_cache.cache.validation import check_keys
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED
 from negative_cache.retrieval.tile_scores import BLOCK, tile_bytes
-from negative_cache.sampling.config import default_candidates
+from negative_cache.sampling.config import check_num_samples, documents_per_query, draws_per_query
 
 # Average number of float32 matrices that exist at the same time: of queries by drawn rows, and, with gradient, of
 # queries by the documents of the batch.
@@ -49,7 +49,7 @@ def predict_bytes(
     specs: Specs | None = None,
     mean_lengths: Mapping[str, float] | None = None,
     has_ids: bool = True,
-    num_samples: int = 1,
+    num_samples: float | Literal["auto"] = "auto",
     shared: bool = True,
     in_batch: bool = True,
     guide_dim: int = 0,
@@ -96,9 +96,10 @@ def predict_bytes(
         bookkeeping += sum(buffer.nbytes for buffer in RowsOfIds(cache.document_ids).buffers())
     features += sum(_arena_bytes(spec, cache_size, mean_lengths[key]) for key, spec in ragged.items())
     step = tile_bytes(batch_size, dim, cache_size, embedding_dtype)
-    step += _draw_bytes(batch_size, cache_size, num_samples, default_candidates(num_samples) if shared else 0)
+    count = documents_per_query(check_num_samples(num_samples, shared), shared, in_batch)
+    step += _draw_bytes(batch_size, cache_size, draws_per_query(count, shared), shared)
     step += _BATCH_MATRICES * batch_size * batch_size * 4 if in_batch else 0
-    step += 3 * batch_size * (1 + num_samples) * dim * 4
+    step += 3 * math.ceil(batch_size * (1 + count)) * dim * 4
     return Bytes(embeddings, features, bookkeeping, step)
 
 
@@ -140,9 +141,9 @@ def _arena_bytes(spec: RaggedFeature, cache_size: int, mean_length: float) -> in
     return int(cache_size * min(ROOM * mean_length, longest)) * spec.dtype.itemsize
 
 
-def _draw_bytes(batch_size: int, cache_size: int, num_samples: int, num_candidates: int) -> int:
+def _draw_bytes(batch_size: int, cache_size: int, num_draws: int, shared: bool) -> int:
     """Peak bytes for drawing rows and, if there are candidates, for weighing them for all queries."""
     # six tensors of at most 8 bytes for each row of a drawn block: row numbers, masks, weights and their sums
-    drawing = batch_size * max(num_samples, num_candidates) * BLOCK * 8 * 6
-    weighing = _CANDIDATE_MATRICES * batch_size * min(batch_size * num_candidates, cache_size) * 4
+    drawing = batch_size * num_draws * BLOCK * 8 * 6
+    weighing = _CANDIDATE_MATRICES * batch_size * min(batch_size * num_draws, cache_size) * 4 if shared else 0
     return max(drawing, weighing)

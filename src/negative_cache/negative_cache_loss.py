@@ -29,12 +29,16 @@ from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, score
 from negative_cache.retrieval import Scale
 from negative_cache.retrieval.randomness import new_generator
 from negative_cache.sampling.config import (
+    AUTO_STEPS,
     Encoded,
     InBatch,
     Sample,
     SamplingConfig,
     SamplingRequest,
-    default_candidates,
+    check_num_samples,
+    documents_per_query,
+    draws_per_query,
+    is_auto,
 )
 from negative_cache.sampling.encode import DocumentEncoder, check_room, encode_for_filling, refresh
 from negative_cache.sampling.one_process import OneProcess
@@ -72,7 +76,11 @@ class NegativeCacheLoss(CacheModule):
         cache_size: Number of rows.
         scale: Factor of the dot products (inverse temperature). The default assumes normalized embeddings.
         learnable_scale: Whether to learn the scale. The parameter is its logarithm, `log_scale`.
-        num_samples: Cached documents to re-encode per query.
+        num_samples: Cached documents to re-encode per query of the batch (of all ranks); may be a fraction, such as
+            0.25, if they are shared. At least one is re-encoded per step (and rank). "auto" leaves the cache out of the
+            loss until in-batch negatives alone represent it badly, and then re-encodes a quarter of a document per
+            query, with weights that are biased in favor of less noise (see docs/how-it-works.md). With a number, the
+            gradient is unbiased. Without shared documents or in-batch negatives, "auto" is 1.
         in_batch: Whether the batch's documents are in-batch negatives of its other queries, with exact gradients.
         shared: Whether all queries share each re-encoded document; if False, each query has `num_samples` of its own.
         absolute_margin: A document counts as a false negative of a query, and is hidden from it, if its similarity
@@ -106,7 +114,7 @@ class NegativeCacheLoss(CacheModule):
         scale: float = 20.0,
         *,
         learnable_scale: bool = False,
-        num_samples: int = 1,
+        num_samples: float | Literal["auto"] = "auto",
         in_batch: bool = True,
         shared: bool = True,
         absolute_margin: float | None = None,
@@ -139,8 +147,11 @@ class NegativeCacheLoss(CacheModule):
         self.use_lru = use_lru
         self._fixed_scale = scale
         self._check_settings(learnable_scale)
+        budget = (self.num_samples, shared, in_batch)
+        self._is_auto, self._documents_per_query = is_auto(*budget), documents_per_query(*budget)
+        self.is_waiting = self._is_auto  # until the cache counts in the loss
         # Rows drawn per query; the rows to re-encode are chosen from them. Not an option, but benchmarks change it.
-        self.num_candidates = default_candidates(self.num_samples)
+        self.num_candidates = draws_per_query(self._documents_per_query, shared)
         # Of shape [1], because FSDP cannot shard a scalar.
         self.log_scale = nn.Parameter(torch.full([1], math.log(self._fixed_scale))) if learnable_scale else None
         self.averages_scale = False  # over the ranks of the default group, if each of them has its own cache
@@ -154,6 +165,16 @@ class NegativeCacheLoss(CacheModule):
     def _after_from_pretrained(self) -> None:
         super()._after_from_pretrained()
         self.reset_parameters()  # keeps a loaded value, because transformers replaces the functions of `nn.init`
+
+    def get_extra_state(self) -> Tensor:
+        """The generator's state, and whether the cache is still left out of the loss; uint8."""
+        state = super().get_extra_state()
+        return torch.cat([state, state.new_tensor([self.is_waiting])])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the state of `get_extra_state`."""
+        super().set_extra_state(state[:-1])
+        self.is_waiting = bool(state[-1])
 
     @property
     def scale(self) -> Tensor | float:
@@ -231,6 +252,7 @@ class NegativeCacheLoss(CacheModule):
         if sampling.num_samples:  # training
             self.diagnostics.begin(records)
             self._update(cache, sampling, batch, sample, encoded)
+            self.is_waiting = sampling.is_waiting and not (sample.uses_cache and sample.noise is not None)
         return world.mean(losses)
 
     def in_batch_loss(
@@ -331,7 +353,8 @@ class NegativeCacheLoss(CacheModule):
     def _restart(self) -> None:
         """Return to the state before the first step: no rows, the first draws, the initial scale."""
         del self.cache
-        self.set_extra_state(self._first_state)
+        self.generator.set_state(self._first_state)
+        self.is_waiting = self._is_auto
         self.diagnostics = Diagnostics()
         self.reset_parameters()
 
@@ -400,8 +423,10 @@ class NegativeCacheLoss(CacheModule):
             data_keys,
             self.generator,
             score_transform=Scale(self._fixed_scale if self.log_scale is None else self.log_scale.detach()[0].exp()),
-            num_samples=self.num_samples if is_writing else 0,
-            num_draws=(self.num_candidates if self.shared else self.num_samples) if is_writing else 0,
+            num_samples=self._documents_per_query if is_writing else 0,
+            num_draws=self.num_candidates if is_writing else 0,
+            num_steps=AUTO_STEPS if self._is_auto else math.inf,
+            is_waiting=self.is_waiting and is_writing,
             is_shared=self.shared,
             bias_key=None if batch.log_q is None else BIAS,
             guide_key=None if batch.guide_queries is None else GUIDE,
@@ -446,7 +471,7 @@ class NegativeCacheLoss(CacheModule):
             if not isinstance(flag, bool):
                 raise TypeError(f"`{name}` is {flag!r}; expected True or False.")
         self.cache_size = check_integer("cache_size", self.cache_size, 1)
-        self.num_samples = check_integer("num_samples", self.num_samples, 1)
+        self.num_samples = check_num_samples(self.num_samples, self.shared)
         self.refresh_per_step = check_integer("refresh_per_step", self.refresh_per_step, 0, self.cache_size)
         self._fixed_scale = check_number("scale", self._fixed_scale, " To learn it, set learnable_scale=True.")
         smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max

@@ -33,8 +33,9 @@ class RankSummary(NamedTuple):
     takes_best: int
     is_replicated: int
     top_k: int  # -1 for all rows
-    num_samples: int
+    num_samples: int  # in thousandths
     num_draws: int
+    is_waiting: int
     is_shared: int
     num_best: int
     has_guide: int
@@ -52,6 +53,7 @@ _MUST_AGREE = {
     "is_replicated": "`use_cross_replica`",
     "top_k": "`top_k`",
     "num_samples": "`num_samples`",
+    "is_waiting": "whether cached documents count yet (load the same checkpoint on all ranks)",
     "is_shared": "`shared`",
     "num_draws": "the number of draws per query",
     "has_guide": "a guide",
@@ -86,12 +88,13 @@ def summarize(
         takes_best=config.takes_best,
         is_replicated=config.is_replicated,
         top_k=-1 if config.top_k is None else config.top_k,
-        num_samples=config.num_samples,
+        num_samples=round(1000 * config.num_samples),
         num_draws=config.num_draws,
+        is_waiting=config.is_waiting,
         is_shared=config.is_shared,
         num_best=config.num_best,
         has_guide=request.guide_queries is not None,
-        other_settings=zlib.crc32(str((config.dims, config.other_settings)).encode()),
+        other_settings=zlib.crc32(str((config.dims, config.num_steps, config.other_settings)).encode()),
     )
     return [int(number) for number in summary]
 

@@ -27,6 +27,7 @@ from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
     InBatch,
+    Noise,
     RowSource,
     Sample,
     SamplingConfig,
@@ -149,12 +150,14 @@ class ManyRanks:
         merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
         shard = shard._replace(drawn=drawn._replace(lse=merged))
         weights: list[DocumentWeights] = []
+        noise: Noise | None = None
         lse_of_dims = [merged[own] for _ in config.dims]
         if config.needs_mean:
             mean = ranks.sum(mean_embedding(shard.search, merged))[own]
             weights = [DocumentWeights(mean[:, :0], mean)]
         elif config.is_shared and len(routes.query):
-            routes, weights, lse_of_dims = choose_together(handshake, config, of_all, shard, routes)
+            num_filled = filled.sum().to(self.device)
+            routes, weights, lse_of_dims, noise = choose_together(handshake, config, of_all, shard, routes, num_filled)
         arrivals = self._arrivals(found)
         own_found = torch.split(shard.found, handshake.num_new)[ranks.rank]
         none = candidate_rows[:0]
@@ -166,6 +169,7 @@ class ManyRanks:
             rows=none,
             weights=weights,
             lse_of_dims=lse_of_dims,
+            noise=noise,
             num_hidden=None if drawn.num_hidden is None else hidden.sum(dim=0)[own].to(self.device),
             document_rows=own_found if self.has_ids else None,
             new_items_mask=arrivals.inserted_by(ranks.rank).to(self.device) if self.has_ids else None,
@@ -174,6 +178,8 @@ class ManyRanks:
             candidate_rows=candidate_rows,
             arrivals=arrivals,
         )
+        if noise is not None and not weights:
+            sample.leave_cache_out()
         widths = {}
         for key, (width, pads_left) in zip(ragged, layouts.amax(dim=0).tolist(), strict=True):
             widths[key] = width

@@ -39,6 +39,11 @@ class Routes(NamedTuple):
         at = (self.owner == rank).nonzero().squeeze(1)
         return at[self.requester[at].argsort(stable=True)]
 
+    def only(self, part: slice) -> Routes:
+        """Some of the routes, none of which are draws."""
+        query, requester, owner, candidate, is_update = (values[part] for values in self[:-1])
+        return Routes(query, requester, owner, candidate, is_update, num_draws=0)
+
     def of_requester(self, rank: int) -> Tensor:
         """Positions of the routes that end at a rank, sorted by owner."""
         at = (self.requester == rank).nonzero().squeeze(1)

@@ -14,8 +14,8 @@ from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import Handshake
 from negative_cache.distributed.routes import Routes
 from negative_cache.retrieval import Retrieved, Search
-from negative_cache.sampling.choose import Candidates, Choice, choose, weigh_candidates
-from negative_cache.sampling.config import DocumentWeights, RowSource, SamplingConfig, SamplingRequest
+from negative_cache.sampling.choose import Candidates, Choice, choose, measure_noise, weigh_candidates
+from negative_cache.sampling.config import DocumentWeights, Noise, RowSource, SamplingConfig, SamplingRequest
 from negative_cache.sampling.draw import draw, find_rows, make_search
 
 
@@ -41,13 +41,16 @@ class Chosen(NamedTuple):
 
     Attributes:
         routes: The routes of the chosen documents, then those of the best rows.
-        weights: The weights of the documents for the queries of this rank, see `Sample`.
+        weights: The weights of the documents for the queries of this rank, see `Sample`; empty if cached documents do
+            not count yet.
         lse_of_dims: See `Sample`.
+        noise: See `Sample`.
     """
 
     routes: Routes
     weights: list[DocumentWeights]
     lse_of_dims: list[Tensor]
+    noise: Noise
 
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
@@ -94,7 +97,12 @@ def search_shard(
 
 
 def choose_together(
-    handshake: Handshake, config: SamplingConfig, request: SamplingRequest, shard: Shard, routes: Routes
+    handshake: Handshake,
+    config: SamplingConfig,
+    request: SamplingRequest,
+    shard: Shard,
+    routes: Routes,
+    num_filled: Tensor,
 ) -> Chosen:
     """Choose the documents to re-encode from the draws of all ranks; collective. Each rank then encodes its part.
 
@@ -106,6 +114,7 @@ def choose_together(
         request: The queries of all ranks.
         shard: This rank's part of the search, with `drawn.lse` over the rows of all ranks.
         routes: The routes of the draws, then those of the best rows.
+        num_filled: `[]`: the number of cached documents of all ranks.
     """
     assert request.positive_scores is not None
     assert request.in_batch_lse is not None
@@ -122,10 +131,18 @@ def choose_together(
     )
     shares = estimators.cache_share(request.positive_scores, lse, request.in_batch_lse)
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
-    count = config.num_samples * len(request.queries)
-    choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False)
-    parts = torch.tensor([config.num_samples * batch for batch in handshake.batches], device="cpu")
-    best = slice(routes.num_draws, None)
+    concentration = ranks.sum(candidates.concentration)
+    noise = measure_noise(request, lse, concentration, sizes, num_filled, sum(handshake.num_in_batch))
+    best, lse_of_dims = (
+        slice(routes.num_draws, None),
+        [view.lse[handshake.own_queries] for view in candidates.views[1:]],
+    )
+    if config.is_waiting and not bool(noise.pays):  # the same on all ranks
+        return Chosen(routes.only(best), [], lse_of_dims, noise)
+    count = max(config.count(len(request.queries)), ranks.size)
+    choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False, num_steps=config.num_steps)
+    # Every rank encodes at least one document, because an encoder may have collectives of its own, as with FSDP.
+    parts = 1 + torch.tensor(shares_of(count - ranks.size, handshake.batches), device="cpu")
     chosen = Routes(
         query=torch.cat([torch.full_like(choice.at, -1), routes.query[best]]),
         requester=torch.cat([torch.repeat_interleave(parts), routes.requester[best]]),
@@ -134,8 +151,13 @@ def choose_together(
         is_update=torch.cat([choice.is_chosen, routes.is_update[best]]),
         num_draws=len(choice.at),
     )
-    lse_of_dims = [view.lse[handshake.own_queries] for view in candidates.views[1:]]
-    return Chosen(chosen, _weights_of_all(handshake, owner, candidates, choice), lse_of_dims)
+    return Chosen(chosen, _weights_of_all(handshake, owner, candidates, choice), lse_of_dims, noise)
+
+
+def shares_of(count: int, sizes: Sequence[int]) -> list[int]:
+    """Divide `count` in proportion to sizes; the parts sum to `count`."""
+    ends = [round(count * sum(sizes[: number + 1]) / sum(sizes)) for number in range(len(sizes))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def merge_lse(ranks: Ranks, lse: Tensor) -> Tensor:
@@ -180,10 +202,12 @@ def _weights_of_all(
     columns = column_of[place[choice.at[mine]].to(device)]
     back = chosen_order.argsort().to(device)
     result = []
-    for weights, correction in candidates.weigh(columns, choice.factors[mine].to(device)):
+    for weights, correction, missing in candidates.weigh(columns, choice.factors[mine].to(device)):
+        assert missing is not None
         (gathered,) = ranks.gather([weights.T.contiguous()], [[count] for count in chosen_counts])
         own = handshake.own_queries
-        result.append(DocumentWeights(gathered[back][:, own].T, ranks.sum(correction)[own]))
+        total = ranks.sum(torch.cat([correction, missing[:, None]], dim=1))[own]
+        result.append(DocumentWeights(gathered[back][:, own].T, total[:, :-1], total[:, -1]))
     return result
 
 

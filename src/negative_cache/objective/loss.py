@@ -170,17 +170,18 @@ def cache_loss(
         products = _products(batch.queries, encoded.documents, weights)
     if products is not None and len(encoded.documents):
         records.append(_record_documents(batch, scores, sample, encoded.documents, products.detach()))
-    losses = _loss_of_view(scores, sample.lse, shift, _expected_product(batch.queries, products, weights))
+    estimate = _expected_product(batch.queries, products, weights, in_batch.embeddings)
+    losses = _loss_of_view(scores, sample.lse, shift, estimate)
     lse, in_batch_lse = sample.lse, scores.in_batch_lse
     if shift is not None:
         lse, in_batch_lse = lse + shift, in_batch_lse + shift
     records.append(partial(loss_numbers, losses.detach(), scores.positive.detach(), lse, in_batch_lse))
     for number, dim in enumerate(dims):
-        queries, short_scores = _truncated(batch, in_batch, scores, dim)
+        queries, documents, short_scores = _truncated(batch, in_batch, scores, dim)
         if len(encoded.documents):
             weights = sample.weights[1 + number]
             products = _products(queries, estimators.truncate(encoded.documents, dim), weights)
-        estimate = _expected_product(queries, products, weights)
+        estimate = _expected_product(queries, products, weights, documents)
         losses = losses + _loss_of_view(short_scores, sample.lse_of_dims[number], shift, estimate)
     return losses, records
 
@@ -207,22 +208,37 @@ def _products(queries: Tensor, documents: Tensor, weights: DocumentWeights | Non
     return estimators.dot(queries[:, None], documents.view(len(queries), -1, queries.shape[1]))
 
 
-def _expected_product(queries: Tensor, products: Tensor | None, weights: DocumentWeights | None) -> Tensor | None:
-    """The estimate of each query's expected product with a cached document, `[batch]`; None if nothing was sampled."""
+def _expected_product(
+    queries: Tensor, products: Tensor | None, weights: DocumentWeights | None, in_batch: Tensor
+) -> Tensor | None:
+    """The estimate of each query's expected product with a cached document, `[batch]`; None if nothing was sampled.
+
+    Args:
+        queries: `[batch, dim]`, with gradient.
+        products: `[batch, n]`: products with the re-encoded documents; None if there are none.
+        weights: Their weights; None for the mean over each query's own documents.
+        in_batch: `[n, dim]`, with gradient: the in-batch negatives, which stand in for documents that are not
+            re-encoded. Only their own gradients do: those of the queries come from the cached embeddings.
+    """
     if products is None or weights is None:
         return None if products is None else products.mean(dim=1)
-    return (weights.weights * products).sum(dim=1) + estimators.dot(queries, weights.correction)
+    estimate = (weights.weights * products).sum(dim=1) + estimators.dot(queries, weights.correction)
+    if weights.missing_weight is None or not len(in_batch):
+        return estimate
+    stand_ins = estimators.stand_in_weights(weights.correction, weights.missing_weight, in_batch)
+    return estimate + (stand_ins * estimators.products(queries.detach(), in_batch)).sum(dim=1)
 
 
-def _truncated(batch: Batch, in_batch: InBatch, scores: Scores, dim: int) -> tuple[Tensor, Scores]:
-    """Truncated queries, `[batch, full dim]`, and the scores of truncated embeddings."""
+def _truncated(batch: Batch, in_batch: InBatch, scores: Scores, dim: int) -> tuple[Tensor, Tensor, Scores]:
+    """Truncated queries and in-batch negatives, `[..., full dim]`, and the scores of truncated embeddings."""
     queries, documents = estimators.truncate(batch.queries, dim), estimators.truncate(batch.documents, dim)
     positive, others = scores.scale * estimators.dot(queries, documents), None
+    truncated = estimators.truncate(in_batch.embeddings, dim)
     if scores.hidden is not None:
-        others = scores.scale * estimators.products(queries, estimators.truncate(in_batch.embeddings, dim))
+        others = scores.scale * estimators.products(queries, truncated)
         others = others if in_batch.biases is None else others + in_batch.biases
         others = others.masked_fill(scores.hidden, -torch.inf)
-    return queries, scores._replace(positive=positive, in_batch=others)
+    return queries, truncated, scores._replace(positive=positive, in_batch=others)
 
 
 @torch.no_grad()

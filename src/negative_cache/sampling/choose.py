@@ -18,7 +18,7 @@ from negative_cache import estimators
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Search
 from negative_cache.retrieval.search import score_rows
-from negative_cache.sampling.config import DocumentWeights
+from negative_cache.sampling.config import DocumentWeights, Noise, SamplingRequest
 
 
 class View(NamedTuple):
@@ -42,11 +42,13 @@ class Candidates(NamedTuple):
         rows: int64 `[n]`.
         positions: int64 `[n]`: the position of each row among the draws.
         views: One for full embeddings, then one for each of `SamplingConfig.dims`.
+        concentration: `[batch]`: an estimate of `sum_j rho_ij^2`, from these rows.
     """
 
     rows: Tensor
     positions: Tensor
     views: list[View]
+    concentration: Tensor
 
     def sizes(self, shares: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's contribution to the gradient of the batch, `[n]`, and the query it contributes most to.
@@ -59,11 +61,12 @@ class Candidates(NamedTuple):
         return estimators.importance(weights, shares, queries), (weights * shares[:, None]).argmax(dim=0)
 
     def weigh(self, at: Tensor, factors: Tensor) -> list[DocumentWeights]:
-        """Return, for each view, the weights of the columns `at [n]`, chosen with probabilities `1 / factors [n]`."""
+        """Return, for each view, the weights of the columns `at [n]`, multiplied by `factors [n]`."""
         result = []
         for _, weights, cached in self.views:
             chosen = weights[:, at] * factors.to(weights.dtype)
-            result.append(DocumentWeights(chosen, weights @ cached - chosen @ cached[at]))
+            missing = weights.sum(dim=1) - chosen.sum(dim=1)
+            result.append(DocumentWeights(chosen, weights @ cached - chosen @ cached[at], missing))
         return result
 
 
@@ -73,7 +76,7 @@ class Choice(NamedTuple):
     Attributes:
         at: int64 `[count]`: their columns.
         is_chosen: bool `[count]`: whether each of them counts; an entry that does not count is a placeholder.
-        factors: `[count]`: the inverse of the probability of being chosen, 0 for a placeholder.
+        factors: `[count]`: see `estimators.choice_weights`; 0 for a placeholder.
     """
 
     at: Tensor
@@ -108,6 +111,7 @@ def weigh_candidates(
     scores, cached = score_rows(search, rows)
     log_probabilities = (scores - lse[:, None]).masked_fill_(lse[:, None] == -torch.inf, -torch.inf)
     weights = estimators.balance_weights(log_probabilities, counts, search.num_samples)
+    concentration = torch.bmm(weights[:, None], log_probabilities.exp()[:, :, None])[:, 0, 0]
     views = [View(lse, weights, cached.to(weights.dtype))]
     if dims:
         # log of each row's expected number of draws, whose inverse is the importance weight of a draw
@@ -122,7 +126,7 @@ def weigh_candidates(
             products = products if biases is None else products + biases
             products = products.masked_fill(scores == -torch.inf, -torch.inf)
             views.append(_reweighed(log_proposals, products, estimators.truncate(views[0].cached, dim), merge))
-    return Candidates(rows, positions, views)
+    return Candidates(rows, positions, views, concentration)
 
 
 def _reweighed(log_proposals: Tensor, scores: Tensor, cached: Tensor, merge: Callable[[Tensor], Tensor] | None) -> View:
@@ -132,7 +136,33 @@ def _reweighed(log_proposals: Tensor, scores: Tensor, cached: Tensor, merge: Cal
     return View(total, (logits - torch.where(total.isfinite(), total, 0)[:, None]).exp(), cached)
 
 
-def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True) -> Choice:
+def measure_noise(
+    request: SamplingRequest, lse: Tensor, concentration: Tensor, sizes: Tensor, num_filled: Tensor, num_in_batch: int
+) -> Noise:
+    """Measure the noise of a step.
+
+    Args:
+        request: The queries of all ranks.
+        lse: `[batch]`: logsumexp over the cache.
+        concentration: `[batch]`: see `Candidates`.
+        sizes: `[n]`: see `Candidates.sizes`.
+        num_filled: `[]`: the number of cached documents.
+        num_in_batch: The number of in-batch negatives, a query's own document included.
+    """
+    assert request.positive_scores is not None
+    assert request.in_batch_lse is not None
+    scores = (request.positive_scores, lse, request.in_batch_lse)
+    shares, others = estimators.cache_share(*scores), max(num_in_batch - 1, 0)
+    return Noise(
+        batch=estimators.batch_noise(*scores, request.queries),
+        in_batch=estimators.in_batch_noise(shares, concentration, request.queries, num_filled, others),
+        sizes=sizes,
+    )
+
+
+def choose(
+    sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True, num_steps: float = math.inf
+) -> Choice:
     """Choose `count` candidates to re-encode, each with a probability in proportion to its size.
 
     Args:
@@ -141,6 +171,7 @@ def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed
         count: How many to choose.
         uniform: int64 `[]`: a uniform in fixed point, see `randomness.uniforms`.
         is_trimmed: Whether to drop placeholders, if that does not synchronize the device.
+        num_steps: See `estimators.choice_weights`.
     """
     units, step = estimators.inclusion_probabilities(sizes, count)
     # Candidates of one query are adjacent, so that the grid gives each query close to its expected number.
@@ -149,7 +180,8 @@ def choose(sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed
     if is_trimmed and reads_without_sync(sizes):
         at, is_chosen = at[is_chosen], is_chosen[is_chosen]
     at = order[at]
-    return Choice(at, is_chosen, is_chosen * (step.to(sizes.dtype) / units[at].clamp(min=1)))
+    probabilities = units[at].clamp(min=1) / step.to(sizes.dtype)
+    return Choice(at, is_chosen, is_chosen * estimators.choice_weights(probabilities, num_steps))
 
 
 def count_equal(rows: Tensor, mask: Tensor) -> Tensor:

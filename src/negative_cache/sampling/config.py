@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from negative_cache.cache.specs import FeatureSpec
 from negative_cache.cache.update import RowUpdates
-from negative_cache.cache.validation import RaggedRows
+from negative_cache.cache.validation import RaggedRows, check_number
 from negative_cache.retrieval import ScoreTransform
+
+# The default budget, measured in docs/how-good-is-it.md: in-batch negatives alone until they represent the cache badly,
+# then a quarter of a document per query, with weights for a gradient that is averaged over 8 steps.
+AUTO_SAMPLES, AUTO_STEPS, PAYS_ABOVE = 0.25, 8, 2.0
 
 
 class RowSource(Protocol):
@@ -46,8 +51,11 @@ class SamplingConfig:
         score_transform: Elementwise function of the dot products.
         takes_best: Take each query's best row instead of a draw.
         top_k: Restrict the softmax to the best row of each of top_k groups; None for all rows.
-        num_samples: Documents to re-encode per query; 0 to compute only the logsumexp.
+        num_samples: Documents to re-encode per query, a whole number if they are not shared; 0 to compute only the
+            logsumexp.
         num_draws: Rows drawn per query; `num_samples` if documents are not shared.
+        num_steps: Steps over which the gradient counts as averaged, see `estimators.choice_weights`.
+        is_waiting: Whether cached documents count only if they pay, see `choose.Noise.pays`.
         is_shared: Whether all queries share the documents to re-encode, which are chosen from the draws of all queries;
             if False, each query uses its own draws.
         num_best: Number of best rows to return per query.
@@ -65,8 +73,10 @@ class SamplingConfig:
     score_transform: ScoreTransform | None = None
     takes_best: bool = False
     top_k: int | None = None
-    num_samples: int = 1
+    num_samples: float = 1
     num_draws: int = 1
+    num_steps: float = math.inf
+    is_waiting: bool = False
     is_shared: bool = False
     num_best: int = 0
     bias_key: str | None = None
@@ -75,6 +85,10 @@ class SamplingConfig:
     is_replicated: bool = False
     needs_mean: bool = False
     other_settings: tuple[Any, ...] = ()
+
+    def count(self, batch: int) -> int:
+        """Shared documents to re-encode for `batch` queries: `num_samples * batch`, rounded, but at least 1."""
+        return max(1, round(self.num_samples * batch))
 
 
 class SamplingRequest(NamedTuple):
@@ -129,11 +143,34 @@ class DocumentWeights(NamedTuple):
 
     Attributes:
         weights: `[batch, n]`: the weight of each document's product.
-        correction: `[batch, dim]`: a control variate of mean 0, from the cached embeddings of the drawn rows.
+        correction: `[batch, dim]`: the weighted sum of the cached embeddings of the drawn rows, minus that of the rows
+            that are re-encoded.
+        missing_weight: `[batch]`: the same difference of the sums of weights; None if no documents stand in, see
+            `estimators.stand_in_weights`.
     """
 
     weights: Tensor
     correction: Tensor
+    missing_weight: Tensor | None = None
+
+
+class Noise(NamedTuple):
+    """The noise of a step's gradient with and without re-encoded documents, in the unit of `estimators.importance`.
+
+    Attributes:
+        batch: `[]`: see `estimators.batch_noise`.
+        in_batch: `[]`: see `estimators.in_batch_noise`.
+        sizes: `[n]`: the contribution of each drawn row, see `estimators.importance`.
+    """
+
+    batch: Tensor
+    in_batch: Tensor
+    sizes: Tensor
+
+    @property
+    def pays(self) -> Tensor:
+        """bool `[]`: whether in-batch negatives represent the cache too badly."""
+        return self.in_batch > PAYS_ABOVE * self.batch
 
 
 @dataclass
@@ -147,6 +184,7 @@ class Sample:
             embeddings; with several ranks and shared documents, `[0, dim]`.
         rows: int64 `[count]`: their rows; with several ranks `[0]`, because the rows may be on any rank.
         count: Number of documents that this process re-encodes; 0 if no query of any rank has a negative.
+        noise: The noise of the step, if documents are shared and some query has a negative.
         features: Their features, `[count, ...]` each.
         is_update: bool `[count]`: whether the row gets the new embedding; None for all.
         weights: Weights of the re-encoded documents of all ranks for the queries of this process: for full embeddings,
@@ -159,6 +197,7 @@ class Sample:
             None without ids.
         new_items_mask: bool `[n]`: which of these documents this process inserts; None for all.
         best_features: For each query, the features `[k, ...]` of its best rows, best first; empty if not requested.
+        uses_cache: Whether cached documents count in the loss.
     """
 
     lse: Tensor
@@ -171,9 +210,16 @@ class Sample:
     weights: list[DocumentWeights] = field(default_factory=list)
     lse_of_dims: list[Tensor] = field(default_factory=list)
     num_hidden: Tensor | None = None
+    noise: Noise | None = None
     document_rows: Tensor | None = None
     new_items_mask: Tensor | None = None
     best_features: list[dict[str, Tensor]] = field(default_factory=list)
+    uses_cache: bool = True
+
+    def leave_cache_out(self) -> None:
+        """Let the loss be that of the batch alone."""
+        self.uses_cache, self.lse = False, torch.full_like(self.lse, -torch.inf)
+        self.lse_of_dims = [self.lse for _ in self.lse_of_dims]
 
 
 class Encoded(NamedTuple):
@@ -192,6 +238,39 @@ class Encoded(NamedTuple):
     reinserted: RowUpdates | None = None
 
 
-def default_candidates(num_samples: int) -> int:
-    """Number of rows drawn per query: twice `num_samples`, clamped to [8, 16], but at least `num_samples`."""
-    return max(8, min(16, 2 * num_samples), num_samples)
+def draws_per_query(num_samples: float, shared: bool) -> int:
+    """Number of rows drawn per query: `num_samples`, or twice that, clamped to [8, 16], if documents are shared."""
+    return math.ceil(max(8, min(16, 2 * num_samples), num_samples) if shared else num_samples)
+
+
+def check_num_samples(num_samples: object, shared: bool) -> float | Literal["auto"]:
+    """Validate `num_samples`.
+
+    Raises:
+        TypeError: It is neither a number nor "auto".
+        ValueError: It is not positive, or a fraction without shared documents.
+    """
+    if num_samples == "auto" and isinstance(num_samples, str):
+        return "auto"
+    hint = ' Or "auto".'
+    number = check_number("num_samples", num_samples, hint)
+    if number <= 0:
+        raise ValueError(f"`num_samples` is {number:g}; it must be above 0, such as 0.25.{hint}")
+    if not shared and number != int(number):
+        raise ValueError(
+            f"`num_samples` is {number:g}; without shared documents, each query has its own: expected an integer of at "
+            f"least 1.{hint}"
+        )
+    return int(number) if number == int(number) else number
+
+
+def is_auto(num_samples: float | Literal["auto"], shared: bool, in_batch: bool) -> bool:
+    """Whether the budget follows what the cache can give."""
+    return num_samples == "auto" and shared and in_batch
+
+
+def documents_per_query(num_samples: float | Literal["auto"], shared: bool, in_batch: bool) -> float:
+    """Cached documents to re-encode per query, once the cache counts."""
+    if num_samples == "auto":
+        return AUTO_SAMPLES if is_auto(num_samples, shared, in_batch) else 1
+    return num_samples

@@ -10,7 +10,7 @@ from negative_cache.cache.update import RowUpdates
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Retrieved, Search
 from negative_cache.retrieval.randomness import register, uniforms
-from negative_cache.sampling.choose import choose, weigh_candidates
+from negative_cache.sampling.choose import choose, measure_noise, weigh_candidates
 from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
@@ -111,15 +111,22 @@ def sample_rows(cache: RowSource, config: SamplingConfig, request: SamplingReque
 
 
 def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, search: Search, drawn: Retrieved) -> None:
-    """Choose the drawn rows to re-encode, for all queries together."""
+    """Choose the drawn rows to re-encode, for all queries together; none if cached documents do not count yet."""
     assert request.positive_scores is not None
     assert request.in_batch_lse is not None
     is_drawn = (drawn.lse > -torch.inf).repeat_interleave(search.num_samples)
     candidates = weigh_candidates(search, drawn.lse, drawn.rows.flatten(), is_drawn, dims=config.dims)
     shares = estimators.cache_share(request.positive_scores, drawn.lse, request.in_batch_lse)
     sizes, query = candidates.sizes(shares, request.queries)
+    sample.noise = measure_noise(
+        request, drawn.lse, candidates.concentration, sizes, sample.num_filled, request.num_in_batch
+    )
+    if config.is_waiting and not bool(sample.noise.pays):
+        sample.leave_cache_out()
+        return
+    count = config.count(len(request.queries))
     uniform = uniforms((), config.generator, drawn.lse.device, torch.int64)
-    chosen = choose(sizes, query, config.num_samples * len(request.queries), uniform)
+    chosen = choose(sizes, query, count, uniform, num_steps=config.num_steps)
     sample.rows, sample.is_update = candidates.rows[chosen.at], chosen.is_chosen
     sample.cached = candidates.views[0].cached[chosen.at].to(sample.cached.dtype)
     sample.weights = candidates.weigh(chosen.at, chosen.factors)

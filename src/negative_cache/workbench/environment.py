@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from negative_cache import RaggedFeature, predict_bytes
 from negative_cache.cache.columns import quantize
 from negative_cache.retrieval import RowPool, Search, explain
-from negative_cache.sampling.config import default_candidates
+from negative_cache.sampling.config import documents_per_query, draws_per_query
 from negative_cache.workbench.training.config import EMBEDDING_DTYPES, check_choice
 
 PACKAGE = "negative-cache"
@@ -34,7 +34,7 @@ def predict(
     embedding_dtype: str,
     mean_tokens: float,
     max_tokens: int,
-    num_samples: int,
+    num_samples: float | Literal["auto"],
     shared: bool,
     guide_dim: int,
     ranks: int,
@@ -77,9 +77,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def devices(dim: int, embedding_dtype: str, num_samples: int, shared: bool) -> list[dict[str, Any]]:
+def devices(dim: int, embedding_dtype: str, num_samples: float | Literal["auto"], shared: bool) -> list[dict[str, Any]]:
     """The devices, their memory, and the implementation that would search a cache on each."""
-    draws = default_candidates(num_samples) if shared else num_samples
+    draws = draws_per_query(documents_per_query(num_samples, shared, in_batch=True), shared)
     return [
         {
             "device": str(device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ class NegativeCacheRankingLoss(nn.Module):
         scale: Factor that multiplies the similarities, the inverse temperature.
         similarity_fct: `util.cos_sim` or `util.dot_score`.
         learnable_scale: Train the scale, starting from `scale`.
-        num_samples: Number of cached documents to re-encode per anchor.
+        num_samples: Number of cached documents to re-encode per anchor, such as 1 or 0.25; "auto" starts with none, and
+            re-encodes a quarter of a document per anchor from the step on in which the negatives of the batch no longer
+            represent the cache.
         in_batch: Whether the documents of the batch are negatives of the other anchors in the batch.
         shared: Whether a re-encoded document is used by all anchors; if False, each anchor uses its own `num_samples`.
         absolute_margin: Treat a document as a false negative if its similarity is above that of the positive minus this
@@ -104,7 +106,7 @@ class NegativeCacheRankingLoss(nn.Module):
         similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
         *,
         learnable_scale: bool = False,
-        num_samples: int = 1,
+        num_samples: float | Literal["auto"] = "auto",
         in_batch: bool = True,
         shared: bool = True,
         absolute_margin: float | None = None,

@@ -26,7 +26,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Number of runs of each loss with its best learning rate.")] = 3,
     cache_size: opt.CacheSize = 16_384,
     scale: opt.Scale = 20.0,
-    num_samples: opt.NumSamples = 1,
+    num_samples: opt.NumSamples = "auto",
     embedding_dtype: opt.EmbeddingDtype = "float32",
     learning_rates: Annotated[
         str | None, typer.Option(help="Comma-separated. Default: 0.4, 1 and 2.5 times the default of the model.")

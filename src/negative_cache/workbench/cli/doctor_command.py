@@ -19,7 +19,7 @@ def doctor(
     embedding_dtype: opt.EmbeddingDtype = "float32",
     mean_tokens: Annotated[float, typer.Option(help="Mean number of tokens of a document.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a document.")] = 512,
-    num_samples: opt.NumSamples = 1,
+    num_samples: opt.NumSamples = "auto",
     shared: opt.Shared = True,
     guide_dim: Annotated[int, typer.Option(help="Dimensions of a guide's embeddings; 0 without a guide.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the cache.")] = 1,
@@ -32,10 +32,12 @@ def doctor(
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench import environment
+            from negative_cache.workbench.training.config import parse_num_samples
         with terminal.waiting("Examining the environment ..."):
-            sizes = environment.predict(**given)
+            documents = parse_num_samples(num_samples, shared)
+            sizes = environment.predict(**{**given, "num_samples": documents})
             found = environment.describe()
-            found["devices"] = environment.devices(dim, embedding_dtype, num_samples, shared)
+            found["devices"] = environment.devices(dim, embedding_dtype, documents, shared)
         terminal.result({**found, "memory": sizes})
         for line in _lines(found):
             terminal.say(line)

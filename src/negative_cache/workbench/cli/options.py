@@ -25,7 +25,9 @@ CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache o
 BatchSize = Annotated[int, typer.Option(help="Queries per step, on each rank.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the training pairs.")]
 Scale = Annotated[float, typer.Option(help="Factor that multiplies the similarities (1 / temperature).")]
-NumSamples = Annotated[int, typer.Option(help="Number of cached documents to re-encode per query.")]
+NumSamples = Annotated[
+    str, typer.Option(help="Number of cached documents to re-encode per query, such as 1 or 0.25, or auto.")
+]
 Shared = Annotated[bool, typer.Option(help="Use each re-encoded document for all queries in the batch.")]
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and the result if --json is given.")]
@@ -36,5 +38,8 @@ _Made = TypeVar("_Made")
 
 def make(kind: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:
     """An instance of a dataclass, from `others` and from those options of a command that are its fields."""
+    from negative_cache.workbench.training.config import parse_num_samples
+
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{**{name: value for name, value in options.items() if name in names}, **others})
+    given = {name: value for name, value in options.items() if name in names}
+    return kind(**{**given, "num_samples": parse_num_samples(options["num_samples"]), **others})

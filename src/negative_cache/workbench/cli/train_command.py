@@ -35,7 +35,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after this number of steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: depends on the model.")] = None,
     scale: opt.Scale = 20.0,
-    num_samples: opt.NumSamples = 1,
+    num_samples: opt.NumSamples = "auto",
     in_batch: Annotated[bool, typer.Option(help="Use the batch's documents as negatives of its other queries.")] = True,
     shared: opt.Shared = True,
     absolute_margin: Annotated[

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
-from negative_cache.workbench.training.config import LOSSES, RunConfig, RunError, check_positive, has_effect
+from negative_cache.workbench.training.config import (
+    LOSSES,
+    RunConfig,
+    RunError,
+    check_positive,
+    has_effect,
+    parse_num_samples,
+)
 
 RATE_FACTORS = (0.4, 1.0, 2.5)
 
@@ -67,7 +74,7 @@ class Comparison:
     seeds: int = 3
     cache_size: int = 16_384
     scale: float = 20.0
-    num_samples: int = 1
+    num_samples: float | str = "auto"
     embedding_dtype: str = "float32"
     learning_rates: tuple[float, ...] | None = None
     gradcache_factor: int = 16
@@ -138,6 +145,8 @@ def _parsed(spec: str, setting: str) -> tuple[str, Any]:
     name, _, text = setting.partition("=")
     if name not in _OPTIONS:
         raise RunError(f"--losses has {spec!r}; expected field=value, with one of {', '.join(sorted(_OPTIONS))}.")
+    if name == "num_samples":
+        return name, parse_num_samples(text)
     hint = get_type_hints(RunConfig)[name]
     (kind, *_) = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     try:

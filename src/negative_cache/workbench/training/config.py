@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
+
+from negative_cache.sampling.config import check_num_samples
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -75,7 +78,7 @@ class RunConfig:
     max_steps: int | None = None
     learning_rate: float | None = None
     scale: float = 20.0
-    num_samples: int = 1
+    num_samples: float | str = "auto"
     in_batch: bool = True
     shared: bool = True
     absolute_margin: float | None = None
@@ -92,7 +95,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, LOSSES)
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
-        check_positive(self, ("cache_size", "batch_size", "num_samples", "epochs", "scale"))
+        check_positive(self, ("cache_size", "batch_size", "epochs", "scale"))
+        parse_num_samples(str(self.num_samples), self.shared)
         optional = ("max_steps", "learning_rate", "eval_steps", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
         for field in fields(self):
@@ -114,6 +118,18 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise RunError unless a value is one of the choices."""
     if value not in choices:
         raise RunError(f"{flag_of(field)} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def parse_num_samples(text: str, shared: bool = True) -> float | Literal["auto"]:
+    """The value of --num-samples: a number or "auto". RunError if a loss does not take it."""
+    try:
+        value: float | str = float(text)
+    except ValueError:
+        value = text
+    try:
+        return check_num_samples(value, shared)
+    except (TypeError, ValueError) as error:
+        raise RunError(str(error).replace("`num_samples`", "--num-samples")) from None
 
 
 def check_positive(config: object, names: tuple[str, ...] | list[str]) -> None:
