@@ -45,7 +45,7 @@ def queries_of(count: int, seed: int = 0) -> Tensor:
 
 
 def make_loss(encoder: Any = None, size: int = SIZE, scale: float = SCALE, **settings: Any) -> NegativeCacheLoss:
-    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, **settings})
+    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, "num_samples": 1, **settings})
 
 
 def train(loss_fn: NegativeCacheLoss, ids: list[int], queries: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -113,7 +113,9 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
         ({"scale": float("nan")}, "`scale` is nan"),
         ({"scale": float("inf")}, "`scale` is inf"),
         ({"num_samples": 0}, "`num_samples` is 0"),
-        ({"num_samples": 1.5}, "`num_samples` is 1.5; it must be an integer of at least 1"),
+        ({"num_samples": 1.5, "shared": False}, "`num_samples` is 1.5; without shared documents, .* expected an integer"),
+        ({"num_samples": -0.5}, "`num_samples` is -0.5; it must be above 0, such as 0.25. Or \"auto\""),
+        ({"num_samples": float("inf")}, "`num_samples` is inf"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
         ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache uses itself"),
     ],
@@ -125,7 +127,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):
 
 def test_an_encoder_without_gradient_is_refused_where_the_batch_has_one():
     encoder = torch.nn.Linear(WIDTH, DIM)
-    loss_fn = NegativeCacheLoss(lambda f: encoder(f["x"]).detach(), SIZE)
+    loss_fn = NegativeCacheLoss(lambda f: encoder(f["x"]).detach(), SIZE, num_samples=1)
     features = {"x": torch.randn(4, WIDTH)}
     queries = torch.randn(4, DIM)
     loss_fn(queries, encoder(features["x"]), features)  # nothing is drawn yet

@@ -41,7 +41,7 @@ def filled_loss(stale: Tensor = STALE, **settings: Any) -> NegativeCacheLoss:
         return encoder.output
 
     settings = {"embedding_dtype": torch.float64, "specs": SPECS, "seed": 0, **settings}
-    loss_fn = NegativeCacheLoss(encoder, SIZE, SCALE, **settings)
+    loss_fn = NegativeCacheLoss(encoder, SIZE, SCALE, **{"num_samples": 1, **settings})
     rows = torch.arange(NUM_ROWS)
     loss_fn(stale, stale, {"row": rows}, rows)
     return loss_fn

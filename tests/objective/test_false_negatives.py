@@ -172,6 +172,7 @@ def make_loss(is_guided: bool, **settings: Any) -> NegativeCacheLoss:
         lambda f: TABLE[f["row"]].clone().requires_grad_(),
         20,
         SCALE,
+        num_samples=1,
         specs=SPECS,
         embedding_dtype=torch.float64,
         seed=0,

@@ -47,6 +47,7 @@ def make_loss(dims: tuple[int, ...], num_candidates: int) -> tuple[NegativeCache
         encoder,
         NUM_ROWS + BATCH,
         SCALE,
+        num_samples=1,
         matryoshka_dims=dims,
         specs={"row": FixedLenFeature([], torch.int64)},
         embedding_dtype=torch.float64,

@@ -42,7 +42,7 @@ def step(loss_fn: NegativeCacheLoss, encoder: Encoder, *documents: int) -> Tenso
 
 def test_a_step_may_draw_a_single_document():
     encoder = Encoder(nn.BatchNorm1d(DIM))
-    loss_fn = NegativeCacheLoss(encoder, 16, seed=0)
+    loss_fn = NegativeCacheLoss(encoder, 16, seed=0, num_samples=1)
     step(loss_fn, encoder, 0, 1).backward()
     step(loss_fn, encoder, 1, 2).backward()  # draws document 0, the only one that is not in the batch
     assert encoder.sizes[-1] == 2
@@ -55,7 +55,7 @@ def test_a_single_document_has_the_embedding_and_gradient_that_it_had(documents:
     results = []
     for is_in_batch_of_two in (True, False):
         encoder = Encoder(nn.LayerNorm(DIM), torch.float64)
-        loss_fn = NegativeCacheLoss(encoder, 16, seed=0, embedding_dtype=torch.float64)
+        loss_fn = NegativeCacheLoss(encoder, 16, seed=0, num_samples=1, embedding_dtype=torch.float64)
         step(loss_fn, encoder, 0, *documents[:-1])
         encoder.sizes.clear()
         if not is_in_batch_of_two:  # what the loss asks for twice is encoded once, and repeated
@@ -73,7 +73,7 @@ def test_a_single_document_has_the_embedding_and_gradient_that_it_had(documents:
 
 def test_several_documents_are_encoded_once():
     encoder = Encoder(nn.BatchNorm1d(DIM))
-    loss_fn = NegativeCacheLoss(encoder, 16, seed=0)
+    loss_fn = NegativeCacheLoss(encoder, 16, seed=0, num_samples=1)
     step(loss_fn, encoder, *range(6))
     step(loss_fn, encoder, 6, 7, 8, 9, 10)
     assert 2 <= encoder.sizes[-1] <= 5
@@ -81,7 +81,7 @@ def test_several_documents_are_encoded_once():
 
 def test_one_row_per_step_is_refreshed_beside_the_next():
     encoder = Encoder(nn.BatchNorm1d(DIM))
-    loss_fn = NegativeCacheLoss(encoder, 16, seed=0, refresh_per_step=1)
+    loss_fn = NegativeCacheLoss(encoder, 16, seed=0, num_samples=1, refresh_per_step=1)
     step(loss_fn, encoder, 0, 1, 2, 3, 4)
     cache, written = loss_fn.cache, []
     encoder.sizes.clear()
@@ -107,7 +107,7 @@ def test_a_corpus_may_end_with_a_batch_of_one(is_list: bool):
         words = features["words"]
         return encoder({"words": words if isinstance(words, Tensor) else torch.stack(words)})
 
-    loss_fn = NegativeCacheLoss(encode, 16, seed=0, specs=specs)
+    loss_fn = NegativeCacheLoss(encode, 16, seed=0, num_samples=1, specs=specs)
     batches = []
     for ids in (torch.arange(4), torch.tensor([4])):
         words = words_of(ids)

@@ -84,7 +84,8 @@ def test_wrong_weights_have_another_mean(case: Case, mistake: str, monkeypatch: 
             return balance_weights(log_probabilities, counts.clamp(max=1), num_samples)
         if mistake == "num_samples":
             return balance_weights(log_probabilities, counts, 1)
-        return (counts / (num_samples * len(log_probabilities))).expand_as(log_probabilities)
+        own = counts / (num_samples * len(log_probabilities))
+        return own.to(log_probabilities).expand_as(log_probabilities)
 
     monkeypatch.setattr(estimators, "balance_weights", wrong)
     assert float((expected_weights(case, 2) - case.rho).abs().max()) > 0.05

@@ -46,7 +46,7 @@ def filled_loss(
 ) -> NegativeCacheLoss:
     """A loss whose cache holds the stale embeddings of the first documents."""
     specs = {"row": FixedLenFeature([], torch.int64)}
-    settings = {"embedding_dtype": torch.float64, "specs": specs, "seed": 0, "learnable_scale": True, **settings}
+    settings = {"embedding_dtype": torch.float64, "specs": specs, "seed": 0, "learnable_scale": True, "num_samples": 1, **settings}
     loss_fn = NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, **settings)
     loss_fn.num_candidates = loss_fn.num_candidates if num_candidates is None else num_candidates
     rows = torch.arange(NUM_ROWS)
@@ -170,8 +170,8 @@ def test_known_positives_that_count_are_rejected(default: Found):
 
 
 def without_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*given: Any) -> Choice:
-        choice = choose(*given)
+    def wrong(*given: Any, **options: Any) -> Choice:
+        choice = choose(*given, **options)
         return choice._replace(factors=torch.ones_like(choice.factors))
 
     monkeypatch.setattr(one_process, "choose", wrong)
@@ -221,7 +221,8 @@ def distances(shared: bool, passes: int = 150) -> Tensor:
         return rows[features["row"]]
 
     specs = {"row": FixedLenFeature([], torch.int64)}
-    loss_fn = NegativeCacheLoss(encoder, 80, 1.0, specs=specs, embedding_dtype=torch.float64, seed=0, shared=shared)
+    settings = {"specs": specs, "embedding_dtype": torch.float64, "seed": 0, "num_samples": 1}
+    loss_fn = NegativeCacheLoss(encoder, 80, 1.0, shared=shared, **settings)
     loss_fn(rows.detach(), rows.detach(), {"row": torch.arange(64)})
     cache, found = loss_fn.cache, []
     for _ in range(passes):

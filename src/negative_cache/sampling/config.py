@@ -16,8 +16,8 @@ from negative_cache.cache.validation import RaggedRows, check_number
 from negative_cache.retrieval import ScoreTransform
 
 # The default budget, measured in docs/how-good-is-it.md: in-batch negatives alone until they represent the cache badly,
-# then a quarter of a document per query, with weights for a gradient that is averaged over 8 steps.
-AUTO_SAMPLES, AUTO_STEPS, PAYS_ABOVE = 0.25, 8, 2.0
+# then a quarter of a document per query, with weights for a gradient that is averaged over 32 steps.
+AUTO_SAMPLES, AUTO_STEPS, PAYS_ABOVE = 0.25, 32, 4.0
 
 
 class RowSource(Protocol):
