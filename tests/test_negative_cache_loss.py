@@ -45,7 +45,9 @@ def queries_of(count: int, seed: int = 0) -> Tensor:
 
 
 def make_loss(encoder: Any = None, size: int = SIZE, scale: float = SCALE, **settings: Any) -> NegativeCacheLoss:
-    return NegativeCacheLoss(DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, "num_samples": 1, **settings})
+    return NegativeCacheLoss(
+        DenseEncoder() if encoder is None else encoder, size, scale, **{"seed": 0, "num_samples": 1, **settings}
+    )
 
 
 def train(loss_fn: NegativeCacheLoss, ids: list[int], queries: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -113,8 +115,11 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
         ({"scale": float("nan")}, "`scale` is nan"),
         ({"scale": float("inf")}, "`scale` is inf"),
         ({"num_samples": 0}, "`num_samples` is 0"),
-        ({"num_samples": 1.5, "shared": False}, "`num_samples` is 1.5; without shared documents, .* expected an integer"),
-        ({"num_samples": -0.5}, "`num_samples` is -0.5; it must be above 0, such as 0.25. Or \"auto\""),
+        (
+            {"num_samples": 1.5, "shared": False},
+            "`num_samples` is 1.5; without shared documents, .* expected an integer",
+        ),
+        ({"num_samples": -0.5}, '`num_samples` is -0.5; it must be above 0, such as 0.25. Or "auto"'),
         ({"num_samples": float("inf")}, "`num_samples` is inf"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
         ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache uses itself"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summar
 from negative_cache.distributed.many_ranks import ManyRanks
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, BatchInputs, make_batch
 from negative_cache.objective.cache_module import CacheModule
-from negative_cache.objective.diagnostics import Diagnostics, hidden_numbers, record_updates
+from negative_cache.objective.diagnostics import Diagnostics, budget_numbers, hidden_numbers, record_updates
 from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, score_batch
 from negative_cache.retrieval import Scale
 from negative_cache.retrieval.randomness import new_generator
@@ -42,6 +43,8 @@ from negative_cache.sampling.config import (
 )
 from negative_cache.sampling.encode import DocumentEncoder, check_room, encode_for_filling, refresh
 from negative_cache.sampling.one_process import OneProcess
+
+logger = logging.getLogger("negative_cache")
 
 
 class Step(NamedTuple):
@@ -250,9 +253,11 @@ class NegativeCacheLoss(CacheModule):
         encoded = world.encode(self.document_encoder, sampling, sample, batch.new_items[EMBEDDING], needs_gradient)
         losses, records = cache_loss(batch, in_batch, scores, sample, encoded, sampling.dims)
         if sampling.num_samples:  # training
-            self.diagnostics.begin(records)
+            self.diagnostics.begin([*records, partial(budget_numbers, sample.documents_per_query, sample.noise)])
             self._update(cache, sampling, batch, sample, encoded)
-            self.is_waiting = sampling.is_waiting and not (sample.uses_cache and sample.noise is not None)
+            if sampling.is_waiting and sample.documents_per_query:
+                self.is_waiting = False
+                logger.info("The cache counts in the loss from this step on, with %d filled rows.", cache.num_filled)
         return world.mean(losses)
 
     def in_batch_loss(
@@ -314,9 +319,13 @@ class NegativeCacheLoss(CacheModule):
             `staleness_youngest` and `staleness_oldest` (over the youngest and oldest quarter of these rows), `age`
             (their mean age in steps), `effective_negatives` (the inverse of the mean sum of squares of the cache's
             softmax), `near_duplicates` (softmax weight of cached documents that nearly equal the positive), `masked`
-            (fraction of filled rows hidden by margins or the guide), `gradient_norm_ratio` (query embeddings over
-            document embeddings, after the backward pass). Values that a step does not have are left out. With several
-            ranks, each rank reports the means of its own queries, and `staleness`, `age` and `fill` of its own rows.
+            (fraction of filled rows hidden by margins or the guide), `documents_per_query` (re-encoded documents),
+            `in_batch_noise` (the noise that the gradient would have if in-batch negatives had to represent the cache,
+            relative to that of the batch; with num_samples="auto", the cache counts once it exceeds 4),
+            `sampling_noise` (the noise that the choice of re-encoded documents adds instead, relative to the same),
+            `gradient_norm_ratio` (query embeddings over document embeddings, after the backward pass). Values that a
+            step does not have are left out. With several ranks, each rank reports the means of its own queries, and
+            `staleness`, `age` and `fill` of its own rows.
 
         Raises:
             ValueError: Embeddings that were not finite were kept out of the cache since the last call.

@@ -46,7 +46,14 @@ def filled_loss(
 ) -> NegativeCacheLoss:
     """A loss whose cache holds the stale embeddings of the first documents."""
     specs = {"row": FixedLenFeature([], torch.int64)}
-    settings = {"embedding_dtype": torch.float64, "specs": specs, "seed": 0, "learnable_scale": True, "num_samples": 1, **settings}
+    settings = {
+        "embedding_dtype": torch.float64,
+        "specs": specs,
+        "seed": 0,
+        "learnable_scale": True,
+        "num_samples": 1,
+        **settings,
+    }
     loss_fn = NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, **settings)
     loss_fn.num_candidates = loss_fn.num_candidates if num_candidates is None else num_candidates
     rows = torch.arange(NUM_ROWS)

@@ -169,6 +169,7 @@ class ManyRanks:
             rows=none,
             weights=weights,
             lse_of_dims=lse_of_dims,
+            documents_per_query=routes.num_draws / len(of_all.queries),
             noise=noise,
             num_hidden=None if drawn.num_hidden is None else hidden.sum(dim=0)[own].to(self.device),
             document_rows=own_found if self.has_ids else None,

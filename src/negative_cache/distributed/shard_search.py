@@ -151,6 +151,7 @@ def choose_together(
         is_update=torch.cat([choice.is_chosen, routes.is_update[best]]),
         num_draws=len(choice.at),
     )
+    noise = noise._replace(num_chosen=count, num_steps=config.num_steps)
     return Chosen(chosen, _weights_of_all(handshake, owner, candidates, choice), lse_of_dims, noise)
 
 

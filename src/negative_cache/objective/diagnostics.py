@@ -14,6 +14,7 @@ from torch import Tensor
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.update import RowUpdates
+from negative_cache.sampling.config import Noise
 
 # Unit vectors with a cosine of 0.75 have a relative squared distance of 0.5. The draws then no longer follow the
 # softmax of the new embeddings. If one of two encoders has ten times the gradient of the other, it learns much faster.
@@ -152,6 +153,22 @@ def loss_numbers(losses: Tensor, positive: Tensor, lse: Tensor, in_batch_lse: Te
         "positive_probability": (-losses).exp().mean(),
         "cache_share": estimators.cache_share(positive, lse, in_batch_lse).mean(),
     }
+
+
+def budget_numbers(documents_per_query: float, noise: Noise | None) -> dict[str, Tensor]:
+    """The number of re-encoded documents per query, and the noise of the step relative to that of its batch.
+
+    Args:
+        documents_per_query: See `Sample`.
+        noise: See `Sample`; None if no documents are shared.
+    """
+    numbers = {"documents_per_query": torch.tensor(documents_per_query, device="cpu")}
+    if noise is not None:
+        scale = noise.batch.clamp(min=torch.finfo(noise.batch.dtype).tiny)
+        numbers["in_batch_noise"] = noise.in_batch / scale
+        if noise.num_chosen:
+            numbers["sampling_noise"] = estimators.choice_error(noise.sizes, noise.num_chosen, noise.num_steps) / scale
+    return numbers
 
 
 def hidden_numbers(num_hidden: Tensor, num_filled: Tensor) -> dict[str, Tensor]:

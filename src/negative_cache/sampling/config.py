@@ -161,11 +161,15 @@ class Noise(NamedTuple):
         batch: `[]`: see `estimators.batch_noise`.
         in_batch: `[]`: see `estimators.in_batch_noise`.
         sizes: `[n]`: the contribution of each drawn row, see `estimators.importance`.
+        num_chosen: Documents that are chosen, on all ranks; 0 if cached documents do not count yet.
+        num_steps: See `estimators.choice_error`.
     """
 
     batch: Tensor
     in_batch: Tensor
     sizes: Tensor
+    num_chosen: int = 0
+    num_steps: float = math.inf
 
     @property
     def pays(self) -> Tensor:
@@ -184,6 +188,7 @@ class Sample:
             embeddings; with several ranks and shared documents, `[0, dim]`.
         rows: int64 `[count]`: their rows; with several ranks `[0]`, because the rows may be on any rank.
         count: Number of documents that this process re-encodes; 0 if no query of any rank has a negative.
+        documents_per_query: Re-encoded documents per query, of all ranks.
         noise: The noise of the step, if documents are shared and some query has a negative.
         features: Their features, `[count, ...]` each.
         is_update: bool `[count]`: whether the row gets the new embedding; None for all.
@@ -197,7 +202,6 @@ class Sample:
             None without ids.
         new_items_mask: bool `[n]`: which of these documents this process inserts; None for all.
         best_features: For each query, the features `[k, ...]` of its best rows, best first; empty if not requested.
-        uses_cache: Whether cached documents count in the loss.
     """
 
     lse: Tensor
@@ -210,15 +214,15 @@ class Sample:
     weights: list[DocumentWeights] = field(default_factory=list)
     lse_of_dims: list[Tensor] = field(default_factory=list)
     num_hidden: Tensor | None = None
+    documents_per_query: float = 0.0
     noise: Noise | None = None
     document_rows: Tensor | None = None
     new_items_mask: Tensor | None = None
     best_features: list[dict[str, Tensor]] = field(default_factory=list)
-    uses_cache: bool = True
 
     def leave_cache_out(self) -> None:
         """Let the loss be that of the batch alone."""
-        self.uses_cache, self.lse = False, torch.full_like(self.lse, -torch.inf)
+        self.lse = torch.full_like(self.lse, -torch.inf)
         self.lse_of_dims = [self.lse for _ in self.lse_of_dims]
 
 

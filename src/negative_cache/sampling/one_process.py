@@ -105,6 +105,7 @@ def sample_rows(cache: RowSource, config: SamplingConfig, request: SamplingReque
         sample.rows, sample.cached = drawn.rows.flatten(), search.pool.gather(drawn.rows.flatten())
         sample.is_update = has_negatives.repeat_interleave(drawn.rows.shape[1])
     sample.count = len(sample.rows)
+    sample.documents_per_query = sample.count / len(request.queries)
     if sample.count:
         sample.features = read_features(cache, sample.rows, config.data_keys)
     return sample
@@ -127,6 +128,7 @@ def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, se
     count = config.count(len(request.queries))
     uniform = uniforms((), config.generator, drawn.lse.device, torch.int64)
     chosen = choose(sizes, query, count, uniform, num_steps=config.num_steps)
+    sample.noise = sample.noise._replace(num_chosen=count, num_steps=config.num_steps)
     sample.rows, sample.is_update = candidates.rows[chosen.at], chosen.is_chosen
     sample.cached = candidates.views[0].cached[chosen.at].to(sample.cached.dtype)
     sample.weights = candidates.weigh(chosen.at, chosen.factors)
