@@ -108,6 +108,8 @@ def test_the_default_is_unbiased_and_its_value_exact(default: Found):
 CASES: dict[str, dict[str, Any]] = {
     "sharing alone": {"num_candidates": 1},
     "three documents per query": {"num_samples": 3},
+    "three documents for all queries": {"num_samples": 0.75},
+    "one document for all queries": {"num_samples": 0.1, "passes": 800},
     "without ids": {"with_ids": False},
     # With few draws, some rows are so rare that the mean of 200 passes is not close to normal.
     "given negatives alone": {"in_batch": False, "num_candidates": 2, "passes": 800},
@@ -184,6 +186,16 @@ def without_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_process, "choose", wrong)
 
 
+def with_stand_ins_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents of the batch also stand in for what is re-encoded."""
+    right = estimators.stand_in_weights
+    monkeypatch.setattr(estimators, "stand_in_weights", lambda a, b, documents: right(a + 0.5, b + 0.5, documents))
+
+
+def with_biased_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_process, "choose", lambda *given, num_steps: choose(*given, num_steps=1))
+
+
 def without_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     weigh = estimators.balance_weights
     monkeypatch.setattr(estimators, "balance_weights", lambda log, counts, m: weigh(log, counts.clamp(max=1), m))
@@ -206,7 +218,17 @@ def with_a_lost_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_process, "weigh_candidates", wrong)
 
 
-@pytest.mark.parametrize("break_it", [without_factors, without_counts, with_a_wrong_share, with_a_lost_row])
+MISTAKEN = [
+    without_factors,
+    with_stand_ins_for_all,
+    with_biased_factors,
+    without_counts,
+    with_a_wrong_share,
+    with_a_lost_row,
+]
+
+
+@pytest.mark.parametrize("break_it", MISTAKEN)
 def test_a_broken_estimator_is_rejected(break_it: Any, monkeypatch: pytest.MonkeyPatch):
     break_it(monkeypatch)
     assert mean_gradient(collect(100).gradients, exact(PROBLEM).gradient) < ALPHA

@@ -23,6 +23,7 @@ from negative_cache.distributed.packing import bytes_of, pack_rows, unpack_rows
 from negative_cache.distributed.routes import Routes, plan_routes
 from negative_cache.distributed.shard_search import choose_together, search_shard
 from negative_cache.retrieval.randomness import uniforms
+from negative_cache.sampling.choose import Fill, fill_of
 from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
@@ -156,8 +157,9 @@ class ManyRanks:
             mean = ranks.sum(mean_embedding(shard.search, merged))[own]
             weights = [DocumentWeights(mean[:, :0], mean)]
         elif config.is_shared and len(routes.query):
-            num_filled = filled.sum().to(self.device)
-            routes, weights, lse_of_dims, noise = choose_together(handshake, config, of_all, shard, routes, num_filled)
+            fill = fill_of(filled.sum(), sum(handshake.num_rows), found.amax(dim=0))
+            fill = Fill(*(value.to(self.device) for value in fill))
+            routes, weights, lse_of_dims, noise = choose_together(handshake, config, of_all, shard, routes, fill)
         arrivals = self._arrivals(found)
         own_found = torch.split(shard.found, handshake.num_new)[ranks.rank]
         none = candidate_rows[:0]

@@ -14,7 +14,15 @@ from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import Handshake
 from negative_cache.distributed.routes import Routes
 from negative_cache.retrieval import Retrieved, Search
-from negative_cache.sampling.choose import Candidates, Choice, choose, measure_noise, weigh_candidates
+from negative_cache.sampling.choose import (
+    Candidates,
+    Choice,
+    Fill,
+    choose,
+    is_worth_it,
+    measure_noise,
+    weigh_candidates,
+)
 from negative_cache.sampling.config import DocumentWeights, Noise, RowSource, SamplingConfig, SamplingRequest
 from negative_cache.sampling.draw import draw, find_rows, make_search
 
@@ -102,7 +110,7 @@ def choose_together(
     request: SamplingRequest,
     shard: Shard,
     routes: Routes,
-    num_filled: Tensor,
+    fill: Fill,
 ) -> Chosen:
     """Choose the documents to re-encode from the draws of all ranks; collective. Each rank then encodes its part.
 
@@ -114,7 +122,7 @@ def choose_together(
         request: The queries of all ranks.
         shard: This rank's part of the search, with `drawn.lse` over the rows of all ranks.
         routes: The routes of the draws, then those of the best rows.
-        num_filled: `[]`: the number of cached documents of all ranks.
+        fill: How much the cache holds.
     """
     assert request.positive_scores is not None
     assert request.in_batch_lse is not None
@@ -132,12 +140,12 @@ def choose_together(
     shares = estimators.cache_share(request.positive_scores, lse, request.in_batch_lse)
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
     concentration = ranks.sum(candidates.concentration)
-    noise = measure_noise(request, lse, concentration, sizes, num_filled, sum(handshake.num_in_batch))
+    noise = measure_noise(request, lse, concentration, sizes, fill.num_filled, sum(handshake.num_in_batch))
     best, lse_of_dims = (
         slice(routes.num_draws, None),
         [view.lse[handshake.own_queries] for view in candidates.views[1:]],
     )
-    if config.is_waiting and not bool(noise.pays):  # the same on all ranks
+    if config.is_waiting and not is_worth_it(noise, fill):  # the same on all ranks
         return Chosen(routes.only(best), [], lse_of_dims, noise)
     count = max(config.count(len(request.queries)), ranks.size)
     choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False, num_steps=config.num_steps)

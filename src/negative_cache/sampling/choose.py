@@ -18,7 +18,7 @@ from negative_cache import estimators
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Search
 from negative_cache.retrieval.search import score_rows
-from negative_cache.sampling.config import DocumentWeights, Noise, SamplingRequest
+from negative_cache.sampling.config import PAYS_ABOVE, DocumentWeights, Noise, SamplingRequest
 
 
 class View(NamedTuple):
@@ -134,6 +134,37 @@ def _reweighed(log_proposals: Tensor, scores: Tensor, cached: Tensor, merge: Cal
     lse, logits = estimators.reweigh(log_proposals, scores)
     total = lse if merge is None else merge(lse)
     return View(total, (logits - torch.where(total.isfinite(), total, 0)[:, None]).exp(), cached)
+
+
+class Fill(NamedTuple):
+    """How much the cache of all ranks holds.
+
+    Attributes:
+        num_filled: int64 `[]`.
+        is_complete: bool `[]`: whether the cache is full, or the batch has no new document.
+    """
+
+    num_filled: Tensor
+    is_complete: Tensor
+
+
+def fill_of(num_filled: Tensor, num_rows: int, document_rows: Tensor | None) -> Fill:
+    """Compare a cache with its size and with the documents of the batch.
+
+    Args:
+        num_filled: int64 `[]`.
+        num_rows: Its size.
+        document_rows: int64 `[n]`: the rows of the new documents, -1 for none; None, or no element, without ids.
+    """
+    is_complete = num_filled >= num_rows
+    if document_rows is not None and len(document_rows):
+        is_complete = is_complete | (document_rows >= 0).all()
+    return Fill(num_filled, is_complete)
+
+
+def is_worth_it(noise: Noise, fill: Fill) -> bool:
+    """Whether in-batch negatives represent the cache badly, or the cache holds all that it will; synchronizes."""
+    return bool((noise.in_batch > PAYS_ABOVE * noise.batch) | fill.is_complete)
 
 
 def measure_noise(

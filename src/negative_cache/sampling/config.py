@@ -55,7 +55,7 @@ class SamplingConfig:
             logsumexp.
         num_draws: Rows drawn per query; `num_samples` if documents are not shared.
         num_steps: Steps over which the gradient counts as averaged, see `estimators.choice_weights`.
-        is_waiting: Whether cached documents count only if they pay, see `choose.Noise.pays`.
+        is_waiting: Whether cached documents count only if they pay, see `choose.is_worth_it`.
         is_shared: Whether all queries share the documents to re-encode, which are chosen from the draws of all queries;
             if False, each query uses its own draws.
         num_best: Number of best rows to return per query.
@@ -170,11 +170,6 @@ class Noise(NamedTuple):
     sizes: Tensor
     num_chosen: int = 0
     num_steps: float = math.inf
-
-    @property
-    def pays(self) -> Tensor:
-        """bool `[]`: whether in-batch negatives represent the cache too badly."""
-        return self.in_batch > PAYS_ABOVE * self.batch
 
 
 @dataclass

@@ -10,7 +10,7 @@ from negative_cache.cache.update import RowUpdates
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Retrieved, Search
 from negative_cache.retrieval.randomness import register, uniforms
-from negative_cache.sampling.choose import choose, measure_noise, weigh_candidates
+from negative_cache.sampling.choose import choose, fill_of, is_worth_it, measure_noise, weigh_candidates
 from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
@@ -122,7 +122,8 @@ def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, se
     sample.noise = measure_noise(
         request, drawn.lse, candidates.concentration, sizes, sample.num_filled, request.num_in_batch
     )
-    if config.is_waiting and not bool(sample.noise.pays):
+    fill = fill_of(sample.num_filled, search.pool.num_rows, sample.document_rows)
+    if config.is_waiting and not is_worth_it(sample.noise, fill):
         sample.leave_cache_out()
         return
     count = config.count(len(request.queries))
