@@ -257,7 +257,7 @@ class NegativeCacheLoss(CacheModule):
             self._update(cache, sampling, batch, sample, encoded)
             if sampling.is_waiting and sample.documents_per_query:
                 self.is_waiting = False
-                logger.info("The cache counts in the loss from this step on, with %d cached documents.", sample.num_filled)
+                logger.info("The cache counts in the loss from now on, with %d cached documents.", sample.num_filled)
         return world.mean(losses)
 
     def in_batch_loss(

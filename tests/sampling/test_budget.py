@@ -271,7 +271,7 @@ def test_it_counts_the_cache_once_the_batch_represents_it_badly(caplog: pytest.L
     assert readings[opened][1]["in_batch_noise"] > PAYS_ABOVE > readings[opened - 1][1]["in_batch_noise"]
     assert readings[opened][1]["sampling_noise"] < readings[opened][1]["in_batch_noise"]
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"The cache counts in the loss from this step on, with {12 * opened} cached documents."
+    assert message == f"The cache counts in the loss from now on, with {12 * opened} cached documents."
 
 
 def fill(loss_fn: NegativeCacheLoss, count: int) -> None:
@@ -289,7 +289,7 @@ def test_a_corpus_with_few_hard_documents_counts_at_once():
 
 
 def test_it_does_not_wait_for_documents_that_will_not_come():
-    """With equally hard documents: a full cache, and a batch whose documents are all in the cache, as in a new epoch."""
+    """With equally hard documents: a full cache; and a batch whose documents are all cached, as in a new epoch."""
     loss_fn = make_loss(1.0, 60)
     for step in range(4):
         call(loss_fn, list(range(20 * step, 20 * step + 20)))
