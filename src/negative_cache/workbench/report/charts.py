@@ -85,6 +85,19 @@ CACHE = (
     ),
     Kind("Age in steps", "Mean age of the re-encoded rows.", ("cache/age",)),
     Kind("Weight of the cache", "Total softmax weight of all cached documents.", ("cache/cache_share",)),
+    Kind(
+        "Re-encoded documents",
+        "Cached documents that a step re-encodes, per query. 0 while in-batch negatives represent the cache.",
+        ("cache/documents_per_query",),
+    ),
+    Kind(
+        "Noise of the gradient",
+        "Relative to the noise that it has because it is that of one batch: if in-batch negatives had to represent the "
+        "cache; with at most two runs, the thin line shows the noise that the choice of re-encoded documents adds "
+        "instead. On a logarithmic axis.",
+        ("cache/in_batch_noise", "cache/sampling_noise"),
+        is_log=True,
+    ),
     Kind("Probability of the positive", "Mean softmax weight of the positive.", ("cache/positive_probability",)),
     Kind(
         "Near-duplicates",
