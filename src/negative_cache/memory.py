@@ -19,7 +19,7 @@ from negative_cache.sampling.config import check_num_samples, documents_per_quer
 
 # Average number of float32 matrices that exist at the same time: of queries by drawn rows, and, with gradient, of
 # queries by the documents of the batch.
-_CANDIDATE_MATRICES, _BATCH_MATRICES = 4, 2
+_CANDIDATE_MATRICES, _BATCH_MATRICES = 4, 3
 
 
 class Bytes(NamedTuple):
