@@ -232,5 +232,5 @@ def test_ranks_count_the_bytes_that_they_send():
     rows = [line.split() for line in ended.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == [["1", "4"], ["1", "8"], ["2", "4"]]
     integers, documents, queries = (float(number) for number in rows[2][3:6])
-    # 19 integers and 4 ids; 4 documents of 16 floats, twice; 4 queries of 16 floats with 9 uniforms and 2 scores each
+    # 20 integers and 4 ids; 4 documents of 16 floats, twice; 4 queries of 16 floats with 9 uniforms and 2 scores each
     assert (integers, documents, queries) == (0.2, 0.5, 0.6)
