@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks step | peers | scale | memory | end-to-end | variance`, see `__main__.py`."""
+"""Benchmarks: `python -m benchmarks COMMAND`; `__main__.py` lists the commands."""

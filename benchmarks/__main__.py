@@ -5,6 +5,7 @@
   scale       time against the number of rows
   memory      peak extra memory against the number of rows
   end-to-end  a training step of a transformer, compared with plain in-batch negatives
+  budget      the same for each number of documents to re-encode per query
   variance    distance of the gradient of one step from the exact gradient, for each estimator
   gpu         everything that needs a GPU, within a time limit, with gpu-prepare and gpu-docs: see `gpu --help`
 
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "variance")
+COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "budget", "variance")
 GPU_COMMANDS = ("gpu", "gpu-prepare", "gpu-docs")
 
 

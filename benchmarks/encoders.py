@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -65,10 +65,15 @@ def random_texts(count: int, length: int, device: torch.device) -> dict[str, Ten
 
 
 def full_cache_loss(
-    encoder: SentenceTransformer, rows: int, length: int, dtype: torch.dtype, device: torch.device
+    encoder: SentenceTransformer,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_samples: float | Literal["auto"] = 1,
 ) -> NegativeCacheRankingLoss:
     """`NegativeCacheRankingLoss` of an encoder, whose cache is full of random documents."""
-    loss = NegativeCacheRankingLoss(encoder, rows, embedding_dtype=dtype, seed=0)
+    loss = NegativeCacheRankingLoss(encoder, rows, num_samples=num_samples, embedding_dtype=dtype, seed=0)
     loss([random_texts(2, length, device), random_texts(2, length, device)])  # creates the cache
     cache = loss.cache_loss.cache
     assert cache is not None

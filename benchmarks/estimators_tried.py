@@ -2,7 +2,8 @@
 
 Each is a function of a `Situation` and a generator that returns a `Sample`: the documents to encode, their weights for
 each query, and a correction of the query's gradient. The expectation of the sum of the weighted gradients is
-`E_{j ~ rho_i}[grad s_ij]` for each query, as in `negative_cache.estimators`.
+`E_{j ~ rho_i}[grad s_ij]` for each query, as in `negative_cache.estimators`. The batch's documents may stand in for
+those that are not encoded.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class Sample(NamedTuple):
         rows: int64 `[count]`.
         weights: `[batch, count]`: their weights for each query.
         correction: `[batch, dim]`: added to the weighted sum of documents in the gradient of the query.
+        missing_weight: `[batch]`: see `estimators.stand_in_weights`; None if no documents stand in.
     """
 
     rows: Tensor
     weights: Tensor
     correction: Tensor
+    missing_weight: Tensor | None = None
 
 
 class Candidates(NamedTuple):
@@ -67,9 +70,7 @@ class Candidates(NamedTuple):
         return self.weights * self.shares[:, None]
 
 
-Sizes = Callable[[Candidates], Tensor]
 Order = Callable[[Candidates, Tensor, torch.Generator], Tensor]
-Uniforms = Callable[[int, int, torch.Generator], Tensor]
 
 
 def gumbel_top_k(situation: Situation, generator: torch.Generator, count: int = 1) -> Sample:
@@ -101,42 +102,9 @@ def independent(batch: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(batch, count, generator=generator, dtype=torch.float64)
 
 
-def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniforms of stratified draws: each query has one draw in each of `count` equal parts of its softmax."""
-    return (torch.arange(count) + independent(batch, count, generator)) / count
-
-
-def sum_size(candidates: Candidates) -> Tensor:
-    """The sum of a row's contributions to all queries."""
-    return candidates.contributions.sum(dim=0)
-
-
-def root_size(candidates: Candidates) -> Tensor:
-    """The root of the sum of squares of a row's contributions, as in the library."""
-    return estimators.importance(candidates.weights, candidates.shares, candidates.queries)
-
-
-def norm_size(candidates: Candidates) -> Tensor:
-    """The norm of the gradient with respect to the row's embedding."""
-    return (candidates.contributions.T @ candidates.queries).norm(dim=1)
-
-
-def tangent_size(candidates: Candidates) -> Tensor:
-    """The same without the component along the embedding, which has no effect if the encoder normalizes."""
-    gradient, along = candidates.contributions.T @ candidates.queries, candidates.cached
-    return (gradient - (gradient * along).sum(dim=1, keepdim=True) * along).norm(dim=1)
-
-
 def by_query(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
     """Order rows by the query to which they contribute most, as in the library."""
     return candidates.contributions.argmax(dim=0).argsort(stable=True)
-
-
-def by_query_and_similarity(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
-    """The same; rows of the same query are ordered by their similarity to it."""
-    query = candidates.contributions.argmax(dim=0)
-    similar = estimators.dot(candidates.cached, candidates.queries[query]).argsort()
-    return similar[query[similar].argsort(stable=True)]
 
 
 def at_random(candidates: Candidates, sizes: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,49 +115,58 @@ def at_random(candidates: Candidates, sizes: Tensor, generator: torch.Generator)
 def two_phase(
     situation: Situation,
     generator: torch.Generator,
+    *,
+    num_samples: float = 1,
     num_candidates: int | None = 8,
-    sizes: Sizes = root_size,
     order: Order = by_query,
     control: Literal["candidates", "rows"] | None = "candidates",
-    uniforms: Uniforms = independent,
+    has_stand_ins: bool = True,
 ) -> Sample:
-    """Choose as many documents as queries, from the draws of all queries or from all rows, by a systematic sample.
+    """Choose documents from the draws of all queries, or from all rows, by a systematic sample.
 
     Args:
         situation: The batch.
         generator: Source of randomness.
+        num_samples: Documents to choose per query.
         num_candidates: Draws per query; None for all rows with their probabilities as weights.
-        sizes: Computes the sizes to which the inclusion probabilities are proportional.
         order: Computes the order in which the systematic sample goes through the candidates.
         control: The rows whose cached embeddings are the control variate: the candidates, all rows, or none.
-        uniforms: Source of the uniforms of the draws.
+        has_stand_ins: Whether the batch's documents stand in for those that are not chosen, as a further control
+            variate; it needs `control`.
     """
-    rows, candidates = _first_phase(situation, generator, num_candidates, uniforms)
-    count = len(situation.queries)
-    size = sizes(candidates)
+    rows, candidates = first_phase(situation, generator, num_candidates)
+    count = max(1, round(num_samples * len(situation.queries)))
+    size = estimators.importance(candidates.weights, candidates.shares, candidates.queries)
     units, step = estimators.inclusion_probabilities(size, count)
     ordered = order(candidates, size, generator)
     uniform = torch.randint(2**62, (), generator=generator).to(units.device)
     at, is_chosen = estimators.systematic_sample(units[ordered], step, count, uniform)
     at = ordered[at[is_chosen]]
     weights = (candidates.weights[:, at] * step / units[at]).to(situation.cached.dtype)
-    correction = torch.zeros_like(situation.queries)
-    if control is not None:
-        all_weights, cached = situation.probabilities, situation.cached
-        if control == "candidates":
-            all_weights, cached = candidates.weights, candidates.cached
-        correction = all_weights @ cached - weights @ candidates.cached[at]
-    return Sample(rows[at], weights, correction)
+    if control is None:
+        return Sample(rows[at], weights, torch.zeros_like(situation.queries))
+    all_weights, cached = situation.probabilities, situation.cached
+    if control == "candidates":
+        all_weights, cached = candidates.weights, candidates.cached
+    correction = all_weights @ cached - weights @ candidates.cached[at]
+    missing_weight = all_weights.sum(dim=1) - weights.sum(dim=1)
+    return Sample(rows[at], weights, correction, missing_weight if has_stand_ins else None)
 
 
-def _first_phase(
-    situation: Situation, generator: torch.Generator, num_candidates: int | None, uniforms: Uniforms
+def first_phase(
+    situation: Situation, generator: torch.Generator, num_candidates: int | None
 ) -> tuple[Tensor, Candidates]:
-    """The rows among which those to encode are chosen: int64 `[n]`, and their contributions."""
+    """The rows among which those to encode are chosen: int64 `[n]`, and their contributions.
+
+    Args:
+        situation: The batch.
+        generator: Source of randomness.
+        num_candidates: Draws per query; None for all rows with their probabilities as weights.
+    """
     probabilities, shares, queries, cached = situation
     if num_candidates is None:
         return torch.arange(len(cached), device=cached.device), Candidates(probabilities, shares, queries, cached)
-    drawn = draw(probabilities, uniforms(len(queries), num_candidates, generator))
+    drawn = draw(probabilities, independent(len(queries), num_candidates, generator))
     rows, weights = _share(probabilities, drawn, num_candidates)
     return rows, Candidates(weights, shares, queries, cached[rows])
 

@@ -86,6 +86,10 @@ class Objective:
     Args:
         batch: The pairs and the cache.
         in_batch: Whether the batch's documents are negatives of its other queries, differentiated exactly.
+
+    Attributes:
+        scores: `[batch]` each, without gradient: the arguments of `estimators.cache_share`.
+        situation: The input of the estimators in `estimators_tried`.
     """
 
     def __init__(self, batch: Batch, in_batch: bool) -> None:
@@ -101,7 +105,8 @@ class Objective:
             self.lse = scores.logsumexp(dim=1)
             others = self._in_batch_scores(queries, documents)
             in_batch_lse = torch.full_like(self.lse, -torch.inf) if others is None else others.logsumexp(dim=1)
-            shares = estimators.cache_share(self._positive_scores(queries, documents), self.lse, in_batch_lse)
+            self.scores = (self._positive_scores(queries, documents), self.lse, in_batch_lse)
+            shares = estimators.cache_share(*self.scores)
         self.situation = Situation(scores.softmax(dim=1), shares, queries, batch.cached)
 
     def loss(self, queries: Tensor, documents: Tensor, drawn: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class Estimate:
 
 
 def of_library(batch: Batch, seed: int, settings: Mapping[str, Any], num_candidates: int | None = None) -> Estimate:
-    """`NegativeCacheLoss` on a cache that is the same in every step."""
+    """`NegativeCacheLoss` on a cache that is the same in every step, and that counts in the loss."""
     places = torch.full((int(batch.rows.max()) + 1,), -1, device=batch.rows.device)
     places[batch.rows] = torch.arange(len(batch.rows), device=batch.rows.device)
     loss_fn = NegativeCacheLoss(
@@ -161,6 +166,7 @@ def of_library(batch: Batch, seed: int, settings: Mapping[str, Any], num_candida
     if num_candidates is not None:
         loss_fn.num_candidates = num_candidates
     loss_fn.fill_from([{"document_features": {NUMBER: batch.rows}, "document_ids": batch.rows}])
+    loss_fn.is_waiting = False  # of the automatic budget, the part with the cache is measured
     cache = loss_fn.cache
     assert cache is not None
 
@@ -192,6 +198,9 @@ def of_tried(objective: Objective, seed: int, function: Tried) -> Estimate:
         estimate.count += len(torch.unique(sample.rows))
         products = queries @ batch.encode_documents(batch.rows[sample.rows]).T
         drawn = (sample.weights * products).sum(dim=1) + estimators.dot(queries, sample.correction)
+        if sample.missing_weight is not None:
+            stand_ins = estimators.stand_in_weights(sample.correction, sample.missing_weight, documents)
+            drawn = drawn + (stand_ins * estimators.products(queries.detach(), documents)).sum(dim=1)
         return objective.loss(queries, documents, drawn)
 
     estimate = Estimate(step, lambda: None)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.ids --data python-code:2 data/squad:1
 
-Without ids (a new label for each pair), a query's own document, cached in an earlier step, is one of its negatives, and
-a document has one row for each time it was seen.
+The loss has num_samples=1. Without ids (a new label for each pair), a query's own document, cached in an earlier step,
+is one of its negatives, and a document has one row for each time it was seen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float
     columns = _columns(data, form)
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(
-            data=data.name, model="static", loss="negative-cache", output=folder, epochs=epochs,
+            data=data.name, model="static", loss="negative-cache", num_samples=1, output=folder, epochs=epochs,
             learning_rate=learning_rate, seed=seed, save_steps=None,
         )  # fmt: skip
         model = load_model(config.model, [*columns["anchor"], *columns["positive"]], seed)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.precision --data python-code --model static
 
-Trains once per dtype and seed, from the same weights and with the same order of the data. The total variation of two
-distributions over the cache's rows is half the sum of the absolute differences of their probabilities; the mean over
-test queries is printed. For each dtype, the two are the distribution that the pass samples from and the exact softmax
-over the same rows. For comparison, the last line has the total variation of the softmax over the stale rows that
-training left in the cache and the softmax over the same documents, re-encoded.
+Trains once per dtype and seed, with num_samples=1, from the same weights and with the same order of the data. The total
+variation of two distributions over the cache's rows is half the sum of the absolute differences of their probabilities;
+the mean over test queries is printed. For each dtype, the two are the distribution that the pass samples from and the
+exact softmax over the same rows. For comparison, the last line has the total variation of the softmax over the stale
+rows that training left in the cache and the softmax over the same documents, re-encoded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def train(
     model: SentenceTransformer, data: RetrievalData, dtype: str, seed: int, options: argparse.Namespace
 ) -> NegativeCacheRankingLoss:
     """Train `model` in place, and return its loss, which has the cache."""
-    loss = NegativeCacheRankingLoss(model, options.cache_size, SCALE, embedding_dtype=getattr(torch, dtype), seed=seed)
+    loss = NegativeCacheRankingLoss(
+        model, options.cache_size, SCALE, num_samples=1, embedding_dtype=getattr(torch, dtype), seed=seed
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,

@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         "--data", nargs="+", required=True, help="as for negative-cache compare, optionally with :EPOCHS"
     )
     parser.add_argument("--models", nargs="+", default=["static"])
-    parser.add_argument("--losses", default="in-batch,gradcache,memory-bank,negative-cache")
+    parser.add_argument(
+        "--losses", default="in-batch,gradcache,memory-bank,negative-cache,negative-cache:num_samples=1"
+    )
     parser.add_argument("--output", type=Path, required=True, help=f"folder; a folder with {RESULT} for each data set")
     parser.add_argument("--batch-size", type=int, help="default: 64 for static, else 32")
     parser.add_argument("--cache-size", type=int, default=16_384)

@@ -1,9 +1,10 @@
 """Time and communication of a step of a cache that several ranks share (gloo, on this machine), without encoders.
 
-Each rank has one thread, `--batch-size` queries and an equal part of the rows. The encoder looks up embeddings. A
-document has two int32 features of `--length` values. The bytes that one rank sends to all others in a step are counted
-in the calls of torch.distributed. On Linux, the table also has the kernel's counter of the loopback device: the bytes
-that all ranks send, with all headers and any other traffic of this device.
+Each rank has one thread, `--batch-size` queries and an equal part of the rows. A step re-encodes one document per query
+(num_samples=1). The encoder looks up embeddings. A document has two int32 features of `--length` values. The bytes that
+one rank sends to all others in a step are counted in the calls of torch.distributed. On Linux, the table also has the
+kernel's counter of the loopback device: the bytes that all ranks send, with all headers and any other traffic of this
+device.
 
 python -m benchmarks.ranks --ranks 1 2
 """
@@ -30,7 +31,7 @@ LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 # The content of each call of torch.distributed in a step, in order; calls with the same name are added up.
 CALLS = (
     *("integers", "integers", "documents", "queries", "results"),
-    *("weights", "weights", "weights", "features", "embeddings", "documents"),
+    *("weights", "weights", "weights", "weights", "features", "embeddings", "documents"),
 )
 MESSAGES = tuple(dict.fromkeys(CALLS))
 
@@ -71,7 +72,7 @@ def make_step(options: argparse.Namespace, rank: int, world_size: int) -> Callab
         first = rows[:, None].expand(-1, options.length).to(torch.int32)
         return {"first": first, "second": first}
 
-    loss_fn = NegativeCacheLoss(encode, options.cache_size, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(encode, options.cache_size, num_samples=1, seed=0, process_group="world")
     rows = torch.arange(num_rows)
     zeros = torch.zeros(1, options.dim, requires_grad=True)
     loss_fn(zeros, table[:1], items(rows[:1]))  # creates the cache

@@ -120,7 +120,7 @@ def batches(corpus: Corpus, batch: int, seed: int) -> Iterable[Tensor]:
 
 
 def train(corpus: Corpus, steps: dict[str, int], batch: int, num_rows: int) -> list[Stage]:
-    """Train with the library's loss, and keep the model and the cache at each stage.
+    """Train with the library's loss and num_samples=1, and keep the model and the cache at each stage.
 
     Args:
         corpus: The pairs.
@@ -130,7 +130,12 @@ def train(corpus: Corpus, steps: dict[str, int], batch: int, num_rows: int) -> l
     """
     table = corpus.table.clone().requires_grad_()
     loss_fn = NegativeCacheLoss(
-        lambda features: encode(table, corpus.documents, features[NUMBER]), num_rows, SCALE, specs=SPECS, seed=0
+        lambda features: encode(table, corpus.documents, features[NUMBER]),
+        num_rows,
+        SCALE,
+        num_samples=1,
+        specs=SPECS,
+        seed=0,
     )
     last = max(steps.values())
     optimizer = torch.optim.AdamW([table], lr=learning_rate_of(MODEL))

@@ -49,6 +49,7 @@ def command(folder: Path, output: str, launch: list[str]) -> list[str]:
     """`torchrun ... -m negative_cache train ...`."""
     given = ["--data", str(folder / "pairs.jsonl"), "--model", str(folder / "model"), "--output", str(folder / output)]
     given += ["--batch-size", str(BATCH), "--max-steps", str(STEPS), "--cache-size", "1024", "--learning-rate", "0.05"]
+    given += ["--num-samples", "1"]  # so that every step sends documents of the cache
     torchrun = [sys.executable, "-m", "torch.distributed.run", *launch]
     return [*torchrun, "-m", "negative_cache", "train", *given]
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import estimators_tried as tried
+from benchmarks.budget_theory import theory_table
 from benchmarks.gradients import Errors, Objective, Tried, encode_all, make_batch, measure, of_library, of_tried
 from benchmarks.report import COLOURS, MARKERS, Report, Row, Table, style, verdict
 from benchmarks.sizes import VARIANCE_TARGETS, Case, SizeSet, VarianceSizes
@@ -22,7 +23,7 @@ from benchmarks.timing import progress
 from negative_cache import estimators
 
 LARGEST_SHOWN = 2.0  # in the plot; larger values are written at its edge
-PAPER, DEFAULT = "paper: own draws", "two-phase (default)"
+PAPER, JUDGED, AUTO = "paper: own draws", "two-phase, 1 per query", "two-phase, auto (default)"
 
 
 class Estimator(NamedTuple):
@@ -46,41 +47,28 @@ class Estimator(NamedTuple):
 
 
 ESTIMATORS: dict[str, Estimator] = {
-    PAPER: Estimator({"in_batch": False, "shared": False}, is_main=True),
+    PAPER: Estimator({"in_batch": False, "shared": False, "num_samples": 1}, is_main=True),
     "paper, 4 per query": Estimator({"in_batch": False, "shared": False, "num_samples": 4}, is_main=True),
-    "own draws + in-batch": Estimator({"shared": False}, is_main=True),
-    "shared draws": Estimator({}, 1, is_main=True),
-    DEFAULT: Estimator({}, is_main=True),
-    "two-phase, 4 candidates": Estimator({}, 4),
-    "two-phase, 16 candidates": Estimator({}, 16),
-    "two-phase, 32 candidates": Estimator({}, 32),
+    "own draws + in-batch": Estimator({"shared": False, "num_samples": 1}, is_main=True),
+    "shared draws": Estimator({"num_samples": 1}, 1, is_main=True),
+    "two-phase, 1/8 per query": Estimator({"num_samples": 1 / 8}, is_main=True),
+    "two-phase, 1/4 per query": Estimator({"num_samples": 1 / 4}, is_main=True),
+    AUTO: Estimator({"num_samples": "auto"}, is_main=True),
+    "two-phase, 1/2 per query": Estimator({"num_samples": 1 / 2}, is_main=True),
+    JUDGED: Estimator({"num_samples": 1}, is_main=True),
+    "two-phase, 2 per query": Estimator({"num_samples": 2}, is_main=True),
     "two-phase, 4 per query": Estimator({"num_samples": 4}, is_main=True),
+    "two-phase, 1 per query, 4 candidates": Estimator({"num_samples": 1}, 4),
+    "two-phase, 1 per query, 16 candidates": Estimator({"num_samples": 1}, 16),
     "Gumbel top-1 of each query": Estimator(tried=tried.gumbel_top_k),
     "Gumbel top-4 of each query": Estimator(tried=partial(tried.gumbel_top_k, count=4)),
-    "shared draws + expected query": Estimator(tried=tried.shared_draws, is_main=True),
-    "two-phase, no control variate": Estimator(tried=partial(tried.two_phase, control=None)),
-    "two-phase + expected query": Estimator(tried=partial(tried.two_phase, control="rows"), is_main=True),
-    "two-phase, random order": Estimator(tried=partial(tried.two_phase, order=tried.at_random)),
-    "two-phase, order by similarity too": Estimator(
-        tried=partial(tried.two_phase, order=tried.by_query_and_similarity)
-    ),
-    "two-phase, size: sum": Estimator(tried=partial(tried.two_phase, sizes=tried.sum_size)),
-    "two-phase, size: norm": Estimator(tried=partial(tried.two_phase, sizes=tried.norm_size)),
-    "two-phase, size: tangent": Estimator(tried=partial(tried.two_phase, sizes=tried.tangent_size)),
-    "two-phase, 16 candidates, size: tangent": Estimator(
-        tried=partial(tried.two_phase, num_candidates=16, sizes=tried.tangent_size)
-    ),
-    "two-phase, 32 candidates, size: tangent": Estimator(
-        tried=partial(tried.two_phase, num_candidates=32, sizes=tried.tangent_size)
-    ),
-    "two-phase, stratified draws": Estimator(tried=partial(tried.two_phase, uniforms=tried.stratified)),
-    "two-phase, 16 stratified, size: tangent": Estimator(
-        tried=partial(tried.two_phase, num_candidates=16, uniforms=tried.stratified, sizes=tried.tangent_size)
-    ),
-    "all rows + expected query": Estimator(tried=partial(tried.two_phase, num_candidates=None)),
-    "all rows + expected query, size: tangent": Estimator(
-        tried=partial(tried.two_phase, num_candidates=None, sizes=tried.tangent_size)
-    ),
+    "shared draws + expected query": Estimator(tried=tried.shared_draws),
+    "two-phase, 1/4, no stand-ins": Estimator(tried=partial(tried.two_phase, num_samples=1 / 4, has_stand_ins=False)),
+    "two-phase, 1, no stand-ins": Estimator(tried=partial(tried.two_phase, has_stand_ins=False)),
+    "two-phase, 1, no control variate": Estimator(tried=partial(tried.two_phase, control=None)),
+    "two-phase, 1, random order": Estimator(tried=partial(tried.two_phase, order=tried.at_random)),
+    "two-phase, 1, + expected query": Estimator(tried=partial(tried.two_phase, control="rows"), is_main=True),
+    "all rows, 1, + expected query": Estimator(tried=partial(tried.two_phase, num_candidates=None)),
 }
 KEYS = {"stage": "stage", "batch": "B", "rows": "N", "scale": "scale", "cache": "cache"}
 COLUMNS = {
@@ -102,8 +90,9 @@ CASE_COLUMNS = {
     "staleness": "staleness",
     "moved": "exact gradient moved by",
     "paper": "variance of the paper's",
-    "default": "of the default",
-    "ratio": "ratio",
+    "one": "of 1 per query",
+    "auto": "of auto",
+    "ratio": "1 per query / paper's",
     "target": "target",
     "met": "",
 }
@@ -125,8 +114,11 @@ def run(sizes: SizeSet, device: torch.device) -> Report:
     return Report(
         [
             Table("variance", f"Errors of gradients, {corpus.name}", COLUMNS, rows, _note(rows, given)),
-            Table("variance-cases", "All cases, and the default's variance", CASE_COLUMNS, cases, _CASES),
+            Table(
+                "variance-cases", "All cases, and the variances of num_samples=1 and auto", CASE_COLUMNS, cases, _CASES
+            ),
             Table("variance-summary", "Geometric means over stages, re-encoded rows", SUMMARY_COLUMNS, _sum_up(rows)),
+            theory_table(corpus, stages, given),
         ],
         partial(_plot, rows, corpus.name),
     )
@@ -139,14 +131,16 @@ _CASES = (
 
 
 def _note(rows: list[Row], given: VarianceSizes) -> str:
-    spread = math.sqrt(statistics.mean(float(row["bias_error"] or 0) ** 2 for row in rows))
+    unbiased = [float(row["bias_error"] or 0) for row in rows if row["estimator"] != AUTO]
+    spread = math.sqrt(statistics.mean(error**2 for error in unbiased))
     unclear = "" if spread < 0.5 else " (too few steps to tell)"
     return (
         "Variance: mean squared distance from the exact gradient, relative to the squared norm of that gradient; "
         f"{given.batches} batches x {given.repeats} steps; +- is the standard error of the ratio over batches. Bias: "
         "squared distance of the mean gradient from the exact one, relative to its expectation without bias, so that "
-        f"an unbiased estimator has 1, with a standard error of {spread:.2f} per row{unclear}. Documents: distinct "
-        "cached documents encoded per step. Step: with the encoder, which is cheap here, and the backward pass; only "
+        f"an unbiased estimator has 1, with a standard error of {spread:.2f} per row{unclear}. auto: once the cache "
+        "counts in the loss; its weights are biased, and its variance includes the bias. Documents: distinct cached "
+        "documents encoded per step. Step: with the encoder, which is cheap here, and the backward pass; only "
         "of the library's estimators, as the others use a dense softmax."
     )
 
@@ -193,12 +187,12 @@ def _row(case: Case, name: str, errors: list[Errors], paper: list[Errors]) -> Ro
 
 
 def _judge(corpus: Corpus, stage: Stage, case: Case, rows: list[Row], is_judged: bool) -> Row:
-    """The case, and whether the default's variance meets its target."""
+    """The case, and whether the variance with one document per query meets its target."""
     found = {str(row["estimator"]): row for row in rows}
     target = VARIANCE_TARGETS.get(case.batch) if is_judged else None
-    paper, default = (float(found[name]["variance"] or 0) for name in (PAPER, DEFAULT))
-    row: Row = {**_keys(case), "step": stage.step, "staleness": None, "moved": None, "paper": paper, "default": default}
-    row |= {"ratio": default / paper, "target": target, "met": verdict(default / paper, target)}
+    paper, one, auto = (float(found[name]["variance"] or 0) for name in (PAPER, JUDGED, AUTO))
+    row: Row = {**_keys(case), "step": stage.step, "staleness": None, "moved": None, "paper": paper, "one": one}
+    row |= {"auto": auto, "ratio": one / paper, "target": target, "met": verdict(one / paper, target)}
     if case.is_stale:
         stale = make_batch(corpus, stage, case, seed=0)
         encoded = stale._replace(cached=encode_all(stale))

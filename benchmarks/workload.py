@@ -116,7 +116,14 @@ def make_workload(size: Size, device: torch.device, seed: int = 0) -> Workload:
     torch.manual_seed(seed)
     encode = make_encoder(size, device)
     loss_fn = TopKLoss(
-        encode, size.rows, SCALE, in_batch=False, shared=False, embedding_dtype=size.torch_dtype, seed=seed
+        encode,
+        size.rows,
+        SCALE,
+        num_samples=1,
+        in_batch=False,
+        shared=False,
+        embedding_dtype=size.torch_dtype,
+        seed=seed,
     )
     queries = unit_rows(size.batch, size.dim, device).requires_grad_()
     features = make_features(size.rows, size.batch, size.length, device)

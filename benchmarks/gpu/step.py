@@ -121,6 +121,9 @@ def make_steps(model: SentenceTransformer, batch: int, sizes: Sizes, device: tor
     for dtype in (torch.bfloat16, torch.int8):
         name = f"{OURS}, {str(dtype).removeprefix('torch.')} rows"
         losses[name] = (full_cache_loss(model, sizes.rows, sizes.length, dtype, device), 2, batch)
+    auto = full_cache_loss(model, sizes.rows, sizes.length, torch.bfloat16, device, "auto")
+    auto.cache_loss.is_waiting = False  # a step in which the cache counts
+    losses[f"{OURS}, auto, bfloat16 rows"] = (auto, 2, batch)
     return {name: Step(loss, columns, count, sizes.length, device) for name, (loss, columns, count) in losses.items()}
 
 

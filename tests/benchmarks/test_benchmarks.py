@@ -22,7 +22,7 @@ from benchmarks.timing import median_ms
 from benchmarks.workload import EMBEDDING, TopKLoss, make_features, unit_rows
 from torch import Tensor
 
-from benchmarks import checks, child, peers
+from benchmarks import budget, checks, child, peers
 from negative_cache import NegativeCache
 from negative_cache.retrieval import Retrieved, Search
 from negative_cache.sampling import draw
@@ -37,6 +37,7 @@ COLUMNS = {
     "scale": {"dtype", "mode", "rows", "step_ms", "pass_ms", "blocks_ms", "product_ms"},
     "memory": {"dtype", "mode", "rows", "extra_mb", "kept_mb"},
     "end-to-end": {"model", "loss", "batch", "rows", "step_ms", "ratio"},
+    "budget": {"model", "budget", "batch", "rows", "documents", "step_ms", "ratio", "peak_mb"},
     "variance": {"stage", "batch", "rows", "estimator", "variance", "bias", "documents", "cost_ratio", "step_ms"},
 }
 
@@ -59,6 +60,15 @@ def test_a_command_prints_a_table_and_writes_a_csv_file_and_a_plot(
         if row.get("where") != "tried":  # those are not written for speed
             assert all(float(row[key]) > 0 for key in row if key.endswith("_ms")), row
         assert not row.get("note"), row
+
+
+def test_the_budget_is_what_a_step_encodes():
+    rows = {str(row["budget"]): row for row in budget.run(TINY, CPU).tables[0].rows}
+    assert {name: row["documents"] for name, row in rows.items()} == {
+        "in-batch": 0, "auto, waiting": 0, "auto, counting": 0.25, "1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1,
+    }  # fmt: skip
+    assert rows["in-batch"]["ratio"] == 1
+    assert not any(row["met"] for row in rows.values())  # tiny sizes are not judged
 
 
 @pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size.batch}x{size.dim}-{size.dtype}-{size.mode}")
@@ -232,5 +242,5 @@ def test_ranks_count_the_bytes_that_they_send():
     rows = [line.split() for line in ended.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[:2] for row in rows] == [["1", "4"], ["1", "8"], ["2", "4"]]
     integers, documents, queries = (float(number) for number in rows[2][3:6])
-    # 19 integers and 4 ids; 4 documents of 16 floats, twice; 4 queries of 16 floats with 9 uniforms and 2 scores each
+    # 20 integers and 4 ids; 4 documents of 16 floats, twice; 4 queries of 16 floats with 9 uniforms and 2 scores each
     assert (integers, documents, queries) == (0.2, 0.5, 0.6)

@@ -41,7 +41,8 @@ def test_a_rehearsal_measures_passes_and_steps(tmp_path: Path):
     assert all(row["ms"] > 0 for row in stages["passes"]["rows"])
     steps = {row["loss"]: row for row in stages["step"]["rows"]}
     assert steps["in-batch"]["of_in_batch"] == 1.0
-    assert {"negative cache, bfloat16 rows", "negative cache, int8 rows", "gradient cache, 2 x"} <= set(steps)
+    ours = {"negative cache, bfloat16 rows", "negative cache, int8 rows", "negative cache, auto, bfloat16 rows"}
+    assert {*ours, "gradient cache, 2 x"} <= set(steps)
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "A rehearsal on a CPU" in page
     assert "| fused, 8 draws |" in page
