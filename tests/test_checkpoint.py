@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
 
 def make_loss(cache_size: int = 20, dim: int = DIM, **settings) -> NegativeCacheLoss:
-    return NegativeCacheLoss(Encoder(dim), cache_size, seed=3, learnable_scale=True, **settings)
+    return NegativeCacheLoss(Encoder(dim), cache_size, num_samples=1, seed=3, learnable_scale=True, **settings)
 
 
 def step(loss_fn: NegativeCacheLoss, first: int, count: int = 4) -> Tensor:

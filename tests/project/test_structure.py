@@ -93,7 +93,7 @@ def test_a_step_runs_through_few_files_and_functions_and_none_about_ranks():
     def encode(features: dict[str, Tensor]) -> Tensor:
         return normalize(words(features["words"]), dim=-1)
 
-    loss_fn = NegativeCacheLoss(encode, cache_size=512, seed=0)
+    loss_fn = NegativeCacheLoss(encode, cache_size=512, num_samples=1, seed=0)
 
     def step(number: int) -> Tensor:
         documents = torch.randint(1000, (8, 12))

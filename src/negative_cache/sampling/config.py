@@ -249,7 +249,7 @@ def check_num_samples(num_samples: object, shared: bool) -> float | Literal["aut
         TypeError: It is neither a number nor "auto".
         ValueError: It is not positive, or a fraction without shared documents.
     """
-    if num_samples == "auto" and isinstance(num_samples, str):
+    if isinstance(num_samples, str) and num_samples == "auto":
         return "auto"
     hint = ' Or "auto".'
     number = check_number("num_samples", num_samples, hint)
