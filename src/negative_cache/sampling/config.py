@@ -86,10 +86,6 @@ class SamplingConfig:
     needs_mean: bool = False
     other_settings: tuple[Any, ...] = ()
 
-    def count(self, batch: int) -> int:
-        """Shared documents to re-encode for `batch` queries: `num_samples * batch`, rounded, but at least 1."""
-        return max(1, round(self.num_samples * batch))
-
 
 class SamplingRequest(NamedTuple):
     """The queries to sample for.
