@@ -138,6 +138,7 @@ def test_metrics_are_logged_and_evaluation_and_the_best_model_leave_the_cache(tm
     plain = make_trainer(tmp_path / "plain")
     plain.train()
     both = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_strategy": "steps"}
+    both["greater_is_better"] = True  # the best model by the highest loss is not the last one
     trainer = make_trainer(tmp_path / "evaluated", **both)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
