@@ -103,6 +103,16 @@ def steps(loss: nn.Module, encoder: Encoder, **extra: Callable[[], Any]) -> Call
     return run
 
 
+def automatic_steps(loss: NegativeCacheLoss, encoder: Encoder, is_waiting: bool) -> Callable[[], None]:
+    train = steps(loss, encoder)
+
+    def run() -> None:
+        loss.is_waiting = is_waiting
+        train()
+
+    return run
+
+
 def evaluations(loss: nn.Module, encoder: Encoder) -> Callable[[], None]:
     train = steps(loss, encoder)
 
@@ -133,7 +143,7 @@ def new_ragged(encoder: Encoder) -> NegativeCacheLoss:
     """A loss with ragged features that have room for every row: growing their arenas would synchronize the device."""
     ragged = {key: RaggedFeature(torch.int32, 32) for key in ("tokens", "attention_mask")}
     specs: Specs = {"row": FixedLenFeature([], torch.int64), **ragged}
-    loss = NegativeCacheLoss(encoder, 256, seed=0, specs=specs)
+    loss = NegativeCacheLoss(encoder, 256, num_samples=1, seed=0, specs=specs)
     embedding_spec = FixedLenFeature([DIM], torch.float32)
     loss.cache = NegativeCache.empty({"embedding": embedding_spec, **specs}, 256, GPU, scored_keys=["embedding"])
     for key in ragged:
@@ -161,7 +171,7 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         return torch.ones(BATCH, WIDTH, dtype=torch.int32, device=GPU)
 
     def new(**options: Any) -> NegativeCacheLoss:
-        loss = NegativeCacheLoss(encoder, 256, seed=0, **options)
+        loss = NegativeCacheLoss(encoder, 256, **{"num_samples": 1, "seed": 0, **options})
         if loss.log_scale is not None:
             loss.log_scale = nn.Parameter(torch.zeros(1, device=GPU))
         return loss
@@ -174,6 +184,9 @@ def scenarios(encoder: Encoder, losses: list[CacheClassificationLoss]) -> dict[s
         "int8": steps(new(embedding_dtype=torch.int8), encoder),
         "float64": steps(new(embedding_dtype=torch.float64), encoder),
         "samples and scale": steps(new(num_samples=3, learnable_scale=True, use_lru=False), encoder),
+        "fraction": steps(new(num_samples=0.25), encoder),
+        "automatic": automatic_steps(new(num_samples="auto"), encoder, is_waiting=False),
+        "waiting": automatic_steps(new(num_samples="auto"), encoder, is_waiting=True),
         "ragged": steps(new_ragged(encoder), encoder, tokens=tokens, attention_mask=tokens),
         "given negatives": steps(
             new(),

@@ -37,6 +37,7 @@ def configuration(folder: Path, output: str, save_steps: int | None = SAVE_STEPS
         loss="negative-cache",
         output=str(folder / output),
         cache_size=64,
+        num_samples=1,
         batch_size=BATCH,
         max_steps=STEPS,
         learning_rate=0.05,

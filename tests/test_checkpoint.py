@@ -34,7 +34,9 @@ class Encoder(nn.Module):
 
 
 def make_loss(cache_size: int = 20, dim: int = DIM, **settings) -> NegativeCacheLoss:
-    return NegativeCacheLoss(Encoder(dim), cache_size, seed=3, learnable_scale=True, **settings)
+    return NegativeCacheLoss(
+        Encoder(dim), cache_size, **{"num_samples": 1, "seed": 3, "learnable_scale": True, **settings}
+    )
 
 
 def step(loss_fn: NegativeCacheLoss, first: int, count: int = 4) -> Tensor:
@@ -77,6 +79,19 @@ def test_the_same_layout_comes_back_bit_for_bit(tmp_path: Path):
     assert_same_state(snapshot(saved), snapshot(loaded))
     assert torch.equal(step(saved, 50), step(loaded, 50))
     assert_same_state(snapshot(saved), snapshot(loaded))
+
+
+def test_a_number_of_documents_does_not_wait_whatever_the_saved_run_did(tmp_path: Path):
+    saved = trained(steps=2, num_samples="auto")
+    assert saved.is_waiting
+    save_checkpoint(saved, tmp_path / "cache")
+    numbered, automatic = make_loss(), make_loss(num_samples="auto")
+    for loaded in (numbered, automatic):
+        load_checkpoint(loaded, tmp_path / "cache")
+        step(loaded, 50)
+    assert not numbered.is_waiting
+    assert automatic.is_waiting
+    assert numbered.metrics()["documents_per_query"] > automatic.metrics()["documents_per_query"] == 0
 
 
 def test_before_the_first_step(tmp_path: Path):

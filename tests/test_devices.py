@@ -32,7 +32,7 @@ KINDS = (
     "handler",
     "handler with top_k",
 )
-SHARED_KINDS = ("own draws", "margins", "guide", "correction", "refresh", "matryoshka")
+SHARED_KINDS = ("own draws", "margins", "guide", "correction", "refresh", "matryoshka", "fraction", "automatic")
 
 registration = pytest.importorskip("torch.utils.backend_registration")
 
@@ -52,6 +52,7 @@ def test_a_step_does_not_synchronize_the_device(steps_on_a_fake_gpu: dict[str, d
     waits = dict(steps_on_a_fake_gpu["waits"])
     assert sum(waits.pop("three waits").values()) == 3  # they are detected
     assert len(waits.pop("ragged")) == 1  # the width of the sampled documents
+    assert list(waits.pop("waiting").values()) == [1]  # whether the cache counts from this step on
     on_the_host = waits.pop("features on the host")
     assert sum(on_the_host.values()) <= 5, on_the_host
     assert waits == {kind: {} for kind in (*KINDS, *SHARED_KINDS)}
@@ -61,7 +62,7 @@ def test_a_step_makes_no_float64_tensor(steps_on_a_fake_gpu: dict[str, dict[str,
     """Apple's MPS has neither float64 nor complex128."""
     wide = dict(steps_on_a_fake_gpu["wide"])
     assert sum(wide.pop("float64").values()) > 5  # they are detected
-    assert set(wide) >= {*KINDS, *SHARED_KINDS} - {"float64"}
+    assert set(wide) >= {*KINDS, *SHARED_KINDS, "waiting"} - {"float64"}
     assert not any(wide.values()), wide
 
 
@@ -76,7 +77,9 @@ class Float64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("options", [{}, {"shared": False}, {"num_samples": 3}, {"embedding_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "options", [{}, {"shared": False}, {"num_samples": 3}, {"num_samples": 0.5}, {"embedding_dtype": torch.bfloat16}]
+)
 def test_a_step_on_the_cpu_makes_no_float64_tensor_either(options: dict[str, Any]):
     torch.manual_seed(0)
     table = torch.nn.EmbeddingBag(100, 8)
@@ -85,7 +88,7 @@ def test_a_step_on_the_cpu_makes_no_float64_tensor_either(options: dict[str, Any
         return normalize(table(features["words"]), dim=-1)
 
     def steps(**options: Any) -> int:
-        loss_fn = NegativeCacheLoss(encode, cache_size=64, **options)
+        loss_fn = NegativeCacheLoss(encode, cache_size=64, **{"num_samples": 1, **options})
         with Float64() as found:
             for step in range(3):
                 words = torch.randint(100, (8, 5))
@@ -152,7 +155,7 @@ def make_step(dtype: torch.dtype, is_everything: bool):
         return normalize(embedding(features["row"], table), dim=1)
 
     settings = EVERYTHING if is_everything else {}
-    loss_fn = NegativeCacheLoss(encode, 256, embedding_dtype=dtype, seed=0, **settings)
+    loss_fn = NegativeCacheLoss(encode, 256, num_samples=1, embedding_dtype=dtype, seed=0, **settings)
 
     def step(rows: Tensor) -> Tensor:
         given = {"document_ids": rows}

@@ -85,7 +85,7 @@ def test_2_a_known_positive_is_no_negative_and_has_one_row() -> None:
     assert loss_fn.cache.document_ids.tolist() == [5, 6] + [-1] * 8
     assert int(loss_fn.cache.num_filled) == 2
     only = {key: value[:1] for key, value in items.items()}
-    alone = NegativeCacheLoss(encoder, cache_size=10)
+    alone = NegativeCacheLoss(encoder, cache_size=10, num_samples=1)
     for _ in range(3):
         assert alone(torch.randn(1, DIM), encoder(only), only, document_ids=torch.tensor([5])) == 0
 

@@ -163,7 +163,7 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
         return outputs[-1][1]
 
     specs = {"row": FixedLenFeature([], torch.int64)}
-    loss_fn = NegativeCacheLoss(encode, 20, 2.0, shared=is_shared, specs=specs, seed=0)
+    loss_fn = NegativeCacheLoss(encode, 20, 2.0, num_samples=1, shared=is_shared, specs=specs, seed=0)
     rows = torch.arange(12, device=DEVICE)
     loss_fn(stale.to(DEVICE), stale.to(DEVICE), {"row": rows}, rows)
     cache, gradients = loss_fn.cache, []
@@ -205,8 +205,10 @@ def test_no_kind_of_step_synchronizes_the_gpu(monkeypatch: pytest.MonkeyPatch):
                 run()
         except RuntimeError as error:
             synchronizing.append((name, str(error)[:200]))
-    # The width of drawn ragged features is read once; features on the host are read there.
-    assert {name for name, _ in synchronizing} <= {"ragged", "features on the host", "three waits"}, synchronizing
+    # The width of drawn ragged features is read once; features on the host are read there; a step that waits until the
+    # cache counts reads whether it does.
+    expected = {"ragged", "features on the host", "waiting", "three waits"}
+    assert {name for name, _ in synchronizing} <= expected, synchronizing
 
 
 class Tower(nn.Module):
@@ -247,7 +249,8 @@ class Run:
         torch.manual_seed(0)
         with torch.device("cpu"):  # whatever the default device is, the weights are the same
             self.tower = Tower().to(DEVICE)
-        self.loss_fn = NegativeCacheLoss(self.tower, SIZE, seed=0, learnable_scale=True, **settings).to(DEVICE)
+        settings = {"num_samples": 1, "seed": 0, "learnable_scale": True, **settings}
+        self.loss_fn = NegativeCacheLoss(self.tower, SIZE, **settings).to(DEVICE)
         parameters = [*self.tower.parameters(), *self.loss_fn.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=0.01, capturable=ON_GPU, foreach=False)
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=autocast == torch.float16 and ON_GPU)

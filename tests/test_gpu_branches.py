@@ -34,7 +34,7 @@ def documents_after_nine_steps() -> dict[int, tuple[list[int], int]]:
     def encode(features: dict[str, Tensor]) -> Tensor:
         return nn.functional.normalize(table[features["input_ids"]].sum(dim=1), dim=1)
 
-    loss_fn = NegativeCacheLoss(encode, 20, seed=0, use_lru=False)
+    loss_fn = NegativeCacheLoss(encode, 20, num_samples=1, seed=0, use_lru=False)
     for number in range(9):
         ids = 3 * number + torch.arange(4)
         tokens = [torch.full((1 + int(i) % 4,), int(i) + 1) for i in ids]
@@ -94,7 +94,7 @@ def test_rows_that_are_not_finite_are_kept_out_and_raised_with_the_metrics(on_a_
     def table(features: dict[str, Tensor]) -> Tensor:
         return torch.ones(len(features["row"]), 2) * features["row"][:, None]
 
-    loss_fn = NegativeCacheLoss(table, 8, seed=0)
+    loss_fn = NegativeCacheLoss(table, 8, num_samples=1, seed=0)
     rows = torch.tensor([1.0, 2.0, torch.nan])
     queries = torch.ones(3, 2, requires_grad=True)
     loss_fn(queries, table({"row": rows}), {"row": torch.arange(3)})

@@ -38,7 +38,7 @@ def assert_nothing_is_stale(loss_fn: NegativeCacheLoss) -> None:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_sampled_documents_are_padded_on_the_left(settings: dict[str, Any], is_gpu: bool):
     encoder = LastToken()
-    loss_fn = NegativeCacheLoss(encoder, 64, seed=0, **settings)
+    loss_fn = NegativeCacheLoss(encoder, 64, **{"num_samples": 1, "seed": 0, **settings})
     with as_on_a_gpu() if is_gpu else nullcontext():
         for number in range(20):
             step(loss_fn, range(4 * number, 4 * number + 4)).backward()
@@ -50,7 +50,7 @@ def test_sampled_documents_are_padded_on_the_left(settings: dict[str, Any], is_g
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_given_negatives_of_another_width(is_gpu: bool):
-    loss_fn = NegativeCacheLoss(LastToken(), 64, seed=0)
+    loss_fn = NegativeCacheLoss(LastToken(), 64, num_samples=1, seed=0)
     with as_on_a_gpu() if is_gpu else nullcontext():
         for number in range(12):
             first = 9 * number  # the numbers 0, 2, 4 modulo 9 have 1, 2 and 3 tokens
@@ -60,7 +60,7 @@ def test_given_negatives_of_another_width(is_gpu: bool):
 
 
 def test_a_corpus_fills_the_cache():
-    loss_fn = NegativeCacheLoss(LastToken(), 64, seed=0)
+    loss_fn = NegativeCacheLoss(LastToken(), 64, num_samples=1, seed=0)
     parts = [range(start, start + 8) for start in range(0, 40, 8)]
     batches = [{"document_features": left_padded(part), "document_ids": torch.tensor(part)} for part in parts]
     assert loss_fn.fill_from(batches) == 40

@@ -96,7 +96,7 @@ class Default(Training):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = NegativeCacheLoss(self.tower, cache_size=10, seed=1, **self.options)
+        self.loss = NegativeCacheLoss(self.tower, cache_size=10, seed=1, **{"num_samples": 1, **self.options})
 
     def forward(self, number: int) -> Tensor:
         features = documents(number)
@@ -111,6 +111,16 @@ class Ragged(Default):
         "specs": {"words": RaggedFeature(torch.int64), "number": FixedLenFeature([], torch.float32)},
         "refresh_per_step": 2,
     }
+
+
+class Automatic(Default):
+    """The cache counts from the second step on, whatever the noise."""
+
+    options: ClassVar[dict[str, Any]] = {"num_samples": "auto"}
+
+    def forward(self, number: int) -> Tensor:
+        self.loss.is_waiting = self.loss.is_waiting and number != 1
+        return super().forward(number)
 
 
 class OnHost(Default):
@@ -129,7 +139,7 @@ class Ranking(Training):
         nn.Module.__init__(self)
         with torch.device("cpu"):
             self.tower = make_static(dim=DIM)
-        self.loss = NegativeCacheRankingLoss(self.tower, cache_size=10, seed=1, **self.options)
+        self.loss = NegativeCacheRankingLoss(self.tower, cache_size=10, num_samples=1, seed=1, **self.options)
 
     def forward(self, number: int) -> Tensor:
         numbers = [(number + i) % len(ANCHORS) for i in range(BATCH)]
@@ -221,7 +231,7 @@ class FixedByHand(ByHand):
     specs = FIXED
 
 
-LOSSES = [Default, Ragged, OnHost, Ranking, Symmetric, Handler, SeveralCaches, ByHand]
+LOSSES = [Default, Ragged, Automatic, OnHost, Ranking, Symmetric, Handler, SeveralCaches, ByHand]
 
 
 def warm(kind: type[Training], steps: int = WARM) -> Training:

@@ -34,7 +34,8 @@ class Loop:
     def __init__(self, **settings: Any) -> None:
         torch.manual_seed(0)
         self.tower = nn.Sequential(nn.EmbeddingBag(200, 32), nn.Linear(32, 32))
-        self.loss_fn = NegativeCacheLoss(self.encode, 96, seed=0, learnable_scale=True, **settings)
+        settings = {"num_samples": 1, "seed": 0, "learnable_scale": True, **settings}
+        self.loss_fn = NegativeCacheLoss(self.encode, 96, **settings)
         self.optimizer = torch.optim.Adam([*self.tower.parameters(), *self.loss_fn.parameters()], lr=0.01)
         self.words = torch.randint(200, (40, BATCH, 8), generator=torch.Generator().manual_seed(1))
 

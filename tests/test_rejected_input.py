@@ -25,7 +25,7 @@ def encode(features: dict[str, Any]) -> Tensor:
 
 
 def make_loss(encoder: Any = encode, cache_size: Any = 16, **settings: Any) -> NegativeCacheLoss:
-    return NegativeCacheLoss(encoder, cache_size, **{"seed": 0, **settings})
+    return NegativeCacheLoss(encoder, cache_size, **{"num_samples": 1, "seed": 0, **settings})
 
 
 def step(loss_fn: NegativeCacheLoss, **changes: Any) -> Tensor:
@@ -57,7 +57,13 @@ WRONG_SETTINGS: list[tuple[str, Any, type[Exception], str]] = [
     ("scale", 1e39, ValueError, "`scale` is 1e.39; it must be positive, 1.2e-38 to 3.4e.38"),
     ("scale", 1e-60, ValueError, "`scale` is 1e-60"),
     ("num_samples", True, TypeError, "`num_samples` is True"),
-    ("num_samples", 2.0, ValueError, "`num_samples` is 2.0"),
+    ("num_samples", "1", TypeError, "`num_samples` is '1'; it must be a finite number. Or \"auto\""),
+    ("num_samples", "Auto", TypeError, "`num_samples` is 'Auto'"),
+    ("num_samples", None, TypeError, "`num_samples` is None"),
+    ("num_samples", torch.tensor(1), TypeError, "`num_samples` is tensor"),
+    ("num_samples", np.array(["auto", "auto"]), TypeError, "`num_samples` is array"),
+    ("num_samples", np.float32("nan"), ValueError, "`num_samples` is nan"),
+    ("num_samples", np.float64(-0.25), ValueError, "`num_samples` is -0.25; it must be above 0, such as 0.25"),
     ("refresh_per_step", 1.5, ValueError, "`refresh_per_step` is 1.5; it must be an integer from 0 to 16"),
     ("refresh_per_step", False, TypeError, "`refresh_per_step` is False"),
     ("refresh_per_step", None, TypeError, "`refresh_per_step` is None"),
@@ -105,6 +111,8 @@ def test_numbers_of_numpy_are_numbers():
     for _ in range(3):
         assert torch.equal(step(numpy), step(plain))
     assert type(numpy.scale) is type(plain.scale) is float
+    assert type(numpy.num_samples) is type(make_loss(num_samples=2.0).num_samples) is int
+    assert make_loss(num_samples=np.float32(0.25)).num_samples == 0.25
 
 
 def test_an_encoder_that_cannot_be_called_is_refused_when_it_is_set():

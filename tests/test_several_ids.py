@@ -21,7 +21,7 @@ def encode(features: dict[str, Tensor]) -> Tensor:
 
 
 def make_loss(**settings) -> NegativeCacheLoss:
-    return NegativeCacheLoss(encode, SIZE, seed=0, **settings)
+    return NegativeCacheLoss(encode, SIZE, num_samples=1, seed=0, **settings)
 
 
 def step(loss_fn: NegativeCacheLoss, numbers: list[int], ids: list[list[int]], **arguments) -> float:
@@ -129,7 +129,7 @@ def check_ranks(rank: int, world_size: int, folder: Path) -> None:
     checkpoint.save_checkpoint(loss_fn, folder / "cache")
     whole = checkpoint.full_state_dict(loss_fn)
     assert whole["cache.document_ids"].shape == (SIZE, 2)
-    alone = NegativeCacheLoss(encode, SIZE, seed=0)
+    alone = NegativeCacheLoss(encode, SIZE, num_samples=1, seed=0)
     checkpoint.load_checkpoint(alone, folder / "cache")
     assert sorted(alone.cache.document_ids[alone.cache.filled][:, 1].tolist()) == list(range(200, 206))
     fresh = make_loss(process_group="world")

@@ -35,7 +35,7 @@ class Encoder(torch.nn.Module):
 
 
 def make_loss(device: str = "cpu", **options: Any) -> NegativeCacheLoss:
-    return NegativeCacheLoss(Encoder().to(device), 32, specs=SPECS, seed=0, **options)
+    return NegativeCacheLoss(Encoder().to(device), 32, num_samples=1, specs=SPECS, seed=0, **options)
 
 
 def batch(number: int, size: int = 6, device: str = "cpu") -> tuple[dict[str, Tensor], Tensor]:

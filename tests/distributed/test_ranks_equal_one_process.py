@@ -235,7 +235,7 @@ def numbers_of(step: int, world_size: int) -> Tensor:
 def check_cache_has_each_document_once(rank: int, world_size: int, folder: Path) -> None:
     """Ids over shards: one row per document over all ranks, and it is the newest embedding."""
     model = Documents()
-    loss_fn = NegativeCacheLoss(model, cache_size=2 * 40 + 6, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(model, cache_size=2 * 40 + 6, num_samples=1, seed=0, process_group="world")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(STEPS):
         numbers = numbers_of(step, world_size)[rank * BATCH : (rank + 1) * BATCH]
@@ -271,8 +271,8 @@ def test_each_document_has_one_row_over_all_ranks(tmp_path: Path):
 def check_equal_to_one_process(rank: int, world_size: int, folder: Path) -> None:
     """Eval loss, with ids masked across ranks, hard negatives and a learnable scale, equals one process's."""
     model, batches = Documents(), [BATCH, BATCH - 1, BATCH + 1][:world_size]
-    sharded = NegativeCacheLoss(model, 48, 5.0, learnable_scale=True, seed=1, process_group="world")
-    whole = NegativeCacheLoss(model, 48, 5.0, learnable_scale=True, seed=1)
+    sharded = NegativeCacheLoss(model, 48, 5.0, num_samples=1, learnable_scale=True, seed=1, process_group="world")
+    whole = NegativeCacheLoss(model, 48, 5.0, num_samples=1, learnable_scale=True, seed=1)
     for step in range(6):
         numbers = numbers_of(step, 3)[: sum(batches)]
         own = part(numbers, batches, rank)

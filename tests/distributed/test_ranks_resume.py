@@ -44,7 +44,7 @@ def start(folder: Path, output: str, *launch: str) -> subprocess.Popen[bytes]:
     command += [str(Path(__file__).parents[1].joinpath("ranks_job.py")), "train"]
     command += ["--data", str(folder / "pairs.jsonl"), "--model", str(folder / "model"), "--batch-size", "8"]
     command += ["--output", str(folder / output), "--max-steps", str(STEPS), "--save-steps", str(SAVE_STEPS)]
-    command += ["--cache-size", "128", "--learning-rate", "0.05", "--resume"]
+    command += ["--cache-size", "128", "--learning-rate", "0.05", "--num-samples", "1", "--resume"]
     log = (folder / f"{output}.log").open("wb")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -146,7 +146,7 @@ def sleeps(rank: int, world_size: int, folder: Path) -> None:
 
 def make_step(group: dist.ProcessGroup | None):
     table = torch.nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
-    loss_fn = NegativeCacheLoss(lambda f: table[f["row"]], 16, process_group=group or "world")
+    loss_fn = NegativeCacheLoss(lambda f: table[f["row"]], 16, num_samples=1, process_group=group or "world")
     rows = torch.arange(4)
     return lambda: loss_fn(table[rows], table[rows], {"row": rows}).backward()
 

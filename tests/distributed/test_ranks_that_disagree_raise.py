@@ -61,7 +61,7 @@ def negatives(model: nn.Module, numbers: Tensor) -> dict[str, Any]:
 
 def check_given_negatives(rank: int, world_size: int, folder: Path) -> None:
     model = Documents()
-    loss_fn = NegativeCacheLoss(model, 32, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(model, 32, num_samples=1, seed=0, process_group="world")
     call(loss_fn, own(rank)).backward()
     # a frozen document tower, negatives on one rank only, in another dtype
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_given_negatives_on_some_ranks(tmp_path: Path):
 def check_new_items(rank: int, world_size: int, folder: Path) -> None:
     """What cannot be stored on one rank is written on none."""
     model = Documents()
-    loss_fn = NegativeCacheLoss(model, 32, embedding_dtype=torch.float16, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(model, 32, num_samples=1, embedding_dtype=torch.float16, seed=0, process_group="world")
     call(loss_fn, own(rank))
     before = snapshot(loss_fn)
     documents = model({"number": own(rank)}) * (1e5 if rank == 1 else 1.0)
@@ -106,7 +106,7 @@ def check_new_items(rank: int, world_size: int, folder: Path) -> None:
     with pytest.raises(TypeError, match="Rank 1, step 1: `query_embeddings` is tuple; expected a dense tensor"):
         loss_fn((queries,) if rank == 1 else queries, queries, {"number": own(rank)})  # type: ignore[arg-type]
     assert_same_state(before, snapshot(loss_fn))
-    loss_fn = NegativeCacheLoss(lambda f: f["vector"], 32, seed=0, process_group="world")
+    loss_fn = NegativeCacheLoss(lambda f: f["vector"], 32, num_samples=1, seed=0, process_group="world")
     vectors = model({"number": own(rank)}).detach()
     loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": vectors})
     before = snapshot(loss_fn)
@@ -266,7 +266,7 @@ class Wrapped(nn.Module):
         super().__init__()
         self.documents = Documents()
         self.loss_fn = NegativeCacheLoss(
-            self.documents, 32, seed=0, learnable_scale=True, process_group="world" if gathers else None
+            self.documents, 32, num_samples=1, seed=0, learnable_scale=True, process_group="world" if gathers else None
         )
         specs = {"number": FixedLenFeature([], torch.int64), "embedding": FixedLenFeature([DIM], torch.float32)}
         cache_loss = CacheClassificationLoss("embedding", ("number",))

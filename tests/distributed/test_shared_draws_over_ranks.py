@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ BATCHES, DOCUMENTS, GIVEN = [3, 5], torch.tensor([0, 12, 13, 12, 14, 4, 15, 16])
 POSITIVES = torch.full((8, 2), -1)
 POSITIVES[1, 0], POSITIVES[5, 1], POSITIVES[6, 0] = 14, 5, 12
 ROWS = [7, 5]  # of the first documents, on each rank
-STEPS = 100
 
 
 def problem() -> Problem:
@@ -41,7 +41,7 @@ def part(values: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
 
 
 def make_loss(encoder: Any, ranks: str | None, **settings: Any) -> NegativeCacheLoss:
-    settings = {"embedding_dtype": torch.float64, "learnable_scale": True, "seed": 3, **settings}
+    settings = {"embedding_dtype": torch.float64, "learnable_scale": True, "seed": 3, "num_samples": 1, **settings}
     specs = {"row": FixedLenFeature([], torch.int64)}
     return NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, specs=specs, process_group=ranks, **settings)
 
@@ -77,13 +77,14 @@ def call(
     return loss_fn(*leaves[:2], {"row": own}, *ids, **negatives, **rest), leaves
 
 
-def check_unbiased(rank: int, given: Problem) -> None:
+def check_unbiased(num_samples: float, steps: int, rank: int, world_size: int, folder: Path) -> None:
+    given = problem()
     encoder = TableEncoder(given.table)
-    loss_fn = make_loss(encoder, "world")
+    loss_fn = make_loss(encoder, "world", num_samples=num_samples)
     fill(loss_fn, given, ROWS, rank)
     cache, truth = loss_fn.cache, exact(given)
     gradients = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         loss_fn.cache = copy.deepcopy(cache)
         loss_fn.log_scale.grad = None
         loss, leaves = call(loss_fn, given, BATCHES, rank)
@@ -185,8 +186,12 @@ def check(rank: int, world_size: int, folder: Path) -> None:
     check_differing_settings(rank, given)
     check_refresh_is_together(rank, given)
     check_values_equal_one_process(rank, given)
-    check_unbiased(rank, given)
 
 
-def test_over_two_ranks(tmp_path: Path):
+def test_settings_and_values_over_two_ranks(tmp_path: Path):
     run_ranks(check, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("num_samples", "steps"), [(1, 100), (0.5, 300)])
+def test_gradients_over_two_ranks_are_unbiased(num_samples: float, steps: int, tmp_path: Path):
+    run_ranks(partial(check_unbiased, num_samples, steps), 2, tmp_path)

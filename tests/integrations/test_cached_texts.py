@@ -19,7 +19,7 @@ from text_models import encode, encode_cached, make_router, make_static, make_ti
 def test_cached_documents_are_encoded_as_the_model_encodes_their_text(kind: str, request: pytest.FixtureRequest):
     """For every row, whatever its padding was."""
     model = (request.getfixturevalue("minilm") if kind == "minilm" else make_static()).eval()
-    loss = NegativeCacheRankingLoss(model, cache_size=12)
+    loss = NegativeCacheRankingLoss(model, cache_size=12, num_samples=1)
     for start in (0, 6):
         loss(columns(model, ANCHORS[start : start + 6], POSITIVES[start : start + 6]), None)
     encoded = encode_cached(loss)
@@ -87,7 +87,7 @@ def test_inputs_other_than_padded_text_are_refused(given: dict[str, Any], error:
 
 def test_prompts_of_other_lengths_are_refused_if_the_pooling_excludes_them():
     model = make_tiny()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
 
     def batch(prompt: str) -> list[dict[str, Any]]:
         return [model.preprocess(ANCHORS[:3]), model.preprocess(POSITIVES[:3], prompt=prompt)]
@@ -95,7 +95,7 @@ def test_prompts_of_other_lengths_are_refused_if_the_pooling_excludes_them():
     loss(batch("an essay "))
     loss(batch("what is known about "))  # here the prompt is a part of the text like any other
     next(module for module in model.modules() if isinstance(module, Pooling)).include_prompt = False
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
     loss(batch("an essay "))
     with pytest.raises(ValueError, match=r"prompt_length.*loss of its own"):
         loss(batch("what is known about "))

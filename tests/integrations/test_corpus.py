@@ -16,7 +16,7 @@ from text_models import PAIRS, cached_texts, encode, make_static, make_tiny, tra
 @pytest.mark.parametrize("kind", ["tiny", "static"])
 def test_a_corpus_fills_the_cache_and_steps_write_into_its_rows(kind: str, capsys: pytest.CaptureFixture[str]):
     model = make_tiny() if kind == "tiny" else make_static()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
     model.train()
     loss.fill_from([*POSITIVES, *HARD], ids=range(100, 124), batch_size=5)
     assert model.training
@@ -34,7 +34,7 @@ def test_a_corpus_fills_the_cache_and_steps_write_into_its_rows(kind: str, capsy
 
 def test_without_ids_a_document_is_identified_by_its_tokens():
     model = make_static()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
     loss.fill_from(POSITIVES, show_progress_bar=False)
     loss(columns(model, ANCHORS[:4], POSITIVES[:4]), None)
     assert int(loss.cache_loss.cache.num_filled) == 12
@@ -58,7 +58,7 @@ def check_ranks(rank: int, world_size: int, folder: Path) -> None:
     )
     model = make_static()
     options = {"guide": make_static(dim=16, seed=1), "symmetric": True, "gather_across_devices": True}
-    loss = NegativeCacheRankingLoss(model, 64, seed=0, **options)
+    loss = NegativeCacheRankingLoss(model, 64, num_samples=1, seed=0, **options)
     loss.fill_from([*HARD[:5], HARD[0], HARD[1].upper(), *HARD[2:]], batch_size=4, show_progress_bar=False)
     cache = loss.cache_loss.cache
     (ids,) = loss.cache_loss.ranks.gather([cache.document_ids[cache.filled]], [[6], [6]])

@@ -40,7 +40,8 @@ class Towers(nn.Module):
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.queries, self.documents = bert(), bert()
-        self.loss_fn = NegativeCacheLoss(self.encode, 15, seed=0, learnable_scale=True, **settings)
+        settings = {"num_samples": 1, "seed": 0, "learnable_scale": True, **settings}
+        self.loss_fn = NegativeCacheLoss(self.encode, 15, **settings)
 
     def encode(self, features: dict[str, Tensor]) -> Tensor:
         return embed(self.documents, features["words"].long())
@@ -85,7 +86,11 @@ class CacheTrainer(NegativeCacheTrainerMixin, Trainer):
 class OwnLossTrainer(CacheTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.loss = NegativeCacheLoss(lambda features: self.model(None, features["words"].long())[1], 15, seed=0)
+        self.loss = NegativeCacheLoss(self.encode, 15, num_samples=1, seed=0)
+
+    def encode(self, features: dict[str, Tensor]) -> Tensor:
+        documents: Tensor = self.model(None, features["words"].long())[1]
+        return documents
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         queries, documents = model(inputs["query"], inputs["words"])
@@ -133,6 +138,7 @@ def test_metrics_are_logged_and_evaluation_and_the_best_model_leave_the_cache(tm
     plain = make_trainer(tmp_path / "plain")
     plain.train()
     both = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "save_strategy": "steps"}
+    both["greater_is_better"] = True  # the best model by the highest loss is not the last one
     trainer = make_trainer(tmp_path / "evaluated", **both)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]

@@ -24,7 +24,7 @@ def model() -> SentenceTransformer:
 
 
 def make_loss(model: SentenceTransformer, **options) -> NegativeCacheRankingLoss:
-    return NegativeCacheRankingLoss(model, 32, seed=0, **options)
+    return NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, **options)
 
 
 def step(loss: NegativeCacheRankingLoss, positives: list[str], labels: object = None, *more: list[str]) -> float:

@@ -28,6 +28,7 @@ from negative_cache.integrations.lightning import KEY, NegativeCacheMixin
 from support import assert_same_state, needs_compiling_of_whole_steps, run_ranks, snapshot
 
 NUM_DOCUMENTS, NUM_WORDS, BATCH = 24, 60, 4
+SETTINGS: dict[str, Any] = {"num_samples": 1, "seed": 3, "learnable_scale": True}
 DOCUMENTS = torch.randint(NUM_WORDS, (NUM_DOCUMENTS, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -39,7 +40,7 @@ class Towers(NegativeCacheMixin, LightningModule):
         torch.manual_seed(1)
         self.queries, self.documents = nn.EmbeddingBag(NUM_WORDS, 8), nn.EmbeddingBag(NUM_WORDS, 8)
         self.loss_fn = NegativeCacheLoss(
-            self.encode, cache_size, seed=3, learnable_scale=True, process_group=process_group, **settings
+            self.encode, cache_size, process_group=process_group, **{**SETTINGS, **settings}
         )
         self.lr = 0.05
 

@@ -59,7 +59,7 @@ def test_without_training_no_embedding_is_stale(side: str):
     def encode(features: dict[str, Tensor]) -> Tensor:
         return normalize(last_token(model(**features).last_hidden_state, features["attention_mask"]), dim=-1)
 
-    loss_fn = NegativeCacheLoss(encode, cache_size=256, seed=0)
+    loss_fn = NegativeCacheLoss(encode, cache_size=256, num_samples=1, seed=0)
     staleness = []
     for number in range(5):
         documents = batch_of(number, side)

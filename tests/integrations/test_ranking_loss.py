@@ -82,9 +82,9 @@ def test_a_guide_hides_documents_that_it_finds_better_than_the_positive(
     model: SentenceTransformer, guide: SentenceTransformer
 ):
     """With no room for negatives at all the loss is 0; with all room it is that without a guide."""
-    free = NegativeCacheRankingLoss(model, 32, seed=0)
-    closed = NegativeCacheRankingLoss(model, 32, seed=0, guide=guide, guide_margin=3.0)
-    opened = NegativeCacheRankingLoss(model, 32, seed=0, guide=guide, guide_margin=-3.0)
+    free = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
+    closed = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, guide=guide, guide_margin=3.0)
+    opened = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, guide=guide, guide_margin=-3.0)
     values = [steps(loss) for loss in (free, closed, opened)]
     assert values[1] == 0
     assert values[0] > 0
@@ -96,7 +96,7 @@ def test_a_guide_hides_documents_that_it_finds_better_than_the_positive(
 
 
 def test_a_guide_decides_by_its_own_similarities(model: SentenceTransformer, guide: SentenceTransformer):
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, guide=guide).eval()
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, guide=guide).eval()
     with torch.no_grad():
         value = loss(columns(model, ANCHORS, POSITIVES), None)
     similarities = encode(guide, ANCHORS) @ encode(guide, POSITIVES).T
@@ -120,7 +120,7 @@ class ListeningGuide(SentenceTransformer):
 
 def test_a_guide_encodes_each_text_once(model: SentenceTransformer):
     guide = ListeningGuide()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, symmetric=True, guide=guide)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, symmetric=True, guide=guide)
     for start in (0, 4):
         at = slice(start, start + 4)
         loss(columns(model, ANCHORS[at], POSITIVES[at], HARD[at])).backward()
@@ -139,7 +139,7 @@ def test_a_guide_reads_queries_by_their_own_route():
 
 def test_both_directions_are_the_mean_of_two_losses(model: SentenceTransformer):
     """The first step has no cache: it is the symmetric in-batch loss."""
-    loss = NegativeCacheRankingLoss(model, 32, symmetric=True, learnable_scale=True, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, symmetric=True, learnable_scale=True, seed=0)
     value = loss(columns(model, ANCHORS[:4], POSITIVES[:4]), None)
     a, b = (encode(model, texts[:4]) for texts in (ANCHORS, POSITIVES))
     there, back = (cross_entropy(20 * scores, torch.arange(4)) for scores in (a @ b.T, b @ a.T))
@@ -155,7 +155,7 @@ def test_both_directions_are_the_mean_of_two_losses(model: SentenceTransformer):
 
 def test_equal_anchors_are_no_negatives_of_each_others_documents(model: SentenceTransformer):
     """In the batch, and from the cache: an anchor is identified by its text."""
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, symmetric=True)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, symmetric=True)
     same = [ANCHORS[0]] * 3
     loss(columns(model, same, POSITIVES[:3]))
     assert int(loss.query_cache_loss.cache.num_filled) == 1
@@ -176,7 +176,7 @@ def test_known_anchors_are_merged_without_duplicates_the_own_first():
 
 def test_a_guide_that_is_the_model_stays_in_training_mode():
     model = make_tiny().train()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, guide=model)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, guide=model)
     for _ in range(2):
         loss(columns(model, ANCHORS[:4], POSITIVES[:4]))
         assert all(module.training for module in model.modules())
@@ -185,7 +185,7 @@ def test_a_guide_that_is_the_model_stays_in_training_mode():
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_other_anchors_of_a_document_are_not_its_negatives(model: SentenceTransformer, with_labels: bool):
     """Whether they are in the batch, or were in an earlier one."""
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, symmetric=True)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, symmetric=True)
     label = torch.tensor([7]) if with_labels else None
     for anchor in ANCHORS[:4]:
         loss(columns(model, [anchor], POSITIVES[:1]), label)
@@ -219,7 +219,7 @@ def test_autocast_gradients_are_near_those_of_float32(dtype: torch.dtype):
     found = []
     for enabled in (False, True):
         model = make_tiny(dropout=0.0)
-        loss = NegativeCacheRankingLoss(model, 32, seed=0)
+        loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
         for start in (0, 6):
             model.zero_grad()
             with torch.autocast("cpu", dtype, enabled=enabled):
@@ -308,7 +308,7 @@ def test_a_router_needs_ddp_without_a_search_for_unused_parameters(monkeypatch: 
     model = SentenceTransformer(modules=[Router.for_query_document(queries, documents)], device="cpu")
 
     def step(**settings: Any) -> Tensor:
-        loss = NegativeCacheRankingLoss(model, 32, seed=0)
+        loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
         loss.model = DistributedDataParallel(model, **settings)
         for at in (slice(6), slice(6, 12)):
             value: Tensor = loss(routed(model, at))
@@ -319,7 +319,7 @@ def test_a_router_needs_ddp_without_a_search_for_unused_parameters(monkeypatch: 
     assert step(static_graph=True).isfinite()
     with pytest.raises(ValueError, match="ddp_find_unused_parameters=False"):
         step(find_unused_parameters=True)
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
     loss.model = DistributedDataParallel(model, find_unused_parameters=True)
     with torch.no_grad():  # an evaluation has no backward pass
         assert loss.eval()(routed(model, slice(6))).isfinite()

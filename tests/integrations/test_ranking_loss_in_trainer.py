@@ -101,7 +101,7 @@ class Gradients(TrainerCallback):
 
 def test_accumulated_gradients_are_the_mean_of_the_parts(tmp_path: Path):
     model = make_static()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0)
     other = copy.deepcopy(loss)
     parts: list[Any] = []
     loss.register_forward_pre_hook(lambda _, inputs: parts.append(copy.deepcopy(inputs)))
@@ -128,7 +128,9 @@ def test_gradient_checkpointing_changes_nothing(is_reentrant: bool, tmp_path: Pa
         if settings:
             settings["gradient_checkpointing_kwargs"] = {"use_reentrant": is_reentrant}
         model = make_tiny()  # with dropout: it must be the same when activations are recomputed
-        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), TRIPLETS, tmp_path, steps=3, **settings)
+        trainer = train(
+            model, NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0), TRIPLETS, tmp_path, steps=3, **settings
+        )
         found.append((logged_losses(trainer), snapshot(model)))
     assert found[0][0] == pytest.approx(found[1][0], abs=2e-3)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
@@ -149,7 +151,9 @@ def test_only_adapters_are_trained_and_a_run_resumes_bit_exactly(tmp_path: Path)
     settings = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": True}
     model = make_adapted(tmp_path / "base")
     before = snapshot(model)
-    whole = train(model, NegativeCacheRankingLoss(model, 32, seed=0), PAIRS, tmp_path, steps=5, **settings)
+    whole = train(
+        model, NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0), PAIRS, tmp_path, steps=5, **settings
+    )
     changed = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -157,7 +161,9 @@ def test_only_adapters_are_trained_and_a_run_resumes_bit_exactly(tmp_path: Path)
     if VERSION < (6, 0):
         return  # 5.4 itself cannot load a checkpoint of adapters
     again = make_adapted(tmp_path / "base")
-    resumed = make_trainer(again, NegativeCacheRankingLoss(again, 32, seed=0), PAIRS, tmp_path, steps=5, **settings)
+    resumed = make_trainer(
+        again, NegativeCacheRankingLoss(again, 32, num_samples=1, seed=0), PAIRS, tmp_path, steps=5, **settings
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_state(snapshot(model), snapshot(again))
     assert_same_state(snapshot(whole.loss.cache_loss), snapshot(resumed.loss.cache_loss))
@@ -167,7 +173,9 @@ def test_bfloat16_in_the_arguments(tmp_path: Path):
     logged = []
     for bf16 in (False, True):
         model = make_tiny(dropout=0.0)
-        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), PAIRS, tmp_path, steps=3, bf16=bf16)
+        trainer = train(
+            model, NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0), PAIRS, tmp_path, steps=3, bf16=bf16
+        )
         logged.append(logged_losses(trainer))
         assert all(p.dtype == torch.float32 for p in model.parameters())
         assert trainer.loss.cache_loss.cache.data["embedding"].dtype == torch.float32
@@ -235,7 +243,7 @@ def test_prompts_are_part_of_cached_documents(include_prompt: bool, tmp_path: Pa
 
 def test_two_towers(tmp_path: Path):
     model = make_router()
-    loss = NegativeCacheRankingLoss(model, 32, seed=0, symmetric=True)
+    loss = NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0, symmetric=True)
     loss.fill_from(HARD, task="document", show_progress_bar=False)
     torch.testing.assert_close(
         loss.cache_loss.cache.data["embedding"][:12], encode(model, HARD, task="document"), rtol=1e-4, atol=1e-5
@@ -257,11 +265,11 @@ def test_two_towers(tmp_path: Path):
 @pytest.mark.skipif(VERSION < (5, 7), reason="MatryoshkaLoss before 5.7 does not pass its dimensions to the loss")
 def test_matryoshka_loss_trains_as_matryoshka_dims(tmp_path: Path):
     wrapped, plain = make_static(), make_static()
-    loss = NegativeCacheRankingLoss(wrapped, 32, seed=0)
+    loss = NegativeCacheRankingLoss(wrapped, 32, num_samples=1, seed=0)
     settings = {"steps": 12, "learning_rate": 0.02}
     first = train(wrapped, MatryoshkaLoss(wrapped, loss, [32, 8]), PAIRS, tmp_path, **settings)
     assert int(loss.cache_loss.cache.num_filled) == 12
-    same = NegativeCacheRankingLoss(plain, 32, seed=0, matryoshka_dims=(8,))
+    same = NegativeCacheRankingLoss(plain, 32, num_samples=1, seed=0, matryoshka_dims=(8,))
     assert logged_losses(first) == logged_losses(train(plain, same, PAIRS, tmp_path, **settings))
 
 
@@ -301,7 +309,9 @@ def test_a_compiled_model(tmp_path: Path):
     logged = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         model = make_tiny(dropout=0.0)
-        trainer = train(model, NegativeCacheRankingLoss(model, 32, seed=0), SHORT, tmp_path, steps=2, **settings)
+        trainer = train(
+            model, NegativeCacheRankingLoss(model, 32, num_samples=1, seed=0), SHORT, tmp_path, steps=2, **settings
+        )
         logged.append(logged_losses(trainer))
     assert logged[0] == pytest.approx(logged[1], abs=1e-3)
     assert type(trainer.loss.model).__name__ == "OptimizedModule"
@@ -408,7 +418,7 @@ def test_every_trial_of_a_search_starts_anew(tmp_path: Path):
         model_init=lambda: make_static(),
         args=args,
         train_dataset=Dataset.from_dict(PAIRS),
-        loss=lambda made: NegativeCacheRankingLoss(made, 32, seed=0, learnable_scale=True),
+        loss=lambda made: NegativeCacheRankingLoss(made, 32, num_samples=1, seed=0, learnable_scale=True),
     )
     states = []
     for _ in range(2):
@@ -421,13 +431,13 @@ def test_every_trial_of_a_search_starts_anew(tmp_path: Path):
 def test_everything_at_once_trains_logs_and_is_restored(tmp_path: Path):
     options = {"symmetric": True, "matryoshka_dims": (64, 32), "relative_margin": 0.05, "refresh_per_step": 2}
     model = make_tiny()
-    loss = NegativeCacheRankingLoss(model, 64, seed=0, **options)
+    loss = NegativeCacheRankingLoss(model, 64, num_samples=1, seed=0, **options)
     trainer = train(model, loss, TRIPLETS, tmp_path, steps=4)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for name in ("cache_loss", "query_cache_loss"):
         for metric in ("interpretable_prediction_loss", "staleness", "gradient_norm_ratio", "masked"):
             assert all(math.isfinite(entry[f"cache/{name}/{metric}"]) for entry in logged)
-    restored = cache_losses(NegativeCacheRankingLoss(model, 64, seed=0, **options))
+    restored = cache_losses(NegativeCacheRankingLoss(model, 64, num_samples=1, seed=0, **options))
     for name, saved in cache_losses(loss).items():
         save_checkpoint(saved, tmp_path / name)
         load_checkpoint(restored[name], tmp_path / name)

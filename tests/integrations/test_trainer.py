@@ -47,7 +47,8 @@ def make_trainer(
     tokenizer.pre_tokenizer = Whitespace()
     modules = [StaticEmbedding(tokenizer, embedding_dim=dim)]
     model = SentenceTransformer(modules=modules, device="cpu", truncate_dim=truncate_dim)
-    loss = NegativeCacheRankingLoss(model, cache_size=40, seed=0, learnable_scale=True, **options)
+    options = {"num_samples": 1, "seed": 0, "learnable_scale": True, **options}
+    loss = NegativeCacheRankingLoss(model, cache_size=40, **options)
     args = SentenceTransformerTrainingArguments(
         str(folder),
         per_device_train_batch_size=BATCH,

@@ -33,7 +33,7 @@ class RankSummary(NamedTuple):
     takes_best: int
     is_replicated: int
     top_k: int  # -1 for all rows
-    num_samples: int  # in thousandths
+    num_samples: int  # in millionths
     num_draws: int
     is_waiting: int
     is_shared: int
@@ -88,7 +88,7 @@ def summarize(
         takes_best=config.takes_best,
         is_replicated=config.is_replicated,
         top_k=-1 if config.top_k is None else config.top_k,
-        num_samples=round(1000 * config.num_samples),
+        num_samples=round(1e6 * config.num_samples),
         num_draws=config.num_draws,
         is_waiting=config.is_waiting,
         is_shared=config.is_shared,

@@ -21,6 +21,7 @@ from negative_cache.sampling.choose import (
     choose,
     is_worth_it,
     measure_noise,
+    number_to_choose,
     weigh_candidates,
 )
 from negative_cache.sampling.config import DocumentWeights, Noise, RowSource, SamplingConfig, SamplingRequest
@@ -147,7 +148,7 @@ def choose_together(
     )
     if config.is_waiting and not is_worth_it(noise, fill):  # the same on all ranks
         return Chosen(routes.only(best), [], lse_of_dims, noise)
-    count = max(config.count(len(request.queries)), ranks.size)
+    count = max(number_to_choose(config.num_samples, len(request.queries)), ranks.size)
     choice = choose(sizes, query, count, shard.uniform[0, -1].cpu(), is_trimmed=False, num_steps=config.num_steps)
     # Every rank encodes at least one document, because an encoder may have collectives of its own, as with FSDP.
     parts = 1 + torch.tensor(shares_of(count - ranks.size, handshake.batches), device="cpu")

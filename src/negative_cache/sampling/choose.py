@@ -191,6 +191,11 @@ def measure_noise(
     )
 
 
+def number_to_choose(num_samples: float, batch: int) -> int:
+    """Shared documents to re-encode for `batch` queries: `num_samples * batch`, rounded, but at least 1."""
+    return max(1, round(num_samples * batch))
+
+
 def choose(
     sizes: Tensor, query: Tensor, count: int, uniform: Tensor, is_trimmed: bool = True, num_steps: float = math.inf
 ) -> Choice:

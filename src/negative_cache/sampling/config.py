@@ -86,10 +86,6 @@ class SamplingConfig:
     needs_mean: bool = False
     other_settings: tuple[Any, ...] = ()
 
-    def count(self, batch: int) -> int:
-        """Shared documents to re-encode for `batch` queries: `num_samples * batch`, rounded, but at least 1."""
-        return max(1, round(self.num_samples * batch))
-
 
 class SamplingRequest(NamedTuple):
     """The queries to sample for.
@@ -249,7 +245,7 @@ def check_num_samples(num_samples: object, shared: bool) -> float | Literal["aut
         TypeError: It is neither a number nor "auto".
         ValueError: It is not positive, or a fraction without shared documents.
     """
-    if num_samples == "auto" and isinstance(num_samples, str):
+    if isinstance(num_samples, str) and num_samples == "auto":
         return "auto"
     hint = ' Or "auto".'
     number = check_number("num_samples", num_samples, hint)

@@ -10,7 +10,14 @@ from negative_cache.cache.update import RowUpdates
 from negative_cache.cache.validation import reads_without_sync
 from negative_cache.retrieval import Retrieved, Search
 from negative_cache.retrieval.randomness import register, uniforms
-from negative_cache.sampling.choose import choose, fill_of, is_worth_it, measure_noise, weigh_candidates
+from negative_cache.sampling.choose import (
+    choose,
+    fill_of,
+    is_worth_it,
+    measure_noise,
+    number_to_choose,
+    weigh_candidates,
+)
 from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
@@ -122,11 +129,12 @@ def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, se
     sample.noise = measure_noise(
         request, drawn.lse, candidates.concentration, sizes, sample.num_filled, request.num_in_batch
     )
-    fill = fill_of(sample.num_filled, search.pool.num_rows, sample.document_rows)
-    if config.is_waiting and not is_worth_it(sample.noise, fill):
-        sample.leave_cache_out()
-        return
-    count = config.count(len(request.queries))
+    if config.is_waiting:
+        fill = fill_of(sample.num_filled, search.pool.num_rows, sample.document_rows)
+        if not is_worth_it(sample.noise, fill):
+            sample.leave_cache_out()
+            return
+    count = number_to_choose(config.num_samples, len(request.queries))
     uniform = uniforms((), config.generator, drawn.lse.device, torch.int64)
     chosen = choose(sizes, query, count, uniform, num_steps=config.num_steps)
     sample.noise = sample.noise._replace(num_chosen=count, num_steps=config.num_steps)

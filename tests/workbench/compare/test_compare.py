@@ -250,4 +250,4 @@ def test_each_loss_gets_the_options_that_have_an_effect():
     given = Comparison("d", "static", losses, "o", cache_size=99, num_samples=3)
     found = [given.config(spec) for spec in given.losses]
     assert [config.cache_size for config in found] == [16_384, 99, 99]
-    assert [config.num_samples for config in found] == [1, 1, 3]
+    assert [config.num_samples for config in found] == ["auto", "auto", 3]

@@ -36,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
     for split, part in {"train": range(40), "dev": range(40, 48), "test": range(48, NUM)}.items():
         (data / "qrels" / f"{split}.tsv").write_text("\n".join(f"q{n}\td{n}\t1" for n in part))
-    for loss, options in (("negative-cache", ["--cache-size", "32", "--eval-steps", "10"]), ("in-batch", [])):
+    for loss, options in (
+        ("negative-cache", ["--cache-size", "32", "--eval-steps", "10", "--num-samples", "1"]),
+        ("in-batch", []),
+    ):
         output = place / ("nc" if options else "ib")
         given = ["--data", str(data), "--output", str(output), "--loss", loss, *options, "--batch-size", "8"]
         ended = invoke("train", *given, "--epochs", "6", "--learning-rate", "0.05")

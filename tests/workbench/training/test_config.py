@@ -14,6 +14,9 @@ from negative_cache.workbench.training.config import RunConfig, RunError
         ("in-batch", {"num_samples": 4}, "--num-samples has no effect"),
         ("gradcache", {"cache_size": 8192}, "--cache-size has no effect with --loss gradcache"),
         ("memory-bank", {"shared": False}, "--shared has no effect"),
+        ("negative-cache", {"num_samples": 0.25, "shared": False}, "--num-samples is 0.25; without shared documents"),
+        ("negative-cache", {"num_samples": 0}, '--num-samples is 0; it must be above 0, such as 0.25. Or "auto"'),
+        ("negative-cache", {"num_samples": "many"}, "--num-samples is 'many'; it must be a finite number. Or \"auto\""),
     ],
 )
 def test_options_without_effect_are_refused(loss: str, options: dict, message: str):
@@ -24,3 +27,5 @@ def test_options_without_effect_are_refused(loss: str, options: dict, message: s
 def test_options_with_effect_are_accepted():
     RunConfig(data="d", model="static", loss="memory-bank", output="o", cache_size=99)
     RunConfig(data="d", model="static", loss="negative-cache", output="o", refresh_per_step=4, use_lru=False)
+    RunConfig(data="d", model="static", loss="negative-cache", output="o", num_samples=0.25)
+    RunConfig(data="d", model="static", loss="negative-cache", output="o", shared=False, num_samples=2)

@@ -20,6 +20,7 @@ from negative_cache.workbench.training import driver
 CACHE_METRICS = (
     "interpretable_prediction_loss", "positive_probability", "cache_share", "fill", "staleness", "staleness_youngest",
     "staleness_oldest", "age", "effective_negatives", "near_duplicates", "gradient_norm_ratio",
+    "documents_per_query", "in_batch_noise", "sampling_noise",
 )  # fmt: skip
 
 

@@ -113,6 +113,11 @@ class Stopped(Exception):
 CACHE_SIZES = {"memory-bank": 64, "in-batch": RunConfig.cache_size}
 
 
+def plain(folder: Path, output: str, **options: Any) -> RunConfig:
+    """A run without options of the negative cache."""
+    return dataclasses.replace(configuration(folder, output), num_samples=RunConfig.num_samples, **options)
+
+
 @pytest.mark.parametrize("loss", CACHE_SIZES)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder: Path, loss: str):
     data = load_data(str(folder / "pairs.jsonl"))
@@ -123,7 +128,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder: Path, loss: s
 
     weights = []
     for name in ("whole", "stopped"):
-        config = dataclasses.replace(configuration(folder, f"{loss}-{name}"), loss=loss, cache_size=CACHE_SIZES[loss])
+        config = plain(folder, f"{loss}-{name}", loss=loss, cache_size=CACHE_SIZES[loss])
         if name == "stopped":
             with pytest.raises(Stopped):
                 run(config, data, on_step=stop)
@@ -136,15 +141,13 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(folder: Path, loss: s
 
 def test_several_ranks_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
-    config = dataclasses.replace(configuration(folder, "ranks"), loss="memory-bank")
+    config = plain(folder, "ranks", loss="memory-bank")
     with pytest.raises(RunError, match="one process only"):
         run(config, load_data(config.data))
     assert not (folder / "ranks.partial").exists()
 
 
 def test_gradient_caching_of_a_static_model_is_the_plain_loss(folder: Path):
-    config = dataclasses.replace(
-        configuration(folder, "x"), loss="gradcache", batch_size=64, cache_size=RunConfig.cache_size
-    )
+    config = plain(folder, "x", loss="gradcache", batch_size=64, cache_size=RunConfig.cache_size)
     model = load_model(config.model, [], 0)
     assert type(make_loss(config, model)) is MultipleNegativesRankingLoss
