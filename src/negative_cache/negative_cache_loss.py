@@ -176,8 +176,9 @@ class NegativeCacheLoss(CacheModule):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of `get_extra_state`."""
-        super().set_extra_state(state[:-1])
-        self.is_waiting = self._is_auto and bool(state[-1])  # the saved run may have had another `num_samples`
+        length = len(self.generator.get_state())  # earlier versions saved nothing else
+        super().set_extra_state(state[:length])
+        self.is_waiting = self._is_auto and bool(state[length:].any())  # the saved run may have had another budget
 
     @property
     def scale(self) -> Tensor | float:
