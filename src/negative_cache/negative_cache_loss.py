@@ -83,7 +83,8 @@ class NegativeCacheLoss(CacheModule):
             0.25, if they are shared. At least one is re-encoded per step (and rank). "auto" leaves the cache out of the
             loss until in-batch negatives alone represent it badly, and then re-encodes a quarter of a document per
             query, with weights that are biased in favor of less noise (see docs/how-it-works.md). With a number, the
-            gradient is unbiased. Without shared documents or in-batch negatives, "auto" is 1.
+            gradient is unbiased. Without shared documents or in-batch negatives, "auto" is 1. Ranks that do not share
+            their cache do not wait.
         in_batch: Whether the batch's documents are in-batch negatives of its other queries, with exact gradients.
         shared: Whether all queries share each re-encoded document; if False, each query has `num_samples` of its own.
         absolute_margin: A document counts as a false negative of a query, and is hidden from it, if its similarity
@@ -378,6 +379,10 @@ class NegativeCacheLoss(CacheModule):
     def _begin(self, inputs: BatchInputs) -> tuple[OneProcess | ManyRanks, Step]:
         """Validate a step; with several ranks, all ranks validate together."""
         is_writing = self.training and torch.is_grad_enabled()
+        if self.is_waiting and self.process_group is None and Ranks(default_group()).size > 1:
+            # Ranks with a cache each would not end the waiting in the same step. A wrapped encoder, as with DDP or
+            # FSDP, must be called equally often on all ranks.
+            self.is_waiting = False
         if self.process_group is None or self.ranks.size == 1:
             return OneProcess(), self._prepare(inputs, is_writing)
 

@@ -134,3 +134,16 @@ def check_state(loss_fn: NegativeCacheLoss, rank: int, batches: list[int]) -> No
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_cache_begins_to_count_on_all_ranks_at_once(world_size: int, tmp_path: Path):
     run_ranks(check_opening, world_size, tmp_path)
+
+
+def check_caches_of_their_own(rank: int, world_size: int, folder: Path) -> None:
+    """Every rank encodes in the same steps, also if only one of them has hard negatives."""
+    loss_fn = make_loss(20.0 if rank else 0.01, group=None)
+    for number in range(4):
+        step(loss_fn, BATCHES[world_size][0], number, rank)
+        assert not loss_fn.is_waiting
+        assert len(loss_fn.document_encoder.calls) == number  # none in the first step, with an empty cache
+
+
+def test_ranks_with_a_cache_each_do_not_wait(tmp_path: Path):
+    run_ranks(check_caches_of_their_own, 2, tmp_path)

@@ -142,10 +142,8 @@ def choose_together(
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
     concentration = ranks.sum(candidates.concentration)
     noise = measure_noise(request, lse, concentration, sizes, fill.num_filled, sum(handshake.num_in_batch))
-    best, lse_of_dims = (
-        slice(routes.num_draws, None),
-        [view.lse[handshake.own_queries] for view in candidates.views[1:]],
-    )
+    best = slice(routes.num_draws, None)
+    lse_of_dims = [view.lse[handshake.own_queries] for view in candidates.views[1:]]
     if config.is_waiting and not is_worth_it(noise, fill):  # the same on all ranks
         return Chosen(routes.only(best), [], lse_of_dims, noise)
     count = max(number_to_choose(config.num_samples, len(request.queries)), ranks.size)
