@@ -37,7 +37,7 @@ def cache_loss(
     device: torch.device,
     is_waiting: bool = False,
 ) -> NegativeCacheRankingLoss:
-    """The loss with a full cache.
+    """The loss with a full cache; while it waits, with an eighth of the rows free, because a full one ends the waiting.
 
     Args:
         model: The encoder.
@@ -49,6 +49,10 @@ def cache_loss(
     """
     loss = full_cache_loss(model, sizes.rows, sizes.length, getattr(torch, dtype), device, num_samples)
     loss.cache_loss.is_waiting = is_waiting
+    cache = loss.cache_loss.cache
+    assert cache is not None
+    if is_waiting:
+        cache.filled[-sizes.rows // 8 :] = False
     return loss
 
 

@@ -94,6 +94,9 @@ def test_metrics_are_those_of_the_dense_softmax():
         "effective_negatives",
         "near_duplicates",
         "gradient_norm_ratio",
+        "documents_per_query",
+        "in_batch_noise",
+        "sampling_noise",
     }
 
 
@@ -183,7 +186,7 @@ def test_records_of_a_step_are_small_and_hold_no_graph():
     step(loss_fn)
     kept = kept_tensors(loss_fn)
     assert len(kept) > 10
-    assert len(loss_fn.diagnostics._records) == 4
+    assert len(loss_fn.diagnostics._records) == 5
     assert not any(value.requires_grad for value in kept)
     assert not any(SIZE in value.shape for value in kept)
 

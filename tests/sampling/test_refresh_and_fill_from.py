@@ -217,7 +217,7 @@ def dense(loss_fn: NegativeCacheLoss, encoder: Encoder, numbers: list[int]) -> f
 
 def test_documents_are_in_the_cache_before_the_first_step():
     encoder = Encoder()
-    loss_fn = make_loss(encoder)
+    loss_fn = make_loss(encoder, num_samples=1)
     assert loss_fn.fill_from([documents(3, 4, 5), documents(6), documents(5, 7)]) == 5
     cache = loss_fn.cache
     assert sorted(cache.document_ids[cache.filled].tolist()) == [3, 4, 5, 6, 7]
