@@ -15,7 +15,7 @@ from benchmarks.peak import peak_bytes
 from benchmarks.report import COLOURS, MARKERS, Report, Row, Table, ratio, style, verdict
 from benchmarks.sizes import BUDGET_TARGETS, SizeSet, TrainingSizes
 from benchmarks.timing import median_ms, progress
-from benchmarks.training_step import IN_BATCH, cache_loss, pretrained_model, random_model, training_step
+from benchmarks.training_step import IN_BATCH, cache_loss, keep_waiting, pretrained_model, random_model, training_step
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 
 COLUMNS = {
@@ -79,9 +79,12 @@ def _measure(
     (dtype,) = given.dtypes
     losses: dict[str, nn.Module] = {IN_BATCH: MultipleNegativesRankingLoss(model)}
     for key, budget in BUDGETS.items():
-        losses[key] = cache_loss(model, given, dtype, budget.num_samples, device, budget.is_waiting)
+        losses[key] = cache_loss(model, given, dtype, budget.num_samples, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     calls = {key: training_step(loss, optimizer, given, device) for key, loss in losses.items()}
+    for key, loss in losses.items():
+        if key in BUDGETS and BUDGETS[key].is_waiting and isinstance(loss, NegativeCacheRankingLoss):
+            calls[key] = keep_waiting(loss, calls[key])
     times = median_ms(calls, sizes.repeats, device, name)
     rows: list[Row] = []
     for key, loss in losses.items():

@@ -35,9 +35,8 @@ def cache_loss(
     dtype: str,
     num_samples: float | Literal["auto"],
     device: torch.device,
-    is_waiting: bool = False,
 ) -> NegativeCacheRankingLoss:
-    """The loss with a full cache; while it waits, with an eighth of the rows free, because a full one ends the waiting.
+    """The loss with a full cache.
 
     Args:
         model: The encoder.
@@ -45,15 +44,26 @@ def cache_loss(
         dtype: Stored dtype of embeddings.
         num_samples: See `NegativeCacheLoss`.
         device: The device of the model.
-        is_waiting: With "auto", whether the cache is still left out of the loss.
     """
     loss = full_cache_loss(model, sizes.rows, sizes.length, getattr(torch, dtype), device, num_samples)
-    loss.cache_loss.is_waiting = is_waiting
-    cache = loss.cache_loss.cache
-    assert cache is not None
-    if is_waiting:
-        cache.filled[-sizes.rows // 8 :] = False
+    loss.cache_loss.is_waiting = False
     return loss
+
+
+def keep_waiting(loss: NegativeCacheRankingLoss, step: Callable[[], None]) -> Callable[[], None]:
+    """The same step of a loss that waits in each call. An eighth of the rows is free.
+
+    The documents of earlier steps are removed, because they, and a full cache, end the waiting.
+    """
+
+    def call() -> None:
+        cache = loss.cache_loss.cache
+        assert cache is not None
+        cache.filled[-cache.num_rows // 8 :] = False
+        loss.cache_loss.is_waiting = True
+        step()
+
+    return call
 
 
 def training_step(
