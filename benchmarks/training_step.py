@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -12,6 +14,7 @@ from torch import nn
 from benchmarks.encoders import full_cache_loss, minilm, random_encoder, random_texts
 from benchmarks.sizes import TrainingSizes
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.sampling import choose
 
 IN_BATCH = "in-batch"
 MINILM = "all-MiniLM-L6-v2"
@@ -51,17 +54,15 @@ def cache_loss(
 
 
 def keep_waiting(loss: NegativeCacheRankingLoss, step: Callable[[], None]) -> Callable[[], None]:
-    """The same step of a loss that waits in each call. An eighth of the rows is free.
-
-    The documents of earlier steps are removed, because they, and a full cache, end the waiting.
-    """
+    """The same step of a loss that waits in each call: its limit is infinite, and an eighth of the rows is free."""
 
     def call() -> None:
         cache = loss.cache_loss.cache
         assert cache is not None
         cache.filled[-cache.num_rows // 8 :] = False
         loss.cache_loss.is_waiting = True
-        step()
+        with patch.object(choose, "PAYS_ABOVE", math.inf):
+            step()
 
     return call
 
