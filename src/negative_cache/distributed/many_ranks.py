@@ -23,7 +23,7 @@ from negative_cache.distributed.packing import bytes_of, pack_rows, unpack_rows
 from negative_cache.distributed.routes import Routes, plan_routes
 from negative_cache.distributed.shard_search import choose_together, search_shard
 from negative_cache.retrieval.randomness import uniforms
-from negative_cache.sampling.choose import Fill, fill_of
+from negative_cache.sampling.choose import fill_of
 from negative_cache.sampling.config import (
     DocumentWeights,
     Encoded,
@@ -150,6 +150,7 @@ class ManyRanks:
         routes = plan_routes(config, handshake, lse, best_scores.double(), (uniform.cpu() >> 9).double() * 2.0**-53)
         merged = lse.logsumexp(dim=0).to(self.device, drawn.lse.dtype)
         shard = shard._replace(drawn=drawn._replace(lse=merged))
+        num_filled = filled.sum().to(self.device)
         weights: list[DocumentWeights] = []
         noise: Noise | None = None
         lse_of_dims = [merged[own] for _ in config.dims]
@@ -157,8 +158,7 @@ class ManyRanks:
             mean = ranks.sum(mean_embedding(shard.search, merged))[own]
             weights = [DocumentWeights(mean[:, :0], mean)]
         elif config.is_shared and len(routes.query):
-            fill = fill_of(filled.sum(), sum(handshake.num_rows), found.amax(dim=0))
-            fill = Fill(*(value.to(self.device) for value in fill))
+            fill = fill_of(num_filled, sum(handshake.num_rows), found.amax(dim=0).to(self.device))
             routes, weights, lse_of_dims, noise = choose_together(handshake, config, of_all, shard, routes, fill)
         arrivals = self._arrivals(found)
         own_found = torch.split(shard.found, handshake.num_new)[ranks.rank]
@@ -166,7 +166,7 @@ class ManyRanks:
         no_features = read_features(cache, none, config.data_keys) if config.num_best else {}
         sample = RoutedSample(
             lse=merged[own],
-            num_filled=filled.sum().to(self.device),
+            num_filled=num_filled,
             cached=shard.search.pool.gather(none),
             rows=none,
             weights=weights,

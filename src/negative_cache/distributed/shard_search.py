@@ -64,9 +64,7 @@ class Chosen(NamedTuple):
 
 def top_k_of_shard(top_k: int, num_rows: Sequence[int], rank: int) -> int:
     """The number of top_k groups in one shard: in proportion to its rows, and at least one if it has rows."""
-    ends = [round(top_k * sum(num_rows[: r + 1]) / max(sum(num_rows), 1)) for r in range(len(num_rows))]
-    count = ends[rank] - (ends[rank - 1] if rank else 0)
-    return min(max(count, 1), num_rows[rank])
+    return min(max(shares_of(top_k, num_rows)[rank], 1), num_rows[rank])
 
 
 def search_shard(
@@ -141,7 +139,15 @@ def choose_together(
     shares = estimators.cache_share(request.positive_scores, lse, request.in_batch_lse)
     sizes, query = _sizes_of_all(ranks, owner, candidates, candidates.sizes(shares, request.queries))
     concentration = ranks.sum(candidates.concentration)
-    noise = measure_noise(request, lse, concentration, sizes, fill.num_filled, sum(handshake.num_in_batch))
+    noise = measure_noise(
+        request,
+        lse,
+        shares,
+        concentration,
+        sizes,
+        num_filled=fill.num_filled,
+        num_in_batch=sum(handshake.num_in_batch),
+    )
     best = slice(routes.num_draws, None)
     lse_of_dims = [view.lse[handshake.own_queries] for view in candidates.views[1:]]
     if config.is_waiting and not is_worth_it(noise, fill):  # the same on all ranks
@@ -163,8 +169,8 @@ def choose_together(
 
 
 def shares_of(count: int, sizes: Sequence[int]) -> list[int]:
-    """Divide `count` in proportion to sizes; the parts sum to `count`."""
-    ends = [round(count * sum(sizes[: number + 1]) / sum(sizes)) for number in range(len(sizes))]
+    """Divide `count` in proportion to sizes; the parts sum to `count`, or are 0 if all sizes are."""
+    ends = [round(count * sum(sizes[: number + 1]) / max(sum(sizes), 1)) for number in range(len(sizes))]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 

@@ -170,7 +170,7 @@ def cache_loss(
         products = _products(batch.queries, encoded.documents, weights)
     if products is not None and len(encoded.documents):
         records.append(_record_documents(batch, scores, sample, encoded.documents, products.detach()))
-    estimate = _expected_product(batch.queries, products, weights, in_batch.embeddings)
+    estimate = expected_product(batch.queries, products, weights, in_batch.embeddings)
     losses = _loss_of_view(scores, sample.lse, shift, estimate)
     lse, in_batch_lse = sample.lse, scores.in_batch_lse
     if shift is not None:
@@ -181,7 +181,7 @@ def cache_loss(
         if len(encoded.documents):
             weights = sample.weights[1 + number]
             products = _products(queries, estimators.truncate(encoded.documents, dim), weights)
-        estimate = _expected_product(queries, products, weights, documents)
+        estimate = expected_product(queries, products, weights, documents)
         losses = losses + _loss_of_view(short_scores, sample.lse_of_dims[number], shift, estimate)
     return losses, records
 
@@ -193,7 +193,7 @@ def _loss_of_view(scores: Scores, lse: Tensor, shift: Tensor | None, estimate: T
         scores: Scores of the positives and the in-batch negatives.
         lse: `[batch]`: logsumexp over the cache.
         shift: `[]`, added to the scores of all negatives; None for nothing.
-        estimate: `[batch]`, with gradient: see `_expected_product`.
+        estimate: `[batch]`, with gradient: see `expected_product`.
     """
     in_batch, drawn = scores.in_batch, scores.positive * 0 if estimate is None else scores.scale * estimate
     if shift is not None:
@@ -208,7 +208,7 @@ def _products(queries: Tensor, documents: Tensor, weights: DocumentWeights | Non
     return estimators.dot(queries[:, None], documents.view(len(queries), -1, queries.shape[1]))
 
 
-def _expected_product(
+def expected_product(
     queries: Tensor, products: Tensor | None, weights: DocumentWeights | None, in_batch: Tensor
 ) -> Tensor | None:
     """The estimate of each query's expected product with a cached document, `[batch]`; None if nothing was sampled.

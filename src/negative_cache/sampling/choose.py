@@ -168,13 +168,21 @@ def is_worth_it(noise: Noise, fill: Fill) -> bool:
 
 
 def measure_noise(
-    request: SamplingRequest, lse: Tensor, concentration: Tensor, sizes: Tensor, num_filled: Tensor, num_in_batch: int
+    request: SamplingRequest,
+    lse: Tensor,
+    shares: Tensor,
+    concentration: Tensor,
+    sizes: Tensor,
+    *,
+    num_filled: Tensor,
+    num_in_batch: int,
 ) -> Noise:
     """Measure the noise of a step.
 
     Args:
         request: The queries of all ranks.
         lse: `[batch]`: logsumexp over the cache.
+        shares: `[batch]`: see `estimators.cache_share`.
         concentration: `[batch]`: see `Candidates`.
         sizes: `[n]`: see `Candidates.sizes`.
         num_filled: `[]`: the number of cached documents.
@@ -182,10 +190,9 @@ def measure_noise(
     """
     assert request.positive_scores is not None
     assert request.in_batch_lse is not None
-    scores = (request.positive_scores, lse, request.in_batch_lse)
-    shares, others = estimators.cache_share(*scores), max(num_in_batch - 1, 0)
+    others = max(num_in_batch - 1, 0)
     return Noise(
-        batch=estimators.batch_noise(*scores, request.queries),
+        batch=estimators.batch_noise(request.positive_scores, lse, request.in_batch_lse, request.queries),
         in_batch=estimators.in_batch_noise(shares, concentration, request.queries, num_filled, others),
         sizes=sizes,
     )

@@ -127,7 +127,13 @@ def _choose(sample: Sample, config: SamplingConfig, request: SamplingRequest, se
     shares = estimators.cache_share(request.positive_scores, drawn.lse, request.in_batch_lse)
     sizes, query = candidates.sizes(shares, request.queries)
     sample.noise = measure_noise(
-        request, drawn.lse, candidates.concentration, sizes, sample.num_filled, request.num_in_batch
+        request,
+        drawn.lse,
+        shares,
+        candidates.concentration,
+        sizes,
+        num_filled=sample.num_filled,
+        num_in_batch=request.num_in_batch,
     )
     if config.is_waiting:
         fill = fill_of(sample.num_filled, search.pool.num_rows, sample.document_rows)

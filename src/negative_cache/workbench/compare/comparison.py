@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
 from negative_cache.workbench.training.config import (
@@ -74,7 +74,7 @@ class Comparison:
     seeds: int = 3
     cache_size: int = 16_384
     scale: float = 20.0
-    num_samples: float | str = "auto"
+    num_samples: float | Literal["auto"] = "auto"
     embedding_dtype: str = "float32"
     learning_rates: tuple[float, ...] | None = None
     gradcache_factor: int = 16

@@ -78,7 +78,7 @@ class RunConfig:
     max_steps: int | None = None
     learning_rate: float | None = None
     scale: float = 20.0
-    num_samples: float | str = "auto"
+    num_samples: float | Literal["auto"] = "auto"
     in_batch: bool = True
     shared: bool = True
     absolute_margin: float | None = None
@@ -96,7 +96,7 @@ class RunConfig:
         check_choice("loss", self.loss, LOSSES)
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
         check_positive(self, ("cache_size", "batch_size", "epochs", "scale"))
-        parse_num_samples(str(self.num_samples), self.shared)
+        _checked_num_samples(self.num_samples, self.shared)
         optional = ("max_steps", "learning_rate", "eval_steps", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
         for field in fields(self):
@@ -126,6 +126,10 @@ def parse_num_samples(text: str, shared: bool = True) -> float | Literal["auto"]
         value: float | str = float(text)
     except ValueError:
         value = text
+    return _checked_num_samples(value, shared)
+
+
+def _checked_num_samples(value: object, shared: bool) -> float | Literal["auto"]:
     try:
         return check_num_samples(value, shared)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.workbench.training import processes
-from negative_cache.workbench.training.config import RunConfig, parse_num_samples
+from negative_cache.workbench.training.config import RunConfig
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
 
 GRADCACHE_MINI_BATCH = 32
@@ -38,7 +38,7 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         model,
         cache_size=config.cache_size,
         scale=config.scale,
-        num_samples=parse_num_samples(str(config.num_samples)),
+        num_samples=config.num_samples,
         in_batch=config.in_batch,
         shared=config.shared,
         absolute_margin=config.absolute_margin,
