@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.estimators_tried import first_phase
 from benchmarks.gradients import Objective, make_batch
@@ -19,7 +17,8 @@ from benchmarks.report import Row, Table
 from benchmarks.sizes import Case, VarianceSizes
 from benchmarks.stages import Corpus, Stage
 from negative_cache import estimators
-from negative_cache.sampling.config import AUTO_STEPS, draws_per_query
+from negative_cache.sampling.choose import number_to_choose
+from negative_cache.sampling.config import AUTO_STEPS, Noise, draws_per_query
 
 BUDGETS = {"1/8": 1 / 8, "1/4": 1 / 4, "1/2": 1 / 2, "1": 1.0, "2": 2.0, "4": 4.0}
 COUNTS = tuple(2 ** (exponent / 2) for exponent in range(-8, 5))  # per query, for the best one: 1/16 to 4
@@ -48,20 +47,6 @@ NOTE = (
 )
 
 
-class Noise(NamedTuple):
-    """The noise of a step.
-
-    Attributes:
-        batch: See `estimators.batch_noise`.
-        in_batch: See `estimators.in_batch_noise`.
-        sizes: `[n]`: the contribution of each drawn row, see `estimators.importance`.
-    """
-
-    batch: float
-    in_batch: float
-    sizes: Tensor
-
-
 def theory_table(corpus: Corpus, stages: Mapping[str, Stage], given: VarianceSizes) -> Table:
     """A row per budget in each case in which all estimators are compared."""
     rows: list[Row] = []
@@ -82,8 +67,8 @@ def measure_noise(objective: Objective, seed: int) -> Noise:
     num_rows, others = torch.tensor(len(cached), device=queries.device), len(queries) - 1
     concentration = probabilities.square().sum(dim=1)
     return Noise(
-        batch=float(estimators.batch_noise(*objective.scores, queries)),
-        in_batch=float(estimators.in_batch_noise(shares, concentration, queries, num_rows, others)),
+        batch=estimators.batch_noise(*objective.scores, queries),
+        in_batch=estimators.in_batch_noise(shares, concentration, queries, num_rows, others),
         sizes=estimators.importance(candidates.weights, shares, queries),
     )
 
@@ -94,19 +79,19 @@ def _rows(case: Case, noises: list[Noise]) -> list[Row]:
         "stage": case.stage,
         "batch": case.batch,
         "rows": case.rows,
-        "noise": statistics.mean(noise.batch for noise in noises) / case.batch,
-        "in_batch": statistics.mean(noise.in_batch / noise.batch for noise in noises),
+        "noise": statistics.mean(float(noise.batch) for noise in noises) / case.batch,
+        "in_batch": statistics.mean(float(noise.in_batch / noise.batch) for noise in noises),
     }
-    counts = sorted({max(1, round(budget * case.batch)) for budget in COUNTS})
+    counts = sorted({number_to_choose(budget, case.batch) for budget in COUNTS})
     for key, num_steps in STEPS.items():
         best = [
-            estimators.best_count(noise.sizes, counts, noise.batch, batch_cost=case.batch, num_steps=num_steps)
+            estimators.best_count(noise.sizes, counts, float(noise.batch), batch_cost=case.batch, num_steps=num_steps)
             for noise in noises
         ]
         of_case[f"best_{key}"] = statistics.geometric_mean(best) / case.batch
     rows: list[Row] = []
     for name, budget in BUDGETS.items():
-        row, count = {**of_case, "budget": name}, max(1, round(budget * case.batch))
+        row, count = {**of_case, "budget": name}, number_to_choose(budget, case.batch)
         for key, num_steps in STEPS.items():
             errors = [estimators.choice_error(noise.sizes, count, num_steps) / noise.batch for noise in noises]
             row[f"error_{key}"] = statistics.mean(map(float, errors))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from negative_cache import estimators
+from negative_cache.sampling.choose import number_to_choose
 
 
 class Situation(NamedTuple):
@@ -135,7 +136,7 @@ def two_phase(
             variate; it needs `control`.
     """
     rows, candidates = first_phase(situation, generator, num_candidates)
-    count = max(1, round(num_samples * len(situation.queries)))
+    count = number_to_choose(num_samples, len(situation.queries))
     size = estimators.importance(candidates.weights, candidates.shares, candidates.queries)
     units, step = estimators.inclusion_probabilities(size, count)
     ordered = order(candidates, size, generator)

@@ -16,6 +16,8 @@ from benchmarks.sizes import Case
 from benchmarks.stages import NUMBER, SPECS, Corpus, Stage, encode
 from benchmarks.timing import synchronize
 from negative_cache import NegativeCacheLoss, estimators
+from negative_cache.objective.loss import expected_product
+from negative_cache.sampling.config import DocumentWeights
 
 CHUNK = 2048  # documents encoded at once
 
@@ -197,10 +199,9 @@ def of_tried(objective: Objective, seed: int, function: Tried) -> Estimate:
         sample = function(objective.situation, generator)
         estimate.count += len(torch.unique(sample.rows))
         products = queries @ batch.encode_documents(batch.rows[sample.rows]).T
-        drawn = (sample.weights * products).sum(dim=1) + estimators.dot(queries, sample.correction)
-        if sample.missing_weight is not None:
-            stand_ins = estimators.stand_in_weights(sample.correction, sample.missing_weight, documents)
-            drawn = drawn + (stand_ins * estimators.products(queries.detach(), documents)).sum(dim=1)
+        weights = DocumentWeights(sample.weights, sample.correction, sample.missing_weight)
+        drawn = expected_product(queries, products, weights, documents)
+        assert drawn is not None
         return objective.loss(queries, documents, drawn)
 
     estimate = Estimate(step, lambda: None)
