@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from negative_cache.workbench.data.texts import Texts
 
 SPLITS = ("train", "dev", "test")
 NO_DOCUMENT = -1
@@ -20,19 +22,52 @@ class RetrievalData:
 
     Attributes:
         name: Its name in messages and tables.
-        corpus: Document id -> text.
-        queries: Query id -> text, of all splits.
-        qrels: Split -> query id -> ids of the relevant documents, in the order of the file.
-        notes: What was skipped or is not used, one line each.
+        corpus: Document id -> text; `Texts`, whatever mapping is given.
+        queries: Query id -> text, of all splits; `Texts`, whatever mapping is given.
+        qrels: Split -> query id -> ids of the relevant documents, which have a grade above 0, in the order of the file.
+        notes: How the data was read and what is not used, one line each.
         ignores_identical_ids: Whether a document with the id of a query is neither a result nor a negative of it.
+        grades: Split -> query id -> document id -> grade, for queries that have a judgement with a grade other than 1.
+        negatives: Query id -> ids of documents that are given as negatives of it, the first of the file first.
+        form: The form of the files, such as "BEIR folder".
+        skipped: What was skipped -> how often.
+        elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
+            are not searched in `corpus`.
     """
 
     name: str
-    corpus: dict[str, str]
-    queries: dict[str, str]
+    corpus: Mapping[str, str]
+    queries: Mapping[str, str]
     qrels: dict[str, dict[str, list[str]]]
     notes: tuple[str, ...] = ()
     ignores_identical_ids: bool = False
+    grades: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    negatives: dict[str, list[str]] = field(default_factory=dict)
+    form: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+    elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("corpus", "queries"):
+            object.__setattr__(self, name, Texts.of(getattr(self, name)))
+
+    def part(self, split: str) -> RetrievalData:
+        """The dataset that has the queries of a split and the documents they are searched in."""
+        return self.elsewhere.get(split, self)
+
+    def graded(self, split: str) -> dict[str, dict[str, float]]:
+        """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
+
+        Raises:
+            DataError: The split has no relevant document.
+        """
+        if split in self.elsewhere:
+            return self.elsewhere[split].graded(split)
+        judged = {query: dict.fromkeys(documents, 1.0) for query, documents in self.judged(split).items()}
+        for name in self.grades if split == "all" else (split,):
+            for query, grades in self.grades.get(name, {}).items():
+                judged[query] = {**judged.get(query, {}), **grades}
+        return judged
 
     def ignoring_identical_ids(self) -> RetrievalData:
         """The same data with `ignores_identical_ids`, and without judgements of a document with the id of its query.
@@ -80,6 +115,8 @@ class RetrievalData:
         Raises:
             DataError: The split has no judgements.
         """
+        if split in self.elsewhere:
+            return self.elsewhere[split].judged(split)
         if split == "all":
             together: dict[str, list[str]] = {}
             for qrels in self.qrels.values():

@@ -47,7 +47,7 @@ def from_pairs(name: str, rows: Rows, query_column: str | None, positive_column:
             relevant.append(document)
     if not documents:
         raise DataError(f"{name} has no pairs.")
-    groups = _Groups()
+    groups = Groups()
     for relevant in positives.values():
         for document in relevant:
             groups.join(relevant[0], document)
@@ -82,18 +82,20 @@ def _notes(name: str, used: set[str], unused: set[str]) -> tuple[str, ...]:
     return (note,)
 
 
-class _Groups:
+class Groups:
     """Disjoint sets of documents."""
 
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}
 
     def root(self, key: str) -> str:
+        """The smallest id in the set of a document."""
         while (parent := self._parent.get(key, key)) != key:
             self._parent[key] = self._parent.get(parent, parent)
             key = parent
         return key
 
     def join(self, a: str, b: str) -> None:
+        """Unite the sets of two documents."""
         a, b = self.root(a), self.root(b)
         self._parent[max(a, b)] = min(a, b)

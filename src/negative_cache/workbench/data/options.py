@@ -1,0 +1,36 @@
+"""`DataOptions`: how a dataset is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How a dataset is read, in addition to its name or path.
+
+    Attributes:
+        corpus: File or folder of documents that the rows refer to by id; None if the rows have their texts.
+        dev: File or dataset of the dev split; None for the data's own.
+        test: File or dataset of the test split; None for the data's own.
+        query_column: Column of the queries; None for the usual names.
+        positive_column: Column of the relevant documents; None for the usual names.
+        negative_column: Column of the negatives; None for the usual names.
+        negatives: "all", "ignore", or the largest number of negatives of a query that are used, the first of the file.
+        max_train_pairs: Use this number of training pairs; None for all.
+        encoding: Encoding of text files; None for UTF-8, or what is detected if a file is not UTF-8.
+        strict: Raise an error for an empty or missing text, instead of skipping and counting it.
+        ignore_identical_ids: Whether a document with the id of a query is neither a result nor a negative of it.
+    """
+
+    corpus: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    query_column: str | None = None
+    positive_column: str | None = None
+    negative_column: str | None = None
+    negatives: str = "all"
+    max_train_pairs: int | None = None
+    encoding: str | None = None
+    strict: bool = False
+    ignore_identical_ids: bool = False

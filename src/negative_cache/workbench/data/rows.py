@@ -1,0 +1,148 @@
+"""`Row`: a query with its documents, which all forms of rows are converted to, and the dataset that rows make up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow
+
+from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
+from negative_cache.workbench.data.splits import Groups, split_of
+from negative_cache.workbench.data.texts import ArrowWriter, Texts
+
+_BY_HASH = ""  # in place of a split
+
+
+class Document(NamedTuple):
+    """A document of a row.
+
+    Attributes:
+        text: The text, with its title; None for the document of a corpus that has the id.
+        id: The id; None for the document with this text.
+    """
+
+    text: str | None
+    id: str | None = None
+
+
+class Row(NamedTuple):
+    """A query with its documents.
+
+    Attributes:
+        place: Where the row is, such as "FILE, line 3", for messages.
+        query: The text of the query, with its prompt.
+        positives: The relevant documents.
+        negatives: Documents that are not relevant. Their number may differ from row to row.
+        query_id: The id of the query; None for the query with this text.
+    """
+
+    place: str
+    query: str
+    positives: Sequence[Document]
+    negatives: Sequence[Document] = ()
+    query_id: str | None = None
+
+
+class Collector:
+    """Collects rows. Rows of the same query are one query with several documents.
+
+    Args:
+        corpus: The documents that rows refer to by id; None if the rows have their texts.
+    """
+
+    def __init__(self, corpus: Texts | None = None) -> None:
+        self._corpus = corpus
+        self._queries = _Distinct("q")
+        self._documents = _Distinct("d")
+        self._positives: dict[str, dict[str, list[str]]] = {}
+        self._negatives: dict[str, list[str]] = {}
+
+    def add(self, row: Row, split: str | None = None) -> None:
+        """Add a row to a split; with None, to the split that the hash of its documents falls into.
+
+        Raises:
+            DataError: An id has two texts, or names no document.
+        """
+        query = self._queries.add(row.query, row.query_id, row.place)
+        relevant = self._positives.setdefault(split or _BY_HASH, {}).setdefault(query, [])
+        _extend(relevant, [self._document(document, row.place) for document in row.positives])
+        if row.negatives:
+            others = self._negatives.setdefault(query, [])
+            _extend(others, [self._document(document, row.place) for document in row.negatives])
+
+    def finish(
+        self, name: str, form: str, notes: Sequence[str] = (), skipped: dict[str, int] | None = None
+    ) -> RetrievalData:
+        """The dataset of all rows.
+
+        A document that is a positive of a query in any row is not a negative of it.
+        """
+        corpus = self._documents.texts() if self._corpus is None else self._corpus
+        qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
+        groups = Groups()
+        unassigned = self._positives.pop(_BY_HASH, {})
+        for documents in unassigned.values():
+            for document in documents:
+                groups.join(documents[0], document)
+        for query, documents in unassigned.items():
+            qrels[split_of(corpus[groups.root(documents[0])])][query] = documents
+        for split, positives in self._positives.items():
+            qrels.setdefault(split, {}).update(positives)
+        negatives = {}
+        for query, others in self._negatives.items():
+            known = {document for of_split in qrels.values() for document in of_split.get(query, ())}
+            if kept := [document for document in others if document not in known]:
+                negatives[query] = kept
+        return RetrievalData(
+            name, corpus, self._queries.texts(), qrels, tuple(notes),
+            negatives=negatives, form=form, skipped=skipped or {},
+        )  # fmt: skip
+
+    def _document(self, document: Document, place: str) -> str:
+        if self._corpus is None and document.text is not None:
+            return self._documents.add(document.text, document.id, place)
+        if self._corpus is None:
+            raise DataError(
+                f"{place}: the document {document.id!r} is given by its id alone. Give the file or folder of the "
+                "documents with --corpus."
+            )
+        if document.id is None or document.id not in self._corpus:
+            raise DataError(f"{place}: the corpus has no document {document.id!r}.")
+        return document.id
+
+
+class _Distinct:
+    """Distinct texts, each with an id: its own, or a prefix and a number."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._ids: dict[bytes, str] = {}  # of texts without an id, by the hash of the text
+        self._hashes: dict[str, bytes] = {}  # of texts with an id
+        self._writer = ArrowWriter({"id": pyarrow.string(), "text": pyarrow.string()})
+
+    def add(self, text: str, key: str | None, place: str) -> str:
+        """The id of a text, which is written if it is new."""
+        found = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if key is None:
+            known = self._ids.get(found)
+            if known is None:
+                known = self._ids[found] = f"{self._prefix}{len(self._ids)}"
+                self._writer.add(known, text)
+            return known
+        saved = self._hashes.get(key)
+        if saved is None:
+            self._hashes[key] = found
+            self._writer.add(key, text)
+        elif saved != found:
+            raise DataError(f"{place}: the id {key!r} has another text than before: {text[:60]!r}.")
+        return key
+
+    def texts(self) -> Texts:
+        """All texts."""
+        return Texts(self._writer.finish())
+
+
+def _extend(documents: list[str], others: list[str]) -> None:
+    documents.extend(document for document in dict.fromkeys(others) if document not in documents)
