@@ -292,7 +292,7 @@ class NegativeCacheRankingLoss(nn.Module):
         if labels is not None and labels.numel():
             labels = self._checked_labels(labels, hashes, documents, is_training)
             is_fixed = is_training and self.cache_loss.cache is not None  # the number of ids per document
-            own_labels, num_ids = list(labels[:, 0].split(sizes)), num_ids if is_fixed else 2
+            own_labels, num_ids = list(torch.split(labels[:, 0], sizes)), num_ids if is_fixed else 2
             if labels.shape[1] > 1:
                 positive_ids = labels[: sizes[0], 1:]
         if num_ids > 1:
