@@ -1,10 +1,11 @@
-"""Documents with the id of a query."""
+"""Documents with the id of a query, and the rows of training."""
 
 from __future__ import annotations
 
 import pytest
 
 from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import training_texts
 
 CORPUS = {"a": "text a", "b": "text b", "c": "text c"}
 
@@ -47,3 +48,19 @@ def test_documents_with_equal_texts_have_one_label():
     columns = found.training_set()[:]
     assert columns["positive"] == ["text b", "text a", "text b"]
     assert columns["label"] == [[1, 0], [0, 1], [1, 0]]
+
+
+def test_rows_of_training_have_the_negatives_of_their_query():
+    corpus = CORPUS | {"d": "text b"}
+    queries = {"x": "q", "y": "r", "z": "s"}
+    splits = {"train": {"x": ["a", "c"], "y": ["b"]}, "test": {"z": ["a"]}}
+    found = RetrievalData("set", corpus, queries, splits, negatives={"x": ["d", "b"], "z": ["c"]})
+    rows = found.training_set()
+    assert rows.column_names == ["anchor", "positive", "label", "negative", "negative_label"]
+    assert rows["anchor"][:] == ["q", "q", "r"]
+    assert rows["label"][:] == [[0, 2], [2, 0], [1]]
+    assert rows["negative"][:] == [["text b", "text b"], ["text b", "text b"], []]
+    assert rows["negative_label"][:] == [[1, 1], [1, 1], []]  # equal texts have the position of the first
+    assert list(training_texts(rows)) == ["q", "q", "r", "text a", "text c", "text b"]
+    only_tested = RetrievalData("set", corpus, queries, splits, negatives={"z": ["c"]})
+    assert only_tested.training_set().column_names == ["anchor", "positive", "label"]

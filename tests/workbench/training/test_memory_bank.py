@@ -77,6 +77,30 @@ def test_loss_gradients_and_queue_are_those_of_a_list(size: int):
         assert sorted(number for number, _ in queue) == sorted(loss.ids[loss.ids >= 0].tolist())
 
 
+def test_given_negatives_count_for_every_query_and_enter_the_queue():
+    torch.manual_seed(0)
+    loss = MemoryBankLoss(Identity(), 32, SCALE)
+    queue: list[tuple[int, Any]] = []
+    # given negatives of any number, some of which are later positives
+    for labels, given in ([[[0, 1], [2, -1]], [7, 8, 9]], [[[8, 3], [4, 9], [5, -1]], []], [[[6, -1]], [2, 10]]):
+        queries, documents, tensor = batch(labels)
+        negatives = torch.randn(len(given), DIM, requires_grad=True)
+        ids = torch.tensor([[number] + [-1] * (tensor.shape[1] - 1) for number in given], dtype=torch.int64)
+        found = loss(
+            [{"x": queries}, {"x": documents}, {"x": negatives}],
+            torch.cat([tensor, ids.view(len(given), tensor.shape[1])]),
+        )
+        normalized = list(zip(given, normalize(negatives, dim=-1), strict=True))
+        expected = dense(queries, documents, labels, [*normalized, *queue])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        leaves = [queries, documents, negatives] if given else [queries, documents]
+        for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        own = zip([row[0] for row in labels], normalize(documents.detach(), dim=-1), strict=True)
+        queue += [*own, *((number, value.detach()) for number, value in normalized)]
+    assert loss.ids[: len(queue)].tolist() == [number for number, _ in queue]
+
+
 def test_the_first_step_is_in_batch_and_evaluation_writes_nothing():
     torch.manual_seed(0)
     queries, documents, labels = batch([[0], [1], [2]])

@@ -158,12 +158,13 @@ class RetrievalData:
             columns |= {"negative": pyarrow.list_(pyarrow.string()), "negative_label": pyarrow.list_(pyarrow.int64())}
         writer = ArrowWriter(columns)
         for query, relevant in train.items():
-            anchor, others = self.queries[query], self.negatives.get(query, [])
-            negatives = [[documents[other] for other in others], [int(labels[documents.position(o)]) for o in others]]
-            known = [int(labels[documents.position(other)]) for other in self.never_negative(query, relevant)]
-            for positive, label in zip(relevant, known, strict=False):  # the ignored document is the last one
-                ids = list(dict.fromkeys([label, *known]))
-                writer.add(anchor, documents[positive], ids, *(negatives if has_negatives else ()))
+            others = [documents.position(other) for other in self.negatives.get(query, ())]
+            negatives = [documents.text(other) for other in others], labels[others].tolist()
+            known = [documents.position(other) for other in self.never_negative(query, relevant)]
+            of_known, anchor = labels[known].tolist(), self.queries[query]
+            for at in range(len(relevant)):
+                ids = list(dict.fromkeys([of_known[at], *of_known]))
+                writer.add(anchor, documents.text(known[at]), ids, *(negatives if has_negatives else ()))
         return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
 

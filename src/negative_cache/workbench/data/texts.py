@@ -59,8 +59,7 @@ class Texts(Mapping[str, str]):
         return cls(writer.finish())
 
     def __getitem__(self, key: str) -> str:
-        text: str = self._texts[self.position(key)].as_py()
-        return text
+        return self.text(self.position(key))
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -98,6 +97,11 @@ class Texts(Mapping[str, str]):
         """The id at a position."""
         key: str = self._ids[position].as_py()
         return key
+
+    def text(self, position: int) -> str:
+        """The text at a position."""
+        text: str = self._texts[position].as_py()
+        return text
 
     def first_of_equal(self) -> np.ndarray:
         """For each text, the position of the first text that is equal to it: int64 `[n]`.

@@ -170,7 +170,7 @@ def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: Re
     if not len(rows):
         return []
     rows = rows[torch.tensor(spread(range(len(rows)), NUM_ROWS), device=rows.device)]
-    encoded = embed(model, [corpus[corpus.key(number)] for number in ids[rows].tolist()])
+    encoded = embed(model, [corpus.text(number) for number in ids[rows].tolist()])
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
