@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow
@@ -12,14 +11,12 @@ import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache.cache.specs import NO_ID
 
 LABEL_SUFFIX = "_label"  # of the column with the ids of the negatives
 
 
-@dataclass
 class RaggedNegativesCollator(SentenceTransformerDataCollator):
     """A data collator for rows with any number of negatives each, also none.
 
@@ -37,7 +34,8 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
     another one. For `SentenceTransformerTrainer`, pass `data_collator=RaggedNegativesCollator(model.preprocess)`, with
     the `prompts` and the `router_mapping` of the training arguments, if there are any.
 
-    Attributes:
+    Args:
+        *args: See `SentenceTransformerDataCollator`, as for `**kwargs`.
         varies_by_rank: Whether the ranks of a distributed run may have different numbers of negatives.
             `NegativeCacheRankingLoss` allows it, the losses of sentence-transformers do not. `NegativeCacheTrainer`
             sets it.
@@ -48,7 +46,9 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
         TypeError: A negative is not a text.
     """
 
-    varies_by_rank: bool = False
+    def __init__(self, *args: Any, varies_by_rank: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.varies_by_rank = varies_by_rank
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows of the dataset to a batch of model inputs."""
@@ -137,9 +137,8 @@ def _negatives(
 
 
 def _with_equal_lengths(features: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    rows = [torch.tensor(row[name]) for row in features]
-    padded = pad_sequence(rows, batch_first=True, padding_value=NO_ID)
-    return [{**row, name: values} for row, values in zip(features, padded.tolist(), strict=True)]
+    width = max(len(row[name]) for row in features)
+    return [{**row, name: [*row[name], *[NO_ID] * (width - len(row[name]))]} for row in features]
 
 
 def _appended(labels: Tensor, others: list[int]) -> Tensor:
