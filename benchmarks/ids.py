@@ -57,7 +57,7 @@ def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float
         )  # fmt: skip
         model = load_model(config.model, [*columns["anchor"], *columns["positive"]], seed)
         make_trainer(Path(folder), config, columns, model).train()
-        return float(evaluate(model, data, "test")[METRIC])
+        return float(evaluate(model, data, ("test",))["test"].metrics()[METRIC])
 
 
 def _columns(data: RetrievalData, form: str) -> dict[str, list[Any]]:

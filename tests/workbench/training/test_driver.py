@@ -34,7 +34,7 @@ def test_train_evaluate_and_search_from_the_command_line(beir: Path, tmp_path: P
     record = json.loads((output / "run.json").read_text())
     assert record["configuration"]["loss"] == "negative-cache"
     assert record["after"]["num_documents"] == 80
-    assert record["after"]["mrr@10"] >= record["before"]["mrr@10"]
+    assert record["after"]["MRR@10"] >= record["before"]["MRR@10"]
     assert record["peak_memory_bytes"] > 0
     steps = [row["step"] for row in record["history"] if "loss" in row]
     assert len(steps) >= 30
@@ -56,8 +56,9 @@ def test_train_evaluate_and_search_from_the_command_line(beir: Path, tmp_path: P
     result = invoke("evaluate", *trained, "--split", "test", "--json")
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
-    assert set(metrics) == {"mrr@10", "ndcg@10", "recall@1", "recall@10", "recall@100", "num_queries", "num_documents"}
-    assert metrics["mrr@10"] == pytest.approx(record["after"]["mrr@10"], abs=1e-6)
+    names = {"MRR@10", "nDCG@10", "AP@100", "R@1", "R@10", "R@100"}
+    assert set(metrics) == {*names, "num_queries", "num_documents"}
+    assert metrics["MRR@10"] == pytest.approx(record["after"]["MRR@10"], abs=1e-6)
 
     result = invoke("search", *trained, "-n", 2, DOCUMENTS["d5"])
     assert result.exit_code == 0, result.output
@@ -91,11 +92,11 @@ def test_identical_ids_are_ignored_and_what_is_not_used_is_said_and_recorded(bei
     def evaluate(*more: str) -> float:
         ended = invoke("evaluate", "--model", output, "--data", beir, "--json", "--quiet", *more)
         assert (ended.exit_code, ended.stderr) == (0, ""), ended.output
-        return json.loads(ended.stdout)["mrr@10"]
+        return json.loads(ended.stdout)["MRR@10"]
 
-    assert evaluate("--ignore-identical-ids") == pytest.approx(record["after"]["mrr@10"])
+    assert evaluate("--ignore-identical-ids") == pytest.approx(record["after"]["MRR@10"])
     assert evaluate("--ignore-identical-ids", "--split", "dev") == pytest.approx(dev)
-    assert evaluate() < record["after"]["mrr@10"]  # a query's own text is always the first
+    assert evaluate() < record["after"]["MRR@10"]  # a query's own text is always the first
     assert evaluate("--split", "dev") < dev
 
 

@@ -33,7 +33,7 @@ def evaluate(
         from negative_cache.workbench.evaluation import evaluate as evaluate_model
 
         with counting_bar(terminal, "Encoding documents") as on_progress:
-            metrics = evaluate_model(trained, loaded, split, on_progress)
+            metrics = evaluate_model(trained, loaded, (split,), on_progress=on_progress)[split].metrics()
         terminal.result(metrics)
         sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
         terminal.out.print(metrics_table(f"{loaded.name}, {split}: {sizes}", {split: metrics}))
@@ -57,7 +57,7 @@ def search(
         from negative_cache.workbench.evaluation import search as search_corpus
 
         with counting_bar(terminal, "Encoding documents") as on_progress:
-            hits = search_corpus(trained, loaded, query, num_results, on_progress)
+            hits = search_corpus(trained, loaded, query, num_results, on_progress=on_progress)
         found = list(zip(query, hits, strict=True))
         terminal.result([{"query": text, "documents": [hit._asdict() for hit in own]} for text, own in found])
         for text, own in found:

@@ -55,6 +55,10 @@ class RetrievalData:
         """The dataset that has the queries of a split and the documents they are searched in."""
         return self.elsewhere.get(split, self)
 
+    def has(self, split: str) -> bool:
+        """Whether a split has judgements."""
+        return bool(self.part(split).qrels.get(split))
+
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
 

@@ -1,0 +1,26 @@
+"""Evaluation: search in a corpus with a model, measures of the results, and TREC files.
+
+Imports `negative_cache.workbench.data` and `files`.
+"""
+
+from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
+from negative_cache.workbench.evaluation.measures import Run, depth_of, judge, means, parse_measures
+from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator
+from negative_cache.workbench.evaluation.searching import Hit, search, search_splits
+
+__all__ = [
+    "EncodingOptions",
+    "Hit",
+    "OnProgress",
+    "Quality",
+    "Run",
+    "depth_of",
+    "evaluate",
+    "judge",
+    "judge_split",
+    "make_evaluator",
+    "means",
+    "parse_measures",
+    "search",
+    "search_splits",
+]
