@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("ranks")
     random_pairs(path / "pairs.jsonl", 700)  # about 37 steps an epoch
-    columns = load_data(str(path / "pairs.jsonl"), None, None).training_columns()
+    columns = load_data(str(path / "pairs.jsonl")).training_columns()
     load_model("static", [*columns["anchor"], *columns["positive"]], 0).save_pretrained(str(path / "model"))
     return path
 

@@ -15,6 +15,7 @@ from command_line import invoke
 from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
 from negative_cache.workbench.compare.running import best_rate, extensions, summary
 from negative_cache.workbench.compare.table import command_of_best, verdict
+from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.training.config import RunError
 from negative_cache.workbench.training.record import RunRecord
 
@@ -231,9 +232,9 @@ def test_configurations_differ_only_in_the_loss_and_its_settings():
 
 
 def test_identical_ids_are_ignored_in_every_run_and_in_the_command_of_the_best():
-    comparison = Comparison("d", "static", ("in-batch",), "out", ignore_identical_ids=True)
+    comparison = Comparison("d", "static", ("in-batch",), "out", data_options=DataOptions(ignore_identical_ids=True))
     config = comparison.run_config("in-batch", 0.1, 0)
-    assert config.ignore_identical_ids
+    assert config.data_options.ignore_identical_ids
     runs = [record(0.5)]
     loss = {"configuration": asdict(config), "learning_rate": 0.1, "runs": runs, "summary": summary(runs)}
     command = command_of_best({"configuration": asdict(comparison), "losses": {"in-batch": loss}})

@@ -84,7 +84,7 @@ def test_identical_ids_are_ignored_and_what_is_not_used_is_said_and_recorded(bei
     ]
     record = json.loads((output / "run.json").read_text())
     assert record["data_notes"] == notes
-    assert record["configuration"]["ignore_identical_ids"] is True
+    assert record["configuration"]["data_options"]["ignore_identical_ids"] is True
     for note in notes:
         assert trained.stderr.count(f"Note: {note}") == 1
     (dev,) = [row["eval_dev_cosine_mrr@10"] for row in record["history"] if "eval_dev_cosine_mrr@10" in row]

@@ -12,8 +12,10 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.progress import ComparisonBar
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.data.options import DataOptions
 
 
+@opt.takes_data_options()
 def compare(
     data: opt.Data,
     output: Annotated[str, typer.Option(help="Folder of the results. The same command continues a comparison in it.")],
@@ -32,9 +34,7 @@ def compare(
         str | None, typer.Option(help="Comma-separated. Default: 0.4, 1 and 2.5 times the default of the model.")
     ] = None,
     gradcache_factor: Annotated[int, typer.Option(help="Factor that multiplies the batch size for gradcache.")] = 16,
-    query_column: opt.QueryColumn = None,
-    positive_column: opt.PositiveColumn = None,
-    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
+    data_options: DataOptions = DataOptions(),  # noqa: B008
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -49,7 +49,7 @@ def compare(
         comparison = opt.make(
             Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
         )
-        loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids)
+        loaded = terminal.load_data(data, data_options)
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))

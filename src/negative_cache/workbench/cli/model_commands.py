@@ -10,25 +10,25 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal, escape
+from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
     from negative_cache.workbench.evaluation import Hit
 
 
+@opt.takes_data_options()
 def evaluate(
     model: opt.TrainedModel,
     data: opt.Data,
     split: Annotated[str, typer.Option(help="train, dev, test or all.")] = "test",
-    query_column: opt.QueryColumn = None,
-    positive_column: opt.PositiveColumn = None,
-    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
+    data_options: DataOptions = DataOptions(),  # noqa: B008
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure the retrieval quality of a model, for the queries of a split against the whole corpus."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids, split)
+        loaded = terminal.load_data(data, data_options, split)
         trained = _load_model(terminal, model)
         from negative_cache.workbench.evaluation import evaluate as evaluate_model
 
@@ -39,20 +39,20 @@ def evaluate(
         terminal.out.print(metrics_table(f"{loaded.name}, {split}: {sizes}", {split: metrics}))
 
 
+@opt.takes_data_options("corpus", "query_column", "positive_column", "negative_column", "encoding", "strict")
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
     model: opt.TrainedModel,
     data: opt.Data,
     num_results: Annotated[int, typer.Option("--num-results", "-n", min=1, help="Documents per query.")] = 5,
-    query_column: opt.QueryColumn = None,
-    positive_column: opt.PositiveColumn = None,
+    data_options: DataOptions = DataOptions(),  # noqa: B008
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Show the best documents of a corpus for a query."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        loaded = terminal.load_data(data, query_column, positive_column)
+        loaded = terminal.load_data(data, data_options)
         trained = _load_model(terminal, model)
         from negative_cache.workbench.evaluation import search as search_corpus
 

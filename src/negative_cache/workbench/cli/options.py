@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from negative_cache.workbench.data.options import DataOptions
+
 DATA_HELP = (
-    "python-code (functions of the installed packages), a folder in BEIR layout, a .jsonl, .csv, .tsv or .parquet file "
-    "of pairs, or hf:NAME."
+    "A file of pairs, triplets or lists (.jsonl, .csv, .parquet ...), a folder (BEIR, MS MARCO ...), hf:NAME[:CONFIG], "
+    "or python-code (functions of the installed packages)."
 )
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer loads.")]
 TrainedModel = Annotated[str, typer.Option(help="A name or path that SentenceTransformer loads.")]
-QueryColumn = Annotated[str | None, typer.Option(help="Column of the queries in a file of pairs.")]
-PositiveColumn = Annotated[str | None, typer.Option(help="Column of the documents in a file of pairs.")]
-IgnoreIdenticalIds = Annotated[
-    bool, typer.Option("--ignore-identical-ids", help="Leave a document with the id of a query out of its results.")
-]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
 BatchSize = Annotated[int, typer.Option(help="Queries per step, on each rank.")]
@@ -33,7 +32,57 @@ Shared = Annotated[bool, typer.Option(help="Use each re-encoded document for all
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and the result if --json is given.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON, on stdout.")]
 
+_DATA_OPTIONS: dict[str, Any] = {
+    "corpus": Annotated[str | None, typer.Option(help="File or folder of documents that rows refer to by id.")],
+    "dev": Annotated[str | None, typer.Option(help="File or dataset of the dev split.")],
+    "test": Annotated[str | None, typer.Option(help="File or dataset of the test split.")],
+    "query_column": Annotated[str | None, typer.Option(help="Column of the queries.")],
+    "positive_column": Annotated[str | None, typer.Option(help="Column of the relevant documents.")],
+    "negative_column": Annotated[str | None, typer.Option(help="Column of the negatives.")],
+    "negatives": Annotated[
+        str, typer.Option(help="Negatives of the data: all, ignore, or at most a number per query.")
+    ],
+    "max_train_pairs": Annotated[int | None, typer.Option(min=1, help="Train with this number of pairs.")],
+    "encoding": Annotated[str | None, typer.Option(help="Encoding of text files. Default: UTF-8, or as detected.")],
+    "strict": Annotated[bool, typer.Option("--strict", help="Fail at an empty text, instead of skipping it.")],
+    "ignore_identical_ids": Annotated[
+        bool, typer.Option("--ignore-identical-ids", help="Leave a document with the id of a query out of its results.")
+    ],
+}
+
 _Made = TypeVar("_Made")
+
+
+def takes_data_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter `data_options` by the options that are the fields of `DataOptions`.
+
+    Args:
+        names: The fields; all if none is given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        options = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_DATA_OPTIONS[field.name]
+            )
+            for field in fields(DataOptions)
+            if not names or field.name in names
+        ]
+
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            data_options = DataOptions(**{option.name: given.pop(option.name) for option in options})
+            command(**given, data_options=data_options)
+
+        parameters: list[inspect.Parameter] = []
+        for own in signature.parameters.values():
+            parameters += options if own.name == "data_options" else [own.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return call
+
+    return decorate
 
 
 def make(kind: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:

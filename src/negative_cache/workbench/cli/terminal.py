@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 
 if TYPE_CHECKING:
-    from negative_cache.workbench.data import RetrievalData
+    from negative_cache.workbench.data import DataOptions, RetrievalData
 
 INVALID, FAILURE, STOPPED = 2, 1, 130  # exit codes
 
@@ -82,18 +82,14 @@ class Terminal:
     def load_data(
         self,
         source: str,
-        query_column: str | None,
-        positive_column: str | None,
-        ignore_identical_ids: bool = False,
+        options: DataOptions,
         split: str | None = None,
     ) -> RetrievalData:
         """Load a dataset, and print its notes; if a split is given, check that it has judgements."""
         with self.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
         with self.waiting(f"Reading {source} ..."):
-            data = load_data(source, query_column, positive_column)
-            if ignore_identical_ids:
-                data = data.ignoring_identical_ids()
+            data = load_data(source, options)
             for note in data.notes:
                 self.progress.print(f"[bold yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
             if split is not None:

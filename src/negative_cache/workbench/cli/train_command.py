@@ -14,6 +14,7 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.progress import training_bar
 from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
     from negative_cache.workbench.training.record import RunRecord
@@ -24,6 +25,7 @@ LOSS_HELP = (
 )
 
 
+@opt.takes_data_options()
 def train(
     data: opt.Data,
     output: Annotated[str, typer.Option(help="New folder for the trained model and run.json.")],
@@ -58,9 +60,7 @@ def train(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
-    query_column: opt.QueryColumn = None,
-    positive_column: opt.PositiveColumn = None,
-    ignore_identical_ids: opt.IgnoreIdenticalIds = False,
+    data_options: DataOptions = DataOptions(),  # noqa: B008
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -75,7 +75,7 @@ def train(
             from negative_cache.workbench.training.driver import finished_run, run
         record = finished_run(config, resume)
         if record is None:
-            loaded = terminal.load_data(data, query_column, positive_column, ignore_identical_ids)
+            loaded = terminal.load_data(data, data_options)
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 record = run(config, loaded, resume=resume, on_step=on_step, on_progress=on_progress)
         if record is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
@@ -22,9 +23,9 @@ RATE_FACTORS = (0.4, 1.0, 2.5)
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
     "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
-    "ignore_identical_ids",
+    "data_options",
 }  # fmt: skip
-_OPTIONS = {field.name for field in fields(RunConfig)} - FIXED_FIELDS
+_OPTIONS = {option.name for option in fields(RunConfig)} - FIXED_FIELDS
 
 
 def parse_losses(text: str) -> tuple[str, ...]:
@@ -60,9 +61,7 @@ class Comparison:
         embedding_dtype: dtype of the negative cache's embeddings.
         learning_rates: In increasing order; None for 0.4, 1 and 2.5 times the default of the model.
         gradcache_factor: Factor that multiplies the batch size for gradcache.
-        query_column: See `load_data`.
-        positive_column: See `load_data`.
-        ignore_identical_ids: See `RunConfig`.
+        data_options: How the data is read.
     """
 
     data: str
@@ -78,9 +77,7 @@ class Comparison:
     embedding_dtype: str = "float32"
     learning_rates: tuple[float, ...] | None = None
     gradcache_factor: int = 16
-    query_column: str | None = None
-    positive_column: str | None = None
-    ignore_identical_ids: bool = False
+    data_options: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
         check_positive(self, ("seeds", "gradcache_factor"))
@@ -103,8 +100,8 @@ class Comparison:
         name, *settings = spec.split(":")
         if name not in LOSSES:
             raise RunError(f"--losses has {name!r}; expected {', '.join(LOSSES)}, separated by commas.")
-        names = [field.name for field in fields(self) if field.name in _OPTIONS and has_effect(name, field.name)]
-        shared = {field: getattr(self, field) for field in names}
+        names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
+        shared = {option: getattr(self, option) for option in names}
         if name == "gradcache":
             shared["batch_size"] *= self.gradcache_factor
         options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
@@ -115,7 +112,7 @@ class Comparison:
             output=self.output,
             epochs=self.epochs,
             save_steps=None,
-            ignore_identical_ids=self.ignore_identical_ids,
+            data_options=self.data_options,
             **options,
         )
 

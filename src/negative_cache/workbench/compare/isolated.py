@@ -29,14 +29,10 @@ class Job:
     Attributes:
         config: The configuration.
         options: What to measure and keep.
-        query_column: See `load_data`.
-        positive_column: See `load_data`.
     """
 
     config: RunConfig
     options: RunOptions
-    query_column: str | None = None
-    positive_column: str | None = None
 
 
 def run_isolated(job: Job, on_progress: Callable[[int, int], None] | None = None) -> RunRecord:
@@ -88,7 +84,7 @@ def _run_and_send(sender: Connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        data = load_data(job.config.data, job.query_column, job.positive_column)
+        data = load_data(job.config.data, job.config.data_options)
         message: tuple[str, Any] = ("record", run(job.config, data, job.options, resume=True, on_step=on_step))
     except (ValueError, OSError) as error:
         message = ("error", str(error))

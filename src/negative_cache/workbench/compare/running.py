@@ -155,8 +155,6 @@ class _Runner:
         job = Job(
             comparison.run_config(spec, rate, seed),
             replace(OPTIONS, curve=POINTS if has_curve else ()),
-            comparison.query_column,
-            comparison.positive_column,
         )
         name = f"{spec}, rate {rate:g}, seed {seed}"
         self.watcher.begin(name, self.num_left)

@@ -8,6 +8,7 @@ from typing import Any
 
 from negative_cache.workbench.compare.comparison import FIXED_FIELDS
 from negative_cache.workbench.compare.running import REPORTED
+from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.training.config import RunConfig, flag_of
 from negative_cache.workbench.training.record import RunRecord
 
@@ -78,15 +79,15 @@ def command_of_best(result: dict[str, Any]) -> str:
     words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]
     for field in fields(RunConfig):
         value, flag = options.get(field.name, field.default), flag_of(field.name)
-        if field.name in FIXED_FIELDS - {"epochs", "ignore_identical_ids"} or value == field.default:
+        if field.name in FIXED_FIELDS - {"epochs"} or value == field.default:
             continue
         if isinstance(field.default, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
-    for column in ("query_column", "positive_column"):
-        if comparison.get(column) is not None:
-            words += [flag_of(column), comparison[column]]
+    for field in fields(DataOptions):
+        if (value := comparison["data_options"][field.name]) != field.default:
+            words += [flag_of(field.name)] if value is True else [flag_of(field.name), str(value)]
     return shlex.join([*words, "--output", "MODEL"])
 
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 from negative_cache.workbench.data import python_code
 from negative_cache.workbench.data.beir import load_beir
+from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.reading import file_rows, hub_rows
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 from negative_cache.workbench.data.splits import from_pairs
 
 
-def load_data(source: str, query_column: str | None = None, positive_column: str | None = None) -> RetrievalData:
+def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     """Load a retrieval dataset.
 
     Args:
         source: `python-code`; a folder in BEIR layout; a .jsonl, .csv, .tsv or .parquet file of pairs (the first three
             also as .gz); or `hf:NAME`, a dataset of pairs that the datasets library can load.
-        query_column: Column of the queries in pairs; default: query, anchor or question.
-        positive_column: Column of the documents in pairs; default: positive, document, answer or passage.
+        options: How to read it; None for the defaults.
 
     Returns:
         The dataset. Its `notes` say what was skipped or is not used.
@@ -26,6 +26,12 @@ def load_data(source: str, query_column: str | None = None, positive_column: str
     Raises:
         DataError: The data cannot be used; the message names the file and the line.
     """
+    options = options or DataOptions()
+    data = _load(source, options.query_column, options.positive_column)
+    return data.ignoring_identical_ids() if options.ignore_identical_ids else data
+
+
+def _load(source: str, query_column: str | None, positive_column: str | None) -> RetrievalData:
     if source.startswith("hf:"):
         return from_pairs(source, hub_rows(source[3:]), query_column, positive_column)
     path = Path(source)

@@ -80,11 +80,12 @@ class Collector:
         A document that is a positive of a query in any row is not a negative of it.
         """
         corpus = self._documents.texts() if self._corpus is None else self._corpus
+        queries = self._queries.texts()
         qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         groups = Groups()
         unassigned = self._positives.pop(_BY_HASH, {})
         for documents in unassigned.values():
-            for document in documents:
+            for document in documents[1:]:
                 groups.join(documents[0], document)
         for query, documents in unassigned.items():
             qrels[split_of(corpus[groups.root(documents[0])])][query] = documents
@@ -96,7 +97,7 @@ class Collector:
             if kept := [document for document in others if document not in known]:
                 negatives[query] = kept
         return RetrievalData(
-            name, corpus, self._queries.texts(), qrels, tuple(notes),
+            name, corpus, queries, qrels, tuple(notes),
             negatives=negatives, form=form, skipped=skipped or {},
         )  # fmt: skip
 
@@ -140,7 +141,8 @@ class _Distinct:
         return key
 
     def texts(self) -> Texts:
-        """All texts."""
+        """All texts. No more can be added."""
+        self._ids, self._hashes = {}, {}
         return Texts(self._writer.finish())
 
 

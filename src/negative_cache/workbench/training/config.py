@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from negative_cache.sampling.config import check_num_samples
+from negative_cache.workbench.data import DataOptions
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -65,7 +66,7 @@ class RunConfig:
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         save_steps: Steps between checkpoints; None for no checkpoints.
-        ignore_identical_ids: Whether a document with the id of a query is neither a result nor a negative of it.
+        data_options: How the data is read.
     """
 
     data: str
@@ -90,7 +91,7 @@ class RunConfig:
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
-    ignore_identical_ids: bool = False
+    data_options: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, LOSSES)
@@ -99,11 +100,11 @@ class RunConfig:
         _checked_num_samples(self.num_samples, self.shared)
         optional = ("max_steps", "learning_rate", "eval_steps", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
-        for field in fields(self):
-            if getattr(self, field.name) != field.default and not has_effect(self.loss, field.name):
-                losses = " and ".join(loss for loss in LOSSES if field.name in FIELDS_OF.get(loss, ()))
+        for option in fields(self):
+            if not has_effect(self.loss, option.name) and getattr(self, option.name) != option.default:
+                losses = " and ".join(loss for loss in LOSSES if option.name in FIELDS_OF.get(loss, ()))
                 raise RunError(
-                    f"{flag_of(field.name)} has no effect with --loss {self.loss}, only with {losses}. Leave it out."
+                    f"{flag_of(option.name)} has no effect with --loss {self.loss}, only with {losses}. Leave it out."
                 )
         if self.loss == "negative-cache" and self.batch_size > self.cache_size:
             raise RunError(

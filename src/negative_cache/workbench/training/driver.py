@@ -78,7 +78,7 @@ def run(
 
     Args:
         config: The configuration.
-        data: The data that `config.data` names. `ignoring_identical_ids` is applied to it if the configuration says so.
+        data: The data that `config.data` names, read with `config.data_options`.
         options: What to measure and keep; None for the defaults.
         resume: Continue an unfinished run of the same configuration, if there is one.
         on_step: Called with (step, steps, latest logs) after each training step.
@@ -95,8 +95,6 @@ def run(
     """
     if record := finished_run(config, resume):
         return record
-    if config.ignore_identical_ids:
-        data = data.ignoring_identical_ids()
     task = _Run(config, data, options or RunOptions(), on_step, on_progress)
     task.check()
     is_first = processes.start() == 0
