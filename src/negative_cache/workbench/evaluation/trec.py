@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -88,8 +88,8 @@ def write_qrels(path: Path, qrels: Qrels) -> None:
 def _reading(path: Path) -> Iterator[Iterable[str]]:
     with path.open("rb") as file:
         is_compressed = file.read(2) == _GZIP
-    opened: IO[str] = gzip.open(path, "rt", encoding="utf-8") if is_compressed else path.open(encoding="utf-8")
-    with opened as lines:
+    opening: Callable[..., IO[str]] = gzip.open if is_compressed else open
+    with opening(path, "rt", encoding="utf-8") as lines:
         try:
             yield lines
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
@@ -97,14 +97,9 @@ def _reading(path: Path) -> Iterator[Iterable[str]]:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    with replacing(path) as temporary:
-        opened: IO[str]
-        if path.suffix == ".gz":
-            opened = gzip.open(temporary, "wt", encoding="utf-8", newline="\n")
-        else:
-            opened = temporary.open("w", encoding="utf-8", newline="\n")
-        with opened as file:
-            file.writelines(lines)
+    opening: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
+    with replacing(path) as temporary, opening(temporary, "wt", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
 
 
 def _id(name: str) -> str:
