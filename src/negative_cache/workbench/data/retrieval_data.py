@@ -41,6 +41,7 @@ class RetrievalData:
         skipped: What was skipped -> how often.
         elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
             are not searched in `corpus`.
+        splits_by_hash: Whether the rows have no splits of their own and are split by a hash of the documents.
     """
 
     name: str
@@ -54,6 +55,7 @@ class RetrievalData:
     form: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
+    splits_by_hash: bool = False
 
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):
@@ -62,6 +64,10 @@ class RetrievalData:
     def part(self, split: str) -> RetrievalData:
         """The dataset that has the queries of a split and the documents they are searched in."""
         return self.elsewhere.get(split, self)
+
+    def has(self, split: str) -> bool:
+        """Whether a split has judgements."""
+        return bool(self.part(split).qrels.get(split))
 
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
