@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from negative_cache.workbench.data.reading import json_rows, lines, quoted, text_in
+from negative_cache.workbench.data.columns import quoted
+from negative_cache.workbench.data.reading import json_rows, lines, text_in
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
 
 _KEYS = {"_id", "id", "title", "text", "metadata"}  # BEIR has metadata that no command uses

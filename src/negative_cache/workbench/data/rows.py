@@ -77,12 +77,21 @@ class Collector:
     ) -> RetrievalData:
         """The dataset of all rows.
 
-        A document that is a positive of a query in any row is not a negative of it.
+        A document that is a positive of a query in any row is not a negative of it. A query without a positive in any
+        row has neither judgements nor negatives, and is counted in `skipped`.
         """
         corpus = self._documents.texts() if self._corpus is None else self._corpus
         queries = self._queries.texts()
         qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         groups = Groups()
+        skipped = dict(skipped or {})
+        for positives in self._positives.values():
+            without = [query for query, documents in positives.items() if not documents]
+            for query in without:
+                del positives[query]
+            if without:
+                reason = "queries without a relevant document"
+                skipped[reason] = skipped.get(reason, 0) + len(without)
         unassigned = self._positives.pop(_BY_HASH, {})
         for documents in unassigned.values():
             for document in documents[1:]:
@@ -94,11 +103,11 @@ class Collector:
         negatives = {}
         for query, others in self._negatives.items():
             known = {document for of_split in qrels.values() for document in of_split.get(query, ())}
-            if kept := [document for document in others if document not in known]:
+            if known and (kept := [document for document in others if document not in known]):
                 negatives[query] = kept
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
-            negatives=negatives, form=form, skipped=skipped or {},
+            negatives=negatives, form=form, skipped=skipped,
         )  # fmt: skip
 
     def _document(self, document: Document, place: str) -> str:
