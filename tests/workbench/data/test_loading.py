@@ -91,7 +91,11 @@ def test_the_split_all_has_the_judgements_of_all_splits(tmp_path: Path):
     ("file", "line", "message"),
     [
         ("qrels/test.tsv", "qd0 d0 1", "line 12: expected 3 columns .* got 1: 'qd0 d0 1'"),
-        ("corpus.jsonl", '{"_id": "d0", "text": "again"}', "line 81: the id 'd0' occurs twice"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d0", "text": "again"}',
+            r"line 81: the id 'd0' occurs twice, first in .*corpus.jsonl, line 1\.",
+        ),
         ("queries.jsonl", '{"_id": "new"}', "line 81: there is no 'text', only '_id'"),
     ],
 )

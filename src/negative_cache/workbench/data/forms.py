@@ -49,7 +49,7 @@ class RowReader:
 
     def __init__(self, name: str, rows: RawRows, options: DataOptions) -> None:
         self._name, self._options = name, options
-        self._most_negatives = _most_negatives(options.negatives)
+        self._most_negatives = most_negatives(options.negatives)
         self.skipped: dict[str, int] = {}
         first = next(rows, None)
         self.corpus_paths: list[str] = []
@@ -237,7 +237,7 @@ class RowReader:
             )
 
 
-def _most_negatives(given: str) -> int | None:
+def most_negatives(given: str) -> int | None:
     """The largest number of negatives of a row; None for all.
 
     Raises:

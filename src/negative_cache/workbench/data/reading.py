@@ -60,25 +60,6 @@ def file_rows(
     raise DataError(f"{path}: unknown file type; expected {ROW_FILES}.")
 
 
-def hub_rows(name: str) -> RawRows:
-    """Rows of the training split of a dataset that the datasets library can load."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        raise DataError(f"The datasets library cannot load {name!r}: {error}") from error
-    return ((f"{name}, row {number}", row) for number, row in enumerate(loaded))
-
-
-def json_rows(path: Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a file with one JSON object per line."""
-    for place, row in _json_lines(path, encoding_of(path, encoding, [])):
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}.")
-        yield place, row
-
-
 def text_in(row: dict[str, Any], key: str, place: str) -> str:
     """The text of a key or column of a row.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from negative_cache.workbench.data.splits import DEV_PERCENT, hash_of
 from negative_cache.workbench.data.texts import Texts
 
 SPLITS = ("train", "dev", "test")
 NO_DOCUMENT = -1
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -78,7 +80,11 @@ class RetrievalData:
         if self.ignores_identical_ids:
             return self
         identical = self.queries.keys() & self.corpus.keys()
-        if not identical:
+        elsewhere = {
+            split: part.ignoring_identical_ids() if part.queries.keys() & part.corpus.keys() else part
+            for split, part in self.elsewhere.items()
+        }
+        if not identical and elsewhere == self.elsewhere:
             raise DataError(
                 f"--ignore-identical-ids has no effect on {self.name}: no query has the id of a document. Queries have "
                 f"ids such as {next(iter(self.queries), None)!r}, documents {next(iter(self.corpus), None)!r}. Leave "
@@ -89,16 +95,84 @@ class RetrievalData:
             for split, qrels in self.qrels.items()
         }
         num_removed = sum(query in documents for qrels in self.qrels.values() for query, documents in qrels.items())
-        if not any(kept.values()):
+        if not any(kept.values()) and not elsewhere:
             raise DataError(
                 f"--ignore-identical-ids leaves no judgement of {self.name}: each relevant document has the id of its "
                 "query. Leave it out."
             )
+        grades = {
+            split: {query: {key: grade for key, grade in found.items() if key != query} for query, found in of.items()}
+            for split, of in self.grades.items()
+        }
         note = (
             f"{self.name}: for {len(identical):,} of {len(self.queries):,} queries, the document with the same id is "
         )
         note += "ignored" + (f"; skipped judgements of such documents: {num_removed:,}." if num_removed else ".")
-        return replace(self, qrels=kept, notes=(*self.notes, note), ignores_identical_ids=True)
+        return replace(
+            self, qrels=kept, grades=grades, notes=(*self.notes, note), ignores_identical_ids=True, elsewhere=elsewhere
+        )
+
+    def with_dev(self) -> RetrievalData:
+        """The same data with a dev split: its own, or 5 % of the training queries, chosen by the hash of their ids.
+
+        Data with fewer than two training queries stays as it is.
+        """
+        train = self.qrels.get("train", {})
+        if self.qrels.get("dev") or "dev" in self.elsewhere or len(train) < 2:
+            return self
+        number = max(len(train) * DEV_PERCENT // 100, 1)
+        dev = set(sorted(train, key=hash_of)[:number])
+        note = (
+            f"{self.name} has no dev split: {number:,} of its {len(train):,} training queries are held out as one, "
+            "chosen by the hash of their ids."
+        )
+        return replace(
+            self,
+            qrels={**self.qrels, "train": _parted(train, dev, False), "dev": _parted(train, dev, True)},
+            grades={
+                **self.grades,
+                **{
+                    split: _parted(self.grades["train"], dev, split == "dev")
+                    for split in ("train", "dev")
+                    if "train" in self.grades
+                },
+            },
+            notes=(*self.notes, note),
+        )
+
+    def with_train_pairs(self, number: int) -> RetrievalData:
+        """The same data with at most this number of judged pairs in the training split.
+
+        Queries are taken in the order of the hash of their ids, each with all its pairs, if these still fit.
+
+        Raises:
+            DataError: There is no training split, or no query has as few pairs.
+        """
+        train = self.judged("train")
+        available = sum(map(len, train.values()))
+        taken, left = set(), number
+        for query in sorted(train, key=hash_of):
+            if len(train[query]) <= left:
+                taken.add(query)
+                left -= len(train[query])
+        if not taken:
+            raise DataError(f"--max-train-pairs is {number:,}, but each training query of {self.name} has more pairs.")
+        if len(taken) == len(train):
+            return self
+        qrels = {**self.qrels, "train": _parted(train, taken, True)}
+        kept = {query for found in qrels.values() for query in found}
+        note = (
+            f"{self.name}: the training split has {number - left:,} of its {available:,} pairs, chosen by the hash of "
+            "the query ids. The corpus has all documents."
+        )
+        grades = {"train": _parted(self.grades["train"], taken, True)} if "train" in self.grades else {}
+        return replace(
+            self,
+            qrels=qrels,
+            grades={**self.grades, **grades},
+            negatives={query: others for query, others in self.negatives.items() if query in kept},
+            notes=(*self.notes, note),
+        )
 
     def ignored(self, query: str) -> str | None:
         """The document that is neither a result nor a negative of a query because it has its id; None if none is."""
@@ -124,12 +198,9 @@ class RetrievalData:
                     together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
             return together
         if not self.qrels.get(split):
-            available = [name for name, qrels in self.qrels.items() if qrels]
-            raise DataError(
-                f"{self.name} has no queries in the split {split!r}; it has {available}. A file of pairs is split "
-                "by document, 85 : 5 : 10, and needs about 50 documents. A BEIR folder needs a file for the split in "
-                "qrels. train and compare measure on the test split; evaluate has the option --split."
-            )
+            available = [*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]
+            given = f", or give it with --{split}" if split in ("dev", "test") else ""
+            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. Name one{given}.")
         return self.qrels[split]
 
     def labels(self) -> dict[str, int]:
@@ -160,6 +231,11 @@ def padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """Pad rows with -1 to the same length."""
     width = max(map(len, rows))
     return [[*row, *[NO_DOCUMENT] * (width - len(row))] for row in rows]
+
+
+def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:
+    """The entries whose query is in a set, or those whose query is not."""
+    return {query: value for query, value in by_query.items() if (query in queries) == is_in}
 
 
 def _without(left_out: str, documents: list[str]) -> list[str]:

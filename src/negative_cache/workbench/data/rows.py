@@ -20,7 +20,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: The text, with its title; None for the document of a corpus that has the id.
-        id: The id; None for the document with this text.
+        id: The id; None for the document with this text. If the rows refer to a corpus, the text is the id then.
     """
 
     text: str | None
@@ -118,9 +118,10 @@ class Collector:
                 f"{place}: the document {document.id!r} is given by its id alone. Give the file or folder of the "
                 "documents with --corpus."
             )
-        if document.id is None or document.id not in self._corpus:
-            raise DataError(f"{place}: the corpus has no document {document.id!r}.")
-        return document.id
+        key = document.text if document.id is None else document.id
+        if key is None or key not in self._corpus:
+            raise DataError(f"{place}: the corpus has no document {(key or '')[:60]!r}.")
+        return key
 
 
 class _Distinct:
