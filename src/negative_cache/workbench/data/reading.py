@@ -122,9 +122,10 @@ def _json(path: Path, encoding: str) -> RawRows:
 
 
 def _json_lines(path: Path, encoding: str) -> RawRows:
+    decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
     for place, text in _lines(path, encoding):
         try:
-            yield place, json.loads(text, object_pairs_hook=_without_repeated_keys)
+            yield place, decoder.decode(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not JSON: {error}.") from error
 

@@ -13,6 +13,7 @@ from negative_cache.workbench.data.splits import Groups, split_of
 from negative_cache.workbench.data.texts import ArrowWriter, Texts
 
 _BY_HASH = ""  # in place of a split
+_NO_POSITIVE = "queries without a relevant document"
 
 
 class Document(NamedTuple):
@@ -33,7 +34,7 @@ class Row(NamedTuple):
     Attributes:
         place: Where the row is, such as "FILE, line 3", for messages.
         query: The text of the query, with its prompt.
-        positives: The relevant documents.
+        positives: The relevant documents; none if the row has negatives alone, such as a pair with the label 0.
         negatives: Documents that are not relevant. Their number may differ from row to row.
         query_id: The id of the query; None for the query with this text.
     """
@@ -86,12 +87,9 @@ class Collector:
         groups = Groups()
         skipped = dict(skipped or {})
         for positives in self._positives.values():
-            without = [query for query, documents in positives.items() if not documents]
-            for query in without:
+            for query in [query for query, documents in positives.items() if not documents]:
                 del positives[query]
-            if without:
-                reason = "queries without a relevant document"
-                skipped[reason] = skipped.get(reason, 0) + len(without)
+                skipped[_NO_POSITIVE] = skipped.get(_NO_POSITIVE, 0) + 1
         unassigned = self._positives.pop(_BY_HASH, {})
         for documents in unassigned.values():
             for document in documents[1:]:
