@@ -121,7 +121,7 @@ def test_splits_have_the_names_of_their_files(tmp_path: Path):
         "dl-2019": {"101": ["3"]},
     }
     (tmp_path / "qrels" / "dev.tsv").write_text("101\t3\t1\n")
-    with pytest.raises(DataError, match="several files of judgements of the split 'dev'"):
+    with pytest.raises(DataError, match="'dev' and 'validation' are the same split"):
         load_data(folder)
 
 

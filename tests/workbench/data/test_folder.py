@@ -40,7 +40,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def check(data: RetrievalData) -> None:
+def check(data: RetrievalData, has_notes: bool = False) -> None:
     """Check that data is the one of this file."""
     assert dict(data.corpus) == {row["_id"]: row["text"] for row in CORPUS}
     assert dict(data.queries) == {row["_id"]: row["text"] for row in QUERIES}
@@ -50,7 +50,7 @@ def check(data: RetrievalData) -> None:
         "test": {"q3": ["d4"]},
     }
     assert data.grades == {"test": {"q3": {"d4": 2.0, "d0": 0.0}}}
-    assert data.notes == ()
+    assert len(data.notes) == has_notes
 
 
 def test_a_folder_of_parquet_shards_is_read_as_on_the_hub(tmp_path: Path):
@@ -90,6 +90,7 @@ def test_parts_of_a_beir_folder_may_be_of_any_type_of_file(tmp_path: Path, part:
         ("corpus.jsonl.bz2", bz2.compress(TEXT.encode())),
         ("corpus.jsonl.xz", lzma.compress(TEXT.encode())),
         ("corpus.json", json.dumps(CORPUS).encode()),
+        ("corpus.tsv", "".join(f"{r['_id']}\t{r['text']}\n" for r in CORPUS).encode()),
         ("corpus.csv", ("docid,title,text\n" + "".join(f"{r['_id']},,{r['text']}\n" for r in CORPUS)).encode()),
     ],
 )
@@ -98,7 +99,7 @@ def test_a_corpus_may_be_compressed_or_a_table(tmp_path: Path, name: str, conten
     write(tmp_path / "queries.jsonl", QUERIES)
     for split in QRELS:
         write(tmp_path / "qrels" / f"{split}.jsonl", judged(split))
-    check(load_data(str(tmp_path)))
+    check(load_data(str(tmp_path)), has_notes=name.endswith("tsv"))
 
 
 def test_judgements_without_a_grade_are_relevant_and_one_file_of_them_is_the_test_split(tmp_path: Path):
@@ -108,7 +109,9 @@ def test_judgements_without_a_grade_are_relevant_and_one_file_of_them_is_the_tes
     data = load_data(str(tmp_path))
     assert data.judged("test") == {"q3": ["d4"]}
     assert data.grades == {}
-    assert [note.partition(": ")[2] for note in data.notes] == ["these judgements are taken for the split 'test'."]
+    assert [note.partition(": ")[2] for note in data.notes] == [
+        "the judgements of qrels.parquet are taken for the split 'test'."
+    ]
 
 
 def test_splits_with_corpora_of_their_own_are_searched_in_these(tmp_path: Path):
@@ -189,6 +192,30 @@ def test_pairs_may_have_the_ids_of_a_corpus(tmp_path: Path):
     rows.write_text("query,document\nwho,d9\n")
     with pytest.raises(DataError, match="line 2: the corpus has no document 'd9'"):
         load_data(str(rows), DataOptions(corpus=str(corpus)))
+
+
+def test_the_corpus_that_a_file_of_rows_names_is_read(tmp_path: Path):
+    write(tmp_path / "corpus" / "wiki" / "train.parquet", [{"id": row["_id"], "text": row["text"]} for row in CORPUS])
+    (tmp_path / "corpus" / "wiki" / "merlin_metadata.json").write_text('{"class": "TextQADataset"}')
+    row = {"question_id": "q", "question": "who", "corpus_id": "wiki", "pos_doc": [{"id": "d1"}], "neg_doc": ["d4"]}
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"corpus": [{"path": "corpus/wiki"}], "data": [row]}))
+    data = load_data(str(path))
+    assert data.judged("all") == {"q": ["d1"]}
+    assert data.negatives == {"q": ["d4"]}
+    assert len(data.corpus) == 5
+
+
+def test_two_names_of_a_split_are_refused(tmp_path: Path):
+    for name in ("validation.jsonl", "dev.jsonl"):
+        write(tmp_path / name, [{"query": "a", "positive": "b"}])
+    with pytest.raises(DataError, match="'dev' and 'validation' are the same split"):
+        load_data(str(tmp_path))
+
+
+def test_a_part_of_a_collection_is_refused_with_its_folder(beir: Path):
+    with pytest.raises(DataError, match=rf"corpus.jsonl is a part of a dataset. Give its folder: {beir}"):
+        load_data(str(beir / "corpus.jsonl"))
 
 
 @pytest.mark.parametrize(

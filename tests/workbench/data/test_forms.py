@@ -143,10 +143,10 @@ def test_what_is_put_before_a_query_and_what_is_not_used_is_noted(tmp_path: Path
     assert columns == (
         "f.jsonl: columns that are read: 'neg', 'pos', 'prompt', 'query'; not used: 'neg_scores', 'pos_scores', 'type'."
     )
-    assert prompt == "f.jsonl: the prompt is put before the query, in 1 rows."
+    assert prompt == "f.jsonl: the prompt is put before the query; rows with a prompt: 1."
     reader = reader_of(tmp_path / "s.jsonl", [SWIFT])
     assert len(list(reader)) == 1
-    assert reader.notes == ["s.jsonl: the system message is put before the query, with a line break, in 1 rows."]
+    assert reader.notes == ["s.jsonl: the system message is put before the query, with a line break; rows with one: 1."]
 
 
 # Columns
@@ -155,6 +155,7 @@ def test_what_is_put_before_a_query_and_what_is_not_used_is_noted(tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "note"),
     [
+        ("Search text,Relevant document\nq,a\n", "query 'Search text', positive 'Relevant document'"),
         ("title,body\nq,a\n", "query 'title', positive 'body', negatives none"),
         ("id,title,label,body,other\n3,q,x,a,c\n", "query 'title', positive 'body', negatives 'other'"),
     ],
@@ -173,7 +174,7 @@ def test_a_table_without_a_heading_is_read_by_order(tmp_path: Path, name: str):
     path = tmp_path / name
     reader = reader_of(path, "".join(tab.join((f"who is {n}", f"it is {n}", f"not {n} 5")) + "\n" for n in range(3)))
     assert [texts(row) for row in reader] == [(f"who is {n}", [f"it is {n}"], [f"not {n} 5"]) for n in range(3)]
-    assert reader.notes == [f"{name}: the values of a row are taken by order: query, positive, then 1 negative(s)."]
+    assert reader.notes == [f"{name}: the values of a row are taken by order: query, positive, negatives."]
     notes: list[str] = []
     file_rows(path, notes=notes)
     assert "the first line is read as data" in notes[0]
@@ -211,10 +212,16 @@ def test_columns_may_differ_from_row_to_row(tmp_path: Path):
         list(reader_of(tmp_path / "a.jsonl", [rows[0], {"text": "q", "other": "a"}]))
 
 
+def test_the_index_that_pandas_writes_has_no_meaning(tmp_path: Path):
+    reader = reader_of(tmp_path / "a.csv", ",query,pos\n0,q,a\n")
+    assert [(texts(row), row.query_id) for row in reader] == [(("q", ["a"], []), None)]
+    assert reader.notes == ["a.csv: columns that are read: 'pos', 'query'; not used: ''."]
+
+
 def test_a_json_list_in_a_cell_is_several_documents(tmp_path: Path):
     reader = reader_of(tmp_path / "a.tsv", 'query\tpositive\tnegatives\nq\t["a"]\t["c", "d"]\nr\tb\t[c\n')
     assert [texts(row) for row in reader] == [("q", ['["a"]'], ["c", "d"]), ("r", ["b"], ["[c"])]
-    assert reader.notes == ["a.tsv: 1 values are JSON lists of texts, each of which is a document."]
+    assert reader.notes == ["a.tsv: values that are JSON lists, each text of which is a document: 1."]
 
 
 @pytest.mark.parametrize(
@@ -326,8 +333,8 @@ def test_a_late_label_that_is_not_binary_is_an_error(tmp_path: Path):
     ("given", "kept", "note"),
     [
         ("all", ["c", "d", "e"], None),
-        ("2", ["c", "d"], "a.jsonl: 1 negatives are not used (--negatives: 2 per row)."),
-        ("ignore", [], "a.jsonl: 3 negatives are not used (--negatives: ignore)."),
+        ("2", ["c", "d"], "a.jsonl: negatives that are not used (--negatives 2): 1."),
+        ("ignore", [], "a.jsonl: negatives that are not used (--negatives ignore): 3."),
     ],
 )
 def test_negatives_are_all_used_or_the_first_of_each_row_or_none(

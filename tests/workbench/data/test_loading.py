@@ -21,9 +21,9 @@ def test_a_beir_folder_is_read_with_its_judgements(tmp_path: Path, compress: boo
     assert {split: len(qrels) for split, qrels in data.qrels.items()} == {"train": 60, "dev": 10, "test": 10}
     assert data.qrels["train"]["qd0"] == ["d0", "d1"]  # several positives
     assert data.qrels["train"]["qd2"] == ["d2"]  # a score of 0 is not a positive
-    columns = data.training_columns()
-    assert len(columns["anchor"]) == 61
-    assert columns["label"][:3] == [[0, 1], [1, 0], [1, -1]]
+    rows = data.training_set()
+    assert len(rows) == 61
+    assert rows["label"][:3] == [[0, 1], [1, 0], [1]]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "csv.gz"])

@@ -53,6 +53,7 @@ def test_quotes_enclose_values_in_csv(tmp_path: Path):
         ("a.tsv", "query\tpositive\nq\td\te\n", "line 2: expected 2 columns .* got 3"),
         ("a.tsv", "query\tpositive\nq\rq\td\n", "line 2: expected 2 columns .* got 1"),
         ("a.csv", 'query,positive\n"who,d\n"the "best",d\n', "after line 3: .* each quote inside it twice"),
+        ("a.csv", "sep=;\nquery;positive\nq;d\n", "line 1: 'sep=;' is for Excel alone"),
         ("a.csv", "query,positive\nq,d,e\n", "line 2: expected 2 columns as in the first line, got 3. Write a value"),
         ("a.csv", "query,positive,positive\nq,d,e\n", "line 1: several columns have the name 'positive'"),
         ("a.jsonl", '{"query": "q", "positive": "d", "positive": "e"}\n', "line 1: not JSON: a key occurs twice"),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from negative_cache.workbench.compare.comparison import Comparison, rounded
 from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import LEARNING_RATES, load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError
@@ -22,8 +23,8 @@ from negative_cache.workbench.training.record import RunRecord, read_json
 
 RESULT = "compare.json"
 MAX_EXTENSIONS = 2
-CHOICE = "mrr@10"
-REPORTED = ("mrr@10", "ndcg@10", "recall@100")
+CHOICE = "MRR@10"
+REPORTED = ("MRR@10", "nDCG@10", "R@100")
 COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
 OPTIONS = RunOptions(measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True)
 _KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")
@@ -60,7 +61,7 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
             for which training fails is left out and listed in the result.
     """
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
-    about["pairs"] = len(data.training_columns()["anchor"])
+    about["pairs"] = sum(map(len, data.judged("train").values()))
     for split in ("train", "dev", "test"):
         about[f"{split}_queries"] = len(data.judged(split))
     result = _begin(comparison, about)
@@ -208,8 +209,7 @@ def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> N
     folder = comparison.untrained(seed)
     if comparison.model not in LEARNING_RATES or folder.exists():
         return
-    columns = data.training_columns()
-    texts = list(dict.fromkeys([*columns["anchor"], *columns["positive"]]))
+    texts = dict.fromkeys(training_texts(data.training_set()))
     with replacing(folder, ".partial") as temporary:
         load_model(comparison.model, texts, seed).save_pretrained(str(temporary), create_model_card=False)
 

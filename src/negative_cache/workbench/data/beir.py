@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from negative_cache.workbench.data.columns import quoted
+from negative_cache.workbench.data.documents import is_missing
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.qrels import read_qrels
 from negative_cache.workbench.data.reading import text_in
@@ -17,8 +18,9 @@ from negative_cache.workbench.data.sources import Collection, Table
 from negative_cache.workbench.data.texts import RepeatedIdError, Texts
 from negative_cache.workbench.data.triples import read_triples
 
-_IDS = ("_id", "id", "docid")
-_KEYS = {*_IDS, "title", "text", "metadata"}  # BEIR has metadata that no command uses
+_IDS = ("_id", "id", "docid", "doc_id", "pid", "query_id", "qid")
+_TEXTS = ("text", "contents", "query")
+_KEYS = {*_IDS, *_TEXTS, "title", "metadata"}  # BEIR has metadata that no command uses
 
 
 def read_collection(found: Collection, options: DataOptions) -> RetrievalData:
@@ -42,7 +44,8 @@ def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: 
     """Read the texts of documents or queries, each of which begins with its title if it has one.
 
     Args:
-        tables: Tables with the columns _id, id or docid, text, and title.
+        tables: Tables with an id, such as _id or docid, a text and maybe a title; without names of columns, with an id
+            and a text.
         what: "documents" or "queries", for messages.
         options: With `strict`, an empty text is an error.
         notes: A note of unused columns is added to it.
@@ -56,8 +59,10 @@ def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: 
     def entries() -> Iterator[tuple[str, str, str]]:
         for table in tables:
             for place, row in table.rows():
+                if isinstance(row, list) and len(row) == 2:
+                    row = {"_id": row[0], "text": row[1]}
                 if not isinstance(row, dict):
-                    raise DataError(f"{place}: expected columns _id, title and text, got {type(row).__name__}.")
+                    raise DataError(f"{place}: expected the columns _id, title and text, got {str(row)[:60]!r}.")
                 unused.update(row.keys() - _KEYS)
                 key, text = _id(row, place), _text(row, place, options.strict)
                 if text is None:
@@ -129,20 +134,17 @@ def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, st
             raise DataError(f"{place}: the id {key!r} has another text than before: {text[:60]!r}.")
 
 
-def _id(row: Mapping[str, Any], place: str) -> str:
+def _id(row: dict[str, Any], place: str) -> str:
     name = next((name for name in _IDS if name in row), _IDS[0])
     value = row.get(name)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(dict(row), name, place)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(row, name, place)
 
 
 def _text(row: dict[str, Any], place: str, is_strict: bool) -> str | None:
     """The title, if there is one, and the text, which may be empty if there is a title; None if both are empty."""
-    title = None if _is_blank(row.get("title")) else text_in(row, "title", place)
-    if _is_blank(row.get("text")) and (title is not None or ("text" in row and not is_strict)):
+    name = next((name for name in _TEXTS if name in row), _TEXTS[0])
+    title = None if is_missing(row.get("title")) else text_in(row, "title", place)
+    if is_missing(row.get(name)) and (title is not None or (name in row and not is_strict)):
         return title
-    text = text_in(row, "text", place)
+    text = text_in(row, name, place)
     return text if title is None else f"{title}\n{text}"
-
-
-def _is_blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())

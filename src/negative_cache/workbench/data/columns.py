@@ -18,7 +18,7 @@ _NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(passage|document|doc)s?)?(_?\
 _LISTS = ("positives", "negatives", "hard_negatives", "pos", "neg")  # names of columns with several documents
 _ID = re.compile(r"|(.*_)?id|idx|index|[qp]id|docid|unnamed:_\d+")
 _BINARY = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-_MOST_CHARS = 30  # of a name
+_MOST_CHARS, _MOST_WORDS = 30, 3  # of a name
 
 
 def normal(name: str) -> str:
@@ -69,15 +69,17 @@ def is_number(text: str) -> bool:
 def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
     """Whether the values of the first line of a table are names of columns.
 
-    They are if one of them is a known name or one that the user asks for, or if all of them look like names: short,
-    without blanks, and no numbers.
+    They are if one of them is a known name or one that the user asks for; or if all of them look like names: short, no
+    numbers, and without blanks, or of few words such as "Search query", where one is a known name.
     """
     values, asked = list(values), set(asked)
     if any(value in asked or is_known(value) for value in values):
         return True
+    words = [value.split() for value in values]
+    most = _MOST_WORDS if any(is_known(word) for name in words for word in name) else 1
     return all(
-        0 < len(value) <= _MOST_CHARS and not re.search(r"\s", value.strip()) and not is_number(value)
-        for value in values
+        0 < len(name) <= most and len(value) <= _MOST_CHARS and not is_number(value)
+        for name, value in zip(words, values, strict=True)
     )
 
 

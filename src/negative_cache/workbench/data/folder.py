@@ -21,6 +21,7 @@ from negative_cache.workbench.data.sources import (
     Collection,
     RowTables,
     Table,
+    by_split,
     narrowed,
     parts_of,
     split_name,
@@ -28,6 +29,7 @@ from negative_cache.workbench.data.sources import (
 
 _KINDS = ("jsonl", "json", "ndjson", "csv", "tsv", "parquet", "arrow")
 _TEXT_QRELS = ("tsv", "txt", "trec")
+_ONLY_SPLIT = "test"  # of judgements in a file without the name of a split
 _SHARD = re.compile(r"-\d+-of-\d+$")
 LAYOUTS = (
     "a BEIR folder (corpus.jsonl, queries.jsonl and qrels/*.tsv, or the same as parquet), an MS MARCO folder "
@@ -65,6 +67,17 @@ def find_in_folder(folder: Path, options: DataOptions, chosen: str | None = None
     return RowTables(folder.resolve().name, tables, _tables(entries.get(CORPUS, []), options, notes), notes)
 
 
+def check_is_no_part(path: Path) -> None:
+    """Refuse the corpus or the queries of a collection, whose folder should be given instead.
+
+    Raises:
+        DataError: The file is one of these.
+    """
+    entries = _entries(path.parent)
+    if _stem(path) in (CORPUS, QUERIES) and entries.keys() >= {CORPUS, QUERIES}:
+        raise DataError(f"{path} is a part of a dataset. Give its folder: {path.parent}.")
+
+
 def find_documents(path: Path, options: DataOptions, notes: list[str]) -> list[Table]:
     """Tables of documents: a file, or the files of a folder, of which corpus.* or corpus/ is preferred.
 
@@ -74,11 +87,12 @@ def find_documents(path: Path, options: DataOptions, notes: list[str]) -> list[T
     if path.is_file():
         return _tables([path], options, notes)
     if not path.is_dir():
-        raise DataError(f"--corpus {str(path)!r} is not a file or folder.")
+        raise DataError(f"The corpus {str(path)!r} is not a file or folder.")
     entries = _entries(path)
-    paths = entries.get(CORPUS) or [file for files in entries.values() for file in files if _kind(file) in _KINDS]
+    rows = [file for files in entries.values() for file in files if _kind(file) in _KINDS]
+    paths = entries.get(CORPUS) or [file for file in rows if not file.stem.endswith("metadata")]  # as NeMo writes it
     if not paths:
-        raise DataError(f"--corpus {str(path)!r} has no files of documents, such as corpus.jsonl.")
+        raise DataError(f"The corpus {str(path)!r} has no files of documents, such as corpus.jsonl.")
     return _tables(paths, options, notes)
 
 
@@ -118,27 +132,26 @@ def _collection(folder: Path, parts: dict[str, list[Path]], options: DataOptions
     if not judged:
         raise DataError(f"{folder} has no judgements. Expected files such as qrels/train.tsv and qrels/test.tsv.")
     notes += _unread(folder, set(parts[QRELS]) - set(judged))
-    qrels: dict[str, list[Table]] = {}
-    for name, paths in _by_name(judged).items():
-        split = split_name(re.sub(r"^qrels[._-]?", "", name)) or "test"
-        if split in qrels:
-            raise DataError(f"{folder} has several files of judgements of the split {split!r}: {quoted(paths)}, ...")
-        if name == QRELS:
-            notes.append(f"{paths[0]}: these judgements are taken for the split {split!r}.")
-        qrels[split] = [_qrels_table(path, options, notes) for path in paths]
+    if any(_stem(path) == QRELS for path in judged):
+        notes.append(f"{folder}: the judgements of {judged[0].name} are taken for the split {_ONLY_SPLIT!r}.")
+    qrels = {
+        split: [_qrels_table(path, options, notes) for path in paths]
+        for split, paths in by_split(_by_name(judged, f"{QRELS}."), str(folder)).items()
+    }
     corpus, queries = (
-        {split_name(name): _tables(paths, options, notes) for name, paths in _by_name(parts[part]).items()}
+        {split: _tables(paths, options, notes) for split, paths in by_split(_by_name(parts[part]), str(folder)).items()}
         for part in (CORPUS, QUERIES)
     )
     return Collection(folder.resolve().name, "BEIR folder", corpus, queries, qrels, notes=notes)
 
 
-def _by_name(paths: Iterable[Path]) -> dict[str, list[Path]]:
+def _by_name(paths: Iterable[Path], prefix: str = "") -> dict[str, list[Path]]:
     """Name of a split -> its files. Shards whose names are numbers have the name of their folder."""
     found: dict[str, list[Path]] = {}
     for path in paths:
-        name = _stem(path)
-        found.setdefault(path.parent.name if name.isdecimal() else name, []).append(path)
+        name = _stem(path).removeprefix(prefix)
+        name = path.parent.name if name.isdecimal() else _ONLY_SPLIT if name == QRELS else name
+        found.setdefault(name, []).append(path)
     return found
 
 
@@ -147,11 +160,12 @@ def _rows_by_split(entries: dict[str, list[Path]]) -> dict[str, list[Path]]:
     found = dict(entries)
     if not any(split_name(name) in SPLITS for name in entries):
         found = _by_name(path for name in ("data", "default") for path in entries.get(name, []))
-    splits: dict[str, list[Path]] = {}
-    for name, paths in found.items():
-        if split_name(name) in SPLITS:
-            splits.setdefault(split_name(name), []).extend(path for path in paths if _kind(path) in _KINDS)
-    return {split: paths for split, paths in splits.items() if paths}
+    rows = {
+        name: [path for path in paths if _kind(path) in _KINDS]
+        for name, paths in found.items()
+        if split_name(name) in SPLITS
+    }
+    return by_split({name: paths for name, paths in rows.items() if paths}, "The files of rows")
 
 
 def _tables(paths: Iterable[Path], options: DataOptions, notes: list[str]) -> list[Table]:

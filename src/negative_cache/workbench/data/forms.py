@@ -88,14 +88,14 @@ class RowReader:
         """How the rows were read and what is not used; complete after all rows were read."""
         found = [*self._notes_of_columns(), *self._notes_of_labels()]
         if count := self._counts["prompt"]:
-            found.append(f"the prompt is put before the query, in {count:,} rows.")
+            found.append(f"the prompt is put before the query; rows with a prompt: {count:,}.")
         if count := self._counts["system message"]:
-            found.append(f"the system message is put before the query, with a line break, in {count:,} rows.")
+            found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
         if count := self._counts["list"]:
-            found.append(f"{count:,} values are JSON lists of texts, each of which is a document.")
+            found.append(f"values that are JSON lists, each text of which is a document: {count:,}.")
         if count := self._counts["left out"]:
-            how = "ignore" if self._most_negatives == 0 else f"{self._most_negatives:,} per row"
-            found.append(f"{count:,} negatives are not used (--negatives: {how}).")
+            how = "ignore" if self._most_negatives == 0 else str(self._most_negatives)
+            found.append(f"negatives that are not used (--negatives {how}): {count:,}.")
         return [f"{self._name}: {note}" for note in found]
 
     def _read(self, row: dict[str, Any], place: str) -> Row | None:
@@ -163,7 +163,7 @@ class RowReader:
         if is_missing(value):
             return None
         query = checked_text(value, name, place)
-        prompt = row.get(self._form.prompt)
+        prompt = None if self._form.prompt is None else row.get(self._form.prompt)
         if is_missing(prompt):
             return query
         self._counts["prompt"] += 1
@@ -171,7 +171,7 @@ class RowReader:
 
     def _query_id(self, row: dict[str, Any], place: str) -> str | None:
         name = self._form.query_id
-        return None if is_missing(row.get(name)) else id_in(row[name], name, place)
+        return None if name is None or is_missing(row.get(name)) else id_in(row[name], name, place)
 
     def _documents(self, row: dict[str, Any], name: str, empty: str, place: str) -> list[Document]:
         """The documents of a column; missing ones among them are skipped."""
@@ -215,7 +215,7 @@ class RowReader:
                 "--negative-column."
             )
         if self._form == LISTS:
-            rest = f", then {len(negatives)} negative(s)" if negatives else ""
+            rest = ", negatives" if negatives else ""
             yield f"the values of a row are taken by order: query, positive{rest}."
         if self._form == SETS:
             yield "the first text of a set is the query, the others are its relevant documents."

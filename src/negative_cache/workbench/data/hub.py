@@ -17,9 +17,9 @@ from negative_cache.workbench.data.sources import (
     Collection,
     RowTables,
     Table,
+    by_split,
     narrowed,
     parts_of,
-    split_name,
 )
 
 if TYPE_CHECKING:
@@ -89,15 +89,19 @@ def _collection(name: str, parts: dict[str, str], chosen: str | None) -> Collect
         place = (name, parts[part]) if part in parts else (f"{name}-qrels", None)
         loaded = _called(datasets.load_dataset, *place)
         label = ", ".join(filter(None, place))
-        tables[part] = {split_name(split): [_table(f"{label}, {split}", loaded[split])] for split in loaded}
+        tables[part] = _tables(label, loaded)
     found = Collection(name, "collection of the hub", tables[CORPUS], tables[QUERIES], tables[QRELS])
     return narrowed(found, parts, chosen)
 
 
 def _row_tables(name: str, splits: Mapping[str, Dataset]) -> RowTables:
     """Rows of the splits; a dataset with the split train alone is split by hash."""
-    tables = {split_name(split): [_table(f"{name}, {split}", splits[split])] for split in splits}
+    tables = _tables(name, splits)
     return RowTables(name, {None if list(tables) == ["train"] else split: found for split, found in tables.items()})
+
+
+def _tables(name: str, splits: Mapping[str, Dataset]) -> dict[str, list[Table]]:
+    return {split: [_table(f"{name}, {split}", dataset)] for split, dataset in by_split(splits, name).items()}
 
 
 def _table(name: str, dataset: Dataset) -> Table:

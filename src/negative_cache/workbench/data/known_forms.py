@@ -20,8 +20,8 @@ class Form(NamedTuple):
         query: Names of the column of the query, the most usual first.
         positive: Name of the column of the relevant documents, by which the form is recognised; empty if there is none.
         negatives: Names of the columns of the negatives.
-        query_id: Name of the column of the id of the query; empty if there is none.
-        prompt: Name of the column of the text before the query; empty if there is none.
+        query_id: Name of the column of the id of the query; None if there is none.
+        prompt: Name of the column of the text before the query; None if there is none.
         has_ids: Whether a text in the columns of documents is the id of a document.
     """
 
@@ -29,8 +29,8 @@ class Form(NamedTuple):
     query: tuple[str, ...] = ()
     positive: str = ""
     negatives: tuple[str, ...] = ()
-    query_id: str = ""
-    prompt: str = ""
+    query_id: str | None = None
+    prompt: str | None = None
     has_ids: bool = False
 
 

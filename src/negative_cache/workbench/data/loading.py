@@ -8,7 +8,7 @@ from pathlib import Path
 
 from negative_cache.workbench.data import python_code
 from negative_cache.workbench.data.beir import read_collection, read_texts
-from negative_cache.workbench.data.folder import LAYOUTS, find_documents, find_in_folder
+from negative_cache.workbench.data.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
 from negative_cache.workbench.data.hub import find_on_hub, find_saved, is_saved
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.own_splits import only_split, with_own_corpus, with_rows
@@ -68,6 +68,7 @@ def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
     if path.is_dir():
         return find_saved(path) if is_saved(path) else find_in_folder(path, options)
     if path.is_file():
+        check_is_no_part(path)
         notes: list[str] = []
         asked = [name for name in (options.query_column, options.positive_column, options.negative_column) if name]
         table = Table(source, partial(file_rows, path, options.encoding, notes, asked))

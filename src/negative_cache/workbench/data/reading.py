@@ -127,7 +127,10 @@ def _json_lines(path: Path, encoding: str) -> RawRows:
         try:
             yield place, decoder.decode(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON: {error}.") from error
+            raise DataError(
+                f"{place}: not JSON: {error}. Expected one object or list per line, unless the file is an array, or an "
+                'object with an array "data".'
+            ) from error
 
 
 class _Json:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import pyarrow
 
 from negative_cache.workbench.data.splits import DEV_PERCENT, hash_of
-from negative_cache.workbench.data.texts import Texts
+from negative_cache.workbench.data.texts import ArrowWriter, Texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
-NO_DOCUMENT = -1
 _T = TypeVar("_T")
 
 
@@ -35,6 +41,7 @@ class RetrievalData:
         skipped: What was skipped -> how often.
         elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
             are not searched in `corpus`.
+        splits_by_hash: Whether the rows have no splits of their own and are split by a hash of the documents.
     """
 
     name: str
@@ -48,6 +55,7 @@ class RetrievalData:
     form: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
+    splits_by_hash: bool = False
 
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):
@@ -56,6 +64,10 @@ class RetrievalData:
     def part(self, split: str) -> RetrievalData:
         """The dataset that has the queries of a split and the documents they are searched in."""
         return self.elsewhere.get(split, self)
+
+    def has(self, split: str) -> bool:
+        """Whether a split has judgements."""
+        return bool(self.part(split).qrels.get(split))
 
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
@@ -203,34 +215,40 @@ class RetrievalData:
             raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. Name one{given}.")
         return self.qrels[split]
 
-    def labels(self) -> dict[str, int]:
-        """Document id -> its position in the corpus; for equal texts, that of the first of them."""
-        first: dict[str, int] = {}
-        return {name: first.setdefault(text, position) for position, (name, text) in enumerate(self.corpus.items())}
+    def labels(self) -> np.ndarray:
+        """For each document, the position in the corpus of the first one with the same text: int64 `[documents]`."""
+        return Texts.of(self.corpus).first_of_equal()
 
-    def training_columns(self) -> dict[str, list[Any]]:
-        """Columns anchor, positive and label, with one row per judged pair of the training split.
+    def training_set(self) -> Dataset:
+        """A memory-mapped dataset with one row per judged pair of the training split.
 
-        A label lists the `labels` of the documents that are not negatives of the query, the positive of the row first,
-        padded with -1.
+        The columns are anchor and positive, and label: the `labels` of the documents that are not negatives of the
+        query, the positive of the row first. If a query of the split has negatives, there are also negative, a list of
+        texts, and negative_label, a list of their `labels`. Lists have different lengths.
         """
-        positions = self.labels()
-        columns: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": []}
-        for query, documents in self.judged("train").items():
-            known = self.never_negative(query, documents)
-            for document in documents:
-                others = [positions[other] for other in _without(document, known)]
-                columns["anchor"].append(self.queries[query])
-                columns["positive"].append(self.corpus[document])
-                columns["label"].append([positions[document], *others])
-        columns["label"] = padded(columns["label"])
-        return columns
+        import datasets  # takes seconds to import
+
+        documents, labels, train = Texts.of(self.corpus), self.labels(), self.judged("train")
+        has_negatives = any(query in train for query in self.negatives)
+        columns = {"anchor": pyarrow.string(), "positive": pyarrow.string(), "label": pyarrow.list_(pyarrow.int64())}
+        if has_negatives:
+            columns |= {"negative": pyarrow.list_(pyarrow.string()), "negative_label": pyarrow.list_(pyarrow.int64())}
+        writer = ArrowWriter(columns)
+        for query, relevant in train.items():
+            anchor, others = self.queries[query], self.negatives.get(query, [])
+            negatives = [[documents[other] for other in others], [int(labels[documents.position(o)]) for o in others]]
+            known = [int(labels[documents.position(other)]) for other in self.never_negative(query, relevant)]
+            for positive, label in zip(relevant, known, strict=False):  # the ignored document is the last one
+                ids = list(dict.fromkeys([label, *known]))
+                writer.add(anchor, documents[positive], ids, *(negatives if has_negatives else ()))
+        return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
 
-def padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Pad rows with -1 to the same length."""
-    width = max(map(len, rows))
-    return [[*row, *[NO_DOCUMENT] * (width - len(row))] for row in rows]
+def training_texts(training_set: Dataset) -> Iterator[str]:
+    """The anchors, then the positives, of a training set, read batch by batch."""
+    for name in ("anchor", "positive"):
+        for chunk in training_set.data.column(name).chunks:
+            yield from chunk.to_pylist()
 
 
 def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:

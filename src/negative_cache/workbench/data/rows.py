@@ -105,7 +105,7 @@ class Collector:
                 negatives[query] = kept
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
-            negatives=negatives, form=form, skipped=skipped,
+            negatives=negatives, form=form, skipped=skipped, splits_by_hash=bool(unassigned),
         )  # fmt: skip
 
     def _document(self, document: Document, place: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Collection as Names
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from negative_cache.workbench.data.retrieval_data import DataError
 
@@ -13,6 +13,7 @@ CORPUS, QUERIES, QRELS = "corpus", "queries", "qrels"
 QUERY_ID, DOCUMENT_ID, GRADE = "query-id", "corpus-id", "score"
 """Columns of judgements in BEIR."""
 
+_T = TypeVar("_T")
 _DEV_NAMES = ("validation", "valid", "val")
 
 
@@ -96,6 +97,19 @@ def split_name(name: str) -> str:
     return "dev" if name.lower() in _DEV_NAMES else name
 
 
+def by_split(found: Mapping[str, _T], source: str) -> dict[str, _T]:
+    """What is found by the name of a file or a split of the hub, by the split instead.
+
+    Raises:
+        DataError: Two names are the same split.
+    """
+    splits: dict[str, str] = {}
+    for name in found:
+        if splits.setdefault(split_name(name), name) != name:
+            raise DataError(f"{source}: {splits[split_name(name)]!r} and {name!r} are the same split. Remove one.")
+    return {split: found[name] for split, name in splits.items()}
+
+
 def parts_of(names: Names[str], source: str, chosen: str | None) -> dict[str, str] | None:
     """Which of the names of files, folders or configurations is the corpus, which the queries, and which the qrels.
 
@@ -112,8 +126,9 @@ def parts_of(names: Names[str], source: str, chosen: str | None) -> dict[str, st
     """
     prefixes = [name.removesuffix(CORPUS) for name in sorted(names) if name.endswith(CORPUS)]
     prefixes = [prefix for prefix in prefixes if prefix + QUERIES in names]
-    if f"{chosen}-" in prefixes:
-        prefixes = [f"{chosen}-"]
+    for prefix in (f"{chosen}-", ""):
+        if prefix in prefixes:
+            prefixes = [prefix]
     if not prefixes:
         return None
     if len(prefixes) > 1:

@@ -39,6 +39,8 @@ def table_rows(
         sample = file.read(_SAMPLE)
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if is_csv:
+        if sample[:4].lower() == "sep=":
+            raise DataError(f"{path}, line 1: {sample.splitlines()[0]!r} is for Excel alone. Remove the line.")
         dialect = {"delimiter": _delimiter(sample, asked), "strict": True}
         if dialect["delimiter"] != ",":
             notes.append(f"{path}: the columns are separated by {_DELIMITERS[dialect['delimiter']]}.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
 ROWS_PER_BATCH = 8192
 
@@ -113,6 +114,13 @@ class Texts(Mapping[str, str]):
         """The id at a position."""
         key: str = self._ids[position].as_py()
         return key
+
+    def places_of_ids(self) -> np.ndarray:
+        """For each text, the place of its id when ids are sorted by their bytes, the last one first: int64 `[n]`."""
+        order = pyarrow.compute.sort_indices(self._ids, sort_keys=[("id", "descending")]).to_numpy()
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.arange(len(order))
+        return places
 
     def first_of_equal(self) -> np.ndarray:
         """For each text, the position of the first text that is equal to it: int64 `[n]`.

@@ -8,43 +8,56 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import NO_ID
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.data.retrieval_data import padded
-from negative_cache.workbench.evaluation import Corpus, encoding_options, rankings_of
+from negative_cache.workbench.data.texts import Texts
+from negative_cache.workbench.evaluation import Run
+from negative_cache.workbench.evaluation.encoding import encoding_arguments
 
 SAMPLES = "samples.json"
 NUM_QUERIES, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 6, 512
 MAX_CHARS = 500
 
 
-def hits(model: SentenceTransformer, data: RetrievalData, split: str, corpus: Corpus) -> list[dict[str, Any]]:
+def hits(data: RetrievalData, split: str, run: Run) -> list[dict[str, Any]]:
     """Search results of some queries of a split. The queries depend only on the data.
 
+    Args:
+        data: The dataset.
+        split: The split.
+        run: The results of its queries, the best first.
+
     Returns:
-        For each query: `query` (its id), `text`, `relevant` (documents), `rank` (of the best relevant document), and
-        `found` (`document`, `score`, `is_relevant` and `text` of the best documents).
+        For each query: `query` (its id), `text`, `relevant` (documents), `rank` (of the best relevant document; None if
+        it was not found), `num_results`, and `found` (`document`, `score`, `is_relevant` and `text` of the best
+        documents).
     """
-    judged = data.judged(split)
-    qrels = {query: judged[query] for query in spread(list(judged), NUM_QUERIES)}
-    return [
-        {
-            "query": ranking.query,
-            "text": clip(data.queries[ranking.query]),
-            "relevant": [_document(data, document) for document in qrels[ranking.query][:NUM_HITS]],
-            "rank": ranking.rank,
-            "found": [
-                {**_document(data, document), "score": score, "is_relevant": document in qrels[ranking.query]}
-                for document, score in ranking.found
-            ],
-        }
-        for ranking in rankings_of(model, data, qrels, corpus, NUM_HITS)
-    ]
+    part, judged = data.part(split), data.judged(split)
+    result = []
+    for query in spread(list(judged), NUM_QUERIES):
+        relevant, found = judged[query], list(run[query].items())
+        ranks = [rank for rank, (document, _) in enumerate(found, 1) if document in relevant]
+        result.append(
+            {
+                "query": query,
+                "text": clip(part.queries[query]),
+                "relevant": [_document(part, document) for document in relevant[:NUM_HITS]],
+                "rank": ranks[0] if ranks else None,
+                "num_results": len(found),
+                "found": [
+                    {**_document(part, document), "score": score, "is_relevant": document in relevant}
+                    for document, score in found[:NUM_HITS]
+                ],
+            }
+        )
+    return result
 
 
 @torch.no_grad()
@@ -95,7 +108,7 @@ def _hard_negatives(
         None if it is not cached), `num_hidden` (rows that margins hide), and `negatives` (`document`, `text`,
         `similarity` by the cached embedding, `probability` of being drawn, `age`). Known positives are never drawn.
     """
-    train, names = data.judged("train"), list(data.corpus)
+    train = data.judged("train")
     queries = spread(list(train), NUM_QUERIES)
     found = _search(loss, cache, model, data, {query: train[query] for query in queries})
     ages, ids = cache.age.tolist(), _positions(cache).tolist()
@@ -103,7 +116,7 @@ def _hard_negatives(
     for at, query in enumerate(queries):
         negatives = [
             {
-                **_numbered_document(data, names, ids[row]),
+                **_numbered_document(data, ids[row]),
                 "similarity": float(found.row_similarities[at, place]),
                 "probability": float(found.probabilities[at, place]),
                 "age": ages[row],
@@ -132,10 +145,10 @@ def _search(
     """Search the cache for the queries of `qrels` as a training step does."""
     queries = embed(model, [data.queries[query] for query in qrels])
     positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
-    numbers = data.labels()
+    labels, corpus = torch.from_numpy(data.labels()), Texts.of(data.corpus)
     known = [data.never_negative(query, documents) for query, documents in qrels.items()]
-    ids = padded([[numbers[document] for document in documents] for documents in known])
-    positive_ids = torch.tensor(ids, device=queries.device)
+    ids = [labels[[corpus.position(document) for document in documents]] for documents in known]
+    positive_ids = pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(queries.device)
     positive_rows = cache.find(positive_ids.flatten()).view(positive_ids.shape)
     similarities = estimators.dot(queries, positives)
     ceilings = loss.cache_loss.limits.ceilings(similarities)
@@ -162,13 +175,13 @@ def _search(
 
 def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: RetrievalData) -> list[list[float]]:
     """Pairs of the age in steps and the staleness of up to 512 rows, evenly spaced in the order of age."""
-    names, ids = list(data.corpus), _positions(cache)
-    rows = (cache.filled & (ids >= 0) & (ids < len(names))).nonzero().squeeze(1)
+    corpus, ids = Texts.of(data.corpus), _positions(cache)
+    rows = (cache.filled & (ids >= 0) & (ids < len(corpus))).nonzero().squeeze(1)
     rows = rows[cache.age[rows].argsort(stable=True)]
     if not len(rows):
         return []
     rows = rows[torch.tensor(spread(range(len(rows)), NUM_ROWS), device=rows.device)]
-    encoded = embed(model, [data.corpus[names[number]] for number in ids[rows].tolist()])
+    encoded = embed(model, [corpus[corpus.key(number)] for number in ids[rows].tolist()])
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
@@ -181,7 +194,7 @@ def _positions(cache: NegativeCache) -> Tensor:
 
 def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
     """Embeddings `[n, dim]` of unit length, as in training: without the prompts that evaluation uses."""
-    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_options(model))
+    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_arguments(model))
     return embedded.float()
 
 
@@ -200,8 +213,8 @@ def _document(data: RetrievalData, document: str) -> dict[str, Any]:
     return {"document": document, "text": clip(data.corpus[document])}
 
 
-def _numbered_document(data: RetrievalData, names: Sequence[str], number: int) -> dict[str, Any]:
+def _numbered_document(data: RetrievalData, number: int) -> dict[str, Any]:
     """The document at a position of the corpus; None for an id that is not in the corpus."""
-    if not 0 <= number < len(names):
+    if not 0 <= number < len(data.corpus):
         return {"document": None, "text": None}
-    return _document(data, names[number])
+    return _document(data, Texts.of(data.corpus).key(number))
