@@ -58,7 +58,7 @@ def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float
         )  # fmt: skip
         model = load_model(config.model, training_texts(training_set), seed)
         make_trainer(Path(folder), config, training_set, model).train()
-        return float(evaluate(model, data, "test")[METRIC])
+        return float(evaluate(model, data, ("test",))["test"].metrics()[METRIC])
 
 
 def _training_set(data: RetrievalData, form: str) -> Dataset:

@@ -122,9 +122,9 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
             print(f"training: seed {seed}, {dtype}", file=sys.stderr)
             model = copy.deepcopy(untrained)
             loss = train(model, data, dtype, seed, options)
-            metrics: dict[str, Any] = evaluate(model, data, "test")
-            quality[dtype].append(metrics["mrr@10"])
-            print(f"MRR@10 {metrics['mrr@10']:.4f}", file=sys.stderr)
+            metrics: dict[str, Any] = evaluate(model, data, ("test",))["test"].metrics()
+            quality[dtype].append(metrics["MRR@10"])
+            print(f"MRR@10 {metrics['MRR@10']:.4f}", file=sys.stderr)
             if not found:  # float32 comes first
                 found = variations(model, loss, data)
                 print(f"total variation {found}", file=sys.stderr)

@@ -30,7 +30,7 @@ from negative_cache.workbench.files import write_json
 
 BATCH_SIZES = {"static": 64, "tiny": 32}
 EPOCHS = 3.0  # default
-METRIC = "mrr@10"
+METRIC = "MRR@10"
 BASELINE = "in-batch"
 
 

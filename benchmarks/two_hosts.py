@@ -123,8 +123,8 @@ def main() -> None:
         subprocess.run(command(folder, "one-host", launch), check=True, env=environment, **quiet)  # type: ignore[call-overload]
         models = [(folder / output / "model.safetensors").read_bytes() for output in ("two-hosts", "one-host")]
         records = [json.loads((folder / output / "run.json").read_text()) for output in ("two-hosts", "one-host")]
-        two, one = (f"{record['after']['mrr@10']:.4f}" for record in records)
-        before = f"{records[0]['before']['mrr@10']:.4f}"
+        two, one = (f"{record['after']['MRR@10']:.4f}" for record in records)
+        before = f"{records[0]['before']['MRR@10']:.4f}"
         print(f"Test MRR@10: {two} on two hosts, {one} on one, {before} untrained")
         print(f"The models are {'equal, bit for bit' if models[0] == models[1] else 'NOT equal'}.")
         sys.exit(int(models[0] != models[1]))

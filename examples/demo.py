@@ -44,13 +44,13 @@ def print_table(runs: dict[str, dict[str, Any]], console: Console) -> None:
         title=f"{configuration['data']}, batch size {configuration['batch_size']}, "
         f"{configuration['epochs']:g} epochs of {runs['in-batch']['training_pairs']:,} pairs"
     )
-    for name in ("training", "MRR@10", "Recall@100", "seconds", "peak memory"):
+    for name in ("training", "MRR@10", "R@100", "seconds", "peak memory"):
         table.add_column(name, justify="left" if name == "training" else "right")
     rows = [("untrained", runs["in-batch"]["before"], None)]
     rows += [(loss.replace("-cache", " cache"), record["after"], record) for loss, record in runs.items()]
     for name, metrics, record in rows:
         cost = (f"{record['seconds']:.0f}", f"{record['peak_memory_bytes'] / 2**30:.2f} GB") if record else ("", "")
-        table.add_row(name, f"{metrics['mrr@10']:.3f}", f"{metrics['recall@100']:.3f}", *cost)
+        table.add_row(name, f"{metrics['MRR@10']:.3f}", f"{metrics['R@100']:.3f}", *cost)
     console.print(table)
 
 

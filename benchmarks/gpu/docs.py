@@ -126,8 +126,8 @@ def _quality(rows: list[Row], folder: Path) -> list[str]:
     return lines
 
 
-_SWEEP = {"loss": "loss", "documents_encoded": "documents encoded", "rate": "rate", "dev_mrr@10": "dev MRR@10"}
-_SWEEP |= {"test_mrr@10": "test MRR@10", "test_ndcg@10": "test nDCG@10"}
+_SWEEP = {"loss": "loss", "documents_encoded": "documents encoded", "rate": "rate", "dev_MRR@10": "dev MRR@10"}
+_SWEEP |= {"test_MRR@10": "test MRR@10", "test_nDCG@10": "test nDCG@10"}
 
 
 def _quality_line(line: Row) -> Row:
@@ -136,9 +136,9 @@ def _quality_line(line: Row) -> Row:
         return f"{line[metric]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
     difference, p, rate = line["difference"], line["p_value"], line["rate"]
-    made: Row = {"loss": line["loss"], "documents": line["documents_encoded"], "mrr": mean("test_mrr@10")}
-    made |= {"ndcg": mean("test_ndcg@10"), "rate": None if rate is None else f"{rate:g}"}
-    if isinstance(difference, float) and isinstance(value := line["test_mrr@10"], float):
+    made: Row = {"loss": line["loss"], "documents": line["documents_encoded"], "mrr": mean("test_MRR@10")}
+    made |= {"ndcg": mean("test_nDCG@10"), "rate": None if rate is None else f"{rate:g}"}
+    if isinstance(difference, float) and isinstance(value := line["test_MRR@10"], float):
         made["change"] = f"{difference / (value - difference):+.1%}"
     return made | {"p": None if p is None else f"{p:.2g}"}
 

@@ -34,7 +34,7 @@ MAX_CACHE = 131_072
 MINED_RANKS = (10, 50)
 HELD_OUT = 10  # without a dev split, one of this many training queries is a dev query
 ENCODED_AT_ONCE, QUERIES_AT_ONCE = 512, 256
-METRICS = ("mrr@10", "ndcg@10", "recall@100")
+METRICS = ("MRR@10", "nDCG@10", "R@100")
 
 
 @dataclass(frozen=True)
@@ -469,7 +469,7 @@ def evaluate(encoder: Encoder, dataset: Dataset) -> tuple[Row, list[float]]:
     )
     row: Row = {f"dev_{metric}": float(values.mean()) for metric, values in dev.items()}
     row |= {f"test_{metric}": float(values.mean()) for metric, values in test.items()}
-    return row, [round(value, 6) for value in test["mrr@10"].tolist()]
+    return row, [round(value, 6) for value in test["MRR@10"].tolist()]
 
 
 def ranks_of(queries: Tensor, documents: Tensor, relevant: Tensor) -> Tensor:

@@ -132,8 +132,8 @@ def _step(rows: list[Row]) -> list[str]:
 
 def _quality(rows: list[Row]) -> list[str]:
     columns = {"data": "data", "loss": "loss", "rate": "rate", "seed": "seed", "steps": "steps"}
-    columns |= {"documents_encoded": "documents encoded", "dev_mrr@10": "dev MRR@10", "test_mrr@10": "test MRR@10"}
-    columns |= {"test_ndcg@10": "test nDCG@10", "train_seconds": "seconds", "error": "error"}
+    columns |= {"documents_encoded": "documents encoded", "dev_MRR@10": "dev MRR@10", "test_MRR@10": "test MRR@10"}
+    columns |= {"test_nDCG@10": "test nDCG@10", "train_seconds": "seconds", "error": "error"}
     return table(columns, rows)
 
 

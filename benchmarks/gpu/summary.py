@@ -18,7 +18,7 @@ Ranks = dict[str, dict[str, dict[str, list[float]]]]
 def chosen_rate(rows: Sequence[Row], data: str, loss: str) -> float | None:
     """The rate of the sweep that is best on the dev split; None if no run of the sweep has ended."""
     swept = [row for row in rows if row["data"] == data and row["loss"] == loss and row["is_sweep"]]
-    scores = {_number(row["rate"]): _number(row["dev_mrr@10"]) for row in swept if "error" not in row}
+    scores = {_number(row["rate"]): _number(row["dev_MRR@10"]) for row in swept if "error" not in row}
     return max(scores, key=lambda rate: scores[rate], default=None)
 
 
@@ -37,7 +37,7 @@ def summary(rows: Sequence[Row], ranks: Ranks | None = None) -> list[Row]:
 
     Returns:
         `data`, `loss`, `rate`, `seeds` (their number), `documents_encoded`, the means and sample standard deviations
-        of `test_mrr@10` and `test_ndcg@10` (`..._std`, None for one seed), the `difference` of the mean MRR@10 from
+        of `test_MRR@10` and `test_nDCG@10` (`..._std`, None for one seed), the `difference` of the mean MRR@10 from
         that of `in-batch`, and its two-sided `p_value`, paired over queries, with the means of their reciprocal ranks
         over seeds. The last two are None if there is nothing to compare.
     """
@@ -48,7 +48,7 @@ def summary(rows: Sequence[Row], ranks: Ranks | None = None) -> list[Row]:
             continue
         line: Row = {"data": data, "loss": loss, "rate": final[0]["rate"], "seeds": len(final)}
         line["documents_encoded"] = round(statistics.fmean(_number(row["documents_encoded"]) for row in final))
-        for metric in ("test_mrr@10", "test_ndcg@10"):
+        for metric in ("test_MRR@10", "test_nDCG@10"):
             values = [_number(row[metric]) for row in final]
             line |= {metric: statistics.fmean(values), f"{metric}_std": _deviation(values)}
         result.append(line | _against_baseline(_final_rows(rows, data, BASELINE), line, (ranks or {}).get(data, {})))
@@ -65,9 +65,9 @@ def _final_rows(rows: Sequence[Row], data: str, loss: str) -> list[Row]:
 def _against_baseline(baseline: Sequence[Row], line: Row, ranks: dict[str, dict[str, list[float]]]) -> Row:
     if not baseline or line["loss"] == BASELINE:
         return {"difference": None, "p_value": None}
-    mean = statistics.fmean(_number(row["test_mrr@10"]) for row in baseline)
+    mean = statistics.fmean(_number(row["test_MRR@10"]) for row in baseline)
     p = _p_value(ranks.get(str(line["loss"]), {}), ranks.get(BASELINE, {}))
-    return {"difference": _number(line["test_mrr@10"]) - mean, "p_value": p}
+    return {"difference": _number(line["test_MRR@10"]) - mean, "p_value": p}
 
 
 def _p_value(first: dict[str, list[float]], second: dict[str, list[float]]) -> float | None:

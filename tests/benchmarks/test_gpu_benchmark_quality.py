@@ -162,7 +162,7 @@ def check_ranks(rows: list[dict[str, Any]], folder: Path) -> None:
     for row in rows:
         reciprocal = ranks["things"][row["loss"]][str(row["seed"])]
         assert len(reciprocal) == 8
-        assert sum(reciprocal) / 8 == pytest.approx(row["test_mrr@10"], abs=1e-5)
+        assert sum(reciprocal) / 8 == pytest.approx(row["test_MRR@10"], abs=1e-5)
     summed = summary(rows, ranks)
     assert [row["loss"] for row in summed] == [UNTRAINED, *KINDS]
     assert [row["seeds"] for row in summed] == [1, *[2] * len(KINDS)]
@@ -260,7 +260,7 @@ def test_metrics_are_those_of_the_workbench(encoder: Encoder, tmp_path: Path):
     data = load_data(str(write_beir(tmp_path / "things")))
     data.qrels["test"]["q60"] += ["c03", "c71"]
     row, reciprocal = finetuning.evaluate(encoder, make_dataset(data, encoder, Plan()))
-    expected = evaluate(encoder.model, data, "test")
+    expected = evaluate(encoder.model, data, ("test",))["test"].metrics()
     assert len(reciprocal) == NUM_TEST
     for metric in METRICS:
         assert row[f"test_{metric}"] == pytest.approx(expected[metric], abs=1e-9)
@@ -272,9 +272,9 @@ def test_ranks_and_metrics_equal_the_formulas():
     ranks = ranks_of(queries, documents, torch.tensor([[1, 3], [3, -1]]))
     assert ranks.tolist() == [[3, 4], [1, 0]]  # document 0 has the score of document 1 and comes first
     found = {metric: values.tolist() for metric, values in metrics_of(torch.tensor([[3, 40], [11, 0]])).items()}
-    assert found["mrr@10"] == pytest.approx([1 / 3, 0])
-    assert found["ndcg@10"] == pytest.approx([(1 / 2) / (1 + 1 / math.log2(3)), 0])
-    assert found["recall@100"] == [1, 1]
+    assert found["MRR@10"] == pytest.approx([1 / 3, 0])
+    assert found["nDCG@10"] == pytest.approx([(1 / 2) / (1 + 1 / math.log2(3)), 0])
+    assert found["R@100"] == [1, 1]
 
 
 def test_mined_negatives_are_hard_and_no_positives():
@@ -317,7 +317,7 @@ def metrics(value: float) -> dict[str, float]:
 
 def made_up(loss: str, rate: float, seed: int, dev: float, test: float, **more: Any) -> dict[str, Any]:
     job = {"data": "things", "loss": loss, "rate": rate, "seed": seed, "is_sweep": seed == 0}
-    return {**job, "documents_encoded": 100, **metrics(test), "dev_mrr@10": dev, **more}
+    return {**job, "documents_encoded": 100, **metrics(test), "dev_MRR@10": dev, **more}
 
 
 def test_the_summary_compares_means_over_seeds():
@@ -349,10 +349,10 @@ def test_the_summary_compares_means_over_seeds():
     assert (untrained["loss"], untrained["seeds"], untrained["p_value"]) == (UNTRAINED, 1, None)
     assert untrained["difference"] == pytest.approx(0.1 - 0.45)
     assert (baseline["rate"], baseline["seeds"], baseline["difference"], baseline["p_value"]) == (1e-5, 2, None, None)
-    assert baseline["test_mrr@10"] == pytest.approx(0.45)
-    assert baseline["test_mrr@10_std"] == pytest.approx(0.1 / math.sqrt(2))
+    assert baseline["test_MRR@10"] == pytest.approx(0.45)
+    assert baseline["test_MRR@10_std"] == pytest.approx(0.1 / math.sqrt(2))
     assert (cache["rate"], cache["seeds"], cache["documents_encoded"]) == (1e-5, 1, 200)
-    assert cache["test_ndcg@10_std"] is None
+    assert cache["test_nDCG@10_std"] is None
     assert cache["difference"] == pytest.approx(0.1)
     assert cache["p_value"] == pytest.approx(1 - math.sqrt(3 / 5))
 

@@ -57,9 +57,9 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     for name, loss in result["losses"].items():
         assert [run["seed"] for run in loss["runs"]] == [0, 1]
         assert {run["steps"] for run in loss["runs"]} == {steps[name]}
-        scores = [run["after"]["mrr@10"] for run in loss["runs"]]
-        assert loss["summary"]["mrr@10"]["mean"] == pytest.approx(sum(scores) / 2)
-        assert loss["summary"]["mrr@10"]["mean"] > 0.3  # of 120 documents; by chance 0.02
+        scores = [run["after"]["MRR@10"] for run in loss["runs"]]
+        assert loss["summary"]["MRR@10"]["mean"] == pytest.approx(sum(scores) / 2)
+        assert loss["summary"]["MRR@10"]["mean"] > 0.3  # of 120 documents; by chance 0.02
         assert loss["curve"][-1]["test"] == loss["runs"][-1]["after"]
         assert [point["step"] for point in loss["curve"]] == sorted({point["step"] for point in loss["curve"]})
         if name.startswith("negative-cache"):  # from the second step on, two more documents per query
@@ -87,7 +87,7 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     assert words[-2:] == ["--output", "MODEL"]
     ended = invoke(*words[1:-1], tmp_path / "model", "--max-steps", 1, "--json")
     assert ended.exit_code == 0, ended.output
-    best = max(result["losses"].values(), key=lambda loss: loss["summary"]["mrr@10"]["mean"])
+    best = max(result["losses"].values(), key=lambda loss: loss["summary"]["MRR@10"]["mean"])
     found = json.loads(ended.stdout)["configuration"]
     assert found["learning_rate"] == best["learning_rate"]
     assert found["batch_size"] == best["configuration"]["batch_size"]
@@ -167,7 +167,7 @@ def test_data_without_a_dev_split_are_refused(data: Path, tmp_path: Path):
 
 
 def record(score: float, seconds: float = 1.0) -> RunRecord:
-    metrics = {"mrr@10": score, "ndcg@10": score, "recall@100": score}
+    metrics = {"MRR@10": score, "nDCG@10": score, "R@100": score}
     return RunRecord(
         configuration={}, versions={}, device="cpu", threads=1, ranks=1, steps=1, resumed_from_step=0,
         training_pairs=1, seconds=seconds, documents_encoded=3, peak_memory_bytes=4, after=metrics, dev=metrics,
@@ -218,9 +218,9 @@ def test_of_equally_good_rates_the_smallest_one_is_chosen():
 
 def test_the_spread_is_the_sample_standard_deviation():
     found = summary([record(0.1, 1), record(0.3, 2), record(0.2, 3)])
-    assert found["mrr@10"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1)}
+    assert found["MRR@10"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.1)}
     assert found["seconds"]["mean"] == 2
-    assert summary([record(0.1)])["mrr@10"]["std"] is None
+    assert summary([record(0.1)])["MRR@10"]["std"] is None
 
 
 def test_configurations_differ_only_in_the_loss_and_its_settings():

@@ -90,7 +90,7 @@ def test_the_page_shows_the_records_and_samples(page: Path, folder: Path):
     for run in ("nc", "ib"):
         record = json.loads((folder / run / "run.json").read_text())
         for when in ("before", "after"):
-            assert all(f"{record[when][name]:.4f}" in words for name in ("mrr@10", "recall@100"))
+            assert all(f"{record[when][name]:.4f}" in words for name in ("MRR@10", "R@100"))
     differing = [attrs for tag, attrs in read.tags if tag == "tr" and attrs.get("class") == "differs"]
     assert len(differing) >= 2  # the loss and --eval-steps, at least
     assert "≠ loss negative-cache in-batch" in words

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.evaluation import encode_corpus
+from negative_cache.workbench.evaluation import search_splits
 from negative_cache.workbench.training import samples
 from support import ANCHORS, POSITIVES
 
@@ -21,13 +21,17 @@ def test_ranks_of_hits_agree_with_a_sort(static: SentenceTransformer):
         {f"q{n}": text for n, text in enumerate(ANCHORS)},
         {"test": {"q3": ["d3", "d5"], "q7": ["d7"]}},
     )
-    corpus = encode_corpus(static, data)
-    for entry in samples.hits(static, data, "test", corpus):
-        scores = static.similarity(static.encode([entry["text"]]), corpus.embeddings.numpy())[0]
-        order = [corpus.names[at] for at in scores.argsort(descending=True)]
-        relevant = data.qrels["test"][entry["query"]]
-        assert entry["rank"] == 1 + min(order.index(document) for document in relevant)
-        assert [hit["document"] for hit in entry["found"]] == order[:5]
+    embeddings = static.encode(POSITIVES)
+    for depth in (len(POSITIVES), 1):
+        run = search_splits(static, data, ("test",), depth)["test"]
+        for entry in samples.hits(data, "test", run):
+            scores = static.similarity(static.encode([entry["text"]]), embeddings)[0]
+            order = [f"d{at}" for at in scores.argsort(descending=True).tolist()]
+            relevant = data.qrels["test"][entry["query"]]
+            rank = 1 + min(order.index(document) for document in relevant)
+            assert entry["rank"] == (rank if rank <= depth else None)
+            assert [hit["document"] for hit in entry["found"]] == order[:5][:depth]
+            assert entry["num_results"] == depth
 
 
 def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransformer):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from negative_cache.workbench.training.record import METRICS
+from negative_cache.workbench.training.record import measures_of
 
 WIDTH_OF_A_FILE = 160  # columns, if the output is not a terminal
 
@@ -16,10 +16,11 @@ WIDTH_OF_A_FILE = 160  # columns, if the output is not a terminal
 def metrics_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table with a row of metrics for each name."""
     table = Table(title=title)
-    for name in ("", *METRICS):
+    measures = list(dict.fromkeys(name for metrics in rows.values() for name in measures_of(dict(metrics))))
+    for name in ("", *measures):
         table.add_column(name, justify="right" if name else "left")
     for name, metrics in rows.items():
-        table.add_row(name, *(f"{metrics[metric]:.4f}" for metric in METRICS))
+        table.add_row(name, *(f"{metrics[measure]:.4f}" for measure in measures))
     return table
 
 

@@ -82,7 +82,7 @@ def _draw_loss(axes: Axes, number: int, name: str, loss: dict[str, Any], cost: s
     final = loss["summary"]
     axes.plot(
         [point[cost] for point in loss["curve"]],
-        [point["test"]["mrr@10"] for point in loss["curve"]],
+        [point["test"]["MRR@10"] for point in loss["curve"]],
         color=colour,
         linestyle="-" if number < len(COLOURS) else "--",
         marker=marker,
@@ -91,14 +91,14 @@ def _draw_loss(axes: Axes, number: int, name: str, loss: dict[str, Any], cost: s
     )
     axes.errorbar(
         final[cost]["mean"],
-        final["mrr@10"]["mean"],
-        yerr=final["mrr@10"]["std"],
+        final["MRR@10"]["mean"],
+        yerr=final["MRR@10"]["std"],
         color=colour,
         marker=marker,
         markersize=9,
         markeredgecolor="black",
         capsize=5,
         linestyle="none",
-        label=f"{name}: {with_spread(final['mrr@10'])}",
+        label=f"{name}: {with_spread(final['MRR@10'])}",
         zorder=3,
     )

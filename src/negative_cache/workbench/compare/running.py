@@ -23,8 +23,8 @@ from negative_cache.workbench.training.record import RunRecord, read_json
 
 RESULT = "compare.json"
 MAX_EXTENSIONS = 2
-CHOICE = "mrr@10"
-REPORTED = ("mrr@10", "ndcg@10", "recall@100")
+CHOICE = "MRR@10"
+REPORTED = ("MRR@10", "nDCG@10", "R@100")
 COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
 OPTIONS = RunOptions(measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True)
 _KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")

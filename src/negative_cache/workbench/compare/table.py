@@ -10,9 +10,9 @@ from negative_cache.workbench.compare.comparison import FIXED_FIELDS
 from negative_cache.workbench.compare.running import REPORTED
 from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.training.config import RunConfig, flag_of
-from negative_cache.workbench.training.record import METRICS, RunRecord
+from negative_cache.workbench.training.record import RunRecord
 
-COLUMNS = ("loss", "rate", *(METRICS[name] for name in REPORTED), "seconds", "documents encoded", "peak memory")
+COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memory")
 
 
 def title_of(result: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def line_of(record: RunRecord) -> str:
     """A run in one line."""
     if record.failed is not None:
         return f"failed: {record.failed}"
-    dev, test = ((metrics or {})["mrr@10"] for metrics in (record.dev, record.after))
+    dev, test = ((metrics or {})["MRR@10"] for metrics in (record.dev, record.after))
     return (
         f"MRR@10 dev {dev:.4f} test {test:.4f}, {record.steps:,} steps in {record.seconds:.1f} s, "
         f"{record.documents_encoded:,} documents encoded, peak {gigabytes(record.peak_memory_bytes)}"
@@ -58,7 +58,7 @@ def verdict(result: dict[str, Any]) -> str:
     if len(losses) < 2:
         return ""
     (best, first), (second, next_one) = losses[:2]
-    found, other = first["summary"]["mrr@10"], next_one["summary"]["mrr@10"]
+    found, other = first["summary"]["MRR@10"], next_one["summary"]["MRR@10"]
     lead = found["mean"] - other["mean"]
     spread = ((found["std"] or 0) ** 2 + (other["std"] or 0) ** 2) ** 0.5
     seeds = min(len(first["runs"]), len(next_one["runs"]))
@@ -104,4 +104,4 @@ def gigabytes(number: float) -> str:
 def _ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The losses with complete runs, by their MRR@10 on the test split, the best first."""
     trained = [(name, loss) for name, loss in result["losses"].items() if loss["runs"]]
-    return sorted(trained, key=lambda item: -item[1]["summary"]["mrr@10"]["mean"])
+    return sorted(trained, key=lambda item: -item[1]["summary"]["MRR@10"]["mean"])

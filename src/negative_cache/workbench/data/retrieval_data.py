@@ -5,17 +5,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow
 
+from negative_cache.workbench.data.splits import DEV_PERCENT, hash_of
 from negative_cache.workbench.data.texts import ArrowWriter, Texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -39,6 +41,7 @@ class RetrievalData:
         skipped: What was skipped -> how often.
         elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
             are not searched in `corpus`.
+        splits_by_hash: Whether the rows have no splits of their own and are split by a hash of the documents.
     """
 
     name: str
@@ -52,6 +55,7 @@ class RetrievalData:
     form: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
+    splits_by_hash: bool = False
 
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):
@@ -60,6 +64,10 @@ class RetrievalData:
     def part(self, split: str) -> RetrievalData:
         """The dataset that has the queries of a split and the documents they are searched in."""
         return self.elsewhere.get(split, self)
+
+    def has(self, split: str) -> bool:
+        """Whether a split has judgements."""
+        return bool(self.part(split).qrels.get(split))
 
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
@@ -84,7 +92,11 @@ class RetrievalData:
         if self.ignores_identical_ids:
             return self
         identical = self.queries.keys() & self.corpus.keys()
-        if not identical:
+        elsewhere = {
+            split: part.ignoring_identical_ids() if part.queries.keys() & part.corpus.keys() else part
+            for split, part in self.elsewhere.items()
+        }
+        if not identical and elsewhere == self.elsewhere:
             raise DataError(
                 f"--ignore-identical-ids has no effect on {self.name}: no query has the id of a document. Queries have "
                 f"ids such as {next(iter(self.queries), None)!r}, documents {next(iter(self.corpus), None)!r}. Leave "
@@ -95,16 +107,84 @@ class RetrievalData:
             for split, qrels in self.qrels.items()
         }
         num_removed = sum(query in documents for qrels in self.qrels.values() for query, documents in qrels.items())
-        if not any(kept.values()):
+        if not any(kept.values()) and not elsewhere:
             raise DataError(
                 f"--ignore-identical-ids leaves no judgement of {self.name}: each relevant document has the id of its "
                 "query. Leave it out."
             )
+        grades = {
+            split: {query: {key: grade for key, grade in found.items() if key != query} for query, found in of.items()}
+            for split, of in self.grades.items()
+        }
         note = (
             f"{self.name}: for {len(identical):,} of {len(self.queries):,} queries, the document with the same id is "
         )
         note += "ignored" + (f"; skipped judgements of such documents: {num_removed:,}." if num_removed else ".")
-        return replace(self, qrels=kept, notes=(*self.notes, note), ignores_identical_ids=True)
+        return replace(
+            self, qrels=kept, grades=grades, notes=(*self.notes, note), ignores_identical_ids=True, elsewhere=elsewhere
+        )
+
+    def with_dev(self) -> RetrievalData:
+        """The same data with a dev split: its own, or 5 % of the training queries, chosen by the hash of their ids.
+
+        Data with fewer than two training queries stays as it is.
+        """
+        train = self.qrels.get("train", {})
+        if self.qrels.get("dev") or "dev" in self.elsewhere or len(train) < 2:
+            return self
+        number = max(len(train) * DEV_PERCENT // 100, 1)
+        dev = set(sorted(train, key=hash_of)[:number])
+        note = (
+            f"{self.name} has no dev split: {number:,} of its {len(train):,} training queries are held out as one, "
+            "chosen by the hash of their ids."
+        )
+        return replace(
+            self,
+            qrels={**self.qrels, "train": _parted(train, dev, False), "dev": _parted(train, dev, True)},
+            grades={
+                **self.grades,
+                **{
+                    split: _parted(self.grades["train"], dev, split == "dev")
+                    for split in ("train", "dev")
+                    if "train" in self.grades
+                },
+            },
+            notes=(*self.notes, note),
+        )
+
+    def with_train_pairs(self, number: int) -> RetrievalData:
+        """The same data with at most this number of judged pairs in the training split.
+
+        Queries are taken in the order of the hash of their ids, each with all its pairs, if these still fit.
+
+        Raises:
+            DataError: There is no training split, or no query has as few pairs.
+        """
+        train = self.judged("train")
+        available = sum(map(len, train.values()))
+        taken, left = set(), number
+        for query in sorted(train, key=hash_of):
+            if len(train[query]) <= left:
+                taken.add(query)
+                left -= len(train[query])
+        if not taken:
+            raise DataError(f"--max-train-pairs is {number:,}, but each training query of {self.name} has more pairs.")
+        if len(taken) == len(train):
+            return self
+        qrels = {**self.qrels, "train": _parted(train, taken, True)}
+        kept = {query for found in qrels.values() for query in found}
+        note = (
+            f"{self.name}: the training split has {number - left:,} of its {available:,} pairs, chosen by the hash of "
+            "the query ids. The corpus has all documents."
+        )
+        grades = {"train": _parted(self.grades["train"], taken, True)} if "train" in self.grades else {}
+        return replace(
+            self,
+            qrels=qrels,
+            grades={**self.grades, **grades},
+            negatives={query: others for query, others in self.negatives.items() if query in kept},
+            notes=(*self.notes, note),
+        )
 
     def ignored(self, query: str) -> str | None:
         """The document that is neither a result nor a negative of a query because it has its id; None if none is."""
@@ -130,12 +210,9 @@ class RetrievalData:
                     together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
             return together
         if not self.qrels.get(split):
-            available = [name for name, qrels in self.qrels.items() if qrels]
-            raise DataError(
-                f"{self.name} has no queries in the split {split!r}; it has {available}. A file of pairs is split "
-                "by document, 85 : 5 : 10, and needs about 50 documents. A BEIR folder needs a file for the split in "
-                "qrels. train and compare measure on the test split; evaluate has the option --split."
-            )
+            available = [*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]
+            given = f", or give it with --{split}" if split in ("dev", "test") else ""
+            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. Name one{given}.")
         return self.qrels[split]
 
     def labels(self) -> np.ndarray:
@@ -173,6 +250,11 @@ def training_texts(training_set: Dataset) -> Iterator[str]:
     for name in ("anchor", "positive"):
         for chunk in training_set.data.column(name).chunks:
             yield from chunk.to_pylist()
+
+
+def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:
+    """The entries whose query is in a set, or those whose query is not."""
+    return {query: value for query, value in by_query.items() if (query in queries) == is_in}
 
 
 def _without(left_out: str, documents: list[str]) -> list[str]:

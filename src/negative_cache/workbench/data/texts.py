@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
 ROWS_PER_BATCH = 8192
 
@@ -93,6 +94,21 @@ class Texts(Mapping[str, str]):
             at += 1
         raise KeyError(key)
 
+    def positions(self, keys: Iterable[str]) -> np.ndarray:
+        """The positions of many ids, which are compared by 64-bit hashes: int64 `[n]`.
+
+        Raises:
+            KeyError: There is no such id.
+        """
+        wanted = np.fromiter(map(hash, keys), dtype=np.int64)
+        at = np.searchsorted(self._hashes, wanted)
+        is_missing = at == len(self)
+        is_missing[~is_missing] = self._hashes[at[~is_missing]] != wanted[~is_missing]
+        if is_missing.any():
+            raise KeyError(f"there is no text for id number {int(is_missing.argmax()) + 1:,}")
+        positions: np.ndarray = self._order[at]
+        return positions
+
     def key(self, position: int) -> str:
         """The id at a position."""
         key: str = self._ids[position].as_py()
@@ -102,6 +118,13 @@ class Texts(Mapping[str, str]):
         """The text at a position."""
         text: str = self._texts[position].as_py()
         return text
+
+    def places_of_ids(self) -> np.ndarray:
+        """For each text, the place of its id when ids are sorted by their bytes, the last one first: int64 `[n]`."""
+        order = pyarrow.compute.sort_indices(self._ids, sort_keys=[("id", "descending")]).to_numpy()
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.arange(len(order))
+        return places
 
     def first_of_equal(self) -> np.ndarray:
         """For each text, the position of the first text that is equal to it: int64 `[n]`.
@@ -113,11 +136,39 @@ class Texts(Mapping[str, str]):
         positions: np.ndarray = first[group].astype(np.int64)
         return positions
 
+    def followed_by(self, others: Iterable[tuple[str, str]]) -> Texts:
+        """These texts and others, without a copy of these; raises RepeatedIdError if an id occurs twice."""
+        added = Texts.of(others)
+        columns = [(self._ids, self._texts), (added._ids, added._texts)]
+        tables = [pyarrow.table({"id": ids, "text": texts}) for ids, texts in columns]
+        return Texts(pyarrow.concat_tables(tables)) if len(added) else self
+
     def _check_ids_differ(self) -> None:
         for at in np.nonzero(self._hashes[1:] == self._hashes[:-1])[0].tolist():
             first, second = sorted((int(self._order[at]), int(self._order[at + 1])))
             if self.key(first) == self.key(second):
                 raise RepeatedIdError(self.key(first), first, second)
+
+
+class IdsByText:
+    """Finds the id of a text. An entry takes 16 bytes of memory."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+        hashes = np.fromiter(map(hash, texts.values()), dtype=np.int64, count=len(texts))
+        self._order = hashes.argsort(kind="stable")
+        self._hashes = hashes[self._order]
+
+    def find(self, text: str) -> str | None:
+        """The id of the first text that is equal, or None."""
+        wanted = hash(text)
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            key = self._texts.key(int(self._order[at]))
+            if self._texts[key] == text:
+                return key
+            at += 1
+        return None
 
 
 class ArrowWriter:

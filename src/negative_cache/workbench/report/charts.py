@@ -152,7 +152,7 @@ def _curve(runs: Sequence[Run]) -> Chart | None:
     lines = []
     for run in runs:
         if points := run.record.curve:
-            quality = [point["test"]["mrr@10"] for point in points]
+            quality = [point["test"]["MRR@10"] for point in points]
             lines.append(Line(run.number, [point["step"] for point in points], quality))
     note = "Measured after training, with weights that were saved during training."
     return _chart(Kind("MRR@10 on the test split", note, ()), lines, runs)

@@ -16,7 +16,7 @@ from negative_cache.workbench.report.charts import charts_of
 from negative_cache.workbench.report.runs import Run, Table, read_folders
 from negative_cache.workbench.report.svg import short
 from negative_cache.workbench.training.config import RunError
-from negative_cache.workbench.training.record import METRICS
+from negative_cache.workbench.training.record import measures_of
 
 REPORT = "report.html"
 
@@ -53,12 +53,13 @@ def render(runs: Sequence[Run], tables: Sequence[Table] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    best = _best(runs)
     environment.filters |= {"short": short, "gigabytes": gigabytes}
     return environment.get_template("report.html").render(
         runs=runs,
         tables=tables,
-        metrics=METRICS,
-        best=_best(runs),
+        metrics=list(best),
+        best=best,
         charts=charts_of(runs),
         options=_options(runs),
         hits=_by_query(runs, "after"),
@@ -75,7 +76,8 @@ def _sizes(run: Run) -> tuple[Any, ...]:
 def _best(runs: Sequence[Run]) -> dict[str, float]:
     """The best value of each metric; infinity if there is only one run with metrics."""
     found = [run.record.after for run in runs if run.record.after]
-    return {name: max(metrics[name] for metrics in found) if len(found) > 1 else math.inf for name in METRICS}
+    names = dict.fromkeys(name for metrics in found for name in measures_of(metrics))
+    return {name: max(metrics[name] for metrics in found) if len(found) > 1 else math.inf for name in names}
 
 
 def _options(runs: Sequence[Run]) -> list[tuple[str, list[Any], bool]]:

@@ -48,7 +48,8 @@ class Curve(TrainerCallback):
         points = []
         for costs in self._costs:
             load_model(self._trainer.model, self._weights(costs["step"]))
-            points.append({**costs, "test": evaluate(self._trainer.model, data, "test")})
+            quality = evaluate(self._trainer.model, data, ("test",))["test"]
+            points.append({**costs, "test": quality.metrics()})
         return points
 
     def _weights(self, step: int) -> Path:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.data.retrieval_data import training_texts
-from negative_cache.workbench.evaluation import OnProgress, encode_corpus, make_evaluator, metrics_of
+from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
 from negative_cache.workbench.training import processes, samples
@@ -33,6 +33,7 @@ from negative_cache.workbench.training.trainer import (
     used_learning_rate,
 )
 
+PER_QUERY = "queries.json"
 _INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 
@@ -44,8 +45,8 @@ class RunOptions:
     """What a run measures and keeps, in addition to its configuration.
 
     Attributes:
-        measure_before: Evaluate the untrained model on the test split.
-        measure_dev: Evaluate the trained model on the dev split.
+        measure_before: Evaluate the untrained model on the test split, if there is one.
+        measure_dev: Evaluate the trained model on the dev split. Without a test split, this is done if there is one.
         curve: Fractions of the steps after which the quality on the test split is measured.
         keep_model: Write the trained model and TensorBoard events.
         record_failure: If training fails, write a record with the reason instead of raising an error.
@@ -69,7 +70,11 @@ def run(
     on_step: OnStep | None = None,
     on_progress: OnProgress | None = None,
 ) -> RunRecord | None:
-    """Train and evaluate a model; write the model, `samples.json` and `run.json`.
+    """Train and evaluate a model; write the model, `samples.json`, `queries.json` and `run.json`.
+
+    A dataset needs no test split: then the quality is measured on the dev split, if there is one. `queries.json` has
+    the values of each query of the test split: "before" (null if not measured) and "after" -> name of a measure ->
+    query id -> value.
 
     An unfinished run is in `OUTPUT.partial`, with its checkpoints. The folder is renamed when the run is complete.
     Under `torchrun` or `accelerate launch`, call this function on all ranks; rank 0 evaluates and writes.
@@ -86,7 +91,7 @@ def run(
         The record; None on ranks other than 0, unless the run was already finished.
 
     Raises:
-        DataError: The data lacks a split.
+        DataError: The data lacks a training split, or a split that the options or the configuration need.
         RunError: The configuration or the output folder is invalid.
         ModelError: The model cannot be loaded.
         RunFailedError: Training failed.
@@ -153,9 +158,10 @@ class _Run:
 
     def check(self) -> None:
         """Raise DataError unless the data has the splits that the run needs."""
-        for split in ("train", "test", *(["dev"] if self.options.measure_dev else [])):
+        needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
+        for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
-        if self.config.eval_steps is not None and not self.data.qrels.get("dev"):
+        if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
 
     def train(self, is_first: bool) -> None:
@@ -191,13 +197,16 @@ class _Run:
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
-        before, hits = None, []
-        if self.options.measure_before:
-            corpus = encode_corpus(model, self.data, self.on_progress)
-            before = metrics_of(model, self.data, "test", corpus)
-            hits = samples.hits(model, self.data, "test", corpus)
+        measured: dict[str, Any] = {"before": None, "per_query": None, "hits": []}
+        if not self.data.has("test"):
+            quality = "that of the dev split" if self.data.has("dev") else "none"
+            logger.warning("%s has no test split. The quality that is measured is %s.", self.data.name, quality)
+        elif self.options.measure_before:
+            found = evaluate(model, self.data, ("test",), on_progress=self.on_progress)["test"]
+            hits = samples.hits(self.data, "test", found.run)
+            measured = {"before": found.metrics(), "per_query": found.per_query, "hits": hits}
         content = {"configuration": _configuration(self.config), "ranks": processes.count()}
-        write_json(self.folder / _BEFORE, {**content, "before": before, "hits": hits})
+        write_json(self.folder / _BEFORE, {**content, **measured})
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
@@ -216,7 +225,7 @@ class _Run:
     def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
         began = read_json(self.folder / _BEFORE)
-        quality = {} if failed else self._evaluate(trainer, began["hits"])
+        quality = {} if failed else self._evaluate(trainer, began)
         seconds, documents = round(trainer.meter.seconds, 3), trainer.meter.documents
         points = []
         if self.options.curve and not failed:
@@ -240,16 +249,21 @@ class _Run:
             **quality,
         ).write(self.folder)
 
-    def _evaluate(self, trainer: RunTrainer, hits_before: list[dict[str, Any]]) -> dict[str, Any]:
-        """Metrics of the trained model, as fields of the record. Also writes the model and the samples."""
-        model = trainer.model
-        corpus = encode_corpus(model, self.data, self.on_progress)
+    def _evaluate(self, trainer: RunTrainer, began: dict[str, Any]) -> dict[str, Any]:
+        """Metrics of the trained model, as fields of the record. Also writes the model, and the results of queries."""
+        model, hits = trainer.model, []
         if self.options.keep_model:
             model.save_pretrained(str(self.folder))
-        hits = {"before": hits_before, "after": samples.hits(model, self.data, "test", corpus)}
-        write_json(self.folder / samples.SAMPLES, {**hits, **samples.of_cache(trainer.loss, model, self.data)})
-        splits = {"after": "test", **({"dev": "dev"} if self.options.measure_dev else {})}
-        return {field: metrics_of(model, self.data, split, corpus) for field, split in splits.items()}
+        has_test = self.data.has("test")
+        needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
+        fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
+        found = evaluate(model, self.data, tuple(fields), on_progress=self.on_progress)
+        if has_test:
+            hits = samples.hits(self.data, "test", found["test"].run)
+            write_json(self.folder / PER_QUERY, {"before": began["per_query"], "after": found["test"].per_query})
+        shown = {"before": began["hits"], "after": hits}
+        write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
+        return {fields[split]: quality.metrics() for split, quality in found.items()}
 
 
 def _check_ranks(loss: str, data: RetrievalData) -> None:

@@ -11,13 +11,14 @@ from negative_cache.workbench.files import write_json
 from negative_cache.workbench.training.config import RunError
 
 RECORD = "run.json"
-METRICS = {
-    "mrr@10": "MRR@10", "ndcg@10": "nDCG@10", "recall@1": "Recall@1", "recall@10": "Recall@10",
-    "recall@100": "Recall@100",
-}  # fmt: skip
 
 Metrics = dict[str, Any]
-"""Values of `METRICS`, with num_queries and num_documents."""
+"""Means by the name of the measure, such as "MRR@10", with num_queries and num_documents."""
+
+
+def measures_of(metrics: Metrics) -> list[str]:
+    """The names of the measures in metrics."""
+    return [name for name in metrics if name not in ("num_queries", "num_documents")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class RunRecord:
         seconds: Training time, without evaluation.
         documents_encoded: Documents that rank 0 encoded in training, counted each time.
         peak_memory_bytes: Peak memory at the end of training.
-        before: Metrics on the test split before training; None if not measured.
-        after: Metrics on the test split after training; None if training failed.
+        before: Metrics on the test split before training; None if not measured, or without a test split.
+        after: Metrics on the test split after training; None if training failed, or without a test split.
         dev: Metrics on the dev split after training; None if not measured.
         curve: Quality during training: step, seconds, documents_encoded, and test (metrics on that split).
         failed: Reason why training failed; None if it did not.

@@ -18,35 +18,46 @@ from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts
-from negative_cache.workbench.evaluation import Corpus, encoding_options, rankings_of
+from negative_cache.workbench.evaluation import Run
+from negative_cache.workbench.evaluation.encoding import encoding_arguments
 
 SAMPLES = "samples.json"
 NUM_QUERIES, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 6, 512
 MAX_CHARS = 500
 
 
-def hits(model: SentenceTransformer, data: RetrievalData, split: str, corpus: Corpus) -> list[dict[str, Any]]:
+def hits(data: RetrievalData, split: str, run: Run) -> list[dict[str, Any]]:
     """Search results of some queries of a split. The queries depend only on the data.
 
+    Args:
+        data: The dataset.
+        split: The split.
+        run: The results of its queries, the best first.
+
     Returns:
-        For each query: `query` (its id), `text`, `relevant` (documents), `rank` (of the best relevant document), and
-        `found` (`document`, `score`, `is_relevant` and `text` of the best documents).
+        For each query: `query` (its id), `text`, `relevant` (documents), `rank` (of the best relevant document; None if
+        it was not found), `num_results`, and `found` (`document`, `score`, `is_relevant` and `text` of the best
+        documents).
     """
-    judged = data.judged(split)
-    qrels = {query: judged[query] for query in spread(list(judged), NUM_QUERIES)}
-    return [
-        {
-            "query": ranking.query,
-            "text": clip(data.queries[ranking.query]),
-            "relevant": [_document(data, document) for document in qrels[ranking.query][:NUM_HITS]],
-            "rank": ranking.rank,
-            "found": [
-                {**_document(data, document), "score": score, "is_relevant": document in qrels[ranking.query]}
-                for document, score in ranking.found
-            ],
-        }
-        for ranking in rankings_of(model, data, qrels, corpus, NUM_HITS)
-    ]
+    part, judged = data.part(split), data.judged(split)
+    result = []
+    for query in spread(list(judged), NUM_QUERIES):
+        relevant, found = judged[query], list(run[query].items())
+        ranks = [rank for rank, (document, _) in enumerate(found, 1) if document in relevant]
+        result.append(
+            {
+                "query": query,
+                "text": clip(part.queries[query]),
+                "relevant": [_document(part, document) for document in relevant[:NUM_HITS]],
+                "rank": ranks[0] if ranks else None,
+                "num_results": len(found),
+                "found": [
+                    {**_document(part, document), "score": score, "is_relevant": document in relevant}
+                    for document, score in found[:NUM_HITS]
+                ],
+            }
+        )
+    return result
 
 
 @torch.no_grad()
@@ -183,7 +194,7 @@ def _positions(cache: NegativeCache) -> Tensor:
 
 def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
     """Embeddings `[n, dim]` of unit length, as in training: without the prompts that evaluation uses."""
-    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_options(model))
+    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_arguments(model))
     return embedded.float()
 
 

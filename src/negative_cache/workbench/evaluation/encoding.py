@@ -1,0 +1,146 @@
+"""Encoding of queries and documents."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from torch import Tensor
+
+TEXTS_PER_CALL = 1024  # of the model's `encode`, on each device; progress is reported after each call
+DTYPES = ("float32", "bfloat16", "float16")
+
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+class EncodingError(ValueError):
+    """Options of the encoding that are invalid."""
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How queries and documents are encoded; validated on construction.
+
+    Attributes:
+        query_prompt: Text before each query; None for the model's own prompt.
+        document_prompt: Text before each document; None for the model's own prompt.
+        truncate_dim: Use this number of dimensions of the embeddings; None for all, or the model's own setting.
+        batch_size: Texts per batch; None for 32, or 256 with a static model.
+        dtype: dtype of the weights: float32, bfloat16 or float16; None to leave it.
+        device: Device of the model, or several, such as "cuda:0,cuda:1", with a process each; None for the model's own.
+
+    Raises:
+        EncodingError: A value is invalid, or a device is not available.
+    """
+
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    truncate_dim: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("truncate_dim", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EncodingError(f"--{name.replace('_', '-')} is {value}; it must be positive.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise EncodingError(f"--dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        for device in self.devices:
+            try:
+                torch.empty(1, device=device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise EncodingError(
+                    f"--device {self.device!r}: {device!r} is not available ({reason}). Give a device such as cpu or "
+                    "cuda:0, or several such as cuda:0,cuda:1."
+                ) from None
+
+    @property
+    def devices(self) -> list[str]:
+        """The devices; empty for the model's own."""
+        return [] if self.device is None else [name.strip() for name in self.device.split(",")]
+
+
+class Encoder:
+    """Encodes with a model. Make one with `encoding`.
+
+    Args:
+        model: The model.
+        options: How to encode.
+        pool: Processes of the model, one per device; None for this process alone.
+    """
+
+    def __init__(self, model: SentenceTransformer, options: EncodingOptions, pool: dict[str, Any] | None) -> None:
+        self._model = model
+        self._options = options
+        self._pool = pool
+        self._device = torch.device(options.devices[0]) if options.devices else model.device
+
+    def queries(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of queries: at least float32, `[n, dim]`."""
+        return self._encode(self._model.encode_query, list(texts), self._options.query_prompt)
+
+    def documents(self, texts: Sequence[str], on_progress: Callable[[int], None]) -> Tensor:
+        """Embeddings of documents: at least float32, `[n, dim]`. `on_progress` is called with the number encoded."""
+        order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))  # similar lengths need little padding
+        step = TEXTS_PER_CALL * max(1, len(self._options.devices))
+        parts = []
+        for start in range(0, len(order), step):
+            chosen = [texts[at] for at in order[start : start + step]]
+            parts.append(self._encode(self._model.encode_document, chosen, self._options.document_prompt))
+            on_progress(start + len(chosen))
+        in_order = torch.cat(parts)
+        embeddings = torch.empty_like(in_order)
+        embeddings[torch.tensor(order, device=in_order.device)] = in_order
+        return embeddings
+
+    def _encode(self, encode: Callable[..., Tensor], texts: list[str], prompt: str | None) -> Tensor:
+        embeddings = encode(
+            texts,
+            prompt=prompt,
+            truncate_dim=self._options.truncate_dim,
+            pool=self._pool,
+            **encoding_arguments(self._model, self._options.batch_size),
+        )
+        if embeddings.dtype in (torch.float16, torch.bfloat16):  # similarities would have many ties
+            embeddings = embeddings.float()
+        return embeddings.to(self._device)
+
+
+@contextlib.contextmanager
+def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[Encoder]:
+    """Yield an encoder. This moves the model to the device and to the dtype of the options.
+
+    Raises:
+        EncodingError: The model has fewer dimensions than `truncate_dim`.
+    """
+    dim = model.get_embedding_dimension()
+    if options.truncate_dim is not None and dim is not None and options.truncate_dim > dim:
+        raise EncodingError(f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions.")
+    if options.dtype is not None:
+        model.to(getattr(torch, options.dtype))
+    if len(options.devices) < 2:
+        if options.devices:
+            model.to(options.devices[0])
+        yield Encoder(model, options, None)
+        return
+    pool = model.start_multi_process_pool(options.devices)
+    try:
+        yield Encoder(model, options, pool)
+    finally:
+        model.stop_multi_process_pool(pool)
+
+
+def encoding_arguments(model: SentenceTransformer, batch_size: int | None = None) -> dict[str, Any]:
+    """Arguments of the model's `encode` methods."""
+    is_static = isinstance(model[0], StaticEmbedding)
+    batch_size = batch_size or (256 if is_static else 32)
+    return {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
