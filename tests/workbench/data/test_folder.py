@@ -86,7 +86,7 @@ def test_parts_of_a_beir_folder_may_be_of_any_type_of_file(tmp_path: Path, part:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("corpus.jsonl.gz", gzip.compress(TEXT.encode())),
+        ("corpus.jsonl.gz", gzip.compress(TEXT.encode(), mtime=0)),
         ("corpus.jsonl.bz2", bz2.compress(TEXT.encode())),
         ("corpus.jsonl.xz", lzma.compress(TEXT.encode())),
         ("corpus.json", json.dumps(CORPUS).encode()),
