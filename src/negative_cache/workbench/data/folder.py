@@ -73,8 +73,8 @@ def check_is_no_part(path: Path) -> None:
     Raises:
         DataError: The file is one of these.
     """
-    entries = _entries(path.parent)
-    if _stem(path) in (CORPUS, QUERIES) and entries.keys() >= {CORPUS, QUERIES}:
+    parts = {CORPUS, QUERIES}
+    if _stem(path) in parts and parts <= {_stem(other) for other in path.parent.iterdir()}:
         raise DataError(f"{path} is a part of a dataset. Give its folder: {path.parent}.")
 
 
@@ -113,7 +113,8 @@ def _entries(folder: Path) -> dict[str, list[Path]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            found = sorted([*path.glob("*"), *path.glob("*/*")])
+            inside = [file for file in found if file.is_file() and not file.name.startswith(".")]
             if inside and path.name not in entries:
                 entries[path.name] = _uncompressed_first(inside)
         else:
