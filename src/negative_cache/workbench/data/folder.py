@@ -68,13 +68,14 @@ def find_in_folder(folder: Path, options: DataOptions, chosen: str | None = None
 
 
 def check_is_no_part(path: Path) -> None:
-    """Refuse the corpus or the queries of a collection, whose folder should be given instead.
+    """Refuse the corpus, the queries or the judgements of a collection, whose folder should be given instead.
 
     Raises:
-        DataError: The file is one of these.
+        DataError: The file or folder is one of these.
     """
-    parts = {CORPUS, QUERIES}
-    if _stem(path) in parts and parts <= {_stem(other) for other in path.parent.iterdir()}:
+    path = path.resolve()
+    beside = {_stem(other) for other in path.parent.iterdir()}
+    if _stem(path) in (CORPUS, QUERIES, QRELS) and beside >= {CORPUS, QUERIES}:
         raise DataError(f"{path} is a part of a dataset. Give its folder: {path.parent}.")
 
 
