@@ -214,8 +214,9 @@ def test_two_names_of_a_split_are_refused(tmp_path: Path):
 
 
 def test_a_part_of_a_collection_is_refused_with_its_folder(beir: Path):
-    with pytest.raises(DataError, match=rf"corpus.jsonl is a part of a dataset. Give its folder: {beir}"):
-        load_data(str(beir / "corpus.jsonl"))
+    for name in ("corpus.jsonl", "qrels"):
+        with pytest.raises(DataError, match=rf"{name} is a part of a dataset. Give its folder: {beir}"):
+            load_data(str(beir / name))
 
 
 @pytest.mark.parametrize(
