@@ -33,6 +33,7 @@ class RetrievalData:
         skipped: What was skipped -> how often.
         elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
             are not searched in `corpus`.
+        splits_by_hash: Whether the rows have no splits of their own and are split by a hash of the documents.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RetrievalData:
     form: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
+    splits_by_hash: bool = False
 
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):

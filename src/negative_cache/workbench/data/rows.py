@@ -98,7 +98,7 @@ class Collector:
                 negatives[query] = kept
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
-            negatives=negatives, form=form, skipped=skipped or {},
+            negatives=negatives, form=form, skipped=skipped or {}, splits_by_hash=bool(unassigned),
         )  # fmt: skip
 
     def _document(self, document: Document, place: str) -> str:

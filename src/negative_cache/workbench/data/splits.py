@@ -56,7 +56,7 @@ def from_pairs(name: str, rows: Rows, query_column: str | None, positive_column:
     qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
     for key, relevant in zip(queries, positives.values(), strict=True):
         qrels[split_of(corpus[groups.root(relevant[0])])][key] = relevant
-    return RetrievalData(name, corpus, queries, qrels, _notes(name, used, found - used))
+    return RetrievalData(name, corpus, queries, qrels, _notes(name, used, found - used), splits_by_hash=True)
 
 
 def _column(row: dict[str, Any], place: str, given: str | None, usual: tuple[str, ...], option: str) -> str:

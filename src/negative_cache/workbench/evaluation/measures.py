@@ -119,7 +119,7 @@ def _parse(word: str) -> Any:
     if cutoff is not None and not re.fullmatch(r"[1-9][0-9]*", cutoff):
         raise MeasureError(f"The measure {word!r} has the cut-off {cutoff!r}; expected a positive integer.")
     try:
-        measure = ir_measures.parse_measure(f"{name}{matched[2] or ''}" + (f"@{cutoff}" if cutoff else ""))
+        measure: Any = ir_measures.parse_measure(f"{name}{matched[2] or ''}" + (f"@{cutoff}" if cutoff else ""))
         measure.validate_params()
     except (AssertionError, ValueError) as error:
         needs = "Does it need a cut-off" if cutoff is None else "Are its parameters right"

@@ -172,7 +172,7 @@ class _Best:
         keys = self._keys.cpu()
         scores = _scores(keys >> 32)
         found = positions[_LOW - (keys & _LOW).where(keys != _NONE, _LOW)]
-        ids = {position: texts.key(position) for position in found.unique().tolist()}
+        ids = {position: texts.key(position) for position in set(found.flatten().tolist())}
         run: Run = {}
         for name, row, own, of_row in zip(names, keys, found, scores, strict=True):
             count = int((row != _NONE).sum())  # keys are sorted

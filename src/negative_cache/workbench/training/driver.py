@@ -70,8 +70,8 @@ def run(
     """Train and evaluate a model; write the model, `samples.json`, `queries.json` and `run.json`.
 
     A dataset needs no test split: then the quality is measured on the dev split, if there is one. `queries.json` has
-    the values of each query of the test split: "before" (if measured) and "after" -> name of a measure -> query id ->
-    value.
+    the values of each query of the test split: "before" (null if not measured) and "after" -> name of a measure ->
+    query id -> value.
 
     An unfinished run is in `OUTPUT.partial`, with its checkpoints. The folder is renamed when the run is complete.
     Under `torchrun` or `accelerate launch`, call this function on all ranks; rank 0 evaluates and writes.
@@ -155,11 +155,8 @@ class _Run:
 
     def check(self) -> None:
         """Raise DataError unless the data has the splits that the run needs."""
-        for split in (
-            "train",
-            *(["dev"] if self.options.measure_dev else []),
-            *(["test"] if self.options.curve else []),
-        ):
+        needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
+        for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
@@ -260,8 +257,7 @@ class _Run:
         found = evaluate(model, self.data, tuple(fields), on_progress=self.on_progress)
         if has_test:
             hits = samples.hits(self.data, "test", found["test"].run)
-            before = {} if began["per_query"] is None else {"before": began["per_query"]}
-            write_json(self.folder / PER_QUERY, {**before, "after": found["test"].per_query})
+            write_json(self.folder / PER_QUERY, {"before": began["per_query"], "after": found["test"].per_query})
         shown = {"before": began["hits"], "after": hits}
         write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
         return {fields[split]: quality.metrics() for split, quality in found.items()}
