@@ -15,6 +15,7 @@ from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.model_commands import evaluate, search
 from negative_cache.workbench.cli.report_command import report
+from negative_cache.workbench.cli.significance_command import significance
 from negative_cache.workbench.cli.train_command import train
 
 app = typer.Typer(
@@ -41,5 +42,5 @@ def main(
     """Train retrieval models with a cache of negatives, evaluate them, and search with them."""
 
 
-for command in (train, compare, evaluate, search, report, doctor):
+for command in (train, compare, evaluate, significance, search, report, doctor):
     app.command()(command)

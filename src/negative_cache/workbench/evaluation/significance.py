@@ -23,6 +23,7 @@ CONFIDENCE = 0.95
 MAX_EXACT = 16  # queries that differ, up to which all sign flips are enumerated
 FLIPS = 100_000
 RESAMPLES = 10_000
+COLUMNS = ("pair", "difference", "95 % interval", "p (Holm)", "verdict")
 SEED = 0
 
 _QUERIES_PER_BYTE = 8
@@ -65,6 +66,16 @@ class Difference(NamedTuple):
     p: float
     p_holm: float
 
+    @property
+    def systems(self) -> set[str]:
+        """The names of both."""
+        return {self.system, self.baseline}
+
+    @property
+    def worse(self) -> str:
+        """The name of the system with the lower mean."""
+        return self.baseline if self.difference > 0 else self.system
+
     def is_significant(self, alpha: float = ALPHA) -> bool:
         """Whether the corrected p-value is below the significance level `alpha`."""
         return self.p_holm < alpha
@@ -74,11 +85,22 @@ class Difference(NamedTuple):
         p = p_in_words(self.p_holm)
         if not self.is_significant(alpha):
             return f"No significant difference between {self.system} and {self.baseline} ({p})."
-        better, worse, low, high = self.system, self.baseline, self.low, self.high
-        if self.difference < 0:
-            better, worse, low, high = worse, better, -high, -low
+        low, high = (self.low, self.high) if self.difference > 0 else (-self.high, -self.low)
+        (better,) = self.systems - {self.worse}
         limits = f"{CONFIDENCE:.0%} interval {low:.4f} to {high:.4f}"
-        return f"{better} is better than {worse} by {abs(self.difference):.4f} ({limits}, {p})."
+        return f"{better} is better than {self.worse} by {abs(self.difference):.4f} ({limits}, {p})."
+
+    def cells(self, alpha: float = ALPHA) -> list[str]:
+        """The cells of a row of a table with the headings `COLUMNS`."""
+        interval = f"{self.low:+.4f} to {self.high:+.4f}"
+        says = "significant" if self.is_significant(alpha) else "not significant"
+        return [
+            f"{self.system} - {self.baseline}",
+            f"{self.difference:+.4f}",
+            interval,
+            p_in_words(self.p_holm).removeprefix("p ").removeprefix("= "),
+            says,
+        ]
 
 
 class Significance(NamedTuple):
