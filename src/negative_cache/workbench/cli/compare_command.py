@@ -21,7 +21,11 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the results. The same command continues a comparison in it.")],
     model: opt.Model = "static",
     losses: Annotated[
-        str, typer.Option(help="Comma-separated; NAME:field=value:field=value sets options of one loss.")
+        str,
+        typer.Option(
+            help="Comma-separated; NAME:field=value:field=value sets options of one loss. bm25 and zero-shot (the model "
+            "before training) are measured without training."
+        ),
     ] = "in-batch,gradcache,memory-bank,negative-cache",
     batch_size: opt.BatchSize = 64,
     epochs: opt.Epochs = 3.0,
