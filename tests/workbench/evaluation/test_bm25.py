@@ -53,6 +53,7 @@ def test_the_best_documents_come_first_and_ties_in_descending_order_of_ids():
         assert list(run["q"]) == ["b", "d", "c", "a"][:k]
         assert list(run["r"]) == ["f", "e"][:k]
         assert run["none"] == run["empty"] == {}
+    assert bm25_run(data_of({"a": "...", "b": ""}, {"q": "red"}), "test", 5) == {"q": {}}
 
 
 def test_the_document_with_the_id_of_the_query_is_left_out_if_the_data_ignore_it():

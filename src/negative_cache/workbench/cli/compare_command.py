@@ -23,8 +23,8 @@ def compare(
     losses: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; NAME:field=value:field=value sets options of one loss. bm25 and zero-shot (the model "
-            "before training) are measured without training."
+            help="Comma-separated; NAME:field=value:field=value sets options of one loss. bm25 and zero-shot (the "
+            "model before training) are measured without training."
         ),
     ] = "in-batch,gradcache,memory-bank,negative-cache",
     batch_size: opt.BatchSize = 64,

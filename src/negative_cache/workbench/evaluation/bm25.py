@@ -40,6 +40,8 @@ def bm25_run(data: RetrievalData, split: str, k: int) -> Run:
     names = sorted(part.corpus, reverse=True)
     tokenizer = Tokenizer(splitter=TOKEN, stopwords=None)
     documents = list(tokenizer.streaming_tokenize((part.corpus[name] for name in names), allow_empty=False))
+    if not any(documents):  # of which bm25s cannot make an index
+        return {query: {} for query in queries}
     index = bm25s.BM25(k1=K1, b=B, method=METHOD)
     index.index((documents, tokenizer.get_vocab_dict()), show_progress=False)
     run: Run = {}
