@@ -12,13 +12,14 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality import METRIC, source_and_epochs
 from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import RunConfig
@@ -49,23 +50,23 @@ def main() -> None:
 
 def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float, seed: int) -> float:
     """Quality on the test split after training with ids of this form."""
-    columns = _columns(data, form)
+    training_set = _training_set(data, form)
     with tempfile.TemporaryDirectory() as folder:
         config = RunConfig(
             data=data.name, model="static", loss="negative-cache", num_samples=1, output=folder, epochs=epochs,
             learning_rate=learning_rate, seed=seed, save_steps=None,
         )  # fmt: skip
-        model = load_model(config.model, [*columns["anchor"], *columns["positive"]], seed)
-        make_trainer(Path(folder), config, columns, model).train()
+        model = load_model(config.model, training_texts(training_set), seed)
+        make_trainer(Path(folder), config, training_set, model).train()
         return float(evaluate(model, data, ("test",))["test"].metrics()[METRIC])
 
 
-def _columns(data: RetrievalData, form: str) -> dict[str, list[Any]]:
-    columns = data.training_columns()
-    labels = columns.pop("label")
+def _training_set(data: RetrievalData, form: str) -> Dataset:
+    rows = data.training_set()
     if form == FORMS[0]:
-        return {**columns, "label": labels}
-    return columns if form == FORMS[1] else {**columns, "label": list(range(len(labels)))}
+        return rows
+    rows = rows.select_columns(["anchor", "positive"])
+    return rows if form == FORMS[1] else rows.add_column("label", list(range(len(rows))))
 
 
 if __name__ == "__main__":

@@ -19,19 +19,20 @@ import tempfile
 from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from torch import Tensor
 
 from negative_cache import NegativeCacheLoss
 from negative_cache.cache.columns import quantize
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import RowPool
 from negative_cache.retrieval.tile_scores import TileProduct, narrow_products
 from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import learning_rate_of, load_model
 from negative_cache.workbench.training.config import EMBEDDING_DTYPES
@@ -61,8 +62,7 @@ def train(
             report_to=[],
             disable_tqdm=True,
         )
-        dataset = Dataset.from_dict(data.training_columns())
-        SentenceTransformerTrainer(model=model, args=arguments, train_dataset=dataset, loss=loss).train()
+        NegativeCacheTrainer(model=model, args=arguments, train_dataset=data.training_set(), loss=loss).train()
     return loss
 
 
@@ -113,8 +113,7 @@ def variations(model: SentenceTransformer, loss: NegativeCacheRankingLoss, data:
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """MRR@10 of each dtype for each seed, and the total variations of the first seed."""
     data = load_data(options.data)
-    columns = data.training_columns()
-    texts = [*columns["anchor"], *columns["positive"]]
+    texts = list(training_texts(data.training_set()))
     quality: dict[str, list[float]] = {dtype: [] for dtype in options.dtypes}
     found: dict[str, float] = {}
     for seed in range(options.seeds):

@@ -9,12 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.dense_baseline import SCALE
 from benchmarks.timing import progress
 from negative_cache import FixedLenFeature, NegativeCacheLoss
+from negative_cache.cache.specs import NO_ID
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.models import learning_rate_of, load_model
 
 MODEL = "static"
@@ -87,18 +90,19 @@ def encode(table: Tensor, texts: Texts, numbers: Tensor) -> Tensor:
 def load_corpus(source: str | None, device: torch.device) -> Corpus:
     """The tokens of a data set of `load_data`, or of synthetic texts if it is None, and an untrained model."""
     data = synthetic() if source is None else load_data(source)
-    columns = data.training_columns()
+    training_set = data.training_set()
     progress(f"{data.name}: tokenizing")
-    embedding = load_model(MODEL, [*columns["anchor"], *columns["positive"]], seed=0)[0]
+    embedding = load_model(MODEL, training_texts(training_set), seed=0)[0]
 
     def texts(given: Sequence[str]) -> Texts:
         encoded = [part.ids or [0] for part in embedding.tokenizer.encode_batch(given, add_special_tokens=False)]
         lengths = torch.tensor([0, *map(len, encoded)], device=device)
         return Texts(torch.tensor([token for ids in encoded for token in ids], device=device), lengths.cumsum(0))
 
-    positives = torch.tensor(columns["label"], device=device)
+    labels = [torch.tensor(row, device=device) for row in training_set["label"]]
+    positives = pad_sequence(labels, batch_first=True, padding_value=NO_ID)
     table = embedding.embedding.weight.detach().to(device)
-    return Corpus(data.name, texts(columns["anchor"]), texts(list(data.corpus.values())), positives, table)
+    return Corpus(data.name, texts(list(training_set["anchor"])), texts(list(data.corpus.values())), positives, table)
 
 
 def synthetic(count: int = 400) -> RetrievalData:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from negative_cache.workbench.data import RetrievalData, load_data
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import trainer
 from negative_cache.workbench.training.config import RunConfig
@@ -26,8 +27,8 @@ def make_data(folder: Path) -> None:
     """Pairs and an untrained model. (Training the tokenizer again may give a different one.)"""
     random_pairs(folder / "pairs.jsonl", 400)
     data = read(folder)
-    columns = data.training_columns()
-    load_model("static", [*columns["anchor"], *columns["positive"]], 0).save_pretrained(str(folder / "model"))
+    texts = training_texts(data.training_set())
+    load_model("static", texts, 0).save_pretrained(str(folder / "model"))
 
 
 def configuration(folder: Path, output: str, save_steps: int | None = SAVE_STEPS) -> RunConfig:

@@ -29,12 +29,13 @@ KILLS = (60,)  # after this step, in the third epoch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from negative_cache.workbench.data import load_data
+    from negative_cache.workbench.data.retrieval_data import training_texts
     from negative_cache.workbench.models import load_model
 
     path = tmp_path_factory.mktemp("ranks")
     random_pairs(path / "pairs.jsonl", 700)  # about 37 steps an epoch
-    columns = load_data(str(path / "pairs.jsonl")).training_columns()
-    load_model("static", [*columns["anchor"], *columns["positive"]], 0).save_pretrained(str(path / "model"))
+    texts = training_texts(load_data(str(path / "pairs.jsonl")).training_set())
+    load_model("static", texts, 0).save_pretrained(str(path / "model"))
     return path
 
 

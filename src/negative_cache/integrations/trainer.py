@@ -10,6 +10,8 @@ from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
+from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
+from negative_cache.integrations.sentence_transformers.collator import list_columns
 from negative_cache.metrics import cache_losses
 
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
@@ -23,10 +25,20 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
 
     With `StaticEmbedding`, whose inputs are flat, the batches of an `IterableDataset` are not dispatched from rank 0:
     `dispatch_batches` of the accelerator becomes False unless the training arguments set it.
+
+    Batches are collated by `RaggedNegativesCollator`: a column of lists of texts has any number of negatives per row.
+    Batch samplers without duplicates do not look at such columns.
     """
+
+    data_collator_class = RaggedNegativesCollator
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.data_collator, RaggedNegativesCollator):
+            losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+            self.data_collator.varies_by_rank = all(
+                any(isinstance(module, NegativeCacheRankingLoss) for module in loss.modules()) for loss in losses
+            )
         config = self.accelerator.dataloader_config
         is_flat = any(isinstance(module, StaticEmbedding) for module in self.model.modules())
         if config.dispatch_batches is None and is_flat:
@@ -37,3 +49,9 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
                     "The inputs of StaticEmbedding are flat and cannot be cut into rows: dispatch_batches is set to "
                     "False, so that each rank reads the whole stream and takes its own batches."
                 )
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `SentenceTransformerTrainer`. Lists of negatives do not count as duplicates."""
+        if not isinstance(dataset, IterableDataset):
+            dataset = dataset.remove_columns(list_columns(dataset))
+        return super().get_batch_sampler(dataset, *args, **kwargs)

@@ -15,11 +15,11 @@ def data(queries: dict[str, str], train: dict[str, list[str]]) -> RetrievalData:
 
 def test_a_document_with_the_id_of_its_query_is_not_a_negative():
     given = data({"a": "text a", "x": "other"}, {"a": ["b", "c"], "x": ["c"]})
-    assert given.training_columns()["label"] == [[1, 2], [2, 1], [2, -1]]
+    assert given.training_set()["label"][:] == [[1, 2], [2, 1], [2]]
     assert given.ignored("a") is None
     found = given.ignoring_identical_ids()
     assert (found.ignored("a"), found.ignored("x")) == ("a", None)
-    assert found.training_columns()["label"] == [[1, 2, 0], [2, 1, 0], [2, -1, -1]]
+    assert found.training_set()["label"][:] == [[1, 2, 0], [2, 1, 0], [2]]
     assert found.notes == ("set: for 1 of 2 queries, the document with the same id is ignored.",)
     assert found.ignoring_identical_ids() == found
 
@@ -44,6 +44,6 @@ def test_ignoring_ids_that_never_meet_or_always_do_is_refused(queries: dict, tra
 
 def test_documents_with_equal_texts_have_one_label():
     found = RetrievalData("set", CORPUS | {"d": "text b"}, {"x": "q"}, {"train": {"x": ["d", "a", "b"]}, "test": {}})
-    columns = found.training_columns()
+    columns = found.training_set()[:]
     assert columns["positive"] == ["text b", "text a", "text b"]
-    assert [row[0] for row in columns["label"]] == [1, 0, 1]
+    assert columns["label"] == [[1, 0], [0, 1], [1, 0]]

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from command_line import DOCUMENTS, invoke
+from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import driver
 
 # What `NegativeCacheLoss.metrics` has without margins, under the tags of the contract where those differ.
@@ -162,3 +163,47 @@ def test_an_existing_output_folder_is_not_touched(beir: Path, tmp_path: Path):
     assert result.exit_code == 2
     assert "exists" in result.output
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("has_dev", [True, False])
+def test_a_run_needs_no_test_split(beir: Path, tmp_path: Path, has_dev: bool):
+    (beir / "qrels" / "test.tsv").unlink()
+    if not has_dev:
+        (beir / "qrels" / "dev.tsv").unlink()
+    output = tmp_path / "model"
+    given = ["--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
+    trained = invoke("train", *given)
+    assert trained.exit_code == 0, trained.output
+    record = json.loads((output / "run.json").read_text())
+    assert (record["before"], record["after"]) == (None, None)
+    assert (record["dev"] is not None) == has_dev
+    assert ("Dev split: 10 queries, 80 documents" in trained.stdout) == has_dev
+    assert not (output / "queries.json").exists()
+    assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
+    reported = invoke("report", output)
+    assert reported.exit_code == 0, reported.output
+
+
+def test_the_metrics_of_each_query_are_written(beir: Path, tmp_path: Path):
+    output = tmp_path / "model"
+    given = ["--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
+    assert invoke("train", *given).exit_code == 0
+    record, queries = (json.loads((output / name).read_text()) for name in ("run.json", "queries.json"))
+    assert list(queries) == ["before", "after"]
+    for when, values in queries.items():
+        assert all(len(of_query) == 10 for of_query in values.values())
+        means = {name: sum(of_query.values()) / 10 for name, of_query in values.items()}
+        assert {name: record[when][name] for name in means} == pytest.approx(means)
+        assert len(means) == 6
+
+
+def test_the_folder_of_a_run_is_a_model_that_keeps_its_prompts_and_similarity(beir: Path, tmp_path: Path):
+    """Programs that load a model by its path, such as mteb, need nothing else."""
+    start = load_model("static", DOCUMENTS.values(), seed=0)
+    start.prompts, start.similarity_fn_name = {"query": "query: ", "document": "passage: "}, "dot"
+    start.save_pretrained(str(tmp_path / "start"))
+    given = ["--data", beir, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
+    trained = invoke("train", "--model", tmp_path / "start", "--output", tmp_path / "model", *given)
+    assert trained.exit_code == 0, trained.output
+    model = SentenceTransformer(str(tmp_path / "model"))
+    assert (model.prompts, model.similarity_fn_name) == (start.prompts, "dot")

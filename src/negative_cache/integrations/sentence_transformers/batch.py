@@ -16,9 +16,9 @@ class TextBatch(NamedTuple):
 
     Attributes:
         anchors: Features of the anchors `[batch, ...]`; empty if only their embeddings are needed.
-        documents: Features `[batch, ...]` of each column of documents, the positives first.
-        document_ids: For each column of documents, their hashes, int64 `[batch]`; or, with labels, hash and label,
-            int64 `[batch, 2]`, -1 for no label.
+        documents: Features of each column of documents: the positives `[batch, ...]`, then negatives `[m, ...]`.
+        document_ids: For each column of documents, their hashes, int64 `[batch]` or `[m]`; or, with labels, hash and
+            label, int64 `[batch, 2]` or `[m, 2]`, -1 for no label.
         positive_ids: int64 `[batch, n]`, padded with -1: labels of further documents that are not negatives; None for
             none.
         anchor_ids: int64 `[batch, n]`, padded with -1: known anchors of each positive, its own first; None unless
@@ -37,9 +37,9 @@ class TextBatch(NamedTuple):
         """Arguments of the loss that compares each anchor with documents.
 
         Args:
-            embeddings: `[batch, dim]` for each column, the anchors first.
+            embeddings: `[batch, dim]` of the anchors, the same of the positives, `[m, dim]` of each further column.
             guide_anchors: `[batch, guide_dim]`, a guide's embeddings of the anchors; or None.
-            guide_documents: `[batch * document columns, guide_dim]`, those of the documents; or None.
+            guide_documents: `[documents, guide_dim]`, those of the documents of all columns; or None.
         """
         arguments = {
             "query_embeddings": embeddings[0],

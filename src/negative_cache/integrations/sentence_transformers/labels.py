@@ -10,15 +10,19 @@ from negative_cache.cache.specs import NO_ID
 from negative_cache.cache.validation import reads_without_sync
 
 
-def check_labels(labels: Tensor, count: int) -> None:
-    """Raise ValueError unless labels of `count` pairs have the right dtype and shape."""
+def check_labels(labels: Tensor, num_pairs: int, num_documents: int) -> None:
+    """Raise ValueError unless labels of pairs, or of all documents of a batch, have the right dtype and shape."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"`labels` is {labels.dtype}; the label column must hold integer document ids. Remove the column, "
             "or rename it, if it means something else."
         )
-    if labels.dim() not in (1, 2) or len(labels) != count or (labels.dim() == 2 and labels.shape[1] == 0):
-        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected [{count}] or [{count}, n].")
+    is_wrong = labels.dim() not in (1, 2) or len(labels) not in (num_pairs, num_documents)
+    if is_wrong or (labels.dim() == 2 and labels.shape[1] == 0):
+        expected = f"[{num_pairs}] or [{num_pairs}, n]"
+        if num_documents > num_pairs:
+            expected += f", or with the labels of the negatives [{num_documents}, n]"
+        raise ValueError(f"`labels` has shape {list(labels.shape)}; expected {expected}.")
     if reads_without_sync(labels) and int(labels.min()) < NO_ID:
         raise ValueError(f"`labels` has the value {int(labels.min())}; document ids are 0 or larger, -1 for unknown.")
 

@@ -49,7 +49,8 @@ class NegativeCacheRankingLoss(nn.Module):
 
     Use it in place of `MultipleNegativesRankingLoss` in `SentenceTransformerTrainer`. The dataset has the columns
     (anchor, positive) or (anchor, positive, negative, ...). Documents in the negative columns are negatives of every
-    anchor in the batch, and are stored in the cache as well.
+    anchor in the batch, and are stored in the cache as well. Their number may differ from the number of anchors and
+    from batch to batch; see `RaggedNegativesCollator`.
 
     A document is identified by a hash of its tokens: a document equal to an anchor's positive is never a negative of
     the anchor, and no document has two rows. An integer column `label` names documents in addition: its values are
@@ -171,7 +172,8 @@ class NegativeCacheRankingLoss(nn.Module):
         Args:
             sentence_features: Model inputs of the anchors, the positives, and any columns of negatives.
             labels: int `[batch]`, ids of the positives; or `[batch, n]`, each followed by ids of further positives,
-                padded with -1; or None.
+                padded with -1; or None. Further rows are labels of the negatives, column by column: int
+                `[batch + m, n]`.
 
         Returns:
             Scalar, with gradient to the model and to a learnable scale.
@@ -285,16 +287,16 @@ class NegativeCacheRankingLoss(nn.Module):
         hashes = [hash_tokens(document[TOKENS]) for document in documents]
         document_ids, positive_ids = hashes, None
         num_ids = 1 if self.cache_loss.cache is None else self.cache_loss.cache.num_ids
-        of_positives = torch.full_like(hashes[0], NO_ID)
+        sizes = [len(column) for column in hashes]
+        own_labels = [torch.full_like(column, NO_ID) for column in hashes]
         if labels is not None and labels.numel():
-            labels = self._checked_labels(labels, hashes[0], documents[0], is_training)
+            labels = self._checked_labels(labels, hashes, documents, is_training)
             is_fixed = is_training and self.cache_loss.cache is not None  # the number of ids per document
-            of_positives, num_ids = labels[:, 0], num_ids if is_fixed else 2
+            own_labels, num_ids = list(torch.split(labels[:, 0], sizes)), num_ids if is_fixed else 2
             if labels.shape[1] > 1:
-                positive_ids = labels[:, 1:]
+                positive_ids = labels[: sizes[0], 1:]
         if num_ids > 1:
-            of_columns = [of_positives, *(torch.full_like(hashes[0], NO_ID) for _ in hashes[1:])]
-            document_ids = [torch.stack(both, dim=1) for both in zip(hashes, of_columns, strict=True)]
+            document_ids = [torch.stack(both, dim=1) for both in zip(hashes, own_labels, strict=True)]
         if not is_symmetric:
             return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids=None)
         known = [known_anchors(self.cache_loss.cache, column_hashes) for column_hashes in hashes]
@@ -304,12 +306,25 @@ class NegativeCacheRankingLoss(nn.Module):
         return TextBatch(anchors, documents, document_ids, positive_ids, anchor_ids)
 
     def _checked_labels(
-        self, labels: Tensor, hashes: Tensor, documents: dict[str, Tensor], is_training: bool
+        self, labels: Tensor, of_columns: list[Tensor], documents: list[dict[str, Tensor]], is_training: bool
     ) -> Tensor:
-        """Validate labels; return int64 `[batch, n]`, all -1 if they turn out not to be ids of documents."""
-        check_labels(labels, len(hashes))
+        """Validate labels.
+
+        Args:
+            labels: See `forward`.
+            of_columns: For each column of documents, their hashes.
+            documents: For each column of documents, their features.
+            is_training: Whether the batch will be cached.
+
+        Returns:
+            int64 `[batch + m, n]`, -1 for documents without a label; all -1 if they turn out not to be ids of
+            documents.
+        """
+        hashes, count = torch.cat(of_columns), len(of_columns[0])
+        check_labels(labels, count, len(hashes))
         is_list = labels.dim() == 2 and labels.shape[1] > 1
-        labels = labels.to(hashes.device, torch.int64).view(len(hashes), -1)
+        labels = labels.to(hashes.device, torch.int64).view(len(labels), -1)
+        labels = nn.functional.pad(labels, (0, 0, 0, len(hashes) - len(labels)), value=NO_ID)
         own, cache = labels[:, 0].contiguous(), self.cache_loss.cache
         if not is_training:  # evaluation may have labels of its own, which tell nothing about those of training
             is_bad = have_other_text(own, hashes, None)
@@ -326,12 +341,12 @@ class NegativeCacheRankingLoss(nn.Module):
             return torch.full_like(labels, NO_ID)
         is_bad = have_other_text(own, hashes, cache)
         if reads_without_sync(hashes) or not self._has_checked_labels:
-            if not self._has_checked_labels and len(labels) >= 3:
-                check_labels_are_no_ratings(labels, hashes)
+            if not self._has_checked_labels and count >= 3:
+                check_labels_are_no_ratings(labels[:count], hashes[:count])
                 self._has_checked_labels = True
             if bool(is_bad.any()):
                 at = int(is_bad.to(torch.uint8).argmax())
-                (text,) = self._documents.to_strings({TOKENS: documents[TOKENS][at : at + 1]})
+                text = [string for column in documents for string in self._documents.to_strings(column)][at]
                 self._reject_labels(f"label {int(own[at])} has the text {text[:60]!r} and another one", is_list)
         else:
             self._num_contradictions += is_bad.sum()

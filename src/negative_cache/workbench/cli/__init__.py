@@ -13,8 +13,9 @@ import typer
 from negative_cache.version import __version__
 from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.doctor_command import doctor
-from negative_cache.workbench.cli.model_commands import evaluate, search
+from negative_cache.workbench.cli.evaluate_command import evaluate
 from negative_cache.workbench.cli.report_command import report
+from negative_cache.workbench.cli.search_command import search
 from negative_cache.workbench.cli.significance_command import significance
 from negative_cache.workbench.cli.train_command import train
 

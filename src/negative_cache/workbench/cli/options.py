@@ -16,9 +16,10 @@ DATA_HELP = (
     "A file of pairs, triplets or lists (.jsonl, .csv, .parquet ...), a folder (BEIR, MS MARCO ...), hf:NAME[:CONFIG], "
     "or python-code (functions of the installed packages)."
 )
+TRAINED_MODEL_HELP = "A name or path that SentenceTransformer loads."
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer loads.")]
-TrainedModel = Annotated[str, typer.Option(help="A name or path that SentenceTransformer loads.")]
+TrainedModel = Annotated[str, typer.Option(help=TRAINED_MODEL_HELP)]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
 BatchSize = Annotated[int, typer.Option(help="Queries per step, on each rank.")]
@@ -50,39 +51,65 @@ _DATA_OPTIONS: dict[str, Any] = {
     ],
 }
 
+_ENCODING_OPTIONS: dict[str, Any] = {
+    "query_prompt": Annotated[str | None, typer.Option(help="Text before each query. Default: the model's prompt.")],
+    "document_prompt": Annotated[
+        str | None, typer.Option(help="Text before each document. Default: the model's prompt.")
+    ],
+    "truncate_dim": Annotated[int | None, typer.Option(help="Use the first dimensions of the embeddings.")],
+    "batch_size": Annotated[int | None, typer.Option(help="Texts per batch. Default: 32, or 256 if static.")],
+    "dtype": Annotated[str | None, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")],
+    "device": Annotated[str | None, typer.Option(help="cpu, cuda:0 ..., or several, such as cuda:0,cuda:1.")],
+}
+
 _Made = TypeVar("_Made")
+_Command = Callable[..., None]
 
 
-def takes_data_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes_data_options(*names: str) -> Callable[[_Command], _Command]:
     """Replace a command's parameter `data_options` by the options that are the fields of `DataOptions`.
 
     Args:
         names: The fields; all if none is given.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        options = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_DATA_OPTIONS[field.name]
-            )
-            for field in fields(DataOptions)
-            if not names or field.name in names
-        ]
+    options = {
+        field.name: (_DATA_OPTIONS[field.name], field.default)
+        for field in fields(DataOptions)
+        if not names or field.name in names
+    }
+    return functools.partial(_replace_parameter, "data_options", options, DataOptions)
 
-        @functools.wraps(command)
-        def call(**given: Any) -> None:
-            data_options = DataOptions(**{option.name: given.pop(option.name) for option in options})
-            command(**given, data_options=data_options)
 
-        parameters: list[inspect.Parameter] = []
-        for own in signature.parameters.values():
-            parameters += options if own.name == "data_options" else [own.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return call
+def takes_encoding_options(command: _Command) -> _Command:
+    """Replace a command's parameter `encoding_options` by options, and call it with a dict of their values.
 
-    return decorate
+    They are the fields of `EncodingOptions`, whose module takes seconds to import.
+    """
+    options = {name: (annotation, None) for name, annotation in _ENCODING_OPTIONS.items()}
+    return _replace_parameter("encoding_options", options, dict, command)
+
+
+def _replace_parameter(
+    name: str, options: Mapping[str, tuple[Any, Any]], kind: Callable[..., Any], command: _Command
+) -> _Command:
+    """Replace a parameter of a command by options, each with its annotation and default, that make a `kind`."""
+    replaced = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for option, (annotation, default) in options.items()
+    ]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        made = kind(**{option: given.pop(option) for option in options})
+        command(**given, **{name: made})
+
+    parameters: list[inspect.Parameter] = []
+    for own in inspect.signature(command, eval_str=True).parameters.values():
+        parameters += replaced if own.name == name else [own.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
 
 
 def make(kind: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:

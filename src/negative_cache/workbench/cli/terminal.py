@@ -91,10 +91,21 @@ class Terminal:
         with self.waiting(f"Reading {source} ..."):
             data = load_data(source, options)
             for note in data.notes:
-                self.progress.print(f"[bold yellow]Note:[/] {escape(note)}", soft_wrap=True, highlight=False)
+                self.note(note)
             if split is not None:
                 data.judged(split)
         return data
+
+    def load_model(self, name: str) -> Any:
+        """Load a trained model."""
+        with self.waiting("Loading the model ..."):
+            from negative_cache.workbench.models import load_trained
+
+            return load_trained(name)
+
+    def note(self, text: str) -> None:
+        """Print a note about what the program decides, to stderr."""
+        self.progress.print(f"[bold yellow]Note:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
     def result(self, content: Any) -> None:
         """Print the result as JSON, if --json is given."""

@@ -64,7 +64,7 @@ def train(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Train a model and show its retrieval quality before and after training."""
+    """Train a model and show its retrieval quality before and after training, if the data has a test split."""
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: _how_to_continue(output)):
@@ -84,11 +84,14 @@ def train(
 
 def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
     terminal.result(asdict(record))
-    measured = {"before": record.before, "after": record.after}
-    rows = {when: metrics for when, metrics in measured.items() if metrics is not None}
-    sizes = rows["after"]
-    title = f"Test split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
-    terminal.out.print(metrics_table(title, rows))
+    for split, measured in (
+        ("Test", {"before": record.before, "after": record.after}),
+        ("Dev", {"after": record.dev}),
+    ):
+        if rows := {when: metrics for when, metrics in measured.items() if metrics is not None}:
+            sizes = rows["after"]
+            title = f"{split} split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
+            terminal.out.print(metrics_table(title, rows))
     terminal.say(f"{record.steps} steps in {record.seconds:.1f} s. The model and run.json are in {output}")
     terminal.say(f"Make a report of the run: negative-cache report {output}")
 

@@ -14,6 +14,7 @@ from negative_cache.workbench.compare.baselines import Baseline
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison, rounded
 from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems
@@ -65,7 +66,7 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
             for which training fails is left out and listed in the result.
     """
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
-    about["pairs"] = len(data.training_columns()["anchor"])
+    about["pairs"] = sum(map(len, data.judged("train").values()))
     for split in ("train", "dev", "test"):
         about[f"{split}_queries"] = len(data.judged(split))
     result = _begin(comparison, about)
@@ -257,8 +258,7 @@ def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> N
     folder = comparison.untrained(seed)
     if comparison.model not in LEARNING_RATES or folder.exists():
         return
-    columns = data.training_columns()
-    texts = list(dict.fromkeys([*columns["anchor"], *columns["positive"]]))
+    texts = dict.fromkeys(training_texts(data.training_set()))
     with replacing(folder, ".partial") as temporary:
         load_model(comparison.model, texts, seed).save_pretrained(str(temporary), create_model_card=False)
 

@@ -1,125 +1,150 @@
-"""Datasets in the layout of the BEIR benchmark."""
+"""Datasets with a corpus, queries and judgements in tables of their own, as in the BEIR benchmark."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-from negative_cache.workbench.data.reading import json_rows, lines, quoted, text_in
+from negative_cache.workbench.data.columns import quoted
+from negative_cache.workbench.data.documents import is_missing
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.data.qrels import read_qrels
+from negative_cache.workbench.data.reading import text_in
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
+from negative_cache.workbench.data.skipping import Skipped
+from negative_cache.workbench.data.sources import Collection, Table
+from negative_cache.workbench.data.texts import RepeatedIdError, Texts
+from negative_cache.workbench.data.triples import read_triples
 
-_KEYS = {"_id", "id", "title", "text", "metadata"}  # BEIR has metadata that no command uses
-_HEADINGS = ("query-id", "query_id", "qid")  # of the first column
-_ITERATIONS = (["0"], ["Q0"])  # the second column of TREC files, which has no meaning
-
-
-def load_beir(folder: Path) -> RetrievalData:
-    """Load corpus.jsonl, queries.jsonl and qrels/*.tsv from a folder."""
-    corpus, unused_in_corpus = _texts(_existing(folder, "corpus.jsonl"))
-    queries, unused_in_queries = _texts(_existing(folder, "queries.jsonl"))
-    skipped: dict[str, list[str]] = {}
-    qrels = {}
-    for split in SPLITS:
-        path = folder / "qrels" / f"{split}.tsv"
-        qrels[split] = _load_qrels(path, corpus, queries, skipped) if path.exists() else {}
-    notes = [*unused_in_corpus, *unused_in_queries, *_unread(folder / "qrels"), *_skipped(folder, skipped)]
-    if not any(qrels.values()):
-        reason = " ".join(["has no judgements in train.tsv, dev.tsv or test.tsv.", *notes])
-        raise DataError(f"{folder / 'qrels'} {reason}")
-    return RetrievalData(folder.resolve().name, corpus, queries, qrels, tuple(notes))
+_IDS = ("_id", "id", "docid", "doc_id", "pid", "query_id", "qid")
+_TEXTS = ("text", "contents", "query")
+_KEYS = {*_IDS, *_TEXTS, "title", "metadata"}  # BEIR has metadata that no command uses
 
 
-def _existing(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise DataError(f"{folder} has no {name} or {name}.gz; expected corpus.jsonl, queries.jsonl and qrels/*.tsv.")
+def read_collection(found: Collection, options: DataOptions) -> RetrievalData:
+    """Read a collection. If splits have corpora of their own, one is the dataset, and the others are `elsewhere`.
+
+    Raises:
+        DataError: A table cannot be used, or there are no judgements.
+    """
+    own = found.splits_with_corpora()
+    if not own:
+        return _read(found, options)
+    parts = {split: _read(found.part(split), options) for split in own}
+    first = "train" if "train" in parts else own[0]
+    others = {split: part for split, part in parts.items() if split != first}
+    note = f"{found.name}: each of these splits is searched in a corpus of its own: {quoted(own)}."
+    notes = dict.fromkeys([note, *(note for part in parts.values() for note in part.notes)])
+    return replace(parts[first], notes=tuple(notes), elsewhere=others)
 
 
-def _texts(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Id -> text, which begins with the title; and a note if there are keys that are not used."""
-    texts: dict[str, str] = {}
+def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: list[str], skipped: Skipped) -> Texts:
+    """Read the texts of documents or queries, each of which begins with its title if it has one.
+
+    Args:
+        tables: Tables with an id, such as _id or docid, a text and maybe a title; without names of columns, with an id
+            and a text.
+        what: "documents" or "queries", for messages.
+        options: With `strict`, an empty text is an error.
+        notes: A note of unused columns is added to it.
+        skipped: Entries without a text are added to it.
+
+    Raises:
+        DataError: An entry cannot be used, or an id occurs twice.
+    """
     unused: set[str] = set()
-    for place, row in json_rows(path):
-        key = _id(row, place)
-        if key in texts:
-            raise DataError(f"{place}: the id {key!r} occurs twice.")
-        texts[key] = _text(row, place)
-        unused |= row.keys() - _KEYS
-    return texts, [f"{path}: keys that are not used: {quoted(unused)}."] if unused else []
+
+    def entries() -> Iterator[tuple[str, str, str]]:
+        for table in tables:
+            for place, row in table.rows():
+                if isinstance(row, list) and len(row) == 2:
+                    row = {"_id": row[0], "text": row[1]}
+                if not isinstance(row, dict):
+                    raise DataError(f"{place}: expected the columns _id, title and text, got {str(row)[:60]!r}.")
+                unused.update(row.keys() - _KEYS)
+                key, text = _id(row, place), _text(row, place, options.strict)
+                if text is None:
+                    skipped.add(f"{what} without a text", place)
+                else:
+                    yield place, key, text
+
+    distinct = entries if len(tables) == 1 or what != "queries" else lambda: _distinct(entries())
+    try:
+        texts = Texts.of((key, text) for _, key, text in distinct())
+    except RepeatedIdError as error:
+        first, second = (next(islice(distinct(), at, None))[0] for at in (error.first, error.second))
+        raise DataError(f"{second}: the id {error.key!r} occurs twice, first in {first}. Remove one.") from None
+    if unused:
+        others = f" and {len(tables) - 1:,} more" if len(tables) > 1 else ""
+        notes.append(f"{tables[0].name}{others}: keys that are not used: {quoted(unused)}.")
+    return texts
+
+
+def _read(found: Collection, options: DataOptions) -> RetrievalData:
+    notes: list[str] = []
+    skipped = Skipped()
+    corpus, queries = (
+        read_texts([table for tables in part.values() for table in tables], what, options, notes, skipped)
+        for what, part in (("documents", found.corpus), ("queries", found.queries))
+    )
+    qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
+    grades: dict[str, dict[str, dict[str, float]]] = {}
+    for split, tables in found.qrels.items():
+        qrels[split], graded = read_qrels(tables, corpus, queries, skipped)
+        if graded:
+            grades[split] = graded
+    negatives: dict[str, list[str]] = {}
+    if found.triples and (options.negatives != "ignore" or not qrels["train"]):
+        positives, negatives = read_triples(found.triples, corpus, queries, options, skipped)
+        if not qrels["train"]:
+            qrels["train"] = positives
+            notes.append(f"{found.name}: the training split has no judgements; its positives are those of the triples.")
+        negatives = _without_relevant(negatives, [positives, *qrels.values()])
+    notes = list(dict.fromkeys([*found.notes, *notes, *skipped.notes(found.name)]))
+    if not any(qrels.values()):
+        raise DataError(" ".join([f"{found.name} has no judgements of a relevant document.", *notes]))
+    return RetrievalData(
+        found.name, corpus, queries, qrels, tuple(notes),
+        grades=grades, negatives=negatives, form=found.form, skipped=skipped.counts,
+    )  # fmt: skip
+
+
+def _without_relevant(
+    negatives: dict[str, list[str]], relevant: Sequence[Mapping[str, Sequence[str]]]
+) -> dict[str, list[str]]:
+    """Negatives of each query that are not relevant to it in any split."""
+    kept = {}
+    for query, others in negatives.items():
+        known = {document for split in relevant for document in split.get(query, ())}
+        kept[query] = [document for document in others if document not in known]
+    return {query: others for query, others in kept.items() if others}
+
+
+def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Without entries that repeat the id and the text of an earlier one: a query may be in the files of two splits."""
+    saved: dict[str, int] = {}
+    for place, key, text in entries:
+        known = saved.get(key)
+        if known is None:
+            saved[key] = hash(text)
+            yield place, key, text
+        elif known != hash(text):
+            raise DataError(f"{place}: the id {key!r} has another text than before: {text[:60]!r}.")
 
 
 def _id(row: dict[str, Any], place: str) -> str:
-    name = "_id" if "_id" in row or "id" not in row else "id"
+    name = next((name for name in _IDS if name in row), _IDS[0])
     value = row.get(name)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(row, name, place)
 
 
-def _text(row: dict[str, Any], place: str) -> str:
-    """The title, if there is one, and the text, which may be empty if there is a title."""
-    if row.get("title") is None or _is_blank(row["title"]):
-        return text_in(row, "text", place)
-    title = text_in(row, "title", place)
-    return title if _is_blank(row.get("text")) else f"{title}\n{text_in(row, 'text', place)}"
-
-
-def _is_blank(value: object) -> bool:
-    return isinstance(value, str) and not value.strip()
-
-
-def _load_qrels(
-    path: Path, corpus: dict[str, str], queries: dict[str, str], skipped: dict[str, list[str]]
-) -> dict[str, list[str]]:
-    """Query id -> ids of the relevant documents. Adds the places of skipped judgements, by reason, to `skipped`."""
-    qrels: dict[str, list[str]] = {}
-    for place, query, document, grade in _judgements(path):
-        if grade <= 0:
-            continue
-        if query not in queries:
-            skipped.setdefault("queries that are not in queries.jsonl", []).append(place)
-        elif document not in corpus:
-            skipped.setdefault("documents that are not in the corpus", []).append(place)
-        elif document not in qrels.setdefault(query, []):
-            qrels[query].append(document)
-    return qrels
-
-
-def _judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Place, query id, document id and grade, from lines of BEIR (3 columns) or TREC (4 columns)."""
-    delimiter, width = None, 0
-    for number, (place, text) in enumerate(lines(path)):
-        if number == 0:
-            delimiter = "\t" if "\t" in text else None  # None: any number of blanks
-            width = len(text.split(delimiter))
-        fields = text.split(delimiter)
-        is_heading = number == 0 and fields[0] in _HEADINGS
-        is_trec = width == 4 and (is_heading or fields[1:2] in _ITERATIONS)
-        is_wide = len(fields) == width and (width == 3 or is_trec)
-        if is_wide and is_heading:
-            continue
-        if not is_wide or not re.fullmatch(r"-?\d+", fields[-1].strip()):
-            raise DataError(
-                f"{place}: expected 3 columns (query id, document id, integer score) or 4 (TREC: query id, 0 or Q0, "
-                "document id, integer grade), separated by tabs or blanks, the same number in every line; got "
-                f"{len(fields)}: {text!r}. The first column of a heading is {', '.join(_HEADINGS)}."
-            )
-        yield place, fields[0], fields[-2], int(fields[-1])
-
-
-def _unread(folder: Path) -> list[str]:
-    """A note if a folder of judgements has files that are not read."""
-    read = {f"{split}.tsv" for split in SPLITS}
-    names = {path.name for path in folder.glob("*") if not path.name.startswith(".")} - read
-    if not names:
-        return []
-    return [f"{folder}: files other than train.tsv, dev.tsv and test.tsv are not read: {quoted(names)}."]
-
-
-def _skipped(folder: Path, skipped: dict[str, list[str]]) -> list[str]:
-    """A note of the judgements that were skipped, if there are any."""
-    if not skipped:
-        return []
-    parts = [f"{len(places):,} of {what} (first: {places[0]})" for what, places in sorted(skipped.items())]
-    return [f"{folder}: skipped judgements: {', '.join(parts)}."]
+def _text(row: dict[str, Any], place: str, is_strict: bool) -> str | None:
+    """The title, if there is one, and the text, which may be empty if there is a title; None if both are empty."""
+    name = next((name for name in _TEXTS if name in row), _TEXTS[0])
+    title = None if is_missing(row.get("title")) else text_in(row, "title", place)
+    if is_missing(row.get(name)) and (title is not None or (name in row and not is_strict)):
+        return title
+    text = text_in(row, name, place)
+    return text if title is None else f"{title}\n{text}"

@@ -2,50 +2,120 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from negative_cache.workbench.data import python_code
-from negative_cache.workbench.data.beir import load_beir
+from negative_cache.workbench.data.beir import read_collection, read_texts
+from negative_cache.workbench.data.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
+from negative_cache.workbench.data.hub import find_on_hub, find_saved, is_saved
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.reading import file_rows, hub_rows
+from negative_cache.workbench.data.own_splits import only_split, with_own_corpus, with_rows
+from negative_cache.workbench.data.reading import ROW_FILES, file_rows
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
-from negative_cache.workbench.data.splits import from_pairs
+from negative_cache.workbench.data.row_tables import read_rows
+from negative_cache.workbench.data.skipping import Skipped
+from negative_cache.workbench.data.sources import Collection, RowTables, Table
+from negative_cache.workbench.data.texts import Texts
+
+_FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column")
 
 
 def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     """Load a retrieval dataset.
 
     Args:
-        source: `python-code`; a folder in BEIR layout; a .jsonl, .csv, .tsv or .parquet file of pairs (the first three
-            also as .gz); or `hf:NAME`, a dataset of pairs that the datasets library can load.
+        source: `python-code`; a folder in the layout of BEIR, MS MARCO or the hub, with files of rows for each split,
+            or saved by the datasets library; a file of rows; or `hf:NAME` or `hf:NAME:CONFIGURATION`, which the
+            datasets library loads.
         options: How to read it; None for the defaults.
 
     Returns:
-        The dataset. Its `notes` say what was skipped or is not used.
+        The dataset. Its `notes` say how it was read, what was skipped and what is not used.
 
     Raises:
         DataError: The data cannot be used; the message names the file and the line.
     """
     options = options or DataOptions()
-    data = _load(source, options.query_column, options.positive_column)
+    if options.max_train_pairs is not None and options.max_train_pairs < 1:
+        raise DataError(f"--max-train-pairs is {options.max_train_pairs}; it must be at least 1.")
+    own = {split: given for split, given in (("dev", options.dev), ("test", options.test)) if given is not None}
+    main, *others = found = [_find(given, options) for given in (source, *own.values())]
+    _check_options(source, found, options)
+    notes: list[str] = []
+    corpus = None if options.corpus is None else _read_corpus(options.corpus, options, notes)
+    if own:
+        main = _as_training_split(main)
+    elif isinstance(main, RowTables) and None in main.tables and not Path(source).is_file():
+        notes.append(f"{source} has one split. It is divided by document, 85 : 5 : 10, into train, dev and test.")
+    data = _read(main, options, corpus)
+    for (split, given), other in zip(own.items(), others, strict=True):
+        data = _with_split(data, split, given, other, options)
+    if options.max_train_pairs is not None:
+        data = data.with_train_pairs(options.max_train_pairs)
+    data = replace(data, notes=(*notes, *data.notes))
     return data.ignoring_identical_ids() if options.ignore_identical_ids else data
 
 
-def _load(source: str, query_column: str | None, positive_column: str | None) -> RetrievalData:
-    if source.startswith("hf:"):
-        return from_pairs(source, hub_rows(source[3:]), query_column, positive_column)
+def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
+    """What a source holds; None for python-code."""
     path = Path(source)
-    if path.is_dir() or source == python_code.NAME:
-        for option, column in (("--query-column", query_column), ("--positive-column", positive_column)):
-            if column is not None:
-                raise DataError(f"{option} {column!r} is for files of pairs; {source!r} has no columns. Leave it out.")
     if source == python_code.NAME:
-        return python_code.load()
+        return None
+    if source.startswith("hf:"):
+        return find_on_hub(source[3:], options)
     if path.is_dir():
-        return load_beir(path)
+        return find_saved(path) if is_saved(path) else find_in_folder(path, options)
     if path.is_file():
-        return from_pairs(path.name.split(".")[0], file_rows(path), query_column, positive_column)
+        check_is_no_part(path)
+        notes: list[str] = []
+        asked = [name for name in (options.query_column, options.positive_column, options.negative_column) if name]
+        table = Table(source, partial(file_rows, path, options.encoding, notes, asked))
+        return RowTables(path.name.split(".")[0], {None: [table]}, notes=notes)
     raise DataError(
-        f"{source!r} is not a file, not a directory and not 'python-code'. Give a folder in BEIR layout, a .jsonl, "
-        ".csv, .tsv or .parquet file of pairs, hf:NAME, or python-code."
+        f"{source!r} is not a file, not a folder and not 'python-code'. Give a file of rows ({ROW_FILES}), {LAYOUTS}, "
+        "hf:NAME or hf:NAME:CONFIGURATION for a dataset on the Hugging Face hub, or python-code."
     )
+
+
+def _check_options(source: str, found: list[Collection | RowTables | None], options: DataOptions) -> None:
+    """Refuse options of rows if there are none."""
+    if any(isinstance(each, RowTables) for each in found):
+        return
+    for name in _FOR_ROWS:
+        if (value := getattr(options, name)) is not None:
+            raise DataError(
+                f"--{name.replace('_', '-')} {value!r} is for files of rows; {source!r} has none. Leave it out."
+            )
+
+
+def _read_corpus(source: str, options: DataOptions, notes: list[str]) -> Texts:
+    skipped = Skipped()
+    corpus = read_texts(find_documents(Path(source), options, notes), "documents", options, notes, skipped)
+    notes += skipped.notes(source)
+    return corpus
+
+
+def _read(found: Collection | RowTables | None, options: DataOptions, corpus: Texts | None) -> RetrievalData:
+    if found is None:
+        return python_code.load()
+    return read_collection(found, options) if isinstance(found, Collection) else read_rows(found, options, corpus)
+
+
+def _as_training_split(found: Collection | RowTables | None) -> Collection | RowTables | None:
+    """Without a division by hash, since other splits are given."""
+    if isinstance(found, RowTables) and None in found.tables:
+        return replace(found, tables={"train": found.tables[None]})
+    return found
+
+
+def _with_split(
+    data: RetrievalData, split: str, source: str, found: Collection | RowTables | None, options: DataOptions
+) -> RetrievalData:
+    """The dataset with a split from another source."""
+    if not isinstance(found, RowTables) or found.corpus:
+        return with_own_corpus(data, split, _read(found, options, None))
+    name = None if None in found.tables else only_split([name for name in found.tables if name], split, source)
+    rows = read_rows(replace(found, tables={split: found.tables[name]}), options, Texts.of(data.corpus))
+    return with_rows(data, split, rows)

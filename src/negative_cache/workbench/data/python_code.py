@@ -63,6 +63,7 @@ def load() -> RetrievalData:
         corpus={name: document for pairs in splits.values() for name, _, document in pairs},
         queries={name: query for pairs in splits.values() for name, query, _ in pairs},
         qrels={split: {name: [name] for name, _, _ in pairs} for split, pairs in splits.items()},
+        form=NAME,
     )
 
 

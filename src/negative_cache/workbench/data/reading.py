@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from negative_cache.workbench.data.columns import check_differ, quoted
+from negative_cache.workbench.data.opening import (
+    encoding_of,
+    open_text,
+    read_errors,
+    uncompressed_name,
+)
 from negative_cache.workbench.data.retrieval_data import DataError
+from negative_cache.workbench.data.tables import table_rows
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Pairs of a place such as "FILE, line 3", for messages, and the row as column -> value."""
+RawRows = Iterator[tuple[str, Any]]
+"""Pairs of a place such as "FILE, line 3", for messages, and the row: a dict of its columns, or a list."""
+
+ROW_FILES = ".jsonl, .json, .csv, .tsv, .parquet or .arrow"
+_ROWS_AT_ONCE = 1024
+_CHARS_AT_ONCE = 1 << 20
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def file_rows(path: Path) -> Rows:
-    """Rows of a .jsonl, .csv, .tsv or .parquet file."""
-    kind = path.name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
-    if kind in ("jsonl", "json"):
-        return json_rows(path)
-    if kind in ("csv", "tsv"):
-        return _table_rows(path, is_csv=kind == "csv")
+def file_rows(
+    path: Path, encoding: str | None = None, notes: list[str] | None = None, asked: Sequence[str] = ()
+) -> RawRows:
+    """Rows of a file, read as they are asked for.
+
+    A .json or .jsonl file has one object or list per line, or is an array of them, or an object with an array "data".
+    Such an object may have a list "corpus" of objects with a "path" (NeMo); then the first row is {"corpus": [path,
+    ...]}. A .csv, .tsv or .txt file without a heading has rows that are lists. All files but .parquet and .arrow may be
+    compressed: .gz, .bz2, .xz, .zst.
+
+    Args:
+        path: The file.
+        encoding: Its encoding; None for UTF-8, or what is detected if it is not UTF-8.
+        notes: Decisions are added, such as the encoding and the delimiter, before this function returns.
+        asked: Names of columns that make the first line of a table a heading, in addition to the known ones.
+
+    Raises:
+        DataError: The file cannot be read; the message has the line.
+    """
+    notes = [] if notes is None else notes
+    kind = uncompressed_name(path).rsplit(".", 1)[-1]
+    if kind in ("jsonl", "json", "ndjson"):
+        return _json(path, encoding_of(path, encoding, notes))
+    if kind in ("csv", "tsv", "txt"):
+        return table_rows(path, kind == "csv", encoding, notes, asked)
     if kind == "parquet":
         return _parquet_rows(path)
-    raise DataError(f"{path}: unknown file type; expected .jsonl, .csv, .tsv or .parquet.")
-
-
-def hub_rows(name: str) -> Rows:
-    """Rows of the training split of a dataset that the datasets library can load."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, split="train")
-    except Exception as error:
-        raise DataError(f"The datasets library cannot load {name!r}: {error}") from error
-    return ((f"{name}, row {number}", row) for number, row in enumerate(loaded))
-
-
-def json_rows(path: Path) -> Rows:
-    """Objects of a file with one JSON object per line."""
-    for place, text in lines(path):
-        try:
-            row = json.loads(text, object_pairs_hook=_without_repeated_keys)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: expected a JSON object, got {type(row).__name__}.")
-        yield place, row
+    if kind == "arrow":
+        return _arrow_rows(path)
+    raise DataError(f"{path}: unknown file type; expected {ROW_FILES}.")
 
 
 def text_in(row: dict[str, Any], key: str, place: str) -> str:
@@ -58,7 +68,15 @@ def text_in(row: dict[str, Any], key: str, place: str) -> str:
     """
     if key not in row:
         raise DataError(f"{place}: there is no {key!r}, only {quoted(row)}.")
-    text = row[key]
+    return checked_text(row[key], key, place)
+
+
+def checked_text(text: object, key: str, place: str) -> str:
+    """A value that is a text.
+
+    Raises:
+        DataError: It is null, blank, not a text, or not valid Unicode.
+    """
     if not isinstance(text, str):
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise DataError(f"{place}: {key!r} is {found}; expected a text.")
@@ -75,70 +93,193 @@ def text_in(row: dict[str, Any], key: str, place: str) -> str:
     return text
 
 
-def quoted(names: Iterable[object]) -> str:
-    """Names in sorted order for messages."""
-    return ", ".join(sorted(repr(str(name)) for name in names))
-
-
-def lines(path: Path) -> Iterator[tuple[str, str]]:
+def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, str]]:
     """Non-blank lines of a text file, each with its place."""
-    with _open(path) as file:
-        number = 0
+    return _lines(path, encoding_of(path, encoding, []))
+
+
+def _lines(path: Path, encoding: str) -> Iterator[tuple[str, str]]:
+    number = 0
+    with open_text(path, encoding) as file, read_errors(path, lambda: number):
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", line.rstrip("\r\n")
+
+
+def _json(path: Path, encoding: str) -> RawRows:
+    with read_errors(path), open_text(path, encoding) as file:
+        is_array, corpus = _layout(_Json(file, path))
+    if not is_array:
+        yield from _json_lines(path, encoding)
+        return
+    if corpus:
+        yield str(path), {"corpus": corpus}
+    with open_text(path, encoding) as file:
+        found = _Json(file, path)
+        with read_errors(path, lambda: found.line):
+            _layout(found)
+            yield from found.elements()
+
+
+def _json_lines(path: Path, encoding: str) -> RawRows:
+    decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
+    for place, text in _lines(path, encoding):
         try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path}, after line {number}: not readable: {error}.") from error
+            yield place, decoder.decode(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: not JSON: {error}. Expected one object or list per line, unless the file is an array, or an "
+                'object with an array "data".'
+            ) from error
 
 
-def _table_rows(path: Path, is_csv: bool) -> Rows:
-    """Rows of a table. Only CSV has quoted values; in TSV, quotes are characters like any other."""
-    csv.field_size_limit(2**30)
-    if is_csv:
-        dialect: dict[str, Any] = {"delimiter": ",", "strict": True}
-        advice = "Write a value that has a comma, a quote or a line break in quotes, and each quote inside it twice."
-    else:
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        advice = "Quotes are plain characters in .tsv; use .csv or .jsonl for values with tabs or line breaks."
-    with _open(path) as file:
-        reader = csv.reader(file, **dialect)
-        names: list[str] = []
-        try:
-            for values in filter(None, reader):  # without blank lines
-                place = f"{path}, line {reader.line_num}"
-                if not names:
-                    names = _column_names(values, place)
-                elif len(values) == len(names):
-                    yield place, dict(zip(names, values, strict=True))
-                else:
-                    raise DataError(
-                        f"{place}: expected {len(names)} columns as in the first line, got {len(values)}. {advice}"
-                    )
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, error) from error
-        except csv.Error as error:
-            raise DataError(f"{path}, after line {reader.line_num}: {error}. {advice}") from error
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path}, after line {reader.line_num}: {error}.") from error
+class _Json:
+    """Values of a JSON text, which is read piece by piece.
+
+    Args:
+        file: The text.
+        path: Its path, for messages.
+    """
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file, self._path = file, path
+        self._decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
+        self._text, self._at = "", 0
+        self.line = 1
+
+    def next_character(self) -> str:
+        """The next character that is not a blank, which is not consumed; empty at the end."""
+        while True:
+            self._advance(_BLANK.match(self._text, self._at).end())  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                return ""
+
+    def take(self, characters: str) -> str:
+        """Consume the next character, which is one of these."""
+        found = self.next_character()
+        if not found or found not in characters:
+            expected = " or ".join(repr(character) for character in characters)
+            raise DataError(f"{self._place()}: not JSON: expected {expected}, got {found or 'the end of the file'!r}.")
+        self._advance(self._at + 1)
+        return found
+
+    def value(self) -> Any:
+        """Consume a value."""
+        self.next_character()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                # a value that is not complete is wrong at the end of the text, or within the string that ends it
+                is_cut = error.pos >= len(self._text) - 8 or error.msg.startswith("Unterminated string")
+                if is_cut and self._read():
+                    continue
+                line = self.line + self._text.count("\n", self._at, error.pos)
+                raise DataError(f"{self._path}, line {line}: not JSON: {error.msg}.") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{self._place()}: not JSON: {error}.") from error
+            if end == len(self._text) and self._read():  # a number may go on
+                continue
+            self._advance(end)
+            return value
+
+    def elements(self) -> RawRows:
+        """Consume the elements of an array whose bracket is consumed."""
+        if self.next_character() == "]":
+            return
+        for number in itertools.count(1):
+            self.next_character()
+            place = f"{self._place()}, element {number}"
+            yield place, self.value()
+            if self.take(",]") == "]":
+                return
+
+    def _advance(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _read(self) -> bool:
+        """Read on, twice as much if the present value is long; False at the end of the file."""
+        rest = self._text[self._at :]
+        read = self._file.read(max(_CHARS_AT_ONCE, len(rest)))
+        self._text, self._at = rest + read, 0
+        return bool(read)
+
+    def _place(self) -> str:
+        return f"{self._path}, line {self.line}"
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _layout(found: _Json) -> tuple[bool, list[str]]:
+    """Consume a JSON text up to the first element of its array of rows.
+
+    Returns:
+        Whether there is such an array, the text itself or its key "data", and the paths of a "corpus" before "data".
+    """
+    first = found.next_character()
+    if first == "[":
+        found.take("[")
+        return found.next_character() in "[{]", []  # otherwise a row, ["query", "positive", ...]
+    if first != "{":
+        return False, []
+    corpus: list[str] = []
+    found.take("{")
+    try:
+        while found.next_character() == '"':
+            key = found.value()
+            found.take(":")
+            if key == "data" and found.next_character() == "[":
+                found.take("[")
+                return True, corpus
+            value = found.value()
+            if key == "corpus":
+                corpus = [part["path"] for part in value]
+            if found.take(",}") == "}":
+                break
+    except (DataError, TypeError, KeyError):  # reported when the file is read as lines
+        pass
+    return False, []
+
+
+def _parquet_rows(path: Path) -> RawRows:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
     except Exception as error:
         raise DataError(f"{path}: not readable as parquet: {error}") from error
-    return ((f"{path}, row {number}", row) for number, row in enumerate(rows))
+    check_differ(file.schema_arrow.names, str(path))
+    return _batch_rows(path, file.iter_batches(_ROWS_AT_ONCE))
 
 
-def _column_names(names: list[str], place: str) -> list[str]:
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"{place}: several columns have the name {quoted(repeated)}. Rename or remove all but one.")
-    return names
+def _arrow_rows(path: Path) -> RawRows:
+    import pyarrow
+
+    source = pyarrow.memory_map(str(path))
+    try:
+        try:
+            file = pyarrow.ipc.open_file(source)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        except pyarrow.ArrowInvalid:  # a stream, as the datasets library writes it
+            source.seek(0)
+            batches = file = pyarrow.ipc.open_stream(source)
+    except Exception as error:
+        raise DataError(f"{path}: not readable as Arrow: {error}") from error
+    check_differ(file.schema.names, str(path))
+    return _batch_rows(path, batches)
+
+
+def _batch_rows(path: Path, batches: Iterator[Any]) -> RawRows:
+    number = 0
+    try:
+        for batch in batches:
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                    yield f"{path}, row {number}", row
+                    number += 1
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}, after row {number}: not readable: {error}") from error
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,13 +287,3 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         raise ValueError(f"a key occurs twice among {quoted(key for key, _ in pairs)}")
     return row
-
-
-def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from negative_cache.workbench.data.texts import Texts
+import numpy as np
+import pyarrow
+
+from negative_cache.workbench.data.splits import DEV_PERCENT, hash_of
+from negative_cache.workbench.data.texts import ArrowWriter, Texts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
-NO_DOCUMENT = -1
+_T = TypeVar("_T")
 
 
 class DataError(ValueError):
@@ -84,7 +92,11 @@ class RetrievalData:
         if self.ignores_identical_ids:
             return self
         identical = self.queries.keys() & self.corpus.keys()
-        if not identical:
+        elsewhere = {
+            split: part.ignoring_identical_ids() if part.queries.keys() & part.corpus.keys() else part
+            for split, part in self.elsewhere.items()
+        }
+        if not identical and elsewhere == self.elsewhere:
             raise DataError(
                 f"--ignore-identical-ids has no effect on {self.name}: no query has the id of a document. Queries have "
                 f"ids such as {next(iter(self.queries), None)!r}, documents {next(iter(self.corpus), None)!r}. Leave "
@@ -95,16 +107,84 @@ class RetrievalData:
             for split, qrels in self.qrels.items()
         }
         num_removed = sum(query in documents for qrels in self.qrels.values() for query, documents in qrels.items())
-        if not any(kept.values()):
+        if not any(kept.values()) and not elsewhere:
             raise DataError(
                 f"--ignore-identical-ids leaves no judgement of {self.name}: each relevant document has the id of its "
                 "query. Leave it out."
             )
+        grades = {
+            split: {query: {key: grade for key, grade in found.items() if key != query} for query, found in of.items()}
+            for split, of in self.grades.items()
+        }
         note = (
             f"{self.name}: for {len(identical):,} of {len(self.queries):,} queries, the document with the same id is "
         )
         note += "ignored" + (f"; skipped judgements of such documents: {num_removed:,}." if num_removed else ".")
-        return replace(self, qrels=kept, notes=(*self.notes, note), ignores_identical_ids=True)
+        return replace(
+            self, qrels=kept, grades=grades, notes=(*self.notes, note), ignores_identical_ids=True, elsewhere=elsewhere
+        )
+
+    def with_dev(self) -> RetrievalData:
+        """The same data with a dev split: its own, or 5 % of the training queries, chosen by the hash of their ids.
+
+        Data with fewer than two training queries stays as it is.
+        """
+        train = self.qrels.get("train", {})
+        if self.qrels.get("dev") or "dev" in self.elsewhere or len(train) < 2:
+            return self
+        number = max(len(train) * DEV_PERCENT // 100, 1)
+        dev = set(sorted(train, key=hash_of)[:number])
+        note = (
+            f"{self.name} has no dev split: {number:,} of its {len(train):,} training queries are held out as one, "
+            "chosen by the hash of their ids."
+        )
+        return replace(
+            self,
+            qrels={**self.qrels, "train": _parted(train, dev, False), "dev": _parted(train, dev, True)},
+            grades={
+                **self.grades,
+                **{
+                    split: _parted(self.grades["train"], dev, split == "dev")
+                    for split in ("train", "dev")
+                    if "train" in self.grades
+                },
+            },
+            notes=(*self.notes, note),
+        )
+
+    def with_train_pairs(self, number: int) -> RetrievalData:
+        """The same data with at most this number of judged pairs in the training split.
+
+        Queries are taken in the order of the hash of their ids, each with all its pairs, if these still fit.
+
+        Raises:
+            DataError: There is no training split, or no query has as few pairs.
+        """
+        train = self.judged("train")
+        available = sum(map(len, train.values()))
+        taken, left = set(), number
+        for query in sorted(train, key=hash_of):
+            if len(train[query]) <= left:
+                taken.add(query)
+                left -= len(train[query])
+        if not taken:
+            raise DataError(f"--max-train-pairs is {number:,}, but each training query of {self.name} has more pairs.")
+        if len(taken) == len(train):
+            return self
+        qrels = {**self.qrels, "train": _parted(train, taken, True)}
+        kept = {query for found in qrels.values() for query in found}
+        note = (
+            f"{self.name}: the training split has {number - left:,} of its {available:,} pairs, chosen by the hash of "
+            "the query ids. The corpus has all documents."
+        )
+        grades = {"train": _parted(self.grades["train"], taken, True)} if "train" in self.grades else {}
+        return replace(
+            self,
+            qrels=qrels,
+            grades={**self.grades, **grades},
+            negatives={query: others for query, others in self.negatives.items() if query in kept},
+            notes=(*self.notes, note),
+        )
 
     def ignored(self, query: str) -> str | None:
         """The document that is neither a result nor a negative of a query because it has its id; None if none is."""
@@ -130,42 +210,50 @@ class RetrievalData:
                     together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
             return together
         if not self.qrels.get(split):
-            available = [name for name, qrels in self.qrels.items() if qrels]
-            raise DataError(
-                f"{self.name} has no queries in the split {split!r}; it has {available}. A file of pairs is split "
-                "by document, 85 : 5 : 10, and needs about 50 documents. A BEIR folder needs a file for the split in "
-                "qrels. train and compare measure on the test split; evaluate has the option --split."
-            )
+            available = [*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]
+            given = f", or give it with --{split}" if split in ("dev", "test") else ""
+            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. Name one{given}.")
         return self.qrels[split]
 
-    def labels(self) -> dict[str, int]:
-        """Document id -> its position in the corpus; for equal texts, that of the first of them."""
-        first: dict[str, int] = {}
-        return {name: first.setdefault(text, position) for position, (name, text) in enumerate(self.corpus.items())}
+    def labels(self) -> np.ndarray:
+        """For each document, the position in the corpus of the first one with the same text: int64 `[documents]`."""
+        return Texts.of(self.corpus).first_of_equal()
 
-    def training_columns(self) -> dict[str, list[Any]]:
-        """Columns anchor, positive and label, with one row per judged pair of the training split.
+    def training_set(self) -> Dataset:
+        """A memory-mapped dataset with one row per judged pair of the training split.
 
-        A label lists the `labels` of the documents that are not negatives of the query, the positive of the row first,
-        padded with -1.
+        The columns are anchor and positive, and label: the `labels` of the documents that are not negatives of the
+        query, the positive of the row first. If a query of the split has negatives, there are also negative, a list of
+        texts, and negative_label, a list of their `labels`. Lists have different lengths.
         """
-        positions = self.labels()
-        columns: dict[str, list[Any]] = {"anchor": [], "positive": [], "label": []}
-        for query, documents in self.judged("train").items():
-            known = self.never_negative(query, documents)
-            for document in documents:
-                others = [positions[other] for other in _without(document, known)]
-                columns["anchor"].append(self.queries[query])
-                columns["positive"].append(self.corpus[document])
-                columns["label"].append([positions[document], *others])
-        columns["label"] = padded(columns["label"])
-        return columns
+        import datasets  # takes seconds to import
+
+        documents, labels, train = Texts.of(self.corpus), self.labels(), self.judged("train")
+        has_negatives = any(query in train for query in self.negatives)
+        columns = {"anchor": pyarrow.string(), "positive": pyarrow.string(), "label": pyarrow.list_(pyarrow.int64())}
+        if has_negatives:
+            columns |= {"negative": pyarrow.list_(pyarrow.string()), "negative_label": pyarrow.list_(pyarrow.int64())}
+        writer = ArrowWriter(columns)
+        for query, relevant in train.items():
+            anchor, others = self.queries[query], self.negatives.get(query, [])
+            negatives = [[documents[other] for other in others], [int(labels[documents.position(o)]) for o in others]]
+            known = [int(labels[documents.position(other)]) for other in self.never_negative(query, relevant)]
+            for positive, label in zip(relevant, known, strict=False):  # the ignored document is the last one
+                ids = list(dict.fromkeys([label, *known]))
+                writer.add(anchor, documents[positive], ids, *(negatives if has_negatives else ()))
+        return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
 
-def padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Pad rows with -1 to the same length."""
-    width = max(map(len, rows))
-    return [[*row, *[NO_DOCUMENT] * (width - len(row))] for row in rows]
+def training_texts(training_set: Dataset) -> Iterator[str]:
+    """The anchors, then the positives, of a training set, read batch by batch."""
+    for name in ("anchor", "positive"):
+        for chunk in training_set.data.column(name).chunks:
+            yield from chunk.to_pylist()
+
+
+def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:
+    """The entries whose query is in a set, or those whose query is not."""
+    return {query: value for query, value in by_query.items() if (query in queries) == is_in}
 
 
 def _without(left_out: str, documents: list[str]) -> list[str]:

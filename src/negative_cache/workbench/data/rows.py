@@ -13,6 +13,7 @@ from negative_cache.workbench.data.splits import Groups, split_of
 from negative_cache.workbench.data.texts import ArrowWriter, Texts
 
 _BY_HASH = ""  # in place of a split
+_NO_POSITIVE = "queries without a relevant document"
 
 
 class Document(NamedTuple):
@@ -20,7 +21,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: The text, with its title; None for the document of a corpus that has the id.
-        id: The id; None for the document with this text.
+        id: The id; None for the document with this text. If the rows refer to a corpus, the text is the id then.
     """
 
     text: str | None
@@ -33,7 +34,7 @@ class Row(NamedTuple):
     Attributes:
         place: Where the row is, such as "FILE, line 3", for messages.
         query: The text of the query, with its prompt.
-        positives: The relevant documents.
+        positives: The relevant documents; none if the row has negatives alone, such as a pair with the label 0.
         negatives: Documents that are not relevant. Their number may differ from row to row.
         query_id: The id of the query; None for the query with this text.
     """
@@ -77,12 +78,18 @@ class Collector:
     ) -> RetrievalData:
         """The dataset of all rows.
 
-        A document that is a positive of a query in any row is not a negative of it.
+        A document that is a positive of a query in any row is not a negative of it. A query without a positive in any
+        row has neither judgements nor negatives, and is counted in `skipped`.
         """
         corpus = self._documents.texts() if self._corpus is None else self._corpus
         queries = self._queries.texts()
         qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         groups = Groups()
+        skipped = dict(skipped or {})
+        for positives in self._positives.values():
+            for query in [query for query, documents in positives.items() if not documents]:
+                del positives[query]
+                skipped[_NO_POSITIVE] = skipped.get(_NO_POSITIVE, 0) + 1
         unassigned = self._positives.pop(_BY_HASH, {})
         for documents in unassigned.values():
             for document in documents[1:]:
@@ -94,11 +101,11 @@ class Collector:
         negatives = {}
         for query, others in self._negatives.items():
             known = {document for of_split in qrels.values() for document in of_split.get(query, ())}
-            if kept := [document for document in others if document not in known]:
+            if known and (kept := [document for document in others if document not in known]):
                 negatives[query] = kept
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
-            negatives=negatives, form=form, skipped=skipped or {}, splits_by_hash=bool(unassigned),
+            negatives=negatives, form=form, skipped=skipped, splits_by_hash=bool(unassigned),
         )  # fmt: skip
 
     def _document(self, document: Document, place: str) -> str:
@@ -109,9 +116,10 @@ class Collector:
                 f"{place}: the document {document.id!r} is given by its id alone. Give the file or folder of the "
                 "documents with --corpus."
             )
-        if document.id is None or document.id not in self._corpus:
-            raise DataError(f"{place}: the corpus has no document {document.id!r}.")
-        return document.id
+        key = document.text if document.id is None else document.id
+        if key is None or key not in self._corpus:
+            raise DataError(f"{place}: the corpus has no document {(key or '')[:60]!r}.")
+        return key
 
 
 class _Distinct:

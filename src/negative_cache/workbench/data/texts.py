@@ -117,11 +117,39 @@ class Texts(Mapping[str, str]):
         positions: np.ndarray = first[group].astype(np.int64)
         return positions
 
+    def followed_by(self, others: Iterable[tuple[str, str]]) -> Texts:
+        """These texts and others, without a copy of these; raises RepeatedIdError if an id occurs twice."""
+        added = Texts.of(others)
+        columns = [(self._ids, self._texts), (added._ids, added._texts)]
+        tables = [pyarrow.table({"id": ids, "text": texts}) for ids, texts in columns]
+        return Texts(pyarrow.concat_tables(tables)) if len(added) else self
+
     def _check_ids_differ(self) -> None:
         for at in np.nonzero(self._hashes[1:] == self._hashes[:-1])[0].tolist():
             first, second = sorted((int(self._order[at]), int(self._order[at + 1])))
             if self.key(first) == self.key(second):
                 raise RepeatedIdError(self.key(first), first, second)
+
+
+class IdsByText:
+    """Finds the id of a text. An entry takes 16 bytes of memory."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts = texts
+        hashes = np.fromiter(map(hash, texts.values()), dtype=np.int64, count=len(texts))
+        self._order = hashes.argsort(kind="stable")
+        self._hashes = hashes[self._order]
+
+    def find(self, text: str) -> str | None:
+        """The id of the first text that is equal, or None."""
+        wanted = hash(text)
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            key = self._texts.key(int(self._order[at]))
+            if self._texts[key] == text:
+                return key
+            at += 1
+        return None
 
 
 class ArrowWriter:

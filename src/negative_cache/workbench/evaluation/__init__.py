@@ -4,11 +4,12 @@ Imports `negative_cache.workbench.data` and `files`.
 """
 
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
-from negative_cache.workbench.evaluation.measures import Run, depth_of, judge, means, parse_measures
-from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator
+from negative_cache.workbench.evaluation.measures import DEFAULT_MEASURES, Run, depth_of, judge, means, parse_measures
+from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator, matching_run
 from negative_cache.workbench.evaluation.searching import Hit, search, search_splits
 
 __all__ = [
+    "DEFAULT_MEASURES",
     "EncodingOptions",
     "Hit",
     "OnProgress",
@@ -19,6 +20,7 @@ __all__ = [
     "judge",
     "judge_split",
     "make_evaluator",
+    "matching_run",
     "means",
     "parse_measures",
     "search",

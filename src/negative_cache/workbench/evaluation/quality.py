@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding_arguments
 from negative_cache.workbench.evaluation.measures import (
     DEFAULT_MEASURES,
@@ -72,6 +72,49 @@ def evaluate(
 def judge_split(data: RetrievalData, split: str, run: Run, measures: Mapping[str, Any]) -> Quality:
     """The quality of search results for a split; see `judge`."""
     return Quality(judge(data.graded(split), run, measures), run, len(data.part(split).corpus))
+
+
+def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[str]]:
+    """The results of the judged queries of a split, without documents that `data` ignores.
+
+    Args:
+        data: The dataset.
+        split: The split.
+        run: Results of another program.
+
+    Returns:
+        The results, and notes on queries without judgements or without results.
+
+    Raises:
+        DataError: The run has no judged query, or no document of the corpus.
+    """
+    judged, part = data.graded(split), data.part(split)
+    own = {query: _without(found, part.ignored(query)) for query, found in run.items() if query in judged}
+    for kind, first, other in (
+        ("query", None if own else next(iter(run), None), next(iter(judged))),
+        ("document", _first_unless_known(own, part), next(iter(part.corpus))),
+    ):
+        if first is not None:
+            raise DataError(
+                f"The run has no {kind} of {data.name}, {split}: it has ids such as {first!r}, the data such as "
+                f"{other!r}. Give the data that the run was made for."
+            )
+    notes = []
+    if others := len(run) - len(own):
+        notes.append(f"The run has {others:,} queries without judgements; they are not used.")
+    if missing := len(judged) - len(own):
+        notes.append(f"The run has no results for {missing:,} of {len(judged):,} judged queries; they count 0.")
+    return own, notes
+
+
+def _without(found: dict[str, float], ignored: str | None) -> dict[str, float]:
+    return {document: score for document, score in found.items() if document != ignored}
+
+
+def _first_unless_known(run: Run, part: RetrievalData) -> str | None:
+    """The first document of a run if none of its documents is in the corpus."""
+    documents = dict.fromkeys(document for found in run.values() for document in found)
+    return None if any(document in part.corpus for document in documents) else next(iter(documents), None)
 
 
 def make_evaluator(model: SentenceTransformer, data: RetrievalData, split: str) -> InformationRetrievalEvaluator:

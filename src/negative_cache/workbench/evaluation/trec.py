@@ -84,6 +84,12 @@ def write_qrels(path: Path, qrels: Qrels) -> None:
     _write(path, lines())
 
 
+def check_ids(names: Iterable[str]) -> None:
+    """Raise TrecError if an id is empty or contains white space, so that a TREC file cannot contain it."""
+    for name in names:
+        _id(name)
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[Iterable[str]]:
     with path.open("rb") as file:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import write_json
@@ -98,8 +101,8 @@ def run(
     task = _Run(config, data, options or RunOptions(), on_step, on_progress)
     task.check()
     is_first = processes.start() == 0
-    if config.loss == "memory-bank" and processes.count() > 1:
-        raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
+    if processes.count() > 1:
+        _check_ranks(config.loss, data)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, config, resume)
@@ -163,11 +166,11 @@ class _Run:
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
-        columns = self.data.training_columns()
+        training_set = self.data.training_set()
         if is_first and not (self.folder / _BEFORE).exists():
-            self._begin([*columns["anchor"], *columns["positive"]])
+            self._begin(training_texts(training_set))
         processes.wait()
-        trainer = self._make_trainer(columns, is_first)
+        trainer = self._make_trainer(training_set, is_first)
         curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
         trainer.add_callback(curve)
         checkpoint = last_complete_checkpoint(self.folder)
@@ -181,12 +184,12 @@ class _Run:
         if is_first:
             costs = {
                 "resumed_from_step": 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]),
-                "training_pairs": len(columns["anchor"]),
+                "training_pairs": len(training_set),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
             self._finish(trainer, curve, costs, failed)
 
-    def _begin(self, texts: list[str]) -> None:
+    def _begin(self, texts: Iterable[str]) -> None:
         """Create the folder with the untrained model and its metrics. `before.json` is written last."""
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
@@ -205,14 +208,14 @@ class _Run:
         content = {"configuration": _configuration(self.config), "ranks": processes.count()}
         write_json(self.folder / _BEFORE, {**content, **measured})
 
-    def _make_trainer(self, columns: dict[str, list[Any]], is_first: bool) -> RunTrainer:
+    def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if self.options.cache_tokens:
             cache_tokens(model, [*self.data.queries.values(), *self.data.corpus.values()])
         return make_trainer(
             self.folder,
             self.config,
-            columns,
+            training_set,
             model,
             on_step=self.on_step if is_first else None,
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
@@ -261,6 +264,17 @@ class _Run:
         shown = {"before": began["hits"], "after": hits}
         write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
         return {fields[split]: quality.metrics() for split, quality in found.items()}
+
+
+def _check_ranks(loss: str, data: RetrievalData) -> None:
+    """Raise unless a loss can train on several ranks."""
+    if loss == "memory-bank":
+        raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
+    if loss != "negative-cache" and data.negatives:
+        raise RunError(
+            f"--loss {loss} uses the negatives of {data.name} in one process only: it needs equal numbers of them on "
+            "all ranks. Start one process, use --loss negative-cache, or leave them out with --negatives ignore."
+        )
 
 
 def _can_resume(folder: Path) -> bool:

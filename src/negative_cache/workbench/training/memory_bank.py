@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, normalize, pad
 
 UNKNOWN = -1
 
@@ -43,8 +43,9 @@ class MemoryBankLoss(nn.Module):
         """Compute the mean loss of a batch; in training, also add its documents to the queue.
 
         Args:
-            sentence_features: Model inputs of the anchors and of the positives.
-            labels: int64 `[batch, n]`: id of the positive, then ids of further positives, padded with -1.
+            sentence_features: Model inputs of the anchors, of the positives, and of any negatives of all anchors.
+            labels: int64 `[batch + m, n]`: for each document, its id, padded with -1; for positives, followed by ids of
+                further positives. The `m` rows of the negatives may be missing.
 
         Returns:
             Scalar.
@@ -53,19 +54,21 @@ class MemoryBankLoss(nn.Module):
             ValueError: The number of columns, or the shape or dtype of the labels, is wrong.
         """
         columns = list(sentence_features)
-        if len(columns) != 2 or labels.dim() != 2 or labels.is_floating_point():
+        if len(columns) < 2 or labels.dim() != 2 or labels.is_floating_point():
             raise ValueError(
                 f"The memory bank got {len(columns)} text columns and labels of shape {list(labels.shape)}; expected "
-                "the columns anchor, positive and label, where label is a list of integer document ids."
+                "the columns anchor, positive, label and any negatives, where label is a list of integer document ids."
             )
-        queries, documents = (normalize(self._embed(column), dim=-1) for column in columns)
+        queries, *of_columns = (normalize(self._embed(column), dim=-1) for column in columns)
+        documents, count = torch.cat(of_columns), len(queries)
+        ids = pad(labels[:, 0], (0, len(documents) - len(labels)), value=UNKNOWN)
         filled = int(self.num_written.clamp(max=self.size))
         candidates = torch.cat([documents, self.embeddings[:filled]])
         scores = self.scale * queries @ candidates.T
-        scores = scores.masked_fill(_known(labels, torch.cat([labels[:, 0], self.ids[:filled]])), -torch.inf)
-        loss = cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+        scores = scores.masked_fill(_known(labels[:count], torch.cat([ids, self.ids[:filled]])), -torch.inf)
+        loss = cross_entropy(scores, torch.arange(count, device=scores.device))
         if self.training and torch.is_grad_enabled():
-            self._push(documents.detach(), labels[:, 0])
+            self._push(documents.detach(), ids)
         return loss
 
     def queue_state(self) -> dict[str, Tensor]:

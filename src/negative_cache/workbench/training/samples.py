@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import NO_ID
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.data.retrieval_data import padded
+from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import Run
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
 
@@ -106,7 +108,7 @@ def _hard_negatives(
         None if it is not cached), `num_hidden` (rows that margins hide), and `negatives` (`document`, `text`,
         `similarity` by the cached embedding, `probability` of being drawn, `age`). Known positives are never drawn.
     """
-    train, names = data.judged("train"), list(data.corpus)
+    train = data.judged("train")
     queries = spread(list(train), NUM_QUERIES)
     found = _search(loss, cache, model, data, {query: train[query] for query in queries})
     ages, ids = cache.age.tolist(), _positions(cache).tolist()
@@ -114,7 +116,7 @@ def _hard_negatives(
     for at, query in enumerate(queries):
         negatives = [
             {
-                **_numbered_document(data, names, ids[row]),
+                **_numbered_document(data, ids[row]),
                 "similarity": float(found.row_similarities[at, place]),
                 "probability": float(found.probabilities[at, place]),
                 "age": ages[row],
@@ -143,10 +145,10 @@ def _search(
     """Search the cache for the queries of `qrels` as a training step does."""
     queries = embed(model, [data.queries[query] for query in qrels])
     positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
-    numbers = data.labels()
+    labels, corpus = torch.from_numpy(data.labels()), Texts.of(data.corpus)
     known = [data.never_negative(query, documents) for query, documents in qrels.items()]
-    ids = padded([[numbers[document] for document in documents] for documents in known])
-    positive_ids = torch.tensor(ids, device=queries.device)
+    ids = [labels[[corpus.position(document) for document in documents]] for documents in known]
+    positive_ids = pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(queries.device)
     positive_rows = cache.find(positive_ids.flatten()).view(positive_ids.shape)
     similarities = estimators.dot(queries, positives)
     ceilings = loss.cache_loss.limits.ceilings(similarities)
@@ -173,13 +175,13 @@ def _search(
 
 def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: RetrievalData) -> list[list[float]]:
     """Pairs of the age in steps and the staleness of up to 512 rows, evenly spaced in the order of age."""
-    names, ids = list(data.corpus), _positions(cache)
-    rows = (cache.filled & (ids >= 0) & (ids < len(names))).nonzero().squeeze(1)
+    corpus, ids = Texts.of(data.corpus), _positions(cache)
+    rows = (cache.filled & (ids >= 0) & (ids < len(corpus))).nonzero().squeeze(1)
     rows = rows[cache.age[rows].argsort(stable=True)]
     if not len(rows):
         return []
     rows = rows[torch.tensor(spread(range(len(rows)), NUM_ROWS), device=rows.device)]
-    encoded = embed(model, [data.corpus[names[number]] for number in ids[rows].tolist()])
+    encoded = embed(model, [corpus[corpus.key(number)] for number in ids[rows].tolist()])
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
@@ -211,8 +213,8 @@ def _document(data: RetrievalData, document: str) -> dict[str, Any]:
     return {"document": document, "text": clip(data.corpus[document])}
 
 
-def _numbered_document(data: RetrievalData, names: Sequence[str], number: int) -> dict[str, Any]:
+def _numbered_document(data: RetrievalData, number: int) -> dict[str, Any]:
     """The document at a position of the corpus; None for an id that is not in the corpus."""
-    if not 0 <= number < len(names):
+    if not 0 <= number < len(data.corpus):
         return {"document": None, "text": None}
-    return _document(data, names[number])
+    return _document(data, Texts.of(data.corpus).key(number))

@@ -71,7 +71,7 @@ class RunTrainer(NegativeCacheTrainer):
 def make_trainer(
     folder: Path,
     config: RunConfig,
-    columns: dict[str, list[Any]],
+    training_set: Dataset,
     model: SentenceTransformer,
     *,
     on_step: OnStep | None = None,
@@ -79,14 +79,15 @@ def make_trainer(
     report_to: Sequence[str] = (),
 ) -> RunTrainer:
     """The trainer of a run, which writes to `folder`."""
+    first = training_set[:8]
     model.model_card_data.widget = [
-        {"source_sentence": columns["anchor"][0], "sentences": list(dict.fromkeys(columns["positive"][:8]))[:3]}
+        {"source_sentence": first["anchor"][0], "sentences": list(dict.fromkeys(first["positive"]))[:3]}
     ]
     disable_progress_bars()
     trainer = RunTrainer(
         model=model,
-        args=_arguments(folder, config, report_to, len(columns["anchor"])),
-        train_dataset=Dataset.from_dict(columns),
+        args=_arguments(folder, config, report_to, len(training_set)),
+        train_dataset=training_set,
         loss=make_loss(config, model),
         evaluator=evaluator,
         callbacks=[_StepCallback(on_step)] if on_step else None,

@@ -1,4 +1,4 @@
-"""`negative-cache evaluate` and `negative-cache search`: commands for trained models."""
+"""`negative-cache search`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import typer
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.progress import counting_bar
-from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
 
@@ -16,35 +15,14 @@ if TYPE_CHECKING:
     from negative_cache.workbench.evaluation import Hit
 
 
-@opt.takes_data_options()
-def evaluate(
-    model: opt.TrainedModel,
-    data: opt.Data,
-    split: Annotated[str, typer.Option(help="train, dev, test or all.")] = "test",
-    data_options: DataOptions = DataOptions(),  # noqa: B008
-    quiet: opt.Quiet = False,
-    as_json: opt.Json = False,
-) -> None:
-    """Measure the retrieval quality of a model, for the queries of a split against the whole corpus."""
-    terminal = Terminal(quiet, as_json)
-    with terminal.running():
-        loaded = terminal.load_data(data, data_options, split)
-        trained = _load_model(terminal, model)
-        from negative_cache.workbench.evaluation import evaluate as evaluate_model
-
-        with counting_bar(terminal, "Encoding documents") as on_progress:
-            metrics = evaluate_model(trained, loaded, (split,), on_progress=on_progress)[split].metrics()
-        terminal.result(metrics)
-        sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
-        terminal.out.print(metrics_table(f"{loaded.name}, {split}: {sizes}", {split: metrics}))
-
-
 @opt.takes_data_options("corpus", "query_column", "positive_column", "negative_column", "encoding", "strict")
+@opt.takes_encoding_options
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],
     model: opt.TrainedModel,
     data: opt.Data,
     num_results: Annotated[int, typer.Option("--num-results", "-n", min=1, help="Documents per query.")] = 5,
+    encoding_options: dict[str, Any] = {},  # noqa: B006
     data_options: DataOptions = DataOptions(),  # noqa: B008
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
@@ -52,24 +30,19 @@ def search(
     """Show the best documents of a corpus for a query."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
+        with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.evaluation import EncodingOptions
+            from negative_cache.workbench.evaluation import search as search_corpus
+        encoding = EncodingOptions(**encoding_options)
         loaded = terminal.load_data(data, data_options)
-        trained = _load_model(terminal, model)
-        from negative_cache.workbench.evaluation import search as search_corpus
-
+        trained = terminal.load_model(model)
         with counting_bar(terminal, "Encoding documents") as on_progress:
-            hits = search_corpus(trained, loaded, query, num_results, on_progress=on_progress)
+            hits = search_corpus(trained, loaded, query, num_results, encoding, on_progress)
         found = list(zip(query, hits, strict=True))
         terminal.result([{"query": text, "documents": [hit._asdict() for hit in own]} for text, own in found])
         for text, own in found:
             terminal.out.rule(f"[bold]{escape(_clip(text))}", align="left")
             _show(terminal, own)
-
-
-def _load_model(terminal: Terminal, name: str) -> Any:
-    with terminal.waiting("Loading the model ..."):
-        from negative_cache.workbench.models import load_trained
-
-        return load_trained(name)
 
 
 def _show(terminal: Terminal, hits: list[Hit]) -> None:

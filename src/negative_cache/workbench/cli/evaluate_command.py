@@ -1,0 +1,150 @@
+"""`negative-cache evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.progress import counting_bar
+from negative_cache.workbench.cli.tables import metrics_table
+from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.training.config import RunError, flag_of
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.data import RetrievalData
+    from negative_cache.workbench.evaluation import EncodingOptions
+
+_OUTPUTS = ("run_out", "qrels_out", "per_query")
+
+
+@opt.takes_data_options()
+@opt.takes_encoding_options
+def evaluate(
+    model: Annotated[str | None, typer.Option(help=opt.TRAINED_MODEL_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help=opt.DATA_HELP)] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, dev, test or all. Default: test; all for rows without splits.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Default: MRR@10 nDCG@10 AP@100 R@1 R@10 R@100. Also AP, P@5, Success@5 ...")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Judge the search results in a TREC run, without a model.")] = None,
+    run_out: Annotated[Path | None, typer.Option(help="Write the search results, as a TREC run.")] = None,
+    qrels_out: Annotated[Path | None, typer.Option(help="Write the judgements of the split, as TREC qrels.")] = None,
+    per_query: Annotated[Path | None, typer.Option(help="Write the metrics of each query, as JSON.")] = None,
+    nanobeir: Annotated[
+        str | None, typer.Option(help="Evaluate on NanoBEIR from the hub: all, or names such as msmarco,nq.")
+    ] = None,
+    encoding_options: dict[str, Any] = {},  # noqa: B006
+    data_options: DataOptions = DataOptions(),  # noqa: B008
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure the retrieval quality of a model or of a TREC run, against the whole corpus."""
+    given = dict(locals())
+    terminal = Terminal(quiet, as_json)
+    with terminal.running():
+        _check(given)
+        with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.evaluation import DEFAULT_MEASURES, EncodingOptions, parse_measures
+        encoding = EncodingOptions(**encoding_options)
+        if nanobeir is not None:
+            _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
+        else:
+            _evaluate(terminal, given, parse_measures(metrics or DEFAULT_MEASURES), encoding)
+
+
+def _evaluate(
+    terminal: Terminal, given: Mapping[str, Any], measures: dict[str, Any], encoding: EncodingOptions
+) -> None:
+    """Evaluate on a dataset."""
+    from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
+    from negative_cache.workbench.files import write_json
+
+    run = None if given["run"] is None else trec.read_run(given["run"])
+    data = terminal.load_data(given["data"], given["data_options"])
+    split = _split(terminal, data, given["split"], given["data_options"])
+    judged = data.graded(split)
+    if given["qrels_out"] is not None:
+        trec.write_qrels(given["qrels_out"], judged)
+    if given["run_out"] is not None:
+        trec.check_ids(chain(judged, data.part(split).corpus))
+    if run is None:
+        model = terminal.load_model(given["model"])
+        with counting_bar(terminal, "Encoding documents") as on_progress:
+            run = search_splits(model, data, (split,), depth_of(measures), encoding, on_progress)[split]
+    else:
+        run, notes = matching_run(data, split, run)
+        for note in notes:
+            terminal.note(note)
+    quality = judge_split(data, split, run, measures)
+    if given["per_query"] is not None:
+        write_json(given["per_query"], quality.per_query)
+    if given["run_out"] is not None:
+        trec.write_run(given["run_out"], run)
+    metrics = quality.metrics()
+    terminal.result(metrics)
+    sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
+    terminal.out.print(metrics_table(f"{data.name}, {split}: {sizes}", {split: metrics}))
+    written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
+    if written:
+        terminal.say(f"Written: {' '.join(written)}")
+
+
+def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:
+    from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
+
+    chosen = parse_names(names)
+    trained = terminal.load_model(model)
+    with counting_bar(terminal, "Evaluating on NanoBEIR") as on_progress:
+        result = evaluate_nanobeir(trained, chosen, encoding, on_progress)
+    terminal.result(result)
+    terminal.out.print(metrics_table("NanoBEIR", result))
+
+
+def _split(terminal: Terminal, data: RetrievalData, split: str | None, options: DataOptions) -> str:
+    """The split to evaluate on."""
+    if split is not None:
+        return split
+    if not data.splits_by_hash or options.test is not None:
+        return "test"
+    terminal.note(
+        f"{data.name} has no splits: all its queries are evaluated. --split test evaluates only those that train would "
+        "hold out."
+    )
+    return "all"
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise RunError unless the options go together and the outputs can be written."""
+    used = {name for name in ("model", "data", "run", "nanobeir") if given[name] is not None}
+    if used not in ({"model", "data"}, {"run", "data"}, {"model", "nanobeir"}):
+        raise RunError(
+            "Give --model and --data; or --run and --data for a TREC run; or --model and --nanobeir. Got "
+            f"{' and '.join(f'--{name}' for name in sorted(used)) or 'none of them'}."
+        )
+    without_effect: dict[str, list[str]] = {
+        "nanobeir": ["split", "metrics", *_OUTPUTS],
+        "run": list(given["encoding_options"]),
+    }
+    for option, others in without_effect.items():
+        values = {**given, **given["encoding_options"]}
+        if option in used and (found := [name for name in others if values[name] is not None]):
+            raise RunError(f"{flag_of(found[0])} has no effect with --{option}. Leave it out.")
+    if "nanobeir" in used and given["data_options"] != DataOptions():
+        raise RunError("--nanobeir has data of its own: options of --data have no effect. Leave them out.")
+    if "nanobeir" in used and "," in (given["encoding_options"]["device"] or ""):
+        raise RunError(f"--nanobeir runs on one device; --device is {given['encoding_options']['device']!r}.")
+    for name in _OUTPUTS:
+        path = given[name]
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise RunError(
+                f"{flag_of(name)} {path} cannot be written: it is a directory, or its directory does not exist. Give a "
+                "file in an existing directory."
+            )

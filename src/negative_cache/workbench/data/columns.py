@@ -1,0 +1,105 @@
+"""Names of columns and keys, and what they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+from negative_cache.workbench.data.retrieval_data import DataError
+
+QUERY = ("query", "anchor", "question", "query_text", "sentence1")
+POSITIVE = (
+    "positive", "document", "answer", "passage", "pos", "positives", "positive_passage", "doc", "response", "context",
+    "sentence2",
+)  # fmt: skip
+LABEL = ("label", "labels", "score", "scores")
+_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(passage|document|doc)s?)?(_?\d+)?|rejected_response")
+_LISTS = ("positives", "negatives", "hard_negatives", "pos", "neg")  # names of columns with several documents
+_ID = re.compile(r"|(.*_)?id|idx|index|[qp]id|docid|unnamed:_\d+")
+_BINARY = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_MOST_CHARS, _MOST_WORDS = 30, 3  # of a name
+
+
+def normal(name: str) -> str:
+    """A name in lower case, with underscores for blanks and hyphens."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def is_negative(name: str) -> bool:
+    """Whether a column of this name has negatives."""
+    return _NEGATIVE.fullmatch(normal(name)) is not None
+
+
+def has_text(name: str) -> bool:
+    """Whether a column of an unknown name may have texts: it is neither an id nor a label."""
+    return normal(name) not in LABEL and _ID.fullmatch(normal(name)) is None
+
+
+def is_known(name: str) -> bool:
+    """Whether a column of this name has queries, relevant documents or negatives."""
+    return normal(name) in QUERY + POSITIVE or is_negative(name)
+
+
+def binary(value: object) -> bool | None:
+    """Whether a label is 1, or 0, which may be a text, a boolean or a float; None if it is another value."""
+    return _BINARY.get(str(value).strip().lower())
+
+
+def list_in(name: str, value: str) -> list[str] | None:
+    """The texts of a JSON list in a value of a table; None if it is another text, or the column has one document."""
+    if normal(name) not in _LISTS:
+        return None
+    try:
+        texts = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
+    """Whether the values of the first line of a table are names of columns.
+
+    They are if one of them is a known name or one that the user asks for; or if all of them look like names: short, no
+    numbers, and without blanks, or of few words such as "Search query", where one is a known name.
+    """
+    values, asked = list(values), set(asked)
+    if any(value in asked or is_known(value) for value in values):
+        return True
+    words = [value.split() for value in values]
+    most = _MOST_WORDS if any(is_known(word) for name in words for word in name) else 1
+    return all(
+        0 < len(name) <= most and len(value) <= _MOST_CHARS and not is_number(value)
+        for name, value in zip(words, values, strict=True)
+    )
+
+
+def first_of(names: tuple[str, ...], columns: Iterable[str]) -> str | None:
+    """The column that has the first of these names; None if none has."""
+    known = {normal(column): column for column in columns}
+    return next((known[name] for name in names if name in known), None)
+
+
+def check_differ(names: list[str], place: str) -> list[str]:
+    """The names of the columns of a table.
+
+    Raises:
+        DataError: A name occurs twice.
+    """
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"{place}: several columns have the name {quoted(repeated)}. Rename or remove all but one.")
+    return names
+
+
+def quoted(names: Iterable[object]) -> str:
+    """Names in sorted order for messages."""
+    return ", ".join(sorted(repr(str(name)) for name in names))

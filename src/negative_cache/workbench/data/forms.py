@@ -1,0 +1,280 @@
+"""`RowReader`: rows of any form as `Row`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from negative_cache.workbench.data import columns
+from negative_cache.workbench.data.columns import quoted
+from negative_cache.workbench.data.documents import contents, documents_in, id_in, is_conversation, is_missing
+from negative_cache.workbench.data.known_forms import (
+    ANY_NAMES,
+    LABELLED_LISTS,
+    LISTS,
+    SETS,
+    Columns,
+    columns_of,
+    form_of,
+    with_names,
+)
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.data.reading import RawRows, checked_text
+from negative_cache.workbench.data.retrieval_data import DataError
+from negative_cache.workbench.data.rows import Document, Row
+
+ROWS_FOR_LABELS = 1000
+
+
+class RowReader:
+    """Reads the rows of one file or dataset as `Row`. They can be read once.
+
+    The first row decides the form, the first `ROWS_FOR_LABELS` rows whether labels are relevance.
+
+    Args:
+        name: The name of the file or dataset, for messages.
+        rows: Its rows; see `file_rows`.
+        options: How they are read.
+
+    Attributes:
+        form: The form, such as "pairs", "triplets" or "DPR".
+        skipped: What was skipped -> how often; complete after all rows were read.
+        corpus_paths: The files of the documents that the rows refer to, relative to the folder of the file.
+
+    Raises:
+        DataError: There are no rows, the form is unknown, or an option has a wrong value; while rows are read: a row
+            cannot be used.
+    """
+
+    def __init__(self, name: str, rows: RawRows, options: DataOptions) -> None:
+        self._name, self._options = name, options
+        self._most_negatives = most_negatives(options.negatives)
+        self.skipped: dict[str, int] = {}
+        first = next(rows, None)
+        self.corpus_paths: list[str] = []
+        if first is not None and isinstance(first[1], dict) and list(first[1]) == ["corpus"]:
+            self.corpus_paths = first[1]["corpus"]
+            first = next(rows, None)
+        if first is None:
+            raise DataError(f"{name} has no pairs: it has no rows.")
+        place, row = first
+        self._form = form_of(row, place, options)
+        named = with_names(self._form, row, place)
+        if self._form == LISTS:
+            _check_no_numbers(named, place)
+        self._names, self._first = tuple(named), columns_of(named, self._form, place, options)
+        self._columns: dict[tuple[str, ...], Columns] = {}
+        self._read_names: set[str] = set()
+        self._unused: set[str] = set()
+        self._has_ids = self._form.has_ids or bool(self.corpus_paths)
+        self._counts = {"prompt": 0, "system message": 0, "left out": 0, "list": 0}
+        seen = [first]
+        self._label = None if self._first.negatives else columns.first_of(columns.LABEL, named)
+        if self._label is not None:
+            seen += itertools.islice(rows, ROWS_FOR_LABELS - 1)
+        self._has_relevance = self._label is not None and _are_binary(seen, self._label)
+        self._rows = itertools.chain(seen, rows)
+        self.form = self._form_name(named)
+
+    def __iter__(self) -> Iterator[Row]:
+        for place, raw in self._rows:
+            row = self._read(with_names(self._form, raw, place), place)
+            if row is not None:
+                yield row
+
+    @property
+    def notes(self) -> list[str]:
+        """How the rows were read and what is not used; complete after all rows were read."""
+        found = [*self._notes_of_columns(), *self._notes_of_labels()]
+        if count := self._counts["prompt"]:
+            found.append(f"the prompt is put before the query; rows with a prompt: {count:,}.")
+        if count := self._counts["system message"]:
+            found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
+        if count := self._counts["list"]:
+            found.append(f"values that are JSON lists, each text of which is a document: {count:,}.")
+        if count := self._counts["left out"]:
+            how = "ignore" if self._most_negatives == 0 else str(self._most_negatives)
+            found.append(f"negatives that are not used (--negatives {how}): {count:,}.")
+        return [f"{self._name}: {note}" for note in found]
+
+    def _read(self, row: dict[str, Any], place: str) -> Row | None:
+        """A row; None if it is skipped."""
+        names = self._columns_of(row, place)
+        query = self._query(row, names.query, place)
+        if query is None:
+            self._skip("rows with an empty query", row, names.query, place)
+            return None
+        positives = self._documents(row, names.positive, "empty positives", place)
+        if not positives:
+            self._skip("rows without a relevant document", row, names.positive, place)
+            return None
+        negatives: list[Document] = []
+        for name in names.negatives:
+            if name in row:
+                negatives += self._documents(row, name, "empty negatives", place)
+        if self._label is not None and self._has_relevance:
+            if is_missing(row.get(self._label)):
+                self._skip("rows without a label", row, self._label, place)
+                return None
+            if not _relevance(row[self._label], self._label, place):
+                positives, negatives = [], positives + negatives
+        if self._most_negatives is not None and len(negatives) > self._most_negatives:
+            self._counts["left out"] += len(negatives) - self._most_negatives
+            negatives = negatives[: self._most_negatives]
+        if not positives and not negatives:
+            return None
+        return Row(place, query, positives, negatives, self._query_id(row, place))
+
+    def _columns_of(self, row: dict[str, Any], place: str) -> Columns:
+        names = tuple(row)
+        found = self._columns.get(names)
+        if found is None:
+            found = self._first if names == self._names else self._other_columns(row, place)
+            self._columns[names] = found
+            read: set[str | None] = {found.query, found.positive, *found.negatives}
+            read |= {self._form.query_id, self._form.prompt, self._label if self._has_relevance else None}
+            self._read_names |= row.keys() & read
+            self._unused |= row.keys() - read
+        return found
+
+    def _other_columns(self, row: dict[str, Any], place: str) -> Columns:
+        """The columns of a row with other names than the first row; those of the first row if a column is missing."""
+        first = self._first
+        if first.by_order:
+            return first
+        try:
+            found = columns_of(row, self._form, place, self._options)
+        except DataError:
+            if first.query not in row and first.positive not in row:
+                raise
+            return first
+        if found.by_order:
+            raise DataError(f"{place}: no column {first.query!r} and no column {first.positive!r}, only {quoted(row)}.")
+        return found
+
+    def _query(self, row: dict[str, Any], name: str, place: str) -> str | None:
+        """The query, after its prompt; None if it is missing."""
+        value = row.get(name)
+        if is_conversation(value):
+            before, texts = (contents(value, name, place, role) for role in ("system", "user"))
+            self._counts["system message"] += bool(before)
+            return "\n".join([*before, *texts]) if texts else None
+        if is_missing(value):
+            return None
+        query = checked_text(value, name, place)
+        prompt = None if self._form.prompt is None else row.get(self._form.prompt)
+        if is_missing(prompt):
+            return query
+        self._counts["prompt"] += 1
+        return checked_text(prompt, "prompt", place) + query
+
+    def _query_id(self, row: dict[str, Any], place: str) -> str | None:
+        name = self._form.query_id
+        return None if name is None or is_missing(row.get(name)) else id_in(row[name], name, place)
+
+    def _documents(self, row: dict[str, Any], name: str, empty: str, place: str) -> list[Document]:
+        """The documents of a column; missing ones among them are skipped."""
+        value = row.get(name)
+        if type(value) is str and value.startswith("[") and (cells := columns.list_in(name, value)) is not None:
+            self._counts["list"] += 1
+            value = cells
+        if type(value) is str and not self._has_ids and value.strip():
+            return [Document(checked_text(value, name, place))]
+        found = list(documents_in(value, name, place, self._has_ids))
+        documents = [document for document in found if document is not None]
+        if len(documents) < len(found) and (documents or empty == "empty negatives"):
+            for _ in range(len(found) - len(documents)):
+                self._skip(empty, row, name, place)
+        return documents
+
+    def _skip(self, reason: str, row: dict[str, Any], name: str, place: str) -> None:
+        if self._options.strict:
+            found = "null" if row.get(name, "") is None else "empty" if name in row else "missing"
+            raise DataError(
+                f"{place}: {name!r} is {found}; expected a text. Fill it in, or leave out --strict to skip it."
+            )
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+
+    def _form_name(self, row: dict[str, Any]) -> str:
+        if self._form not in (ANY_NAMES, LISTS):
+            return self._form.name
+        if self._has_relevance:
+            return "labelled pairs"
+        negatives = self._first.negatives
+        if not negatives:
+            return "pairs"
+        return "triplets" if len(negatives) == 1 and isinstance(row[negatives[0]], str) else "n-tuples"
+
+    def _notes_of_columns(self) -> Iterator[str]:
+        query, positive, negatives, by_order = self._first
+        if by_order:
+            yield (
+                f"no known name of a column; the columns are taken by order: query {query!r}, positive {positive!r}, "
+                f"negatives {quoted(negatives) or 'none'}. Name them with --query-column, --positive-column and "
+                "--negative-column."
+            )
+        if self._form == LISTS:
+            rest = ", negatives" if negatives else ""
+            yield f"the values of a row are taken by order: query, positive{rest}."
+        if self._form == SETS:
+            yield "the first text of a set is the query, the others are its relevant documents."
+        if self._unused:
+            read = (
+                "" if self._form in (SETS, LABELLED_LISTS) else f"columns that are read: {quoted(self._read_names)}; "
+            )
+            yield f"{read}not used: {quoted(self._unused)}."
+
+    def _notes_of_labels(self) -> Iterator[str]:
+        if self._label is None:
+            return
+        if self._has_relevance:
+            yield f"{self._label!r} is 1 for a relevant document and 0 for a negative."
+        else:
+            yield (
+                f"{self._label!r} has values other than 0 and 1 and is not used: the document of every row counts as "
+                "relevant."
+            )
+
+
+def most_negatives(given: str) -> int | None:
+    """The largest number of negatives of a row; None for all.
+
+    Raises:
+        DataError: It is not "all", not "ignore" and not a positive number.
+    """
+    if given == "all":
+        return None
+    if given == "ignore":
+        return 0
+    if not given.isdecimal() or int(given) == 0:
+        raise DataError(f"--negatives is {given!r}; expected all, ignore or a number of at least 1.")
+    return int(given)
+
+
+def _check_no_numbers(row: dict[str, Any], place: str) -> None:
+    """Refuse a number in the first of the rows without names, which is rather an id or a label than a text."""
+    for number, value in enumerate(row.values(), start=1):
+        if isinstance(value, str) and columns.is_number(value):
+            raise DataError(
+                f"{place}: value {number} is the number {value!r}; without names of columns, expected texts: a query, "
+                "a positive and any negatives. Name the columns: in a first line of a .csv or .tsv file, in objects of "
+                "a .jsonl file."
+            )
+
+
+def _are_binary(rows: list[tuple[str, Any]], label: str) -> bool:
+    """Whether the labels in rows are 0 and 1; missing ones do not count."""
+    values = [row.get(label) for _, row in rows if isinstance(row, dict)]
+    known = [columns.binary(value) for value in values if not is_missing(value)]
+    return bool(known) and None not in known
+
+
+def _relevance(value: object, label: str, place: str) -> bool:
+    relevance = columns.binary(value)
+    if relevance is None:
+        raise DataError(
+            f"{place}: {label!r} is {value!r}, but the first {ROWS_FOR_LABELS:,} rows have only 0 and 1, which say "
+            "whether a document is relevant. Correct the value, or rename the column if it has no relevance."
+        )
+    return relevance

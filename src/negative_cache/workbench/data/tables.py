@@ -1,0 +1,108 @@
+"""Rows of .csv, .tsv and .txt files: the delimiter, the heading, and quotes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from negative_cache.workbench.data import columns
+from negative_cache.workbench.data.opening import encoding_of, open_text, read_errors
+from negative_cache.workbench.data.retrieval_data import DataError
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_SAMPLE, _SAMPLE_ROWS = 1 << 16, 20
+_ADVICE = {
+    True: "Write a value that has a {}, a quote or a line break in quotes, and each quote inside it twice.",
+    False: "Quotes are plain characters in .tsv; use .csv or .jsonl for values with tabs or line breaks.",
+}
+
+
+def table_rows(
+    path: Path, is_csv: bool, encoding: str | None, notes: list[str], asked: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a table: column -> value, or the list of the values if the first line is not a heading.
+
+    Only CSV has quoted values; in TSV, quotes are characters like any other.
+
+    Args:
+        path: The file.
+        is_csv: Whether it is CSV; otherwise TSV.
+        encoding: See `encoding_of`.
+        notes: Notes of the encoding, the delimiter and a missing heading are added.
+        asked: Names of columns that make the first line a heading, in addition to the known ones.
+    """
+    encoding = encoding_of(path, encoding, notes)
+    with read_errors(path), open_text(path, encoding) as file:
+        sample = file.read(_SAMPLE)
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if is_csv:
+        if sample[:4].lower() == "sep=":
+            raise DataError(f"{path}, line 1: {sample.splitlines()[0]!r} is for Excel alone. Remove the line.")
+        dialect = {"delimiter": _delimiter(sample, asked), "strict": True}
+        if dialect["delimiter"] != ",":
+            notes.append(f"{path}: the columns are separated by {_DELIMITERS[dialect['delimiter']]}.")
+    first = next(iter(_parsed(sample, dialect)), [])
+    has_heading = columns.is_heading(first, asked)
+    if not has_heading:
+        values = ", ".join(repr(value[:40]) for value in first)
+        notes.append(
+            f"{path}: the first line is read as data, because it has no known name of a column and does not look like "
+            f"a heading: {values}."
+        )
+    return _rows(path, encoding, dialect, has_heading)
+
+
+def _rows(path: Path, encoding: str, dialect: dict[str, Any], has_heading: bool) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**30)
+    is_csv = "quoting" not in dialect
+    advice = _ADVICE[is_csv].format(_DELIMITERS[dialect["delimiter"]].removesuffix("s"))
+    with open_text(path, encoding) as file:
+        reader = csv.reader(file, **dialect)
+        names: list[str] | None = None
+        width = 0
+        with read_errors(path, lambda: reader.line_num):
+            try:
+                for values in filter(None, reader):  # without blank lines
+                    place = f"{path}, line {reader.line_num}"
+                    if not width:
+                        width = len(values)
+                        if has_heading:
+                            names = columns.check_differ(values, place)
+                            continue
+                    if len(values) != width:
+                        raise DataError(
+                            f"{place}: expected {width} columns as in the first line, got {len(values)}. {advice}"
+                        )
+                    yield place, dict(zip(names, values, strict=True)) if names else values
+            except csv.Error as error:
+                raise DataError(f"{path}, after line {reader.line_num}: {error}. {advice}") from error
+
+
+def _delimiter(sample: str, asked: Sequence[str]) -> str:
+    """The first delimiter of `_DELIMITERS` whose heading has a known name, or that gives rows of the same length."""
+    tables = {delimiter: _parsed(sample, {"delimiter": delimiter, "strict": True}) for delimiter in _DELIMITERS}
+    wide = {delimiter: rows for delimiter, rows in tables.items() if rows and len(rows[0]) > 1}
+    named = [
+        delimiter for delimiter, rows in wide.items()
+        if any(name in asked or columns.is_known(name) for name in rows[0])
+    ]  # fmt: skip
+    even = [delimiter for delimiter, rows in wide.items() if len({len(row) for row in rows}) == 1]
+    return next(iter([*named, *even, ","]))
+
+
+def _parsed(sample: str, dialect: dict[str, Any]) -> list[list[str]]:
+    """The first rows of a text that may end within a row; none after one that cannot be parsed."""
+    rows: list[list[str]] = []
+    reader = csv.reader(io.StringIO(sample, newline=""), **dialect)
+    try:
+        for row in filter(None, reader):
+            rows.append(row)
+            if len(rows) > _SAMPLE_ROWS:
+                break
+    except csv.Error:
+        return rows
+    is_cut = len(sample) == _SAMPLE or len(rows) > _SAMPLE_ROWS
+    return rows[:-1] if is_cut and len(rows) > 1 else rows
