@@ -33,6 +33,9 @@ def test_each_pair_is_shown_with_its_difference_and_a_sentence(folder: Path):
     assert ended.exit_code == 0, ended.output
     text = " ".join(ended.stdout.split())
     assert "40 queries" in text
+    assert "good.run: The run has no results for 10 of 40 judged queries; they count 0." in " ".join(
+        ended.stderr.split()
+    )
     assert "top - weak" in text
     assert "+0.6750" in text
     assert "0.8000 ± 0.0000" in text
@@ -71,9 +74,11 @@ def test_the_baseline_and_the_measures_are_chosen(folder: Path):
         (["weak.run", "good.run", "--split", "dev"], "have no effect without --data"),
         (["values.json", "b=values.json", "--data", "."], "--data has no effect"),
         (["weak.run", "none.run", "--data", "."], "'none.run' does not exist"),
+        (["weak.run", "other.run", "--data", "."], "other.run: The run has no query of"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments: list[str], message: str, folder: Path):
+    write_run(folder / "other.run", {"other": {"d00": 1.0}})
     (folder / "values.json").write_text('{"R@1": {"q": 1}}')
     ended = invoke("significance", *arguments)
     assert ended.exit_code == 2, ended.output

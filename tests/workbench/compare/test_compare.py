@@ -208,14 +208,18 @@ def test_a_folder_with_other_content_is_not_touched(data: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_data_without_a_dev_split_are_refused(data: Path, tmp_path: Path):
+def test_without_a_dev_split_some_training_queries_are_held_out(data: Path, tmp_path: Path):
     for path in (*data.glob("*.jsonl"), *data.glob("qrels/t*.tsv")):
         target = tmp_path / "data" / path.relative_to(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    ended = invoke(*options(tmp_path / "data", tmp_path / "out", "in-batch"))
-    assert ended.exit_code == 2
-    assert "'dev'" in ended.output
+    ended = invoke(*options(tmp_path / "data", tmp_path / "out", "in-batch", "--seeds", "1"), "--json")
+    assert ended.exit_code == 0, ended.output
+    assert "data has no dev split: 3 of its 72 training queries are held out" in " ".join(ended.stderr.split())
+    result = json.loads(ended.stdout)
+    assert (result["data"]["train_queries"], result["data"]["dev_queries"]) == (69, 3)
+    assert result["losses"]["in-batch"]["runs"][0]["dev"]["num_queries"] == 3
+    assert result["significance"] == {}
 
 
 def record(score: float, seconds: float = 1.0) -> RunRecord:

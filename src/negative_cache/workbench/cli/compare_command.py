@@ -54,6 +54,9 @@ def compare(
             Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
         )
         loaded = terminal.load_data(data, data_options)
+        num_shown, loaded = len(loaded.notes), loaded.with_dev()
+        for note in loaded.notes[num_shown:]:
+            terminal.note(note)
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))

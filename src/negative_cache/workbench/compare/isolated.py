@@ -46,7 +46,7 @@ class Job:
 
     def __call__(self, on_progress: OnProgress) -> RunRecord | None:
         """Train, or continue the run, and return its record."""
-        data = load_data(self.config.data, self.config.data_options)
+        data = load_data(self.config.data, self.config.data_options).with_dev()
         return run(
             self.config, data, self.options, resume=True, on_step=lambda step, steps, _: on_progress(step, steps)
         )

@@ -53,18 +53,19 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
 
     Args:
         comparison: What to compare.
-        data: The data that the comparison names.
+        data: The data that the comparison names; `with_dev` is applied to it.
         watcher: Receives the progress.
 
     Returns:
         The content of `compare.json`.
 
     Raises:
-        DataError: The data lacks a training, dev or test split.
+        DataError: The data lacks a training or test split.
         RunError: The output folder has other content.
         RunFailedError: The process of a run was killed, or training failed with every loss. A learning rate or seed
             for which training fails is left out and listed in the result.
     """
+    data = data.with_dev()
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
     about["pairs"] = sum(map(len, data.judged("train").values()))
     for split in ("train", "dev", "test"):

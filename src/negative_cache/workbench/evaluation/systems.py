@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from negative_cache.workbench.evaluation.measures import Qrels, judge
 from negative_cache.workbench.evaluation.significance import PerQuery
-from negative_cache.workbench.evaluation.trec import read_run
 
 PER_QUERY = "queries.json"
 """The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value."""
@@ -19,6 +17,8 @@ _SUFFIXES = {".gz", ".json", ".run", ".trec", ".tsv", ".txt"}
 
 PerMeasure = Mapping[str, PerQuery]
 """Name of a measure -> query id -> value."""
+
+JudgeRun = Callable[[Path], PerMeasure]
 
 
 def parse_systems(texts: Sequence[str]) -> dict[str, list[Path]]:
@@ -50,7 +50,7 @@ def are_trec_runs(systems: Mapping[str, Sequence[Path]]) -> bool:
 
 
 def read_systems(
-    systems: Mapping[str, Sequence[Path]], measures: Mapping[str, Any], qrels: Qrels | None = None
+    systems: Mapping[str, Sequence[Path]], measures: Mapping[str, Any], judge_run: JudgeRun | None = None
 ) -> dict[str, list[PerMeasure]]:
     """Read the values of each system, for each of its seeds.
 
@@ -59,17 +59,17 @@ def read_systems(
             `evaluate --per-query` wrote, or a TREC run. A single system stands for two, its models before and after
             training.
         measures: See `parse_measures`.
-        qrels: The judgements for TREC runs; None if there are none.
+        judge_run: Returns the values of the TREC run with a path; None if there are no judgements.
 
     Raises:
         ValueError: A file lacks a measure or is damaged, or a TREC run is given without judgements.
     """
     if len(systems) > 1:
-        return {name: [_values(path, _AFTER, measures, qrels) for path in paths] for name, paths in systems.items()}
+        return {name: [_values(path, _AFTER, measures, judge_run) for path in paths] for name, paths in systems.items()}
     ((name, paths),) = systems.items()
     if not all(path.is_dir() or _is_json(path) for path in paths):
         raise ValueError(f"Only one system is given, {name!r}. Give at least two, or one folder that train wrote.")
-    return {when: [_values(path, when, measures, qrels) for path in paths] for when in (_BEFORE, _AFTER)}
+    return {when: [_values(path, when, measures, judge_run) for path in paths] for when in (_BEFORE, _AFTER)}
 
 
 def _name_of(path: Path) -> str:
@@ -86,7 +86,7 @@ def _is_json(path: Path) -> bool:
         return file.read(64).lstrip().startswith(b"{")
 
 
-def _values(path: Path, when: str, measures: Mapping[str, Any], qrels: Qrels | None) -> PerMeasure:
+def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: JudgeRun | None) -> PerMeasure:
     """The values of one run."""
     if path.is_dir():
         if not (path / PER_QUERY).is_file():
@@ -94,15 +94,9 @@ def _values(path: Path, when: str, measures: Mapping[str, Any], qrels: Qrels | N
         path = path / PER_QUERY
     if _is_json(path):
         return _read_values(path, when, measures)
-    if qrels is None:
+    if judge_run is None:
         raise ValueError(f"{path} has search results. Give --data with their judgements.")
-    run = read_run(path)
-    if not run.keys() & qrels.keys():
-        raise ValueError(
-            f"{path} has no query of the split: it has ids such as {next(iter(run))!r}, the judgements "
-            f"{next(iter(qrels))!r}. Is --split right?"
-        )
-    return judge(qrels, run, measures)
+    return judge_run(path)
 
 
 def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasure:
