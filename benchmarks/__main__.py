@@ -7,6 +7,7 @@
   end-to-end  a training step of a transformer, compared with plain in-batch negatives
   budget      the same for each number of documents to re-encode per query
   variance    distance of the gradient of one step from the exact gradient, for each estimator
+  data        time and peak memory of reading, describing, training on and evaluating a large dataset
   gpu         everything that needs a GPU, within a time limit, with gpu-prepare and gpu-docs: see `gpu --help`
 
 Prints a table, and writes it to a CSV file beside a plot. The operations are first checked against the dense
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "budget", "variance")
+COMMANDS = ("step", "peers", "scale", "memory", "end-to-end", "budget", "variance", "data")
 GPU_COMMANDS = ("gpu", "gpu-prepare", "gpu-docs")
 
 
@@ -51,9 +52,12 @@ def _measure(arguments: Sequence[str]) -> int:
     parser.add_argument("--sizes", choices=list(SETS), help="default: gpu if there is a GPU, else full")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), help="folder of CSV files and plots")
     parser.add_argument("--data", help="data set of variance, as for `negative-cache train`; default: python-code")
+    parser.add_argument("--documents", type=int, help="documents of data; default: 1,000,000")
     options = parser.parse_args(arguments)
     if options.data is not None and options.command != "variance":
         parser.error("--data is an option of variance.")
+    if options.documents is not None and (options.command != "data" or options.documents < 100):
+        parser.error("--documents is an option of data, and at least 100.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.sizes == "gpu" and device.type != "cuda":
         parser.error("--sizes gpu needs a GPU; full is for a CPU.")
@@ -64,6 +68,9 @@ def _measure(arguments: Sequence[str]) -> int:
     sizes = SETS[options.sizes or ("gpu" if device.type == "cuda" else "full")]
     if options.data is not None:
         sizes = replace(sizes, variance=replace(sizes.variance, data=options.data))
+    if options.documents is not None:
+        few = min(sizes.data.test_queries, options.documents // 10)
+        sizes = replace(sizes, data=replace(sizes.data, documents=options.documents, test_queries=few))
     progress("Checking the operations against the dense reference ...")
     problems = checks.failures(sizes.step, device)
     if problems:

@@ -12,6 +12,7 @@ SLOPE_TARGET = 1.2  # time per row, relative to the bare product
 PASS_TARGET = 1.15  # the fused pass on a GPU, relative to the bare product
 END_TO_END_TARGET = 1.6  # a training step with num_samples=1, relative to plain in-batch
 BUDGET_TARGETS = {"1/4": 1.2, "auto": 1.25}  # by num_samples: a training step, relative to plain in-batch
+DATA_TARGET_MB = 2000  # peak memory of a process that reads, describes, trains on or evaluates 1,000,000 documents
 VARIANCE_TARGETS = {64: 0.4, 256: 0.25}  # by batch: the gradient with num_samples=1, relative to the paper's
 
 
@@ -145,6 +146,23 @@ class VarianceSizes:
 
 
 @dataclass(frozen=True)
+class DataSizes:
+    """A large dataset of synthetic texts.
+
+    Attributes:
+        documents: Number of documents, each with a query.
+        words: Words of a document.
+        test_queries: Queries of the test split; the others are of the training split.
+        steps: Training steps.
+    """
+
+    documents: int
+    words: int
+    test_queries: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class SizeSet:
     """The sizes of each command.
 
@@ -156,8 +174,9 @@ class SizeSet:
         end_to_end: Sizes of `end-to-end`.
         budget: Sizes of `budget`.
         variance: Sizes of `variance`.
+        data: Sizes of `data`.
         repeats: Rounds whose median is taken.
-        is_judged: Whether the targets of scale, memory, end-to-end, budget and variance apply to these sizes.
+        is_judged: Whether the targets of scale, memory, end-to-end, budget, variance and data apply to these sizes.
     """
 
     step: tuple[Size, ...]
@@ -167,6 +186,7 @@ class SizeSet:
     end_to_end: TrainingSizes
     budget: TrainingSizes
     variance: VarianceSizes
+    data: DataSizes
     repeats: int
     is_judged: bool = True
 
@@ -199,6 +219,7 @@ def variance_sizes(batches: Sequence[int], rows: int, stages: dict[str, int]) ->
     )
 
 
+_DATA = DataSizes(documents=1_000_000, words=50, test_queries=1_000, steps=50)
 _DTYPES = ("float32", "bfloat16", "int8")
 _POWERS = tuple(2**n for n in range(14, 21))
 _TOP_K_TARGETS = {"float32": 0.6, "bfloat16": 0.35, "int8": 0.3}
@@ -224,6 +245,7 @@ SETS = {
             batch=32, length=64, hidden=256, layers=4, rows=2**17, dtypes=("float32",), use_minilm=True
         ),
         variance=variance_sizes((64, 256), 8192, _STAGES),
+        data=_DATA,
         repeats=7,
     ),
     "gpu": SizeSet(
@@ -243,6 +265,7 @@ SETS = {
             batch=128, length=64, hidden=768, layers=12, rows=2**17, dtypes=("bfloat16",), use_minilm=True
         ),
         variance=variance_sizes((64, 256), 8192, _STAGES),
+        data=_DATA,
         repeats=15,
     ),
     "tiny": SizeSet(
@@ -266,6 +289,7 @@ SETS = {
             batches=2,
             repeats=3,
         ),
+        data=DataSizes(documents=300, words=20, test_queries=20, steps=3),
         repeats=2,
         is_judged=False,
     ),

@@ -39,6 +39,7 @@ COLUMNS = {
     "end-to-end": {"model", "loss", "batch", "rows", "step_ms", "ratio"},
     "budget": {"model", "budget", "batch", "rows", "documents", "step_ms", "ratio", "peak_mb"},
     "variance": {"stage", "batch", "rows", "estimator", "variance", "bias", "documents", "cost_ratio", "step_ms"},
+    "data": {"stage", "form", "documents", "seconds", "peak_mb"},
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,19 @@ def prepare_for_training(model: SentenceTransformer) -> list[str]:
     if used:
         notes.append(f"Training uses no prompts; evaluation uses the model's own ({', '.join(used)}).")
     return notes
+
+
+def count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:
+    """The number of tokens of each text, with special tokens and without a limit."""
+    if isinstance(model[0], StaticEmbedding):
+        return [len(found.ids) for found in model.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return [len(ids) for ids in model.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
+def token_limit(model: SentenceTransformer) -> int | None:
+    """The number of tokens after which a model cuts a text; None if it does not."""
+    limit = model.max_seq_length
+    return None if limit is None or not math.isfinite(limit) else int(limit)
 
 
 def cache_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ from negative_cache.workbench.cli.progress import training_bar
 from negative_cache.workbench.cli.terminal import Terminal
 from support import random_pairs
 
-COMMANDS = ("train", "compare", "evaluate", "search", "report", "doctor")
+COMMANDS = ("data", "train", "compare", "evaluate", "search", "report", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def arguments(command: str, place: Path, output: Path) -> list[str]:
     data, model = ["--data", str(place / "pairs.jsonl")], ["--model", str(place / "model")]
     small = ["--batch-size", "8", "--cache-size", "64"]
     return {
+        "data": ["data", str(place / "pairs.jsonl")],
         "train": ["train", *data, "--output", str(output), *small, "--max-steps", "3"],
         "compare": [
             "compare", *data, "--output", str(output), *small, "--losses", "in-batch", "--seeds", "1", "--epochs",
@@ -63,6 +64,7 @@ def test_json_is_all_of_stdout_and_progress_is_on_stderr(command: str, place: Pa
     assert found
     assert "Loading libraries" in ended.stderr
     expected = {
+        "data": lambda: found["documents"] == 120,
         "train": lambda: found == json.loads((tmp_path / "out" / "run.json").read_text()),
         "compare": lambda: found == json.loads((tmp_path / "out" / "compare.json").read_text()),
         "evaluate": lambda: found["num_documents"] == 120,

@@ -216,6 +216,28 @@ def test_the_delimiter_of_csv_is_found_and_noted(tmp_path: Path, content: str, n
     assert notes[0] == f"{path}: the columns are separated by {named}."
 
 
+@pytest.mark.parametrize(
+    ("first", "is_heading"),
+    [
+        ("query\twhat is this all about", True),
+        ("Search query\tRelevant document", True),
+        ("one\ttwo", True),
+        ("d0\tpassage 0", False),
+        ("12\ttext", False),
+        ("one two\tthree", False),
+        ("one\t", False),
+        ("the query of a user\tanswer it", False),
+    ],
+)
+def test_a_heading_has_a_known_name_or_looks_like_names(tmp_path: Path, first: str, is_heading: bool):
+    (tmp_path / "a.tsv").write_text(f"{first}\nx\ty\n")
+    notes: list[str] = []
+    assert rows_in(tmp_path / "a.tsv", notes=notes)[-1] == (
+        dict(zip(first.split("\t"), "xy", strict=True)) if is_heading else ["x", "y"]
+    )
+    assert len(notes) == (not is_heading)
+
+
 def test_a_wrong_row_of_csv_with_semicolons_is_reported_with_its_line(tmp_path: Path):
     (tmp_path / "a.csv").write_text("query;positive\nq;a\nq;a;b\n")
     with pytest.raises(

@@ -44,6 +44,14 @@ def test_texts_are_found_by_id_and_by_position(expected: dict[str, str]):
         texts.position("no id")
 
 
+def test_many_ids_are_found_at_once(expected: dict[str, str]):
+    texts = Texts.of(expected)
+    assert texts.positions(list(expected)[::-7]).tolist() == list(range(COUNT))[::-7]
+    assert texts.positions(iter([])).tolist() == []
+    with pytest.raises(KeyError, match="there is no text for id number 2"):
+        texts.positions([next(iter(expected)), "no id"])
+
+
 def test_each_text_has_the_position_of_the_first_one_that_is_equal(expected: dict[str, str]):
     first: dict[str, int] = {}
     wanted = [first.setdefault(text, position) for position, text in enumerate(expected.values())]
@@ -56,6 +64,8 @@ def test_no_texts_are_texts_too():
     assert list(texts.items()) == []
     assert "a" not in texts
     assert texts.first_of_equal().tolist() == []
+    with pytest.raises(KeyError, match="there is no text for id number 1"):
+        texts.positions(["a"])
 
 
 def test_an_id_that_occurs_twice_is_refused_with_its_positions():

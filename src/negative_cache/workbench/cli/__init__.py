@@ -12,6 +12,7 @@ import typer
 
 from negative_cache.version import __version__
 from negative_cache.workbench.cli.compare_command import compare
+from negative_cache.workbench.cli.data_command import data
 from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.evaluate_command import evaluate
 from negative_cache.workbench.cli.report_command import report
@@ -43,5 +44,5 @@ def main(
     """Train retrieval models with a cache of negatives, evaluate them, and search with them."""
 
 
-for command in (train, compare, evaluate, significance, search, report, doctor):
+for command in (data, train, compare, evaluate, significance, search, report, doctor):
     app.command()(command)

@@ -70,13 +70,14 @@ def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
     """Whether the values of the first line of a table are names of columns.
 
     They are if one of them is a known name or one that the user asks for; or if all of them look like names: short, no
-    numbers, and without blanks, or of few words such as "Search query", where one is a known name.
+    numbers, and without blanks, or of few words without digits such as "Search query", where one is a known name.
     """
     values, asked = list(values), set(asked)
     if any(value in asked or is_known(value) for value in values):
         return True
     words = [value.split() for value in values]
-    most = _MOST_WORDS if any(is_known(word) for name in words for word in name) else 1
+    is_wordy = any(is_known(word) for name in words for word in name) and not re.search(r"\d", "".join(values))
+    most = _MOST_WORDS if is_wordy else 1
     return all(
         0 < len(name) <= most and len(value) <= _MOST_CHARS and not is_number(value)
         for name, value in zip(words, values, strict=True)

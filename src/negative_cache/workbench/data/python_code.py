@@ -16,7 +16,6 @@ import re
 import sysconfig
 import textwrap
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distributions
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from negative_cache.workbench.data import minhash
 from negative_cache.workbench.data import splits as splitting
 from negative_cache.workbench.data.retrieval_data import SPLITS, RetrievalData
 from negative_cache.workbench.files import write_text
@@ -35,11 +35,6 @@ MODULES_AT_ONCE = 1_000
 MAX_CHARS = 2_000
 MIN_WORDS = 4
 DEV_PERCENT = 4
-
-_NUM_HASHES, _BAND = 16, 2
-_MIN_SIMILARITY = 0.5
-_WORD = re.compile(r"[A-Za-z_]\w*|\d+|[^\s\w]")
-_FACTORS = np.random.default_rng(0).integers(1, 2**32, size=(_NUM_HASHES, 1), dtype=np.uint64) | np.uint64(1)
 
 
 class Pair(NamedTuple):
@@ -70,8 +65,8 @@ def load() -> RetrievalData:
 def fingerprint() -> str:
     """A name for this dataset, which depends on the installed packages and on the rules in this file."""
     installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()})
-    rules = Path(__file__).read_bytes() + Path(splitting.__file__).read_bytes()
-    return hashlib.sha256("\n".join(installed).encode() + rules).hexdigest()[:16]
+    rules = [Path(path).read_bytes() for path in (__file__, splitting.__file__, minhash.__file__)]
+    return hashlib.sha256("\n".join(installed).encode() + b"".join(rules)).hexdigest()[:16]
 
 
 def module_paths() -> list[tuple[str, Path]]:
@@ -161,30 +156,11 @@ def _without_copies(pairs: Iterable[Pair]) -> list[Pair]:
 
 def _without_near_copies(splits: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
     """Drop pairs whose document resembles one of an earlier split."""
-    seen: dict[tuple[int, int, int], list[np.ndarray]] = {}
-    kept: dict[str, list[Pair]] = {}
-    for split, pairs in splits.items():
-        signatures = [_signature(pair.document) for pair in pairs]
-        is_copy = [any(_is_near(s, other) for key in _bands(s) for other in seen.get(key, ())) for s in signatures]
-        kept[split] = [pair for pair, copy in zip(pairs, is_copy, strict=True) if not copy]
-        for signature in signatures:
-            for key in _bands(signature):
-                seen.setdefault(key, []).append(signature)
-    return kept
-
-
-def _signature(document: str) -> np.ndarray:
-    """MinHash of the token trigrams."""
-    tokens = _WORD.findall(document)
-    trigrams = {" ".join(tokens[i : i + 3]).encode() for i in range(max(len(tokens) - 2, 1))}
-    hashes = np.array([zlib.crc32(trigram) for trigram in trigrams], dtype=np.uint64)
-    signature: np.ndarray = ((hashes * _FACTORS) >> np.uint64(32)).min(axis=1)
-    return signature
-
-
-def _bands(signature: np.ndarray) -> list[tuple[int, int, int]]:
-    return [(i, int(signature[i]), int(signature[i + 1])) for i in range(0, _NUM_HASHES, _BAND)]
-
-
-def _is_near(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool((a == b).mean() >= _MIN_SIMILARITY)
+    rows = minhash.signatures(pair.document for pairs in splits.values() for pair in pairs)
+    sizes = [len(pairs) for pairs in splits.values()]
+    is_copy = minhash.resembles_earlier(rows, np.repeat(np.arange(len(sizes)), sizes))
+    parts = np.split(is_copy, np.cumsum(sizes)[:-1])
+    return {
+        split: [pair for pair, copy in zip(pairs, part, strict=True) if not copy]
+        for (split, pairs), part in zip(splits.items(), parts, strict=True)
+    }

@@ -95,6 +95,21 @@ class Texts(Mapping[str, str]):
             at += 1
         raise KeyError(key)
 
+    def positions(self, keys: Iterable[str]) -> np.ndarray:
+        """The positions of many ids, which are compared by 64-bit hashes: int64 `[n]`.
+
+        Raises:
+            KeyError: There is no such id.
+        """
+        wanted = np.fromiter(map(hash, keys), dtype=np.int64)
+        at = np.searchsorted(self._hashes, wanted)
+        is_missing = at == len(self)
+        is_missing[~is_missing] = self._hashes[at[~is_missing]] != wanted[~is_missing]
+        if is_missing.any():
+            raise KeyError(f"there is no text for id number {int(is_missing.argmax()) + 1:,}")
+        positions: np.ndarray = self._order[at]
+        return positions
+
     def key(self, position: int) -> str:
         """The id at a position."""
         key: str = self._ids[position].as_py()

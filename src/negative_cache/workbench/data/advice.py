@@ -1,0 +1,95 @@
+"""`advice`: what in the description of a dataset makes training or its measurement worse, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+FEW_QUERIES = 500
+MANY = 0.01  # of documents or queries
+MANY_LONG = MANY_ALIKE = 0.1
+
+
+def advice(found: Mapping[str, Any]) -> list[str]:
+    """Warnings, one line each, about a dataset that `describe` has described."""
+    return [*_about_splits(found), *_about_overlap(found), *_about_texts(found), *_about_positives(found)]
+
+
+def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
+    splits = found["splits"]
+    if "train" not in splits:
+        yield "no train split: the data can be evaluated on, but not trained on."
+    if "test" not in splits:
+        yield "no test split: the result of training is not measured. Give one with --test."
+    elif (number := splits["test"]["queries"]) < FEW_QUERIES:
+        difference = splits["test"]["detectable_difference"]
+        yield (
+            f"only {number:,} test {_plural(number, 'query', 'queries')}: a difference in MRR@10 under about "
+            f"{difference:.2f} may be chance. Use more test queries, or compare several seeds."
+        )
+
+
+def _about_overlap(found: Mapping[str, Any]) -> Iterator[str]:
+    for overlap in found["overlap"]:
+        first, second = overlap["first"], overlap["second"]
+        share = overlap["queries"] / found["splits"][second]["queries"]
+        if share >= MANY:
+            yield (
+                f"{_percent(share)} of the {second} queries are {first} queries, too: metrics of {second} are too "
+                f"high. Remove these queries from {first}."
+            )
+
+
+def _about_texts(found: Mapping[str, Any]) -> Iterator[str]:
+    copies, num_documents, num_queries = found["duplicates"], found["documents"], found["queries"]
+    if num_documents and (share := copies["documents"] / num_documents) >= MANY:
+        yield (
+            f"{_percent(share)} of the documents are equal to an earlier one: evaluation counts the copy of a relevant "
+            "document as a wrong result. Remove the copies."
+        )
+    if num_queries and (share := copies["queries"] / num_queries) >= MANY:
+        yield (
+            f"{_percent(share)} of the queries are equal to an earlier one, with another id: the positives of one are "
+            "negatives of the other. Give equal queries one id."
+        )
+    near = found["near_duplicates"]
+    if near["sample"] and (share := near["documents"] / near["sample"]) >= MANY_ALIKE:
+        yield (
+            f"{_percent(share)} of {near['sample']:,} examined documents resemble another one: they are likely false "
+            "negatives. Remove them, or train with --relative-margin."
+        )
+    lengths = found["lengths"]
+    num_pairs = sum(split["positives"] for split in found["splits"].values())
+    if num_pairs and (share := lengths["positives_over_limit"] / num_pairs) >= MANY_LONG:
+        yield (
+            f"{_percent(share)} of the positives are longer than {lengths['limit']:,} {lengths['unit']}, where models "
+            "cut them. Split long documents into passages, or use a model that reads longer texts."
+        )
+
+
+def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
+    for name, split in found["splits"].items():
+        if split["queries"] > 1 and split["queries_of_most_frequent_positive"] == split["queries"]:
+            yield f"every {name} query has the same positive: there is nothing to learn. Check the columns."
+        elif split["queries_of_most_frequent_positive"] >= max(2, MANY_ALIKE * split["queries"]):
+            share = split["queries_of_most_frequent_positive"] / split["queries"]
+            yield (
+                f"{_percent(share)} of the {name} queries have the same positive. Check that it is an answer to them, "
+                "and not a placeholder."
+            )
+        if (share := split["positives_equal_to_query"] / split["positives"]) >= MANY:
+            yield f"{_percent(share)} of the {name} pairs have equal texts. Check the columns, or remove these pairs."
+    share = found["queries_equal_to_document"] / found["queries"] if found["queries"] else 0
+    if share >= MANY and not found["ignores_identical_ids"]:
+        yield (
+            f"{_percent(share)} of the queries are documents, too, and each finds itself. If both have the same id, "
+            "use --ignore-identical-ids."
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _plural(number: int, one: str, many: str) -> str:
+    return one if number == 1 else many
