@@ -101,7 +101,7 @@ def test_prepare_refuses_wrong_folders(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="not a directory; expected a BEIR folder"):
         prepare(target, [tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no corpus\.jsonl"):
+    with pytest.raises(ValueError, match="holds no dataset"):
         prepare(target, [tmp_path / "empty"])
     with pytest.raises(ValueError, match="different names"):
         prepare(target, [data, data])

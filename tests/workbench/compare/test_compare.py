@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = {f"d{n}": rng.sample(WORDS, 12) for n in range(sum(SIZES.values()))}
     lines = [json.dumps({"_id": key, "text": " ".join(words)}) for key, words in documents.items()]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    lines = [json.dumps({"_id": f"q{key}", "text": " ".join(words[:4])}) for key, words in documents.items()]
+    lines = [json.dumps({"_id": f"q{key}", "text": " ".join(words[:2])}) for key, words in documents.items()]
     (folder / "queries.jsonl").write_text("\n".join(lines))
     (folder / "qrels").mkdir()
     names = iter(documents)
@@ -47,14 +48,16 @@ def options(data: Path, output: Path, losses: str, *more: str) -> list[str]:
 
 def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "out"
-    losses = "in-batch,gradcache:batch_size=24,memory-bank,negative-cache:num_samples=2"
+    losses = "bm25,in-batch,gradcache:batch_size=24,memory-bank,negative-cache:num_samples=2,zero-shot"
     monkeypatch.setattr(sys, "argv", ["negative-cache", "compare", "--losses", losses])  # what the report names
     ended = invoke(*options(data, output, losses, "--seeds", "2"))
     assert ended.exit_code == 0, ended.output
     result = json.loads((output / "compare.json").read_text())
     assert list(result["losses"]) == list(parse_losses(losses))
     steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "negative-cache:num_samples=2": 18}
-    for name, loss in result["losses"].items():
+    trained = {name: loss for name, loss in result["losses"].items() if name in steps}
+    assert result["losses"].keys() - trained.keys() == {"bm25", "zero-shot"}
+    for name, loss in trained.items():
         assert [run["seed"] for run in loss["runs"]] == [0, 1]
         assert {run["steps"] for run in loss["runs"]} == {steps[name]}
         scores = [run["after"]["MRR@10"] for run in loss["runs"]]
@@ -76,32 +79,80 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
 
     ended = invoke("report", output, "--json")
     assert ended.exit_code == 0, ended.output
-    assert json.loads(ended.stdout)["runs"] == list(result["losses"])
+    assert json.loads(ended.stdout)["runs"] == list(trained)
     page = (output / "report.html").read_text()
     assert "MRR@10 on the test split</h3>" in page  # the curve of the last seed
-    *_, row = (line for line in text.splitlines() if line.startswith("| negative-cache"))
+    row = next(line for line in text.splitlines() if line.startswith("| negative-cache"))
     assert row.split(" | ")[-1].strip(" |") in page  # a cell of the table
 
     assert verdict(result) in text
-    words = shlex.split(text.splitlines()[-1])
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("    negative-cache train")))
     assert words[-2:] == ["--output", "MODEL"]
     ended = invoke(*words[1:-1], tmp_path / "model", "--max-steps", 1, "--json")
     assert ended.exit_code == 0, ended.output
-    best = max(result["losses"].values(), key=lambda loss: loss["summary"]["MRR@10"]["mean"])
+    best = max(trained.values(), key=lambda loss: loss["summary"]["MRR@10"]["mean"])
     found = json.loads(ended.stdout)["configuration"]
     assert found["learning_rate"] == best["learning_rate"]
     assert found["batch_size"] == best["configuration"]["batch_size"]
 
-    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
-    assert len(before) == 8
+    check_significance(output, result)
+
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
+    assert len(before) == 10
     again = invoke(*options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
     assert again.exit_code == 0, again.output
-    after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
     assert {path: after[path] for path in before} == before  # what was there was not run again
-    assert len(after) == 10
+    assert len(after) == 12
+    assert "bm25: MRR@10 test" in again.output
     other = invoke(*options(data, output, losses), "--scale", "10")
     assert other.exit_code == 2
     assert "scale was 20.0, is 10.0" in " ".join(other.output.split())
+
+
+def check_significance(output: Path, result: dict[str, Any]) -> None:
+    """The differences are those of the measured runs, and the table and `significance` show the same."""
+    for measure in ("MRR@10", "nDCG@10"):
+        found = result["significance"][measure]
+        assert found["num_queries"] == 24
+        assert len(found["differences"]) == 15
+        for name, system in found["systems"].items():
+            assert system["mean"] == pytest.approx(result["losses"][name]["summary"][measure]["mean"])
+    spec = "negative-cache:num_samples=2"
+    runs = [str(output / "runs" / run["folder"]) for run in result["losses"][spec]["runs"]]
+    ended = invoke("significance", output / "runs" / "zero-shot", f"nc={','.join(runs)}", "--json")
+    assert ended.exit_code == 0, ended.output
+    (one,) = json.loads(ended.stdout)["measures"]["MRR@10"]["differences"]
+    pairs = {(pair["system"], pair["baseline"]): pair for pair in result["significance"]["MRR@10"]["differences"]}
+    same = pairs["zero-shot", spec]
+    assert (one["system"], one["difference"], one["p"]) == ("nc", -same["difference"], same["p"])
+    assert same["p_holm"] >= same["p"]
+    text = (output / "compare.md").read_text()
+    assert f"| zero-shot - {spec} | {same['difference']:+.4f} |" in text
+    unbeaten = set(result["losses"]) - {
+        pair["baseline"] if pair["difference"] > 0 else pair["system"]
+        for pair in pairs.values()
+        if pair["p_holm"] < 0.05
+    }
+    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.count("|") == 9}
+    assert {name for name in result["losses"] if " *" in rows[name].split(" | ")[2]} == unbeaten
+    assert rows["bm25"].split(" | ")[5:] == ["-", "0", "- |"]
+
+
+def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    ended = invoke(*options(data, output, "zero-shot,bm25"), "--json")
+    assert ended.exit_code == 0, ended.output
+    result = json.loads(ended.stdout)
+    assert sorted(path.name for path in (output / "runs").iterdir()) == ["bm25", "zero-shot"]
+    values = json.loads((output / "runs" / "bm25" / "queries.json").read_text())["after"]["MRR@10"]
+    assert result["losses"]["bm25"]["runs"][0]["after"]["MRR@10"] == pytest.approx(sum(values.values()) / 24)
+    text = (output / "compare.md").read_text()
+    assert "Best: zero-shot, MRR@10" in text
+    assert "No loss" not in text
+    assert "negative-cache train" not in text
+    ended = invoke("report", output)
+    assert ended.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -109,6 +160,7 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     [
         ("in-batch,unknown", [], "unknown"),
         ("in-batch,in-batch", [], "none twice"),
+        ("bm25:batch_size=3", [], "bm25 is not trained and has no settings"),
         ("negative-cache:cache_sise=3", [], "field=value"),
         ("negative-cache:cache_size=many", [], "must be int"),
         ("negative-cache:shared=maybe", [], "must be bool"),
@@ -156,14 +208,18 @@ def test_a_folder_with_other_content_is_not_touched(data: Path, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_data_without_a_dev_split_are_refused(data: Path, tmp_path: Path):
+def test_without_a_dev_split_some_training_queries_are_held_out(data: Path, tmp_path: Path):
     for path in (*data.glob("*.jsonl"), *data.glob("qrels/t*.tsv")):
         target = tmp_path / "data" / path.relative_to(data)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    ended = invoke(*options(tmp_path / "data", tmp_path / "out", "in-batch"))
-    assert ended.exit_code == 2
-    assert "'dev'" in ended.output
+    ended = invoke(*options(tmp_path / "data", tmp_path / "out", "in-batch", "--seeds", "1"), "--json")
+    assert ended.exit_code == 0, ended.output
+    assert "data has no dev split: 3 of its 72 training queries are held out" in " ".join(ended.stderr.split())
+    result = json.loads(ended.stdout)
+    assert (result["data"]["train_queries"], result["data"]["dev_queries"]) == (69, 3)
+    assert result["losses"]["in-batch"]["runs"][0]["dev"]["num_queries"] == 3
+    assert result["significance"] == {}
 
 
 def record(score: float, seconds: float = 1.0) -> RunRecord:
@@ -176,22 +232,44 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
 
 
 @pytest.mark.parametrize(
-    ("scores", "said"),
+    ("scores", "p", "said"),
     [
-        ([[0.50, 0.52], [0.40, 0.42]], "Best: a, MRR@10 0.5100, 24.4% above b (0.4100)."),
-        ([[0.40, 0.42], [0.50, 0.52]], "Best: b, MRR@10 0.5100, 24.4% above a (0.4100)."),
-        ([[0.40, 0.50], [0.40, 0.48]], "Best: a, MRR@10 0.4500, 2.3% above b (0.4400); with this spread"),
-        ([[0.50], [0.40]], "Best: a, MRR@10 0.5000, 25.0% above b (0.4000); one seed cannot show"),
-        ([[0.50, 0.52], []], ""),
+        (
+            {"a": [0.50, 0.52], "b": [0.40, 0.42]},
+            0.001,
+            "Best: a, MRR@10 0.5100, 24.4% above b (0.4100). That difference is significant (p = 0.001).",
+        ),
+        (
+            {"a": [0.40, 0.42], "b": [0.50, 0.52]},
+            0.2,
+            "Best: b, MRR@10 0.5100, 24.4% above a (0.4100). No significant difference between b and a (p = 0.2).",
+        ),
+        (
+            {"a": [0.50], "b": [0.40]},
+            0.00001,
+            "Best: a, MRR@10 0.5000, 25.0% above b (0.4000). That difference is significant (p < 0.0001). One seed "
+            "does not show how much training varies.",
+        ),
+        (
+            {"a": [0.40, 0.42], "bm25": [0.50]},
+            0.001,
+            "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss "
+            "has a higher MRR@10 than bm25.",
+        ),
+        ({"a": [0.50, 0.52], "b": []}, 1, ""),
     ],
 )
-def test_the_verdict_names_the_best_loss_and_its_lead(scores: list[list[float]], said: str):
+def test_the_verdict_names_the_best_loss_its_lead_and_whether_it_is_significant(
+    scores: dict[str, list[float]], p: float, said: str
+):
     losses = {}
-    for name, values in zip("ab", scores, strict=True):
+    for name, values in scores.items():
         runs = [record(value) for value in values]
         losses[name] = {"runs": runs, "summary": summary(runs) if runs else None}
-    assert verdict({"losses": losses}).startswith(said)
-    assert bool(verdict({"losses": losses})) == bool(said)
+    first, second = scores
+    lead = sum(scores[second]) - sum(scores[first])
+    pair = {"system": second, "baseline": first, "difference": lead, "low": -1, "high": 1, "p": p / 2, "p_holm": p}
+    assert verdict({"losses": losses, "significance": {"MRR@10": {"differences": [pair]}}}) == said
 
 
 @pytest.mark.parametrize(

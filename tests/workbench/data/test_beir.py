@@ -90,13 +90,13 @@ def test_judgements_of_unknown_documents_and_queries_are_counted_in_one_note(tmp
         "judgements of queries that have no text": 1,
     }
     (note,) = data.notes
-    assert ": skipped: 2 judgements of documents that are not in the corpus (first: " in note
-    assert "train.tsv, line 2), 1 judgements of queries that have no text (first: " in note
+    assert ": skipped judgements of documents that are not in the corpus: 2 (first: " in note
+    assert "train.tsv, line 2); judgements of queries that have no text: 1 (first: " in note
     assert "test.tsv, line 1)" in note
 
 
 def test_an_error_without_usable_judgements_says_why_they_were_skipped(tmp_path: Path):
-    with pytest.raises(DataError, match=r"no judgements .* skipped: 2 judgements of documents"):
+    with pytest.raises(DataError, match=r"no judgements .* skipped judgements of documents"):
         load(tmp_path, "100\tx\t1\n101\ty\t1\n")
 
 
@@ -159,7 +159,7 @@ def test_entries_without_a_text_are_skipped_and_counted(tmp_path: Path):
         "judgements of documents that are not in the corpus": 1,
     }
     (note,) = data.notes
-    assert "2 documents without a text (first: " in note
+    assert "skipped documents without a text: 2 (first: " in note
     assert "corpus.jsonl, line 6)" in note
 
 

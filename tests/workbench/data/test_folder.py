@@ -86,7 +86,7 @@ def test_parts_of_a_beir_folder_may_be_of_any_type_of_file(tmp_path: Path, part:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("corpus.jsonl.gz", gzip.compress(TEXT.encode())),
+        ("corpus.jsonl.gz", gzip.compress(TEXT.encode(), mtime=0)),
         ("corpus.jsonl.bz2", bz2.compress(TEXT.encode())),
         ("corpus.jsonl.xz", lzma.compress(TEXT.encode())),
         ("corpus.json", json.dumps(CORPUS).encode()),
@@ -214,8 +214,9 @@ def test_two_names_of_a_split_are_refused(tmp_path: Path):
 
 
 def test_a_part_of_a_collection_is_refused_with_its_folder(beir: Path):
-    with pytest.raises(DataError, match=rf"corpus.jsonl is a part of a dataset. Give its folder: {beir}"):
-        load_data(str(beir / "corpus.jsonl"))
+    for name in ("corpus.jsonl", "qrels"):
+        with pytest.raises(DataError, match=rf"{name} is a part of a dataset. Give its folder: {beir}"):
+            load_data(str(beir / name))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.evaluate_command import evaluate
 from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.search_command import search
+from negative_cache.workbench.cli.significance_command import significance
 from negative_cache.workbench.cli.train_command import train
 
 app = typer.Typer(
@@ -43,5 +44,5 @@ def main(
     """Train retrieval models with a cache of negatives, evaluate them, and search with them."""
 
 
-for command in (data, train, compare, evaluate, search, report, doctor):
+for command in (data, train, compare, evaluate, significance, search, report, doctor):
     app.command()(command)

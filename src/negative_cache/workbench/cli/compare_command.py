@@ -21,7 +21,11 @@ def compare(
     output: Annotated[str, typer.Option(help="Folder of the results. The same command continues a comparison in it.")],
     model: opt.Model = "static",
     losses: Annotated[
-        str, typer.Option(help="Comma-separated; NAME:field=value:field=value sets options of one loss.")
+        str,
+        typer.Option(
+            help="Comma-separated; NAME:field=value:field=value sets options of one loss. bm25 and zero-shot (the "
+            "model before training) are measured without training."
+        ),
     ] = "in-batch,gradcache,memory-bank,negative-cache",
     batch_size: opt.BatchSize = 64,
     epochs: opt.Epochs = 3.0,
@@ -50,6 +54,9 @@ def compare(
             Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
         )
         loaded = terminal.load_data(data, data_options)
+        num_shown, loaded = len(loaded.notes), loaded.with_dev()
+        for note in loaded.notes[num_shown:]:
+            terminal.note(note)
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))

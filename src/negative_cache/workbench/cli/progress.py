@@ -20,7 +20,7 @@ from rich.progress import (
 from negative_cache.workbench.cli.terminal import Terminal, escape
 
 if TYPE_CHECKING:
-    from negative_cache.workbench.training.record import RunRecord
+    from negative_cache.workbench.training.record import Metrics, RunRecord
 
 OnProgress = Callable[[int, int], None]
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -79,14 +79,14 @@ class ComparisonBar:
         self._bar.reset(self._task, total=None, description=f"{num_left} runs left  {name}")
 
     def step(self, step: int, steps: int) -> None:
-        """A step is done."""
+        """A step is done, or `step` of `steps` documents are encoded."""
         self._bar.update(self._task, completed=step, total=steps)
 
-    def end(self, name: str, record: RunRecord, is_old: bool) -> None:
-        """A run has ended; with `is_old`, it ended in an earlier call."""
+    def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:
+        """A run has ended, or a baseline is measured; with `is_old`, that was in an earlier call."""
         from negative_cache.workbench.compare.table import line_of
 
-        text = f"{name}: {line_of(record)}{' (already done)' if is_old else ''}"
+        text = f"{name}: {line_of(found)}{' (already done)' if is_old else ''}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -44,8 +44,9 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     for row in rows_of(result):
         table.add_row(*row)
     print_wide(table, console)
-    if sentence := verdict(result):
-        for line in (sentence, f"To train it: {command_of_best(result)}"):
+    command = command_of_best(result)
+    for line in (verdict(result), command and f"To train with the best loss: {command}"):
+        if line:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -19,6 +19,8 @@ from negative_cache.workbench.training.config import (
 )
 
 RATE_FACTORS = (0.4, 1.0, 2.5)
+BASELINES = ("bm25", "zero-shot")
+"""What is measured without training, under `--losses`."""
 
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
@@ -50,7 +52,8 @@ class Comparison:
     Attributes:
         data: See `load_data`.
         model: See `load_model`.
-        losses: Names of losses, each with optional settings: `NAME:field=value:field=value`, fields of `RunConfig`.
+        losses: Names of losses, each with optional settings: `NAME:field=value:field=value`, fields of `RunConfig`; or
+            of `BASELINES`: bm25, which has no model, and zero-shot, the model before training.
         output: Folder of the results. The same comparison, also with more losses or seeds, is continued there.
         batch_size: Queries per step.
         epochs: Passes over the training pairs.
@@ -87,7 +90,8 @@ class Comparison:
         if not self.losses or len(set(self.losses)) < len(self.losses):
             raise RunError(f"--losses is {list(self.losses)}; expected at least one loss, and none twice.")
         for spec in self.losses:
-            self.config(spec)
+            if spec not in BASELINES:
+                self.config(spec)
 
     def rates(self) -> list[float]:
         """The learning rates that the sweep starts with."""
@@ -98,8 +102,10 @@ class Comparison:
     def config(self, spec: str) -> RunConfig:
         """The configuration of a loss, without the learning rate and seed of a run."""
         name, *settings = spec.split(":")
+        if name in BASELINES:
+            raise RunError(f"--losses has {spec!r}; {name} is not trained and has no settings.")
         if name not in LOSSES:
-            raise RunError(f"--losses has {name!r}; expected {', '.join(LOSSES)}, separated by commas.")
+            raise RunError(f"--losses has {name!r}; expected {', '.join((*LOSSES, *BASELINES))}, separated by commas.")
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
         if name == "gradcache":

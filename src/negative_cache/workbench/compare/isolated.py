@@ -1,4 +1,4 @@
-"""A run of a comparison in a separate process, so that peak memory is measured per run."""
+"""A part of a comparison in a separate process, so that peak memory is measured per run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
@@ -22,9 +22,19 @@ EXIT_SECONDS = 30  # in which a process must exit after it has sent its record
 REPORT_SECONDS = 0.2  # between two reports of progress
 
 
+OnProgress = Callable[[int, int], None]
+
+
+class Task(Protocol):
+    """What a new process does. A task is pickled."""
+
+    def __call__(self, on_progress: OnProgress) -> Any:
+        """Do it, and return the result."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """The arguments of a run.
+    """A run.
 
     Attributes:
         config: The configuration.
@@ -34,27 +44,38 @@ class Job:
     config: RunConfig
     options: RunOptions
 
+    def __call__(self, on_progress: OnProgress) -> RunRecord | None:
+        """Train, or continue the run, and return its record."""
+        data = load_data(self.config.data, self.config.data_options).with_dev()
+        return run(
+            self.config, data, self.options, resume=True, on_step=lambda step, steps, _: on_progress(step, steps)
+        )
 
-def run_isolated(job: Job, on_progress: Callable[[int, int], None] | None = None) -> RunRecord:
-    """Call `run` in a new process, which is forked, if possible, from one that has imported the libraries.
+
+def run_isolated(name: str, task: Task, on_progress: OnProgress | None = None) -> Any:
+    """Do a task in a new process, which is forked, if possible, from one that has imported the libraries.
 
     Args:
-        job: The arguments of `run`.
-        on_progress: Called with (done, total) steps.
+        name: Its name in messages.
+        task: The task.
+        on_progress: Called with (done, total).
+
+    Returns:
+        The result of the task.
 
     Raises:
-        RunFailedError: The run failed, or its process was killed.
+        RunFailedError: The task failed, or its process was killed.
     """
     can_fork = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
         context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_and_send, args=(sender, job), daemon=True)
+    process = context.Process(target=_run_and_send, args=(sender, task), daemon=True)
     process.start()
     sender.close()
     try:
-        while (message := receiver.recv())[0] == "step":
+        while (message := receiver.recv())[0] == "progress":
             if on_progress is not None:
                 on_progress(*message[1:])
         process.join(EXIT_SECONDS)
@@ -66,26 +87,24 @@ def run_isolated(job: Job, on_progress: Callable[[int, int], None] | None = None
         process.join()
         receiver.close()
     if message[0] == "error":
-        raise RunFailedError(f"The run {job.config.output} failed: {message[1]}")
-    record: RunRecord = message[1]
-    return record
+        raise RunFailedError(f"The run {name} failed: {message[1]}")
+    return message[1]
 
 
-def _run_and_send(sender: Connection, job: Job) -> None:
-    """In the new process: send ("step", step, steps) repeatedly, then ("record", record) or ("error", text)."""
+def _run_and_send(sender: Connection, task: Task) -> None:
+    """In the new process: send ("progress", done, total) repeatedly, then ("result", result) or ("error", text)."""
     last = 0.0
 
-    def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
+    def on_progress(done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() > last + REPORT_SECONDS or step == steps:
+        if time.monotonic() > last + REPORT_SECONDS or done == total:
             last = time.monotonic()
-            sender.send(("step", step, steps))
+            sender.send(("progress", done, total))
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        data = load_data(job.config.data, job.config.data_options)
-        message: tuple[str, Any] = ("record", run(job.config, data, job.options, resume=True, on_step=on_step))
+        message: tuple[str, Any] = ("result", task(on_progress))
     except (ValueError, OSError) as error:
         message = ("error", str(error))
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from negative_cache.workbench.compare.running import MAX_EXTENSIONS, failures_of
-from negative_cache.workbench.compare.table import COLUMNS, command_of_best, rows_of, title_of, verdict, with_spread
+from negative_cache.workbench.compare.comparison import BASELINES
+from negative_cache.workbench.compare.running import MAX_EXTENSIONS, TESTED, failures_of
+from negative_cache.workbench.compare.table import (
+    COLUMNS,
+    command_of_best,
+    differences_of,
+    rows_of,
+    title_of,
+    verdict,
+    with_spread,
+)
+from negative_cache.workbench.evaluation.significance import ALPHA
+from negative_cache.workbench.evaluation.significance import COLUMNS as PAIR_COLUMNS
 from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
 from negative_cache.workbench.files import write_text
 
@@ -18,7 +30,13 @@ NOTE = (
     "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the best of {rates} "
     "on the dev split with seed 0; if that was the lowest or highest one, up to {extensions} more were tried. Seconds "
     "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
-    "gradient caching encodes each document twice (once with a static model, which needs no gradient cache)."
+    "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). * marks "
+    "losses that no other is significantly better than, in {tested}."
+)
+SIGNIFICANCE = (
+    "Fisher's randomisation test of the paired differences over {queries:,} test queries, each averaged over the "
+    "seeds, two-sided, with Holm's correction over the pairs. The interval is the BCa bootstrap's over the "
+    "queries, without a correction. Significant: p < {alpha:g}."
 )
 PLOTS = (
     ("quality-seconds.png", "seconds", "seconds of training"),
@@ -44,23 +62,41 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"    {command}",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
-        *(f"| {' | '.join(row)} |" for row in rows_of(result)),
+        *_table(COLUMNS, rows_of(result)),
         "",
-        NOTE.format(extensions=MAX_EXTENSIONS, seeds=result["configuration"]["seeds"], rates=rates),
+        NOTE.format(
+            extensions=MAX_EXTENSIONS,
+            seeds=result["configuration"]["seeds"],
+            rates=rates,
+            tested=" and ".join(TESTED),
+        ),
     ]
     if sentence := verdict(result):
-        lines += ["", sentence, "", f"    {command_of_best(result)}"]
+        lines += ["", sentence]
+    if command := command_of_best(result):
+        lines += ["", f"    {command}"]
     if failed := failures_of(result):
         lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
+    if result["significance"]:
+        lines += ["", "## Significance", "", SIGNIFICANCE.format(queries=result["data"]["test_queries"], alpha=ALPHA)]
+    for measure in result["significance"]:
+        pairs = [found.cells() for found in differences_of(result, measure)]
+        lines += ["", f"{measure}:", "", *_table(PAIR_COLUMNS, pairs)]
     return "\n".join(lines) + "\n"
 
 
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
-    """Quality against a cost: the curve of the last seed, and the mean over all seeds."""
+    """Quality against a cost: the curve of the last seed, and the mean over all seeds; a line for a baseline."""
     for number, (name, loss) in enumerate(result["losses"].items()):
-        if loss["runs"]:
+        if name in BASELINES:
+            mean, colour = loss["summary"]["MRR@10"], COLOURS[number % len(COLOURS)]
+            axes.axhline(mean["mean"], color=colour, linestyle=":", label=f"{name}: {with_spread(mean)}")
+        elif loss["runs"]:
             _draw_loss(axes, number, name, loss, cost)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

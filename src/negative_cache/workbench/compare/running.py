@@ -10,21 +10,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from negative_cache.workbench.compare.comparison import Comparison, rounded
+from negative_cache.workbench.compare.baselines import Baseline
+from negative_cache.workbench.compare.comparison import BASELINES, Comparison, rounded
 from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.retrieval_data import training_texts
+from negative_cache.workbench.evaluation import parse_measures
+from negative_cache.workbench.evaluation.significance import compare_systems
+from negative_cache.workbench.evaluation.systems import read_systems
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import LEARNING_RATES, load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
-from negative_cache.workbench.training.record import RunRecord, read_json
+from negative_cache.workbench.training.record import Metrics, RunRecord, read_json
 
 RESULT = "compare.json"
 MAX_EXTENSIONS = 2
 CHOICE = "MRR@10"
 REPORTED = ("MRR@10", "nDCG@10", "R@100")
+TESTED = ("MRR@10", "nDCG@10")
 COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
 OPTIONS = RunOptions(measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True)
 _KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")
@@ -37,10 +42,10 @@ class Watcher(Protocol):
         """A run begins. As far as is known, `num_left` runs are left, including this one."""
 
     def step(self, step: int, steps: int) -> None:
-        """A step is done."""
+        """A step is done; of a baseline, `step` of `steps` documents are encoded."""
 
-    def end(self, name: str, record: RunRecord, is_old: bool) -> None:
-        """A run has ended; with `is_old`, it ended in an earlier call."""
+    def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:
+        """A run has ended, or a baseline is measured; with `is_old`, that was in an earlier call."""
 
 
 def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> dict[str, Any]:
@@ -48,18 +53,19 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
 
     Args:
         comparison: What to compare.
-        data: The data that the comparison names.
+        data: The data that the comparison names; `with_dev` is applied to it.
         watcher: Receives the progress.
 
     Returns:
         The content of `compare.json`.
 
     Raises:
-        DataError: The data lacks a training, dev or test split.
+        DataError: The data lacks a training or test split.
         RunError: The output folder has other content.
         RunFailedError: The process of a run was killed, or training failed with every loss. A learning rate or seed
             for which training fails is left out and listed in the result.
     """
+    data = data.with_dev()
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
     about["pairs"] = sum(map(len, data.judged("train").values()))
     for split in ("train", "dev", "test"):
@@ -67,11 +73,32 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     result = _begin(comparison, about)
     runner = _Runner(comparison, data, watcher)
     for spec in comparison.losses:
-        result["losses"][spec] = runner.run(spec)
+        result["losses"][spec] = runner.measure(spec) if spec in BASELINES else runner.run(spec)
         write_json(Path(comparison.output) / RESULT, result)
-    if not any(loss["runs"] for loss in result["losses"].values()):
+    trained = [loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES]
+    if trained and not any(trained):
         raise RunFailedError(f"Training failed in every run. {failures_of(result)[0]}")
+    result["significance"] = significance(Path(comparison.output), result["losses"])
+    write_json(Path(comparison.output) / RESULT, result)
     return result
+
+
+def significance(folder: Path, losses: dict[str, Any]) -> dict[str, Any]:
+    """The `Significance` of the losses for each of the measures `TESTED`; empty with fewer than two losses.
+
+    Args:
+        folder: Folder of the comparison.
+        losses: The entry `losses` of `compare.json`.
+    """
+    paths = {spec: [folder / "runs" / run["folder"] for run in loss["runs"]] for spec, loss in losses.items()}
+    paths = {spec: found for spec, found in paths.items() if found}
+    if len(paths) < 2:
+        return {}
+    values = read_systems(paths, parse_measures(" ".join(TESTED)))
+    return {
+        name: compare_systems({spec: [of_seed[name] for of_seed in seeds] for spec, seeds in values.items()}).as_dict()
+        for name in TESTED
+    }
 
 
 def failures_of(result: dict[str, Any]) -> list[str]:
@@ -120,7 +147,9 @@ class _Runner:
         self.comparison = comparison
         self.data = data
         self.watcher = watcher
-        self.num_left = len(comparison.losses) * (len(comparison.rates()) + comparison.seeds - 1)
+        baselines = [spec for spec in comparison.losses if spec in BASELINES]
+        runs = len(comparison.rates()) + comparison.seeds - 1
+        self.num_left = (len(comparison.losses) - len(baselines)) * runs + len(baselines)
 
     def run(self, spec: str) -> dict[str, Any]:
         """Choose the learning rate of a loss, then train with the other seeds."""
@@ -149,6 +178,26 @@ class _Runner:
             "summary": summary(runs),
         }
 
+    def measure(self, name: str) -> dict[str, Any]:
+        """Measure a baseline. Its result has no learning rate, and one run without costs."""
+        baseline = Baseline.of(self.comparison, name)
+        self.watcher.begin(name, self.num_left)
+        is_old = baseline.is_measured()
+        if not is_old:
+            if name != "bm25":
+                _make_untrained(self.comparison, self.data, 0)
+            run_isolated(name, baseline, self.watcher.step)
+        metrics = baseline.metrics()
+        self.num_left -= 1
+        self.watcher.end(name, metrics, is_old)
+        return {
+            "learning_rate": None,
+            "sweep": [],
+            "runs": [{"folder": name, "after": metrics}],
+            "failed_runs": [],
+            "summary": {measure: {"mean": metrics[measure], "std": None} for measure in REPORTED},
+        }
+
     def _record(self, spec: str, rate: float, seed: int) -> RunRecord:
         """Return the record of a run, and do the run if it is not complete."""
         comparison = self.comparison
@@ -162,7 +211,7 @@ class _Runner:
         saved = _saved_record(job)
         if saved is None:
             _make_untrained(comparison, self.data, seed)
-        record = saved or run_isolated(job, self.watcher.step)
+        record = saved or run_isolated(job.config.output, job, self.watcher.step)
         self.num_left -= 1
         self.watcher.end(name, record, saved is not None)
         return record
@@ -200,6 +249,7 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
         raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": losses}
+    result["significance"] = {}
     write_json(path, result)
     return result
 

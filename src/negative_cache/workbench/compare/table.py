@@ -6,11 +6,12 @@ import shlex
 from dataclasses import fields
 from typing import Any
 
-from negative_cache.workbench.compare.comparison import FIXED_FIELDS
+from negative_cache.workbench.compare.comparison import BASELINES, FIXED_FIELDS
 from negative_cache.workbench.compare.running import REPORTED
 from negative_cache.workbench.data import DataOptions
+from negative_cache.workbench.evaluation.significance import Difference, p_in_words
 from negative_cache.workbench.training.config import RunConfig, flag_of
-from negative_cache.workbench.training.record import RunRecord
+from negative_cache.workbench.training.record import Metrics, RunRecord
 
 COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memory")
 
@@ -32,48 +33,73 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             rows.append([name, "failed", *[""] * (len(COLUMNS) - 2)])
             continue
         found = loss["summary"]
+        qualities = [with_spread(found[key]) + (" *" if name in unbeaten(result, key) else "") for key in REPORTED]
+        if name in BASELINES:
+            rows.append([name, "not trained", *qualities, "-", "0", "-"])
+            continue
         rate = f"{loss['learning_rate']:g}" + (" (edge)" if loss["at_the_edge"] else "")
         if loss["failed_runs"]:
             rate += f" ({len(loss['failed_runs'])} seeds failed)"
-        qualities = [with_spread(found[key]) for key in REPORTED]
         costs = [f"{found['seconds']['mean']:,.1f}", f"{found['documents_encoded']['mean']:,.0f}"]
         rows.append([name, rate, *qualities, *costs, gigabytes(found["peak_memory_bytes"]["mean"])])
     return rows
 
 
-def line_of(record: RunRecord) -> str:
-    """A run in one line."""
-    if record.failed is not None:
-        return f"failed: {record.failed}"
-    dev, test = ((metrics or {})["MRR@10"] for metrics in (record.dev, record.after))
+def differences_of(result: dict[str, Any], measure: str) -> list[Difference]:
+    """The differences between all pairs of losses in a measure; empty if they were not tested."""
+    return [Difference(**found) for found in result["significance"].get(measure, {}).get("differences", [])]
+
+
+def unbeaten(result: dict[str, Any], measure: str) -> set[str]:
+    """The losses that no other loss is significantly better than; empty if the losses were not tested."""
+    differences = differences_of(result, measure)
+    losses = {loss for found in differences for loss in (found.system, found.baseline)}
+    return losses - {found.worse for found in differences if found.is_significant()}
+
+
+def line_of(found: RunRecord | Metrics) -> str:
+    """A run, or the metrics of a baseline, in one line."""
+    if not isinstance(found, RunRecord):
+        return f"MRR@10 test {found['MRR@10']:.4f}, without training"
+    if found.failed is not None:
+        return f"failed: {found.failed}"
+    dev, test = ((metrics or {})["MRR@10"] for metrics in (found.dev, found.after))
     return (
-        f"MRR@10 dev {dev:.4f} test {test:.4f}, {record.steps:,} steps in {record.seconds:.1f} s, "
-        f"{record.documents_encoded:,} documents encoded, peak {gigabytes(record.peak_memory_bytes)}"
+        f"MRR@10 dev {dev:.4f} test {test:.4f}, {found.steps:,} steps in {found.seconds:.1f} s, "
+        f"{found.documents_encoded:,} documents encoded, peak {gigabytes(found.peak_memory_bytes)}"
     )
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Which loss is best, and by how much, in one sentence; empty with fewer than two losses."""
+    """Which loss is best, by how much, and whether the difference is significant; empty with fewer than two losses."""
     losses = _ranked(result)
     if len(losses) < 2:
         return ""
     (best, first), (second, next_one) = losses[:2]
-    found, other = first["summary"]["MRR@10"], next_one["summary"]["MRR@10"]
-    lead = found["mean"] - other["mean"]
-    spread = ((found["std"] or 0) ** 2 + (other["std"] or 0) ** 2) ** 0.5
-    seeds = min(len(first["runs"]), len(next_one["runs"]))
-    doubt = ""
-    if seeds < 2:
-        doubt = "; one seed cannot show whether that is chance"
-    elif lead < 2 * spread / seeds**0.5:
-        doubt = "; with this spread over the seeds, that may be chance"
-    by = f"{lead / other['mean']:.1%}" if other["mean"] else "all"
-    return f"Best: {best}, MRR@10 {found['mean']:.4f}, {by} above {second} ({other['mean']:.4f}){doubt}."
+    mean, other = (loss["summary"]["MRR@10"]["mean"] for loss in (first, next_one))
+    by = f"{mean / other - 1:.1%}" if other else "all"
+    sentences = [f"Best: {best}, MRR@10 {mean:.4f}, {by} above {second} ({other:.4f})."]
+    own = {(found.systems - {best}).pop(): found for found in differences_of(result, "MRR@10") if best in found.systems}
+    close = [f"{name} ({p_in_words(found.p_holm)})" for name, found in own.items() if not found.is_significant()]
+    if second in own and own[second].is_significant():
+        sentences.append(f"That difference is significant ({p_in_words(own[second].p_holm)}).")
+    if close:
+        sentences.append(f"No significant difference between {best} and {', '.join(close)}.")
+    if best in BASELINES and not all(name in BASELINES for name, _ in losses):
+        sentences.append(f"No loss has a higher MRR@10 than {best}.")
+    if best not in BASELINES and len(first["runs"]) < 2:
+        sentences.append("One seed does not show how much training varies.")
+    return " ".join(sentences)
 
 
 def command_of_best(result: dict[str, Any]) -> str:
-    """The command that trains with the best loss: its learning rate, and all options that are not the defaults."""
-    _, loss = _ranked(result)[0]
+    """The command that trains with the best loss: its learning rate, and all options that are not the defaults.
+
+    Baselines are left out; empty if there are only baselines.
+    """
+    loss = next((loss for name, loss in _ranked(result) if name not in BASELINES), None)
+    if loss is None:
+        return ""
     options, comparison = loss["configuration"], result["configuration"]
     words = ["negative-cache", "train", "--data", comparison["data"], "--model", comparison["model"]]
     words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]
@@ -102,6 +128,6 @@ def gigabytes(number: float) -> str:
 
 
 def _ranked(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The losses with complete runs, by their MRR@10 on the test split, the best first."""
+    """The losses and baselines with complete runs, by their MRR@10 on the test split, the best first."""
     trained = [(name, loss) for name, loss in result["losses"].items() if loss["runs"]]
     return sorted(trained, key=lambda item: -item[1]["summary"]["MRR@10"]["mean"])

@@ -68,13 +68,14 @@ def find_in_folder(folder: Path, options: DataOptions, chosen: str | None = None
 
 
 def check_is_no_part(path: Path) -> None:
-    """Refuse the corpus or the queries of a collection, whose folder should be given instead.
+    """Refuse the corpus, the queries or the judgements of a collection, whose folder should be given instead.
 
     Raises:
-        DataError: The file is one of these.
+        DataError: The file or folder is one of these.
     """
-    entries = _entries(path.parent)
-    if _stem(path) in (CORPUS, QUERIES) and entries.keys() >= {CORPUS, QUERIES}:
+    path = path.resolve()
+    beside = {_stem(other) for other in path.parent.iterdir()}
+    if _stem(path) in (CORPUS, QUERIES, QRELS) and beside >= {CORPUS, QUERIES}:
         raise DataError(f"{path} is a part of a dataset. Give its folder: {path.parent}.")
 
 
@@ -113,7 +114,8 @@ def _entries(folder: Path) -> dict[str, list[Path]]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+            found = sorted([*path.glob("*"), *path.glob("*/*")])
+            inside = [file for file in found if file.is_file() and not file.name.startswith(".")]
             if inside and path.name not in entries:
                 entries[path.name] = _uncompressed_first(inside)
         else:

@@ -65,10 +65,11 @@ def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
         return None
     if source.startswith("hf:"):
         return find_on_hub(source[3:], options)
+    if path.exists():
+        check_is_no_part(path)
     if path.is_dir():
         return find_saved(path) if is_saved(path) else find_in_folder(path, options)
     if path.is_file():
-        check_is_no_part(path)
         notes: list[str] = []
         asked = [name for name in (options.query_column, options.positive_column, options.negative_column) if name]
         table = Table(source, partial(file_rows, path, options.encoding, notes, asked))

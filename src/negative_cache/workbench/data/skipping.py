@@ -29,5 +29,5 @@ class Skipped:
         parts = []
         for what, number in sorted(self.counts.items()):
             first = f" (first: {self._first[what]})" if what in self._first else ""
-            parts.append(f"{number:,} {what}{first}")
-        return [f"{name}: skipped: {', '.join(parts)}."]
+            parts.append(f"{what}: {number:,}{first}")
+        return [f"{name}: skipped {'; '.join(parts)}."]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.running import RESULT
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
@@ -117,7 +118,8 @@ def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
     result = read_json(folder / RESULT)
     try:
         table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
-        last_runs = {spec: loss["runs"][-1]["folder"] for spec, loss in result["losses"].items() if loss["runs"]}
+        trained = {spec: loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES}
+        last_runs = {spec: runs[-1]["folder"] for spec, runs in trained.items() if runs}
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder / RESULT} is not the result of a comparison: {error!r}.") from error
     if not last_runs:

@@ -18,6 +18,7 @@ from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
+from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
 from negative_cache.workbench.training import processes, samples
@@ -33,7 +34,6 @@ from negative_cache.workbench.training.trainer import (
     used_learning_rate,
 )
 
-PER_QUERY = "queries.json"
 _INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 

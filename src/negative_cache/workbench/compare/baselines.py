@@ -1,0 +1,64 @@
+"""What a comparison measures without training: BM25, and the model before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from negative_cache.workbench.compare.comparison import Comparison
+from negative_cache.workbench.compare.isolated import OnProgress
+from negative_cache.workbench.data import DataOptions, load_data
+from negative_cache.workbench.evaluation import depth_of, evaluate, judge_split, means, parse_measures
+from negative_cache.workbench.evaluation.bm25 import bm25_run
+from negative_cache.workbench.evaluation.measures import DEFAULT_MEASURES
+from negative_cache.workbench.evaluation.systems import PER_QUERY
+from negative_cache.workbench.files import replacing, write_json
+from negative_cache.workbench.models import LEARNING_RATES, load_trained
+from negative_cache.workbench.training.record import Metrics, read_json
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The measurement of a baseline on the test split.
+
+    Attributes:
+        name: One of `BASELINES`.
+        data: See `load_data`.
+        data_options: See `load_data`.
+        model: Name or path of the model before training.
+        output: Folder of its `queries.json`.
+    """
+
+    name: str
+    data: str
+    data_options: DataOptions
+    model: str
+    output: Path
+
+    @classmethod
+    def of(cls, comparison: Comparison, name: str) -> Baseline:
+        """The measurement for a comparison. An untrained model is that of seed 0."""
+        model = str(comparison.untrained(0)) if comparison.model in LEARNING_RATES else comparison.model
+        return cls(name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name)
+
+    def __call__(self, on_progress: OnProgress) -> Metrics:
+        """Measure it, write `queries.json`, and return the metrics."""
+        data, measures = load_data(self.data, self.data_options), parse_measures(DEFAULT_MEASURES)
+        if self.name == "bm25":
+            quality = judge_split(data, "test", bm25_run(data, "test", depth_of(measures)), measures)
+        else:
+            model = load_trained(self.model)
+            quality = evaluate(model, data, ("test",), measures, on_progress=on_progress)["test"]
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.output, ".partial") as temporary:
+            temporary.mkdir(exist_ok=True)  # one is left if the process was killed
+            write_json(temporary / PER_QUERY, {"after": quality.per_query})
+        return self.metrics()
+
+    def is_measured(self) -> bool:
+        """Whether it was measured in an earlier call."""
+        return self.output.exists()
+
+    def metrics(self) -> Metrics:
+        """The means over the queries, from `queries.json`."""
+        return means(read_json(self.output / PER_QUERY)["after"])

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from negative_cache.workbench.evaluation import judge, parse_measures
+from negative_cache.workbench.evaluation.systems import PER_QUERY, parse_systems, read_systems
+from negative_cache.workbench.evaluation.trec import read_run, write_run
+
+MEASURES = parse_measures("MRR@10 R@1")
+QRELS = {"q": {"a": 1.0}, "r": {"b": 2.0}, "s": {"c": 1.0}}
+
+
+def judge_run(path: Path) -> dict[str, dict[str, float]]:
+    return judge(QRELS, read_run(path), MEASURES)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two runs of train, a file of evaluate, and two TREC runs, in the working directory."""
+    values = {"MRR@10": {"q": 1.0, "r": 0.5, "s": 0.0}, "R@1": {"q": 1.0, "r": 0.0, "s": 0.0}, "AP": {"q": 1.0}}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "first" / PER_QUERY).write_text(
+        json.dumps({"before": values, "after": {**values, "R@1": values["AP"]}})
+    )
+    (tmp_path / "second" / PER_QUERY).write_text(json.dumps({"after": values}))
+    (tmp_path / "evaluated.json").write_text(json.dumps(values, indent=2))
+    write_run(tmp_path / "bm25.run.gz", {"q": {"a": 2.0, "b": 1.0}, "r": {"a": 2.0, "b": 1.0}})
+    write_run(tmp_path / "x=1.txt", {"other": {"a": 2.0}})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_systems_are_named_by_their_files_or_as_given(runs: Path):
+    found = parse_systems(["first", "mine = first, second", "bm25.run.gz", "x=1.txt", "evaluated.json"])
+    assert list(found) == ["first", "mine", "bm25", "x=1", "evaluated"]
+    assert found["mine"] == [Path("first"), Path("second")]
+    assert list(parse_systems([f"second/{PER_QUERY}"])) == ["second"]
+    assert list(parse_systems(["first/../second"])) == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["first", "absent"], "'absent' does not exist"),
+        (["a=first,absent"], "'absent' does not exist"),
+        (["first", "first/queries.json"], "Two systems have the name 'first'"),
+    ],
+)
+def test_unknown_paths_and_equal_names_are_refused(texts: list[str], message: str, runs: Path):
+    with pytest.raises(ValueError, match=message):
+        parse_systems(texts)
+
+
+def test_values_are_read_or_judged_for_each_seed(runs: Path):
+    found = read_systems(parse_systems(["both=second,evaluated.json", "bm25.run.gz"]), MEASURES, judge_run)
+    assert found == {
+        "both": [{"MRR@10": {"q": 1, "r": 0.5, "s": 0}, "R@1": {"q": 1, "r": 0, "s": 0}}] * 2,
+        "bm25": [{"MRR@10": {"q": 1, "r": 0.5, "s": 0}, "R@1": {"q": 1, "r": 0, "s": 0}}],  # s has no results
+    }
+
+
+def test_a_single_run_is_compared_with_itself_before_training(runs: Path):
+    found = read_systems(parse_systems(["first"]), MEASURES)
+    assert list(found) == ["before", "after"]
+    assert found["before"][0]["R@1"] == {"q": 1, "r": 0, "s": 0}
+    assert found["after"][0]["R@1"] == {"q": 1}
+
+
+@pytest.mark.parametrize(
+    ("texts", "metrics", "message"),
+    [
+        (["second"], "R@1", "second/queries.json has no values of the model before training"),
+        (["evaluated.json"], "R@1", "has the values of one system"),
+        (["bm25.run.gz"], "R@1", "Only one system is given, 'bm25'"),
+        (["first", "second"], "nDCG@10", "first/queries.json has no nDCG@10. It has MRR@10, R@1, AP"),
+        (["first", "empty"], "R@1", "empty has no queries.json"),
+        (["first", "damaged.json"], "R@1", "damaged.json is damaged"),
+        (["first", "texts.json"], "R@1", "expected a number for each query in 'R@1'"),
+    ],
+)
+def test_files_that_cannot_be_compared_are_refused(texts: list[str], metrics: str, message: str, runs: Path):
+    (runs / "empty").mkdir()
+    (runs / "damaged.json").write_text('{"R@1": ')
+    (runs / "texts.json").write_text('{"R@1": {"q": "high"}}')
+    with pytest.raises(ValueError, match=message):
+        read_systems(parse_systems(texts), parse_measures(metrics), judge_run)
+
+
+def test_search_results_need_judgements(runs: Path):
+    with pytest.raises(ValueError, match="Give --data with their judgements"):
+        read_systems(parse_systems(["first", "bm25.run.gz"]), MEASURES)
