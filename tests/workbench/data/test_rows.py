@@ -42,6 +42,16 @@ def test_a_positive_of_any_row_and_split_is_not_a_negative_of_the_query():
     assert [[data.corpus[key] for key in ids] for ids in data.negatives.values()] == [["d"]]
 
 
+def test_the_first_negatives_of_a_query_are_kept_over_its_rows():
+    collector = Collector(most_negatives=3)
+    for given in (row("p", "a", "wx"), row("q", "b", "c"), row("p", "a", "yz"), row("p", "d", "v")):
+        collector.add(given, "train")
+    data = collector.finish("f", "triplets")
+    assert ["".join(data.corpus[key] for key in ids) for ids in data.negatives.values()] == ["wxy", "c"]
+    assert data.notes == ("f: negatives beyond the first 3 of their query, which are not used: 2.",)
+    assert "z" not in data.corpus.values()
+
+
 def test_documents_that_share_a_query_fall_into_one_split():
     rows = [Row("f", f"q{n}", [Document(f"d{n}"), Document(f"d{n + 1}")]) for n in range(0, 600, 3)]
     data = collected(*rows, split=None)

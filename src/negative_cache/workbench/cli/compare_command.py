@@ -26,7 +26,7 @@ def compare(
             help="Comma-separated; NAME:field=value:field=value sets options of one loss. bm25 and zero-shot (the "
             "model before training) are measured without training."
         ),
-    ] = "in-batch,gradcache,memory-bank,negative-cache",
+    ] = "bm25,zero-shot,in-batch,gradcache,memory-bank,negative-cache",
     batch_size: opt.BatchSize = 64,
     epochs: opt.Epochs = 3.0,
     seeds: Annotated[int, typer.Option(help="Number of runs of each loss with its best learning rate.")] = 3,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from negative_cache.workbench.data.beir import read_texts
 from negative_cache.workbench.data.folder import find_documents
-from negative_cache.workbench.data.forms import RowReader
+from negative_cache.workbench.data.forms import RowReader, most_negatives
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 from negative_cache.workbench.data.rows import Collector, Row
@@ -44,7 +44,7 @@ def read_rows(found: RowTables, options: DataOptions, corpus: Texts | None = Non
     rows = ((row, split) for split, reader in readers for row in reader)
     first = next(rows, None)
     is_by_id = bool(documents) or options.corpus is not None or (first is not None and _is_by_id(first[0]))
-    collector = Collector(corpus if is_by_id else None)
+    collector = Collector(corpus if is_by_id else None, most_negatives(options.negatives))
     for row, split in rows if first is None else itertools.chain([first], rows):
         collector.add(row, split)
     for _, reader in readers:
@@ -53,7 +53,7 @@ def read_rows(found: RowTables, options: DataOptions, corpus: Texts | None = Non
     data = collector.finish(found.name, form, skipped=skipped.counts)
     skipped.counts = data.skipped
     notes += [note for _, reader in readers for note in reader.notes] + skipped.notes(found.name)
-    notes = list(dict.fromkeys([*found.notes, *notes]))
+    notes = list(dict.fromkeys([*found.notes, *notes, *data.notes]))
     if not any(data.qrels.values()):
         raise DataError(" ".join([f"{found.name} has no pairs.", *notes]))
     return replace(data, notes=tuple(notes))

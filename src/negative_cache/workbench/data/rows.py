@@ -51,10 +51,13 @@ class Collector:
 
     Args:
         corpus: The documents that rows refer to by id; None if the rows have their texts.
+        most_negatives: Keep the first negatives of a query, at most this number; None to keep all.
     """
 
-    def __init__(self, corpus: Texts | None = None) -> None:
+    def __init__(self, corpus: Texts | None = None, most_negatives: int | None = None) -> None:
         self._corpus = corpus
+        self._most_negatives = most_negatives
+        self._num_left_out = 0
         self._queries = _Distinct("q")
         self._documents = _Distinct("d")
         self._positives: dict[str, dict[str, list[str]]] = {}
@@ -71,7 +74,9 @@ class Collector:
         _extend(relevant, [self._document(document, row.place) for document in row.positives])
         if row.negatives:
             others = self._negatives.setdefault(query, [])
-            _extend(others, [self._document(document, row.place) for document in row.negatives])
+            room = len(row.negatives) if self._most_negatives is None else self._most_negatives - len(others)
+            self._num_left_out += max(0, len(row.negatives) - room)
+            _extend(others, [self._document(document, row.place) for document in row.negatives[:room]])
 
     def finish(
         self, name: str, form: str, notes: Sequence[str] = (), skipped: dict[str, int] | None = None
@@ -103,6 +108,9 @@ class Collector:
             known = {document for of_split in qrels.values() for document in of_split.get(query, ())}
             if known and (kept := [document for document in others if document not in known]):
                 negatives[query] = kept
+        if self._num_left_out:
+            beyond = f"negatives beyond the first {self._most_negatives} of their query, which are not used"
+            notes = [*notes, f"{name}: {beyond}: {self._num_left_out:,}."]
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
             negatives=negatives, form=form, skipped=skipped, splits_by_hash=bool(unassigned),

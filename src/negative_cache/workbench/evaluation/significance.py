@@ -93,7 +93,7 @@ class Difference(NamedTuple):
     def cells(self, alpha: float = ALPHA) -> list[str]:
         """The cells of a row of a table with the headings `COLUMNS`."""
         interval = f"{self.low:+.4f} to {self.high:+.4f}"
-        says = "significant" if self.is_significant(alpha) else "not significant"
+        says = "significant" if self.is_significant(alpha) else "no difference"
         return [
             f"{self.system} - {self.baseline}",
             f"{self.difference:+.4f}",
