@@ -19,7 +19,6 @@ from rich.table import Table
 
 from benchmarks.quality import METRIC, source_and_epochs
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import RunConfig
@@ -56,7 +55,7 @@ def _quality(data: RetrievalData, form: str, epochs: float, learning_rate: float
             data=data.name, model="static", loss="negative-cache", num_samples=1, output=folder, epochs=epochs,
             learning_rate=learning_rate, seed=seed, save_steps=None,
         )  # fmt: skip
-        model = load_model(config.model, training_texts(training_set), seed)
+        model = load_model(config.model, data.training_texts(), seed)
         make_trainer(Path(folder), config, training_set, model).train()
         return float(evaluate(model, data, ("test",))["test"].metrics()[METRIC])
 

@@ -32,7 +32,6 @@ from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import RowPool
 from negative_cache.retrieval.tile_scores import TileProduct, narrow_products
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import learning_rate_of, load_model
 from negative_cache.workbench.training.config import EMBEDDING_DTYPES
@@ -113,7 +112,7 @@ def variations(model: SentenceTransformer, loss: NegativeCacheRankingLoss, data:
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
     """MRR@10 of each dtype for each seed, and the total variations of the first seed."""
     data = load_data(options.data)
-    texts = list(training_texts(data.training_set()))
+    texts = list(data.training_texts())
     quality: dict[str, list[float]] = {dtype: [] for dtype in options.dtypes}
     found: dict[str, float] = {}
     for seed in range(options.seeds):

@@ -17,7 +17,7 @@ from negative_cache import FixedLenFeature, NegativeCacheLoss
 from negative_cache.cache.specs import NO_ID
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.data.retrieval_data import training_texts
+from negative_cache.workbench.data.texts import Texts as StoredTexts
 from negative_cache.workbench.models import learning_rate_of, load_model
 
 MODEL = "static"
@@ -92,7 +92,7 @@ def load_corpus(source: str | None, device: torch.device) -> Corpus:
     data = synthetic() if source is None else load_data(source)
     training_set = data.training_set()
     progress(f"{data.name}: tokenizing")
-    embedding = load_model(MODEL, training_texts(training_set), seed=0)[0]
+    embedding = load_model(MODEL, data.training_texts(), seed=0)[0]
 
     def texts(given: Sequence[str]) -> Texts:
         encoded = [part.ids or [0] for part in embedding.tokenizer.encode_batch(given, add_special_tokens=False)]
@@ -112,7 +112,9 @@ def synthetic(count: int = 400) -> RetrievalData:
     corpus = {f"d{number}": " ".join(source.choices(words, k=12)) for number in range(count)}
     queries = {f"q{number}": " ".join(corpus[f"d{number}"].split()[:4]) for number in range(count)}
     qrels = {f"q{number}": [f"d{number}"] for number in range(count)}
-    return RetrievalData("synthetic", corpus, queries, {"train": qrels, "dev": {}, "test": {}})
+    return RetrievalData(
+        "synthetic", StoredTexts.of(corpus), StoredTexts.of(queries), {"train": qrels, "dev": {}, "test": {}}
+    )
 
 
 def batches(corpus: Corpus, batch: int, seed: int) -> Iterable[Tensor]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from negative_cache.workbench.data import RetrievalData, load_data
-from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import trainer
 from negative_cache.workbench.training.config import RunConfig
@@ -27,7 +26,7 @@ def make_data(folder: Path) -> None:
     """Pairs and an untrained model. (Training the tokenizer again may give a different one.)"""
     random_pairs(folder / "pairs.jsonl", 400)
     data = read(folder)
-    texts = training_texts(data.training_set())
+    texts = data.training_texts()
     load_model("static", texts, 0).save_pretrained(str(folder / "model"))
 
 

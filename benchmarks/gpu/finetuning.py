@@ -26,6 +26,7 @@ from benchmarks.gpu.results import Row
 from negative_cache.cache.device_copies import to_device
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.texts import Texts as StoredTexts
 
 UNTRAINED, BASELINE = "untrained", "in-batch"
 EPOCHS, MAX_TOKENS = {"nl2bash": 2}, {"squad": 128}  # 1 and 64 for other data sets
@@ -247,11 +248,10 @@ def _cut(data: RetrievalData, max_pairs: int) -> RetrievalData:
     train = _spread(data.judged("train"), max_pairs)
     qrels["train"] = {query: documents[:1] for query, documents in train.items()}
     used = {document for split in qrels.values() for documents in split.values() for document in documents}
-    corpus = {name: text for name, text in data.corpus.items() if name in used}
     return replace(
         data,
-        corpus=corpus,
-        queries={query: data.queries[query] for split in qrels.values() for query in split},
+        corpus=StoredTexts.of((name, text) for name, text in data.corpus.items() if name in used),
+        queries=StoredTexts.of((query, data.queries[query]) for split in qrels.values() for query in split),
         qrels=qrels,
     )
 

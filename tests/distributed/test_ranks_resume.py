@@ -29,12 +29,11 @@ KILLS = (60,)  # after this step, in the third epoch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from negative_cache.workbench.data import load_data
-    from negative_cache.workbench.data.retrieval_data import training_texts
     from negative_cache.workbench.models import load_model
 
     path = tmp_path_factory.mktemp("ranks")
     random_pairs(path / "pairs.jsonl", 700)  # about 37 steps an epoch
-    texts = training_texts(load_data(str(path / "pairs.jsonl")).training_set())
+    texts = load_data(str(path / "pairs.jsonl")).training_texts()
     load_model("static", texts, 0).save_pretrained(str(path / "model"))
     return path
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.data.retrieval_data import training_texts
+from negative_cache.workbench.data import DataError, RetrievalData, retrieval_data
 
 CORPUS = {"a": "text a", "b": "text b", "c": "text c"}
 
@@ -50,6 +49,17 @@ def test_documents_with_equal_texts_have_one_label():
     assert columns["label"] == [[1, 0], [0, 1], [1, 0]]
 
 
+def test_a_tokenizer_is_trained_on_each_text_of_the_training_split_or_on_evenly_spaced_ones(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    found = data({"x": "q", "y": "r", "z": "s"}, {"x": ["a", "c"], "y": ["c"]})
+    assert list(found.training_texts()) == ["q", "r", "text a", "text c"]
+    monkeypatch.setattr(retrieval_data, "MAX_TRAINING_TEXTS", 6)
+    queries = {f"q{number}": f"query {number}" for number in range(9)}
+    many = RetrievalData("set", {"a": "text"}, queries, {"train": dict.fromkeys(queries, ["a"])})
+    assert list(many.training_texts()) == ["query 0", "query 3", "query 6", "text"]
+
+
 def test_rows_of_training_have_the_negatives_of_their_query():
     corpus = CORPUS | {"d": "text b"}
     queries = {"x": "q", "y": "r", "z": "s"}
@@ -61,6 +71,5 @@ def test_rows_of_training_have_the_negatives_of_their_query():
     assert rows["label"][:] == [[0, 2], [2, 0], [1]]
     assert rows["negative"][:] == [["text b", "text b"], ["text b", "text b"], []]
     assert rows["negative_label"][:] == [[1, 1], [1, 1], []]  # equal texts have the position of the first
-    assert list(training_texts(rows)) == ["q", "q", "r", "text a", "text c", "text b"]
     only_tested = RetrievalData("set", corpus, queries, splits, negatives={"z": ["c"]})
     assert only_tested.training_set().column_names == ["anchor", "positive", "label"]

@@ -14,7 +14,6 @@ from negative_cache.workbench.compare.baselines import Baseline
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison, rounded
 from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems
@@ -255,13 +254,14 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
-    """Build the untrained model that all losses start from. Its tokenizer is trained on each text once."""
+    """Build the untrained model that all losses start from."""
     folder = comparison.untrained(seed)
     if comparison.model not in LEARNING_RATES or folder.exists():
         return
-    texts = dict.fromkeys(training_texts(data.training_set()))
     with replacing(folder, ".partial") as temporary:
-        load_model(comparison.model, texts, seed).save_pretrained(str(temporary), create_model_card=False)
+        load_model(comparison.model, data.training_texts(), seed).save_pretrained(
+            str(temporary), create_model_card=False
+        )
 
 
 def _short(record: RunRecord) -> dict[str, Any]:

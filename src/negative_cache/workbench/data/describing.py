@@ -140,7 +140,7 @@ class _Part:
 
     def __init__(self, data: RetrievalData, measure: Measure, progress: _Progress) -> None:
         self.data = data
-        self.corpus, self.query_texts = Texts.of(data.corpus), Texts.of(data.queries)
+        self.corpus, self.query_texts = data.corpus, data.queries
         self.documents = _measure(self.corpus, measure, progress)
         self.queries = _measure(self.query_texts, measure, progress)
 

@@ -7,16 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from negative_cache.workbench.data import python_code
-from negative_cache.workbench.data.beir import read_collection, read_texts
-from negative_cache.workbench.data.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
-from negative_cache.workbench.data.hub import find_on_hub, find_saved, is_saved
+from negative_cache.workbench.data.files.reading import ROW_FILES, file_rows
+from negative_cache.workbench.data.files.skipping import Skipped
+from negative_cache.workbench.data.layouts.beir import read_collection, read_texts
+from negative_cache.workbench.data.layouts.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
+from negative_cache.workbench.data.layouts.hub import find_on_hub, find_saved, is_saved
+from negative_cache.workbench.data.layouts.sources import Collection, RowTables, Table
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.own_splits import only_split, with_own_corpus, with_rows
-from negative_cache.workbench.data.reading import ROW_FILES, file_rows
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 from negative_cache.workbench.data.row_tables import read_rows
-from negative_cache.workbench.data.skipping import Skipped
-from negative_cache.workbench.data.sources import Collection, RowTables, Table
 from negative_cache.workbench.data.texts import Texts
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column")
@@ -118,5 +118,5 @@ def _with_split(
     if not isinstance(found, RowTables) or found.corpus:
         return with_own_corpus(data, split, _read(found, options, None))
     name = None if None in found.tables else only_split([name for name in found.tables if name], split, source)
-    rows = read_rows(replace(found, tables={split: found.tables[name]}), options, Texts.of(data.corpus))
+    rows = read_rows(replace(found, tables={split: found.tables[name]}), options, data.corpus)
     return with_rows(data, split, rows)

@@ -27,6 +27,7 @@ import numpy as np
 from negative_cache.workbench.data import minhash
 from negative_cache.workbench.data import splits as splitting
 from negative_cache.workbench.data.retrieval_data import SPLITS, RetrievalData
+from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.files import write_text
 
 NAME = "python-code"
@@ -55,8 +56,8 @@ def load() -> RetrievalData:
     splits = json.loads(path.read_text(encoding="utf-8"))
     return RetrievalData(
         name=NAME,
-        corpus={name: document for pairs in splits.values() for name, _, document in pairs},
-        queries={name: query for pairs in splits.values() for name, query, _ in pairs},
+        corpus=Texts.of({name: document for pairs in splits.values() for name, _, document in pairs}),
+        queries=Texts.of({name: query for pairs in splits.values() for name, query, _ in pairs}),
         qrels={split: {name: [name] for name, _, _ in pairs} for split, pairs in splits.items()},
         form=NAME,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
+MAX_TRAINING_TEXTS = 400_000  # of a tokenizer, up to which all are used
 _T = TypeVar("_T")
 
 
@@ -45,8 +47,8 @@ class RetrievalData:
     """
 
     name: str
-    corpus: Mapping[str, str]
-    queries: Mapping[str, str]
+    corpus: Texts
+    queries: Texts
     qrels: dict[str, dict[str, list[str]]]
     notes: tuple[str, ...] = ()
     ignores_identical_ids: bool = False
@@ -217,7 +219,7 @@ class RetrievalData:
 
     def labels(self) -> np.ndarray:
         """For each document, the position in the corpus of the first one with the same text: int64 `[documents]`."""
-        return Texts.of(self.corpus).first_of_equal()
+        return self.corpus.first_of_equal()
 
     def training_set(self) -> Dataset:
         """A memory-mapped dataset with one row per judged pair of the training split.
@@ -228,7 +230,7 @@ class RetrievalData:
         """
         import datasets  # takes seconds to import
 
-        documents, labels, train = Texts.of(self.corpus), self.labels(), self.judged("train")
+        documents, labels, train = self.corpus, self.labels(), self.judged("train")
         has_negatives = any(query in train for query in self.negatives)
         columns = {"anchor": pyarrow.string(), "positive": pyarrow.string(), "label": pyarrow.list_(pyarrow.int64())}
         if has_negatives:
@@ -244,12 +246,16 @@ class RetrievalData:
                 writer.add(anchor, documents.text(known[at]), ids, *(negatives if has_negatives else ()))
         return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
+    def training_texts(self) -> Iterator[str]:
+        """The queries of the training split, then their documents, each once, for training a tokenizer.
 
-def training_texts(training_set: Dataset) -> Iterator[str]:
-    """The anchors, then the positives, of a training set, read batch by batch."""
-    for name in ("anchor", "positive"):
-        for chunk in training_set.data.column(name).chunks:
-            yield from chunk.to_pylist()
+        Of each kind, these are all texts, or at least `MAX_TRAINING_TEXTS / 2` that are evenly spaced.
+        """
+        train = self.judged("train")
+        documents = dict.fromkeys(document for relevant in train.values() for document in relevant)
+        for texts, keys in ((self.queries, train), (self.corpus, documents)):
+            step = max(1, len(keys) // (MAX_TRAINING_TEXTS // 2))
+            yield from (texts[key] for key in itertools.islice(keys, 0, None, step))
 
 
 def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:

@@ -6,14 +6,14 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-from negative_cache.workbench.data.beir import read_texts
-from negative_cache.workbench.data.folder import find_documents
-from negative_cache.workbench.data.forms import RowReader, most_negatives
+from negative_cache.workbench.data.files.skipping import Skipped
+from negative_cache.workbench.data.forms.reader import RowReader, most_negatives
+from negative_cache.workbench.data.layouts.beir import read_texts
+from negative_cache.workbench.data.layouts.folder import find_documents
+from negative_cache.workbench.data.layouts.sources import RowTables
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 from negative_cache.workbench.data.rows import Collector, Row
-from negative_cache.workbench.data.skipping import Skipped
-from negative_cache.workbench.data.sources import RowTables
 from negative_cache.workbench.data.texts import Texts
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,6 @@ from datasets import Dataset
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.data.retrieval_data import training_texts
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import write_json
@@ -168,7 +166,7 @@ class _Run:
         """Train on all ranks; prepare, evaluate and write on the first one."""
         training_set = self.data.training_set()
         if is_first and not (self.folder / _BEFORE).exists():
-            self._begin(training_texts(training_set))
+            self._begin()
         processes.wait()
         trainer = self._make_trainer(training_set, is_first)
         curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
@@ -189,11 +187,11 @@ class _Run:
             }
             self._finish(trainer, curve, costs, failed)
 
-    def _begin(self, texts: Iterable[str]) -> None:
+    def _begin(self) -> None:
         """Create the folder with the untrained model and its metrics. `before.json` is written last."""
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
-        model = load_model(self.config.model, texts, self.config.seed)
+        model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)

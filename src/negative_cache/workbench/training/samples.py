@@ -17,7 +17,6 @@ from negative_cache.integrations.sentence_transformers import NegativeCacheRanki
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import Run
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
 
@@ -145,7 +144,7 @@ def _search(
     """Search the cache for the queries of `qrels` as a training step does."""
     queries = embed(model, [data.queries[query] for query in qrels])
     positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
-    labels, corpus = torch.from_numpy(data.labels()), Texts.of(data.corpus)
+    labels, corpus = torch.from_numpy(data.labels()), data.corpus
     known = [data.never_negative(query, documents) for query, documents in qrels.items()]
     ids = [labels[[corpus.position(document) for document in documents]] for documents in known]
     positive_ids = pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(queries.device)
@@ -175,7 +174,7 @@ def _search(
 
 def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: RetrievalData) -> list[list[float]]:
     """Pairs of the age in steps and the staleness of up to 512 rows, evenly spaced in the order of age."""
-    corpus, ids = Texts.of(data.corpus), _positions(cache)
+    corpus, ids = data.corpus, _positions(cache)
     rows = (cache.filled & (ids >= 0) & (ids < len(corpus))).nonzero().squeeze(1)
     rows = rows[cache.age[rows].argsort(stable=True)]
     if not len(rows):
@@ -217,4 +216,4 @@ def _numbered_document(data: RetrievalData, number: int) -> dict[str, Any]:
     """The document at a position of the corpus; None for an id that is not in the corpus."""
     if not 0 <= number < len(data.corpus):
         return {"document": None, "text": None}
-    return _document(data, Texts.of(data.corpus).key(number))
+    return _document(data, data.corpus.key(number))

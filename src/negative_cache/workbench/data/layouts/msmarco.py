@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from negative_cache.workbench.data.opening import uncompressed_name
+from negative_cache.workbench.data.files.opening import uncompressed_name
+from negative_cache.workbench.data.files.reading import lines
+from negative_cache.workbench.data.layouts.qrels import qrels_lines
+from negative_cache.workbench.data.layouts.sources import Collection, Table, Triples, split_name
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.qrels import qrels_lines
-from negative_cache.workbench.data.reading import lines
 from negative_cache.workbench.data.retrieval_data import DataError
-from negative_cache.workbench.data.sources import Collection, Table, Triples, split_name
 
 
 def is_msmarco(folder: Path) -> bool:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from negative_cache.workbench.data.columns import quoted
-from negative_cache.workbench.data.reading import lines
+from negative_cache.workbench.data.files.columns import quoted
+from negative_cache.workbench.data.files.reading import lines
+from negative_cache.workbench.data.files.skipping import Skipped
+from negative_cache.workbench.data.layouts.sources import DOCUMENT_ID, GRADE, QUERY_ID, Table
 from negative_cache.workbench.data.retrieval_data import DataError
-from negative_cache.workbench.data.skipping import Skipped
-from negative_cache.workbench.data.sources import DOCUMENT_ID, GRADE, QUERY_ID, Table
 from negative_cache.workbench.data.texts import Texts
 
 _QUERY_IDS = (QUERY_ID, "query_id", "qid")

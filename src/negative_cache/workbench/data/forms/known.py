@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from negative_cache.workbench.data import columns
-from negative_cache.workbench.data.columns import quoted
+from negative_cache.workbench.data.files import columns
+from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError
 

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from negative_cache.workbench.data import columns
-from negative_cache.workbench.data.columns import quoted
-from negative_cache.workbench.data.documents import contents, documents_in, id_in, is_conversation, is_missing
-from negative_cache.workbench.data.known_forms import (
+from negative_cache.workbench.data.files import columns
+from negative_cache.workbench.data.files.columns import quoted
+from negative_cache.workbench.data.files.reading import RawRows, checked_text
+from negative_cache.workbench.data.forms.documents import contents, documents_in, id_in, is_conversation, is_missing
+from negative_cache.workbench.data.forms.known import (
     ANY_NAMES,
     LABELLED_LISTS,
     LISTS,
@@ -20,7 +21,6 @@ from negative_cache.workbench.data.known_forms import (
     with_names,
 )
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.reading import RawRows, checked_text
 from negative_cache.workbench.data.retrieval_data import DataError
 from negative_cache.workbench.data.rows import Document, Row
 

@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from negative_cache.workbench.data.columns import quoted
-from negative_cache.workbench.data.msmarco import find_msmarco, is_msmarco
-from negative_cache.workbench.data.opening import uncompressed_name
-from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.qrels import qrels_lines
-from negative_cache.workbench.data.reading import file_rows
-from negative_cache.workbench.data.retrieval_data import SPLITS, DataError
-from negative_cache.workbench.data.sources import (
+from negative_cache.workbench.data.files.columns import quoted
+from negative_cache.workbench.data.files.opening import uncompressed_name
+from negative_cache.workbench.data.files.reading import file_rows
+from negative_cache.workbench.data.layouts.msmarco import find_msmarco, is_msmarco
+from negative_cache.workbench.data.layouts.qrels import qrels_lines
+from negative_cache.workbench.data.layouts.sources import (
     CORPUS,
     QRELS,
     QUERIES,
@@ -26,6 +24,8 @@ from negative_cache.workbench.data.sources import (
     parts_of,
     split_name,
 )
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.data.retrieval_data import SPLITS, DataError
 
 _KINDS = ("jsonl", "json", "ndjson", "csv", "tsv", "parquet", "arrow")
 _TEXT_QRELS = ("tsv", "txt", "trec")

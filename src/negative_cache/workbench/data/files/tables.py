@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from negative_cache.workbench.data import columns
-from negative_cache.workbench.data.opening import encoding_of, open_text, read_errors
+from negative_cache.workbench.data.files import columns
+from negative_cache.workbench.data.files.opening import encoding_of, open_text, read_errors
 from negative_cache.workbench.data.retrieval_data import DataError
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from negative_cache.workbench.data.columns import quoted
-from negative_cache.workbench.data.reading import checked_text
+from negative_cache.workbench.data.files.columns import quoted
+from negative_cache.workbench.data.files.reading import checked_text
 from negative_cache.workbench.data.retrieval_data import DataError
 from negative_cache.workbench.data.rows import Document
 

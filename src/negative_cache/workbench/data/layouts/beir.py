@@ -7,16 +7,16 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from negative_cache.workbench.data.columns import quoted
-from negative_cache.workbench.data.documents import is_missing
+from negative_cache.workbench.data.files.columns import quoted
+from negative_cache.workbench.data.files.reading import text_in
+from negative_cache.workbench.data.files.skipping import Skipped
+from negative_cache.workbench.data.forms.documents import is_missing
+from negative_cache.workbench.data.layouts.qrels import read_qrels
+from negative_cache.workbench.data.layouts.sources import Collection, Table
+from negative_cache.workbench.data.layouts.triples import read_triples
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.qrels import read_qrels
-from negative_cache.workbench.data.reading import text_in
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
-from negative_cache.workbench.data.skipping import Skipped
-from negative_cache.workbench.data.sources import Collection, Table
 from negative_cache.workbench.data.texts import RepeatedIdError, Texts
-from negative_cache.workbench.data.triples import read_triples
 
 _IDS = ("_id", "id", "docid", "doc_id", "pid", "query_id", "qid")
 _TEXTS = ("text", "contents", "query")

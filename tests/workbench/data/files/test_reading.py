@@ -15,8 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from negative_cache.workbench.data import DataError, load_data, reading
-from negative_cache.workbench.data.reading import file_rows
+from negative_cache.workbench.data import DataError, load_data
+from negative_cache.workbench.data.files import reading
+from negative_cache.workbench.data.files.reading import file_rows
 
 
 def pairs_of(path: Path, content: str) -> list[tuple[str, str]]:

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from negative_cache.workbench.data.columns import check_differ, quoted
-from negative_cache.workbench.data.opening import (
+from negative_cache.workbench.data.files.columns import check_differ, quoted
+from negative_cache.workbench.data.files.opening import (
     encoding_of,
     open_text,
     read_errors,
     uncompressed_name,
 )
+from negative_cache.workbench.data.files.tables import table_rows
 from negative_cache.workbench.data.retrieval_data import DataError
-from negative_cache.workbench.data.tables import table_rows
 
 RawRows = Iterator[tuple[str, Any]]
 """Pairs of a place such as "FILE, line 3", for messages, and the row: a dict of its columns, or a list."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from negative_cache.workbench.data import DataError, DataOptions
-from negative_cache.workbench.data.forms import RowReader
-from negative_cache.workbench.data.reading import file_rows
+from negative_cache.workbench.data.files.reading import file_rows
+from negative_cache.workbench.data.forms.reader import RowReader
 from negative_cache.workbench.data.rows import Collector, Row
 
 

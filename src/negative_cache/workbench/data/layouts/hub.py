@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from negative_cache.workbench.data.folder import find_in_folder
-from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.retrieval_data import DataError
-from negative_cache.workbench.data.sources import (
+from negative_cache.workbench.data.layouts.folder import find_in_folder
+from negative_cache.workbench.data.layouts.sources import (
     CORPUS,
     QRELS,
     QUERIES,
@@ -21,6 +19,8 @@ from negative_cache.workbench.data.sources import (
     narrowed,
     parts_of,
 )
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.data.retrieval_data import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
