@@ -56,7 +56,7 @@ def test_a_tokenizer_is_trained_on_each_text_of_the_training_split_or_on_evenly_
     assert list(found.training_texts()) == ["q", "r", "text a", "text c"]
     monkeypatch.setattr(retrieval_data, "MAX_TRAINING_TEXTS", 6)
     queries = {f"q{number}": f"query {number}" for number in range(9)}
-    many = RetrievalData("set", {"a": "text"}, queries, {"train": dict.fromkeys(queries, ["a"])})
+    many = RetrievalData("set", {"a": "text"}, queries, {"train": {key: ["a"] for key in queries}})
     assert list(many.training_texts()) == ["query 0", "query 3", "query 6", "text"]
 
 

@@ -259,9 +259,8 @@ def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> N
     if comparison.model not in LEARNING_RATES or folder.exists():
         return
     with replacing(folder, ".partial") as temporary:
-        load_model(comparison.model, data.training_texts(), seed).save_pretrained(
-            str(temporary), create_model_card=False
-        )
+        model = load_model(comparison.model, data.training_texts(), seed)
+        model.save_pretrained(str(temporary), create_model_card=False)
 
 
 def _short(record: RunRecord) -> dict[str, Any]:
