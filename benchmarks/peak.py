@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,39 @@ def peak_bytes(call: Callable[[], object], device: torch.device, base: int | Non
         return None
     call()
     return _status("VmHWM") - base
+
+
+class OwnMemory:
+    """Samples the memory of this process that is not pages of files, while it is active as a context manager.
+
+    The system can drop pages of files that are mapped into memory, and reads them again when they are needed.
+
+    Attributes:
+        peak: Largest number of bytes that was seen; None where Linux does not measure it.
+    """
+
+    SECONDS = 0.1  # between two samples
+
+    def __init__(self) -> None:
+        self.peak: int | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> OwnMemory:
+        if STATUS.exists():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.peak = max(self.peak or 0, _status("RssAnon"))
+            if self._is_over.wait(self.SECONDS):
+                return
 
 
 def used_bytes(device: torch.device) -> int | None:
