@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from negative_cache.workbench.data.layouts.qrels import read_qrels
 from negative_cache.workbench.data.layouts.sources import Collection, Table
 from negative_cache.workbench.data.layouts.triples import read_triples
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.texts import RepeatedIdError, Texts
 
 _IDS = ("_id", "id", "docid", "doc_id", "pid", "query_id", "qid")
@@ -101,7 +101,7 @@ def _read(found: Collection, options: DataOptions) -> RetrievalData:
         if not qrels["train"]:
             qrels["train"] = positives
             notes.append(f"{found.name}: the training split has no judgements; its positives are those of the triples.")
-        negatives = _without_relevant(negatives, [positives, *qrels.values()])
+        negatives = without_relevant(negatives, [positives, *qrels.values()])
     notes = list(dict.fromkeys([*found.notes, *notes, *skipped.notes(found.name)]))
     if not any(qrels.values()):
         raise DataError(" ".join([f"{found.name} has no judgements of a relevant document.", *notes]))
@@ -109,17 +109,6 @@ def _read(found: Collection, options: DataOptions) -> RetrievalData:
         found.name, corpus, queries, qrels, tuple(notes),
         grades=grades, negatives=negatives, form=found.form, skipped=skipped.counts,
     )  # fmt: skip
-
-
-def _without_relevant(
-    negatives: dict[str, list[str]], relevant: Sequence[Mapping[str, Sequence[str]]]
-) -> dict[str, list[str]]:
-    """Negatives of each query that are not relevant to it in any split."""
-    kept = {}
-    for query, others in negatives.items():
-        known = {document for split in relevant for document in split.get(query, ())}
-        kept[query] = [document for document in others if document not in known]
-    return {query: others for query, others in kept.items() if others}
 
 
 def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
