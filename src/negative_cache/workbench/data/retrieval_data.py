@@ -116,9 +116,9 @@ class RetrievalData:
             )
         grades = {
             split: {
-                query: others
+                query: kept_grades
                 for query, found in of.items()
-                if (others := {key: grade for key, grade in found.items() if key != query})
+                if (kept_grades := {key: grade for key, grade in found.items() if key != query})
             }
             for split, of in self.grades.items()
         }

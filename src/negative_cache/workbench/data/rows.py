@@ -126,7 +126,10 @@ class Collector:
             )
         key = document.text if document.id is None else document.id
         if key is None or key not in self._corpus:
-            raise DataError(f"{place}: the corpus has no document {(key or '')[:60]!r}.")
+            raise DataError(
+                f"{place}: the corpus has no document {(key or '')[:60]!r}. Rows name documents by id if there is a "
+                "corpus. Add the document to the corpus, or give rows of texts without a corpus."
+            )
         return key
 
 

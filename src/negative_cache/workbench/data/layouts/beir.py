@@ -10,7 +10,7 @@ from typing import Any
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import text_in
 from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.forms.documents import is_missing
+from negative_cache.workbench.data.forms.documents import id_in, is_missing
 from negative_cache.workbench.data.layouts.qrels import read_qrels
 from negative_cache.workbench.data.layouts.sources import Collection, Table
 from negative_cache.workbench.data.layouts.triples import read_triples
@@ -124,9 +124,8 @@ def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, st
 
 
 def _id(row: dict[str, Any], place: str) -> str:
-    name = next((name for name in _IDS if name in row), _IDS[0])
-    value = row.get(name)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(row, name, place)
+    name = next((name for name in _IDS if name in row), None)
+    return text_in(row, _IDS[0], place) if name is None else id_in(row[name], name, place)
 
 
 def _text(row: dict[str, Any], place: str, is_strict: bool) -> str | None:
