@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, Features, LargeList, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
+from negative_cache.integrations.sentence_transformers.collator import list_columns
 from support import ANCHORS, HARD, POSITIVES, run_ranks
 from text_models import cached_texts, encode, make_static, make_tiny, make_trainer, train
 
@@ -213,6 +214,13 @@ DATA = {
     "negative": [HARD[at : at + at % 3] for at in range(12)],
     "negative_label": [[100 + other for other in range(at, min(12, at + at % 3))] for at in range(12)],
 }
+
+
+def test_columns_of_lists_are_found_whatever_wrote_them():
+    small = Dataset.from_dict(DATA)
+    kinds = {"negative": LargeList(Value("large_string")), "positive": Value("large_string")}
+    large = small.cast(Features({**small.features, **kinds}))
+    assert list_columns(small) == list_columns(large) == ["negative", "negative_label"]
 
 
 @pytest.mark.parametrize("kind", ["static", "tiny"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from command_line import invoke
+from command_line import DOCUMENTS, invoke, write_beir
 from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
 from negative_cache.workbench.compare.running import best_rate, extensions, summary
 from negative_cache.workbench.compare.table import command_of_best, verdict
@@ -153,6 +153,19 @@ def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Pat
     assert "negative-cache train" not in text
     ended = invoke("report", output)
     assert ended.exit_code == 2
+
+
+def test_the_documents_of_a_comparison_are_those_that_the_test_split_is_searched_in(data: Path, tmp_path: Path):
+    other = write_beir(tmp_path / "other")
+    with (other / "qrels" / "test.tsv").open("a") as file:  # a query without a relevant document, which counts 0
+        file.write(f"q{next(iter(DOCUMENTS))}\t{next(iter(DOCUMENTS))}\t0\n")
+    ended = invoke(*options(data, tmp_path / "out", "bm25", "--test", str(other)), "--json")
+    assert ended.exit_code == 0, ended.output
+    result = json.loads(ended.stdout)
+    assert (result["data"]["documents"], result["data"]["train_queries"]) == (80, 72)
+    assert result["data"]["test_queries"] == 11
+    values = json.loads((tmp_path / "out" / "runs" / "bm25" / "queries.json").read_text())["after"]["MRR@10"]
+    assert len(values) == 11
 
 
 @pytest.mark.parametrize(

@@ -84,3 +84,18 @@ def test_documents_given_by_id_come_from_the_corpus():
         collected(by_id, corpus=Texts.of({"1": "one"}))
     with pytest.raises(DataError, match=r"f, line 1: the document '2' is given by its id alone.*--corpus"):
         collected(by_id)
+
+
+def test_texts_without_an_id_get_ids_that_no_text_has():
+    given = Row("f, line 1", "p", [Document("a", "d0"), Document("b")], query_id="q0")
+    data = collected(given, Row("f, line 2", "r", [Document("c")]))
+    assert dict(data.queries) == {"q0": "p", "q1": "r"}
+    assert dict(data.corpus) == {"d0": "a", "d1": "b", "d2": "c"}
+    with pytest.raises(DataError, match=r"f, line 2: the id 'd0' was given to an earlier text that has no id"):
+        collected(row("p", "a"), Row("f, line 2", "q", [Document("b", "d0")]))
+
+
+def test_a_query_of_all_rows_has_each_of_its_many_documents_once():
+    rows = (Row("f", "the same", [Document(f"d{number % 20_000}")]) for number in range(40_000))
+    data = collected(*rows)
+    assert data.qrels["train"] == {"q0": list(data.corpus)}

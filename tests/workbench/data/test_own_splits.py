@@ -9,6 +9,7 @@ import pytest
 
 from command_line import write_beir
 from negative_cache.workbench.data import DataError, DataOptions, RetrievalData, load_data
+from negative_cache.workbench.data.own_splits import with_rows
 
 
 def write(path: Path, *pairs: tuple[str, str]) -> str:
@@ -34,6 +35,23 @@ def test_with_a_test_file_the_whole_data_file_is_for_training(tmp_path: Path):
     both = load_data(train, DataOptions(test=test, dev=train))
     assert texts(both, "dev") == texts(data, "train")
     assert texts(both, "test") == texts(data, "test")
+
+
+def test_texts_and_ids_of_two_sources_that_meet_stay_apart():
+    corpus = {"d0": "zero", "test-d0": "other"}
+    first = RetrievalData("first", corpus, {"q0": "p", "q1": "r"}, {"train": {"q0": ["d0"]}})
+    rows = RetrievalData(
+        "rows",
+        {"d0": "new", "e": "zero", "f": "last"},
+        {"q0": "p", "other": "p", "q1": "new query"},
+        {"test": {"q0": ["d0"], "other": ["f", "d0"], "q1": ["e"]}},
+        negatives={"q0": ["e"], "q1": ["d0"]},
+    )
+    data = with_rows(first, "test", rows)
+    assert texts(data, "train") == {"p": ["zero"]}
+    assert texts(data, "test") == {"p": ["new", "last"], "new query": ["zero"]}
+    assert dict(data.corpus) == {**corpus, "test-test-d0": "new", "f": "last"}
+    assert data.negatives == {"test-q1": ["test-test-d0"]}  # "zero" is relevant to "p" in the training split
 
 
 def test_a_file_of_rows_joins_a_beir_folder_in_place_of_its_split(beir: Path, tmp_path: Path):

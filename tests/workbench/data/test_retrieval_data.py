@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from negative_cache.workbench.data import DataError, RetrievalData, retrieval_data
@@ -28,6 +30,20 @@ def test_judgements_of_ignored_documents_are_skipped_and_counted():
     found = data({"a": "q", "b": "q"}, {"a": ["a", "c"], "b": ["b"]}).ignoring_identical_ids()
     assert found.qrels == {"train": {"a": ["c"]}, "test": {}}
     assert found.notes[-1].endswith("; skipped judgements of such documents: 2.")
+
+
+def test_a_query_that_is_judged_for_its_ignored_document_alone_is_no_longer_judged():
+    grades = {"train": {"a": {"a": 2.0}, "b": {"b": 2.0, "c": 0.0}}}
+    given = RetrievalData("set", CORPUS, {"a": "q", "b": "r"}, {"train": {"a": ["a"], "b": ["b", "a"]}}, grades=grades)
+    found = given.ignoring_identical_ids()
+    assert found.graded("train") == {"b": {"a": 1.0, "c": 0.0}}
+
+
+def test_splits_with_corpora_of_their_own_have_no_judgements_in_common():
+    part = data({"y": "r"}, {"y": ["a"]})
+    found = replace(data({"x": "q"}, {"x": ["a"]}), elsewhere={"test": part})
+    with pytest.raises(DataError, match=r"set has splits with a corpus of their own: test.*Name one split"):
+        found.graded("all")
 
 
 @pytest.mark.parametrize(

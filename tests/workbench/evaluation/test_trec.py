@@ -36,6 +36,11 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path, name: str):
     assert keys == sorted(keys)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path: Path):
+    (tmp_path / "run").write_text("q Q0 d 1 0.5 tag\n", encoding="utf-8-sig")
+    assert read_run(tmp_path / "run") == {"q": {"d": 0.5}}
+
+
 def test_qrels_are_read_by_ir_measures_as_they_were_written(tmp_path: Path):
     qrels = {"q": {"a": 1.0, "b": 0.0, "é": 3.0}, "p": {"a": -1.0}}
     write_qrels(tmp_path / "qrels", qrels)

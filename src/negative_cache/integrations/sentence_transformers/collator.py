@@ -100,12 +100,15 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
 
 def list_columns(dataset: Any) -> list[str]:
     """Names of the columns of negatives of a dataset that are lists, and of those with their ids."""
-    names = {
-        field.name
-        for field in dataset.features.arrow_schema
-        if hasattr(field.type, "value_type") and pyarrow.types.is_string(field.type.value_type)
-    } - set(dataset.column_names[:2])
+    schema = dataset.features.arrow_schema
+    names = {field.name for field in schema if _has_lists_of_texts(field)} - set(dataset.column_names[:2])
     return [name for name in dataset.column_names if name in names or name.removesuffix(LABEL_SUFFIX) in names]
+
+
+def _has_lists_of_texts(field: Any) -> bool:
+    """Whether the values of an Arrow field are lists of texts; polars and pandas write them as large ones."""
+    of = getattr(field.type, "value_type", None)
+    return of is not None and (pyarrow.types.is_string(of) or pyarrow.types.is_large_string(of))
 
 
 def _are_lists_of_texts(features: Sequence[dict[str, Any]], name: str) -> bool:

@@ -69,7 +69,7 @@ def _evaluate(
 
     run = None if given["run"] is None else trec.read_run(given["run"])
     data = terminal.load_data(given["data"], given["data_options"])
-    split = split_of(terminal, data, given["split"], given["data_options"])
+    split = split_of(terminal, data, given["split"])
     judged = data.graded(split)
     if given["qrels_out"] is not None:
         trec.write_qrels(given["qrels_out"], judged)
@@ -108,11 +108,11 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
     terminal.out.print(metrics_table("NanoBEIR", result))
 
 
-def split_of(terminal: Terminal, data: RetrievalData, split: str | None, options: DataOptions) -> str:
+def split_of(terminal: Terminal, data: RetrievalData, split: str | None) -> str:
     """The split to evaluate on."""
     if split is not None:
         return split
-    if not data.splits_by_hash or options.test is not None:
+    if not data.splits_by_hash:
         return "test"
     terminal.note(
         f"{data.name} has no splits: all its queries are evaluated. --split test evaluates only those that train would "

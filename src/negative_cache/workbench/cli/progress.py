@@ -20,9 +20,9 @@ from rich.progress import (
 from negative_cache.workbench.cli.terminal import Terminal, escape
 
 if TYPE_CHECKING:
+    from negative_cache.workbench.evaluation import OnProgress
     from negative_cache.workbench.training.record import Metrics, RunRecord
 
-OnProgress = Callable[[int, int], None]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 BAR_WIDTH = 20  # columns

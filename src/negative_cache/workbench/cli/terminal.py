@@ -79,21 +79,14 @@ class Terminal:
         """Show that something is in progress."""
         return self.progress.status(escape(what))
 
-    def load_data(
-        self,
-        source: str,
-        options: DataOptions,
-        split: str | None = None,
-    ) -> RetrievalData:
-        """Load a dataset, and print its notes; if a split is given, check that it has judgements."""
+    def load_data(self, source: str, options: DataOptions) -> RetrievalData:
+        """Load a dataset, and print its notes."""
         with self.waiting("Loading libraries ..."):
             from negative_cache.workbench.data import load_data
         with self.waiting(f"Reading {source} ..."):
             data = load_data(source, options)
             for note in data.notes:
                 self.note(note)
-            if split is not None:
-                data.judged(split)
         return data
 
     def load_model(self, name: str) -> Any:

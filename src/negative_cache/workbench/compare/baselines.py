@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from negative_cache.workbench.compare.comparison import Comparison
-from negative_cache.workbench.compare.isolated import OnProgress
 from negative_cache.workbench.data import DataOptions, load_data
-from negative_cache.workbench.evaluation import depth_of, evaluate, judge_split, means, parse_measures
+from negative_cache.workbench.evaluation import (
+    DEFAULT_MEASURES,
+    OnProgress,
+    depth_of,
+    evaluate,
+    judge_split,
+    means,
+    parse_measures,
+)
 from negative_cache.workbench.evaluation.bm25 import bm25_run
-from negative_cache.workbench.evaluation.measures import DEFAULT_MEASURES
 from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import LEARNING_RATES, load_trained

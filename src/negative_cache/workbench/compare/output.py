@@ -78,7 +78,8 @@ def _markdown(result: dict[str, Any], command: str) -> str:
     if failed := failures_of(result):
         lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
     if result["significance"]:
-        lines += ["", "## Significance", "", SIGNIFICANCE.format(queries=result["data"]["test_queries"], alpha=ALPHA)]
+        (num_queries,) = {found["num_queries"] for found in result["significance"].values()}
+        lines += ["", "## Significance", "", SIGNIFICANCE.format(queries=num_queries, alpha=ALPHA)]
     for measure in result["significance"]:
         pairs = [found.cells() for found in differences_of(result, measure)]
         lines += ["", f"{measure}:", "", *_table(PAIR_COLUMNS, pairs)]

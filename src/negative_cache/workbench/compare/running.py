@@ -65,10 +65,10 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
             for which training fails is left out and listed in the result.
     """
     data = data.with_dev()
-    about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(data.corpus)}
-    about["pairs"] = sum(map(len, data.judged("train").values()))
-    for split in ("train", "dev", "test"):
-        about[f"{split}_queries"] = len(data.judged(split))
+    train, searched = data.judged("train"), data.part("test").corpus
+    about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(searched)}
+    about |= {"pairs": sum(map(len, train.values())), "train_queries": len(train)}
+    about |= {f"{split}_queries": len(data.graded(split)) for split in ("dev", "test")}
     result = _begin(comparison, about)
     runner = _Runner(comparison, data, watcher)
     for spec in comparison.losses:

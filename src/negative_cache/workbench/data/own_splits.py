@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.texts import IdsByText, Texts
 
 
 def with_rows(data: RetrievalData, split: str, rows: RetrievalData) -> RetrievalData:
     """A dataset whose split is that of other rows. Their documents and queries join those of the dataset.
 
-    Equal texts have one id. A text that is new has its id, with the split before it if another text has the id.
+    A text that the dataset has gets its id there. A new text has its own id, with the split before it if another text
+    has the id.
 
     Args:
         data: The dataset.
@@ -25,18 +26,19 @@ def with_rows(data: RetrievalData, split: str, rows: RetrievalData) -> Retrieval
     def renamed(found: Iterable[str]) -> list[str]:
         return list(found) if documents is None else [documents[document] for document in found]
 
-    positives = {queries[query]: renamed(found) for query, found in rows.qrels[split].items()}
+    positives: dict[str, list[str]] = {}
+    for query, found in rows.qrels[split].items():
+        known = positives.get(queries[query], [])
+        positives[queries[query]] = list(dict.fromkeys([*known, *renamed(found)]))
+    qrels = {**data.qrels, split: positives}
     negatives = {queries[query]: renamed(others) for query, others in rows.negatives.items()} | data.negatives
     return replace(
         data,
         corpus=corpus,
         queries=all_queries,
-        qrels={**data.qrels, split: positives},
+        qrels=qrels,
         grades={name: grades for name, grades in data.grades.items() if name != split},
-        negatives={
-            query: [document for document in others if document not in positives.get(query, ())]
-            for query, others in negatives.items()
-        },
+        negatives=without_relevant(negatives, qrels.values()),
         notes=tuple(dict.fromkeys([*data.notes, *rows.notes])),
         skipped=_added(data, rows),
         elsewhere={name: part for name, part in data.elsewhere.items() if name != split},
@@ -98,9 +100,13 @@ def _joined(first: Mapping[str, str], others: Mapping[str, str], prefix: str) ->
     ids: dict[str, str] = {}
     new: dict[str, str] = {}  # new id -> id in `others`
     for key, text in others.items():
-        ids[key] = known.find(text) or (f"{prefix}-{key}" if key in texts else key)
-        if ids[key] not in texts:
-            new[ids[key]] = key
+        own = known.find(text)
+        if own is None:
+            own = key
+            while own in texts or own in new:
+                own = f"{prefix}-{own}"
+            new[own] = key
+        ids[key] = own
     return ids, texts.followed_by((key, others[other]) for key, other in new.items())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -115,7 +115,11 @@ class RetrievalData:
                 "query. Leave it out."
             )
         grades = {
-            split: {query: {key: grade for key, grade in found.items() if key != query} for query, found in of.items()}
+            split: {
+                query: kept_grades
+                for query, found in of.items()
+                if (kept_grades := {key: grade for key, grade in found.items() if key != query})
+            }
             for split, of in self.grades.items()
         }
         note = (
@@ -170,7 +174,10 @@ class RetrievalData:
                 taken.add(query)
                 left -= len(train[query])
         if not taken:
-            raise DataError(f"--max-train-pairs is {number:,}, but each training query of {self.name} has more pairs.")
+            raise DataError(
+                f"--max-train-pairs is {number:,}, but each training query of {self.name} has more pairs. Give "
+                f"{min(map(len, train.values())):,} or more."
+            )
         if len(taken) == len(train):
             return self
         qrels = {**self.qrels, "train": _parted(train, taken, True)}
@@ -201,11 +208,16 @@ class RetrievalData:
         """Judgements of a split, or of all splits together for "all".
 
         Raises:
-            DataError: The split has no judgements.
+            DataError: The split has no judgements; or for "all", a split has a corpus of its own.
         """
         if split in self.elsewhere:
             return self.elsewhere[split].judged(split)
         if split == "all":
+            if self.elsewhere:
+                raise DataError(
+                    f"{self.name} has splits with a corpus of their own: {', '.join(self.elsewhere)}. They cannot be "
+                    "searched together. Name one split instead of 'all'."
+                )
             together: dict[str, list[str]] = {}
             for qrels in self.qrels.values():
                 for query, documents in qrels.items():
@@ -256,6 +268,18 @@ class RetrievalData:
         for texts, keys in ((self.queries, train), (self.corpus, documents)):
             step = max(1, len(keys) // (MAX_TRAINING_TEXTS // 2))
             yield from (texts[key] for key in itertools.islice(keys, 0, None, step))
+
+
+def without_relevant(
+    negatives: Mapping[str, Sequence[str]], qrels: Iterable[Mapping[str, Sequence[str]]]
+) -> dict[str, list[str]]:
+    """Negatives of each query that has a relevant document, without those that are relevant to it in any split."""
+    splits, kept = list(qrels), {}
+    for query, others in negatives.items():
+        known = {document for split in splits for document in split.get(query, ())}
+        if known and (left := [document for document in others if document not in known]):
+            kept[query] = left
+    return kept
 
 
 def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:

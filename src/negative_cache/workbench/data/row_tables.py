@@ -23,8 +23,8 @@ def read_rows(found: RowTables, options: DataOptions, corpus: Texts | None = Non
     Args:
         found: The tables.
         options: How they are read.
-        corpus: The documents that rows refer to by id, unless `found` or the rows name a corpus of their own. Without
-            `options.corpus`, rows that have texts do not use it.
+        corpus: The documents that rows refer to by id. Without `options.corpus`, a corpus of `found` or of the rows
+            themselves takes its place, and rows that have texts do not use it.
 
     Raises:
         DataError: A row cannot be used, or there are none.
@@ -34,17 +34,22 @@ def read_rows(found: RowTables, options: DataOptions, corpus: Texts | None = Non
     readers: list[tuple[str | None, RowReader]] = []
     paths: dict[Path, None] = {}
     has_one = sum(map(len, found.tables.values())) == 1
+    has_ids = bool(found.corpus) or options.corpus is not None
     for split, tables in found.tables.items():
         for table in tables:
-            reader = RowReader(found.name if has_one else table.name, table.rows(), options)
+            reader = RowReader(found.name if has_one else table.name, table.rows(), options, has_ids)
             readers.append((split, reader))
             paths.update((Path(table.name).parent / path, None) for path in reader.corpus_paths)
-    if documents := found.corpus or [table for path in paths for table in find_documents(path, options, notes)]:
+    is_given = corpus is not None and options.corpus is not None
+    if is_given and (found.corpus or paths):
+        notes.append(f"{found.name}: its own corpus is not read, because --corpus names another one.")
+    elif documents := found.corpus or [table for path in paths for table in find_documents(path, options, notes)]:
         corpus = read_texts(documents, "documents", options, notes, skipped)
+        has_ids = True
     rows = ((row, split) for split, reader in readers for row in reader)
     first = next(rows, None)
-    is_by_id = bool(documents) or options.corpus is not None or (first is not None and _is_by_id(first[0]))
-    collector = Collector(corpus if is_by_id else None, most_negatives(options.negatives))
+    has_ids = has_ids or (first is not None and _is_by_id(first[0]))
+    collector = Collector(corpus if has_ids else None, most_negatives(options.negatives))
     for row, split in rows if first is None else itertools.chain([first], rows):
         collector.add(row, split)
     for _, reader in readers:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pyarrow
 
-from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.splits import Groups, split_of
 from negative_cache.workbench.data.texts import ArrowWriter, Texts
 
@@ -71,12 +71,13 @@ class Collector:
         """
         query = self._queries.add(row.query, row.query_id, row.place)
         relevant = self._positives.setdefault(split or _BY_HASH, {}).setdefault(query, [])
-        _extend(relevant, [self._document(document, row.place) for document in row.positives])
+        relevant.extend(self._document(document, row.place) for document in row.positives)
         if row.negatives:
             others = self._negatives.setdefault(query, [])
             room = len(row.negatives) if self._most_negatives is None else self._most_negatives - len(others)
             self._num_left_out += max(0, len(row.negatives) - room)
-            _extend(others, [self._document(document, row.place) for document in row.negatives[:room]])
+            found = (self._document(document, row.place) for document in row.negatives[:room])
+            others.extend(found if self._most_negatives is None else [key for key in found if key not in others])
 
     def finish(
         self, name: str, form: str, notes: Sequence[str] = (), skipped: dict[str, int] | None = None
@@ -91,6 +92,9 @@ class Collector:
         qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         groups = Groups()
         skipped = dict(skipped or {})
+        for by_query in (*self._positives.values(), self._negatives):
+            for query, documents in by_query.items():
+                by_query[query] = list(dict.fromkeys(documents))
         for positives in self._positives.values():
             for query in [query for query, documents in positives.items() if not documents]:
                 del positives[query]
@@ -103,17 +107,13 @@ class Collector:
             qrels[split_of(corpus[groups.root(documents[0])])][query] = documents
         for split, positives in self._positives.items():
             qrels.setdefault(split, {}).update(positives)
-        negatives = {}
-        for query, others in self._negatives.items():
-            known = {document for of_split in qrels.values() for document in of_split.get(query, ())}
-            if known and (kept := [document for document in others if document not in known]):
-                negatives[query] = kept
         if self._num_left_out:
             beyond = f"negatives beyond the first {self._most_negatives} of their query, which are not used"
             notes = [*notes, f"{name}: {beyond}: {self._num_left_out:,}."]
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes),
-            negatives=negatives, form=form, skipped=skipped, splits_by_hash=bool(unassigned),
+            negatives=without_relevant(self._negatives, qrels.values()), form=form, skipped=skipped,
+            splits_by_hash=bool(unassigned),
         )  # fmt: skip
 
     def _document(self, document: Document, place: str) -> str:
@@ -126,7 +126,10 @@ class Collector:
             )
         key = document.text if document.id is None else document.id
         if key is None or key not in self._corpus:
-            raise DataError(f"{place}: the corpus has no document {(key or '')[:60]!r}.")
+            raise DataError(
+                f"{place}: the corpus has no document {(key or '')[:60]!r}. Rows name documents by id if there is a "
+                "corpus. Add the document to the corpus, or give rows of texts without a corpus."
+            )
         return key
 
 
@@ -135,21 +138,27 @@ class _Distinct:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
+        self._num_made = 0  # ids, with those that a text had before
         self._ids: dict[bytes, str] = {}  # of texts without an id, by the hash of the text
         self._hashes: dict[str, bytes] = {}  # of texts with an id
         self._writer = ArrowWriter({"id": pyarrow.string(), "text": pyarrow.string()})
 
     def add(self, text: str, key: str | None, place: str) -> str:
-        """The id of a text, which is written if it is new."""
+        """The id of a text, which is written if it is new.
+
+        Raises:
+            DataError: The id has another text.
+        """
         found = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key is None:
             known = self._ids.get(found)
             if known is None:
-                known = self._ids[found] = f"{self._prefix}{len(self._ids)}"
+                known = self._ids[found] = self._made_id()
                 self._writer.add(known, text)
             return known
         saved = self._hashes.get(key)
         if saved is None:
+            self._check_not_made(key, place)
             self._hashes[key] = found
             self._writer.add(key, text)
         elif saved != found:
@@ -161,6 +170,16 @@ class _Distinct:
         self._ids, self._hashes = {}, {}
         return Texts(self._writer.finish())
 
+    def _made_id(self) -> str:
+        while (key := f"{self._prefix}{self._num_made}") in self._hashes:
+            self._num_made += 1
+        self._num_made += 1
+        return key
 
-def _extend(documents: list[str], others: list[str]) -> None:
-    documents.extend(document for document in dict.fromkeys(others) if document not in documents)
+    def _check_not_made(self, key: str, place: str) -> None:
+        number = key.removeprefix(self._prefix)
+        if number.isdecimal() and key == f"{self._prefix}{int(number)}" and int(number) < self._num_made:
+            raise DataError(
+                f"{place}: the id {key!r} was given to an earlier text that has no id. Give ids to all texts or to "
+                "none, or rename this one."
+            )

@@ -95,7 +95,7 @@ def _reading(path: Path) -> Iterator[Iterable[str]]:
     with path.open("rb") as file:
         is_compressed = file.read(2) == _GZIP
     opening: Callable[..., IO[str]] = gzip.open if is_compressed else open
-    with opening(path, "rt", encoding="utf-8") as lines:
+    with opening(path, "rt", encoding="utf-8-sig") as lines:
         try:
             yield lines
         except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:

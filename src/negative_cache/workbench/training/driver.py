@@ -7,6 +7,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ class _Run:
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if self.options.cache_tokens:
-            cache_tokens(model, [*self.data.queries.values(), *self.data.corpus.values()])
+            cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
         return make_trainer(
             self.folder,
             self.config,

@@ -110,7 +110,7 @@ def test_judgements_without_a_grade_are_relevant_and_one_file_of_them_is_the_tes
     assert data.judged("test") == {"q3": ["d4"]}
     assert data.grades == {}
     assert [note.partition(": ")[2] for note in data.notes] == [
-        "the judgements of qrels.parquet are taken for the split 'test'."
+        "the judgements of 'qrels.parquet' are taken for the split 'test'."
     ]
 
 
@@ -194,6 +194,32 @@ def test_pairs_may_have_the_ids_of_a_corpus(tmp_path: Path):
         load_data(str(rows), DataOptions(corpus=str(corpus)))
 
 
+def test_ids_of_a_corpus_may_be_numbers(tmp_path: Path):
+    corpus = write(tmp_path / "corpus.jsonl", [{"_id": number, "text": f"text {number}"} for number in range(3)])
+    options = DataOptions(corpus=str(corpus))
+    rows = write(tmp_path / "rows.jsonl", [{"query": "who", "pos": [2, "0"], "neg": [1]}])
+    data = load_data(str(rows), options)
+    assert data.judged("all") == {"q0": ["2", "0"]}
+    assert data.negatives == {"q0": ["1"]}
+    clicks = tmp_path / "clicks.tsv"
+    clicks.write_text("who is it\t2\nwhat is it\t0\n")
+    assert list(load_data(str(clicks), options).judged("all").values()) == [["2"], ["0"]]
+
+
+def test_the_corpus_that_is_given_takes_the_place_of_the_own_one(tmp_path: Path):
+    given = write(tmp_path / "given.jsonl", CORPUS)
+    options = DataOptions(corpus=str(given))
+    write(tmp_path / "set" / "corpus.jsonl", CORPUS[:1])
+    write(tmp_path / "set" / "train.jsonl", BY_ID)
+    data = load_data(str(tmp_path / "set"), options)
+    assert len(data.corpus) == 5
+    assert "set: its own corpus is not read, because --corpus names another one." in data.notes
+    path = tmp_path / "train.json"
+    row = {"question": "who", "pos_doc": [{"id": "d1"}], "neg_doc": []}
+    path.write_text(json.dumps({"corpus": [{"path": "is/missing"}], "data": [row]}))
+    assert load_data(str(path), options).judged("all") == {"q0": ["d1"]}
+
+
 def test_the_corpus_that_a_file_of_rows_names_is_read(tmp_path: Path):
     write(tmp_path / "corpus" / "wiki" / "train.parquet", [{"id": row["_id"], "text": row["text"]} for row in CORPUS])
     (tmp_path / "corpus" / "wiki" / "merlin_metadata.json").write_text('{"class": "TextQADataset"}')
@@ -209,7 +235,7 @@ def test_the_corpus_that_a_file_of_rows_names_is_read(tmp_path: Path):
 def test_two_names_of_a_split_are_refused(tmp_path: Path):
     for name in ("validation.jsonl", "dev.jsonl"):
         write(tmp_path / name, [{"query": "a", "positive": "b"}])
-    with pytest.raises(DataError, match="'dev' and 'validation' are the same split"):
+    with pytest.raises(DataError, match=f"{tmp_path}: 'dev' and 'validation' are the same split"):
         load_data(str(tmp_path))
 
 

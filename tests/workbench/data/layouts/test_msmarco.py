@@ -64,6 +64,22 @@ def test_triples_of_texts_give_positives_if_nothing_else_does(folder: Path):
     )
 
 
+def test_the_encoding_that_is_detected_is_said(folder: Path):
+    with (folder / "collection.tsv").open("ab") as file:
+        file.write("6\tCafé à la crème, déjà vu à Orléans\n".encode("cp1252"))
+    data = load_data(str(folder))
+    assert data.corpus["6"].startswith("Café à la crème")
+    (note,) = data.notes
+    assert note.startswith(f"{folder / 'collection.tsv'}: not UTF-8; read as cp1252")
+
+
+def test_two_files_of_judgements_of_a_split_are_refused(folder: Path):
+    for name in ("qrels.dev.tsv", "qrels.validation.tsv"):
+        (folder / name).write_text("12\t0\t2\t1\n")
+    with pytest.raises(DataError, match=r"qrels.dev.tsv and .*qrels.validation.tsv are of the same split. Remove one"):
+        load_data(str(folder))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -93,9 +93,9 @@ def checked_text(text: object, key: str, place: str) -> str:
     return text
 
 
-def lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, str]]:
-    """Non-blank lines of a text file, each with its place."""
-    return _lines(path, encoding_of(path, encoding, []))
+def lines(path: Path, encoding: str | None, notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Non-blank lines of a text file, each with its place; see `encoding_of`."""
+    return _lines(path, encoding_of(path, encoding, notes))
 
 
 def _lines(path: Path, encoding: str) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,7 @@ class RowReader:
         name: The name of the file or dataset, for messages.
         rows: Its rows; see `file_rows`.
         options: How they are read.
+        has_ids: Whether a text in the columns of documents is the id of a document, whatever the form.
 
     Attributes:
         form: The form, such as "pairs", "triplets" or "DPR".
@@ -47,7 +48,7 @@ class RowReader:
             cannot be used.
     """
 
-    def __init__(self, name: str, rows: RawRows, options: DataOptions) -> None:
+    def __init__(self, name: str, rows: RawRows, options: DataOptions, has_ids: bool = False) -> None:
         self._name, self._options = name, options
         self._most_negatives = most_negatives(options.negatives)
         self.skipped: dict[str, int] = {}
@@ -61,13 +62,14 @@ class RowReader:
         place, row = first
         self._form = form_of(row, place, options)
         named = with_names(self._form, row, place)
+        self._has_ids = has_ids or self._form.has_ids or bool(self.corpus_paths)
         if self._form == LISTS:
-            _check_no_numbers(named, place)
+            texts = list(named.values())
+            _check_no_numbers(texts[:1] if self._has_ids else texts, place)
         self._names, self._first = tuple(named), columns_of(named, self._form, place, options)
         self._columns: dict[tuple[str, ...], Columns] = {}
         self._read_names: set[str] = set()
         self._unused: set[str] = set()
-        self._has_ids = self._form.has_ids or bool(self.corpus_paths)
         self._counts = {"prompt": 0, "system message": 0, "left out": 0, "list": 0}
         seen = [first]
         self._label = None if self._first.negatives else columns.first_of(columns.LABEL, named)
@@ -252,9 +254,9 @@ def most_negatives(given: str) -> int | None:
     return int(given)
 
 
-def _check_no_numbers(row: dict[str, Any], place: str) -> None:
+def _check_no_numbers(texts: list[Any], place: str) -> None:
     """Refuse a number in the first of the rows without names, which is rather an id or a label than a text."""
-    for number, value in enumerate(row.values(), start=1):
+    for number, value in enumerate(texts, start=1):
         if isinstance(value, str) and columns.is_number(value):
             raise DataError(
                 f"{place}: value {number} is the number {value!r}; without names of columns, expected texts: a query, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import text_in
 from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.forms.documents import is_missing
+from negative_cache.workbench.data.forms.documents import id_in, is_missing
 from negative_cache.workbench.data.layouts.qrels import read_qrels
 from negative_cache.workbench.data.layouts.sources import Collection, Table
 from negative_cache.workbench.data.layouts.triples import read_triples
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData
+from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.texts import RepeatedIdError, Texts
 
 _IDS = ("_id", "id", "docid", "doc_id", "pid", "query_id", "qid")
@@ -101,7 +101,7 @@ def _read(found: Collection, options: DataOptions) -> RetrievalData:
         if not qrels["train"]:
             qrels["train"] = positives
             notes.append(f"{found.name}: the training split has no judgements; its positives are those of the triples.")
-        negatives = _without_relevant(negatives, [positives, *qrels.values()])
+        negatives = without_relevant(negatives, [positives, *qrels.values()])
     notes = list(dict.fromkeys([*found.notes, *notes, *skipped.notes(found.name)]))
     if not any(qrels.values()):
         raise DataError(" ".join([f"{found.name} has no judgements of a relevant document.", *notes]))
@@ -109,17 +109,6 @@ def _read(found: Collection, options: DataOptions) -> RetrievalData:
         found.name, corpus, queries, qrels, tuple(notes),
         grades=grades, negatives=negatives, form=found.form, skipped=skipped.counts,
     )  # fmt: skip
-
-
-def _without_relevant(
-    negatives: dict[str, list[str]], relevant: Sequence[Mapping[str, Sequence[str]]]
-) -> dict[str, list[str]]:
-    """Negatives of each query that are not relevant to it in any split."""
-    kept = {}
-    for query, others in negatives.items():
-        known = {document for split in relevant for document in split.get(query, ())}
-        kept[query] = [document for document in others if document not in known]
-    return {query: others for query, others in kept.items() if others}
 
 
 def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, str, str]]:
@@ -135,9 +124,8 @@ def _distinct(entries: Iterator[tuple[str, str, str]]) -> Iterator[tuple[str, st
 
 
 def _id(row: dict[str, Any], place: str) -> str:
-    name = next((name for name in _IDS if name in row), _IDS[0])
-    value = row.get(name)
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_in(row, name, place)
+    name = next((name for name in _IDS if name in row), None)
+    return text_in(row, _IDS[0], place) if name is None else id_in(row[name], name, place)
 
 
 def _text(row: dict[str, Any], place: str, is_strict: bool) -> str | None:

@@ -55,7 +55,7 @@ def find_in_folder(folder: Path, options: DataOptions, chosen: str | None = None
     if parts := parts_of(entries, str(folder), chosen):
         found = _collection(folder, {part: entries[name] for part, name in parts.items()}, options)
         return narrowed(found, parts, chosen)
-    files = _rows_by_split(entries)
+    files = _rows_by_split(entries, folder)
     if not files:
         raise DataError(_advice(folder, entries))
     if QUERIES in entries:
@@ -134,8 +134,8 @@ def _collection(folder: Path, parts: dict[str, list[Path]], options: DataOptions
     if not judged:
         raise DataError(f"{folder} has no judgements. Expected files such as qrels/train.tsv and qrels/test.tsv.")
     notes += _unread(folder, set(parts[QRELS]) - set(judged))
-    if any(_stem(path) == QRELS for path in judged):
-        notes.append(f"{folder}: the judgements of {judged[0].name} are taken for the split {_ONLY_SPLIT!r}.")
+    if whole := [path.name for path in judged if _stem(path) == QRELS]:
+        notes.append(f"{folder}: the judgements of {quoted(whole)} are taken for the split {_ONLY_SPLIT!r}.")
     qrels = {
         split: [_qrels_table(path, options, notes) for path in paths]
         for split, paths in by_split(_by_name(judged, f"{QRELS}."), str(folder)).items()
@@ -157,7 +157,7 @@ def _by_name(paths: Iterable[Path], prefix: str = "") -> dict[str, list[Path]]:
     return found
 
 
-def _rows_by_split(entries: dict[str, list[Path]]) -> dict[str, list[Path]]:
+def _rows_by_split(entries: dict[str, list[Path]], folder: Path) -> dict[str, list[Path]]:
     """Split -> files of rows, for the splits that the names of files say; they may be in the folder "data"."""
     found = dict(entries)
     if not any(split_name(name) in SPLITS for name in entries):
@@ -167,7 +167,7 @@ def _rows_by_split(entries: dict[str, list[Path]]) -> dict[str, list[Path]]:
         for name, paths in found.items()
         if split_name(name) in SPLITS
     }
-    return by_split({name: paths for name, paths in rows.items() if paths}, "The files of rows")
+    return by_split({name: paths for name, paths in rows.items() if paths}, str(folder))
 
 
 def _tables(paths: Iterable[Path], options: DataOptions, notes: list[str]) -> list[Table]:
@@ -176,7 +176,7 @@ def _tables(paths: Iterable[Path], options: DataOptions, notes: list[str]) -> li
 
 def _qrels_table(path: Path, options: DataOptions, notes: list[str]) -> Table:
     if _kind(path) in _TEXT_QRELS:
-        return Table(str(path), partial(qrels_lines, path, options.encoding))
+        return Table(str(path), partial(qrels_lines, path, options.encoding, notes))
     return _tables([path], options, notes)[0]
 
 
@@ -198,4 +198,4 @@ def _advice(folder: Path, entries: dict[str, list[Path]]) -> str:
 
 def _is_readable(folder: Path) -> bool:
     entries = _entries(folder)
-    return is_msmarco(folder) or bool({CORPUS, QUERIES} <= entries.keys() or _rows_by_split(entries))
+    return is_msmarco(folder) or bool({CORPUS, QUERIES} <= entries.keys() or _rows_by_split(entries, folder))

@@ -24,7 +24,7 @@ def find_msmarco(folder: Path, options: DataOptions) -> Collection:
     """The collection.tsv, queries.*.tsv, qrels.*.tsv and triples of a folder.
 
     Raises:
-        DataError: There are no queries, or neither judgements nor triples.
+        DataError: There are no queries, or neither judgements nor triples, or two files of judgements of a split.
     """
     queries = _files(folder, r".*queries.*\.tsv")
     qrels = _files(folder, r".*qrels.*\.(tsv|txt)")
@@ -34,17 +34,23 @@ def find_msmarco(folder: Path, options: DataOptions) -> Collection:
         raise DataError(f"{folder} has a collection.tsv, but no queries; expected files such as queries.train.tsv.")
     if not qrels and not triples:
         raise DataError(f"{folder} has no judgements; expected qrels.train.tsv, qrels.dev.small.tsv or triples*.tsv.")
-    splits = {_split(path): [Table(str(path), partial(qrels_lines, path, options.encoding))] for path in qrels}
+    notes: list[str] = []
+    encoding = options.encoding
+    splits: dict[str, list[Table]] = {}
+    for path in qrels:
+        if (split := _split(path)) in splits:
+            raise DataError(f"{folder}: {splits[split][0].name} and {path} are of the same split. Remove one.")
+        splits[split] = [Table(str(path), partial(qrels_lines, path, encoding, notes))]
     if "dev" not in splits and "dev.small" in splits:
         splits["dev"] = splits.pop("dev.small")
-    encoding = options.encoding
     return Collection(
         folder.resolve().name,
         "MS MARCO folder",
-        {"collection": [_texts(path, encoding) for path in _files(folder, r"collection\.tsv")]},
-        {"queries": [_texts(path, encoding) for path in queries]},
+        {"collection": [_texts(path, encoding, notes) for path in _files(folder, r"collection\.tsv")]},
+        {"queries": [_texts(path, encoding, notes) for path in queries]},
         splits,
-        [Triples(Table(str(path), partial(_fields, path, encoding, 3)), bool(by_ids)) for path in triples],
+        [Triples(Table(str(path), partial(_fields, path, encoding, notes, 3)), bool(by_ids)) for path in triples],
+        notes,
     )
 
 
@@ -64,18 +70,18 @@ def _split(path: Path) -> str:
     return split_name(name.replace("qrels", "").strip(".-_")) or "test"
 
 
-def _texts(path: Path, encoding: str | None) -> Table:
-    return Table(str(path), partial(_text_rows, path, encoding))
+def _texts(path: Path, encoding: str | None, notes: list[str]) -> Table:
+    return Table(str(path), partial(_text_rows, path, encoding, notes))
 
 
-def _text_rows(path: Path, encoding: str | None) -> Iterator[tuple[str, dict[str, str]]]:
-    for place, (key, text) in _fields(path, encoding, 2):
+def _text_rows(path: Path, encoding: str | None, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    for place, (key, text) in _fields(path, encoding, notes, 2):
         yield place, {"_id": key, "text": text}
 
 
-def _fields(path: Path, encoding: str | None, width: int) -> Iterator[tuple[str, list[str]]]:
+def _fields(path: Path, encoding: str | None, notes: list[str], width: int) -> Iterator[tuple[str, list[str]]]:
     """The values of each line, separated by tabs."""
-    for place, line in lines(path, encoding):
+    for place, line in lines(path, encoding, notes):
         fields = line.split("\t")
         if len(fields) != width:
             raise DataError(f"{place}: expected {width} columns, separated by tabs, got {len(fields)}: {line[:80]!r}.")

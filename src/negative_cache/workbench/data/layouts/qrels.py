@@ -57,14 +57,14 @@ def read_qrels(
     )
 
 
-def qrels_lines(path: Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """Place and judgement, from the lines of a file of BEIR (3 columns) or TREC (4 columns).
+def qrels_lines(path: Path, encoding: str | None, notes: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place and judgement, from the lines of a file of BEIR (3 columns) or TREC (4 columns); see `encoding_of`.
 
     Raises:
         DataError: A line has another form.
     """
     delimiter, width = None, 0
-    for number, (place, text) in enumerate(lines(path, encoding)):
+    for number, (place, text) in enumerate(lines(path, encoding, notes)):
         if number == 0:
             delimiter = "\t" if "\t" in text else None  # None: any number of blanks
             width = len(text.split(delimiter))

@@ -9,7 +9,6 @@ from negative_cache.workbench.data.files.skipping import Skipped
 from negative_cache.workbench.data.forms.reader import most_negatives
 from negative_cache.workbench.data.layouts.sources import Triples
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.retrieval_data import DataError
 from negative_cache.workbench.data.texts import IdsByText, Texts
 
 
@@ -19,14 +18,11 @@ def read_triples(
     """The positives and the negatives of each query, both in the order of the files.
 
     Args:
-        triples: Tables whose rows are lists of a query, a positive and a negative.
+        triples: The triples; each row is a list of a query, a positive and a negative.
         corpus: The documents.
         queries: The queries.
         options: Its `negatives` says how many negatives of a query are kept.
         skipped: Triples of unknown queries and documents are added to it.
-
-    Raises:
-        DataError: A row has another form.
     """
     limit = most_negatives(options.negatives)
     positives: dict[str, dict[str, None]] = {}
@@ -48,10 +44,8 @@ def _with_ids(
     """Place, and ids of the query, the positive and the negative; None for what is not known."""
     for table, are_ids in triples:
         find_query, find_document = (_known(texts) if are_ids else IdsByText(texts).find for texts in (queries, corpus))
-        for place, row in table.rows():
-            if len(row) != 3:
-                raise DataError(f"{place}: expected 3 columns (query, positive, negative), got {len(row)}.")
-            yield place, find_query(row[0]), find_document(row[1]), find_document(row[2])
+        for place, (query, positive, negative) in table.rows():
+            yield place, find_query(query), find_document(positive), find_document(negative)
 
 
 def _lists(found: dict[str, dict[str, None]]) -> dict[str, list[str]]:
