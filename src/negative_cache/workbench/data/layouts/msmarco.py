@@ -50,7 +50,7 @@ def find_msmarco(folder: Path, options: DataOptions) -> Collection:
         {"queries": [_texts(path, encoding, notes) for path in queries]},
         splits,
         [Triples(Table(str(path), partial(_fields, path, encoding, notes, 3)), bool(by_ids)) for path in triples],
-        notes,
+        notes=notes,
     )
 
 
