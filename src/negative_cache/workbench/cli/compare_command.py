@@ -38,7 +38,8 @@ def compare(
         str | None, typer.Option(help="Comma-separated. Default: 0.4, 1 and 2.5 times the default of the model.")
     ] = None,
     gradcache_factor: Annotated[int, typer.Option(help="Factor that multiplies the batch size for gradcache.")] = 16,
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -23,7 +23,8 @@ MAX_GRADES = 6  # in the table; --json has all
 @opt.takes_data_options()
 def data(
     source: Annotated[str, typer.Argument(metavar="DATA", help=opt.DATA_HELP)],
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    data_options: DataOptions,
     model: Annotated[
         str | None, typer.Option(help="Count the tokens of this model; default: count words. A name or path.")
     ] = None,

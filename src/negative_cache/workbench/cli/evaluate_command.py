@@ -41,8 +41,9 @@ def evaluate(
     nanobeir: Annotated[
         str | None, typer.Option(help="Evaluate on NanoBEIR from the hub: all, or names such as msmarco,nq.")
     ] = None,
-    encoding_options: dict[str, Any] = {},  # noqa: B006
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    encoding_options: dict[str, Any],
+    data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -22,8 +22,9 @@ def search(
     model: opt.TrainedModel,
     data: opt.Data,
     num_results: Annotated[int, typer.Option("--num-results", "-n", min=1, help="Documents per query.")] = 5,
-    encoding_options: dict[str, Any] = {},  # noqa: B006
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    encoding_options: dict[str, Any],
+    data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

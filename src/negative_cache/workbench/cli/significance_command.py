@@ -36,7 +36,8 @@ def significance(
         str | None, typer.Option(help="Compare each system with this one only. Default: all pairs.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

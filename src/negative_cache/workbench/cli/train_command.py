@@ -60,7 +60,8 @@ def train(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
-    data_options: DataOptions = DataOptions(),  # noqa: B008
+    *,
+    data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -247,8 +247,13 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    result = {"configuration": configuration, "data": about, "learning_rates": comparison.rates(), "losses": losses}
-    result["significance"] = {}
+    result = {
+        "configuration": configuration,
+        "data": about,
+        "learning_rates": comparison.rates(),
+        "losses": losses,
+        "significance": {},
+    }
     write_json(path, result)
     return result
 

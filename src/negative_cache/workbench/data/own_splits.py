@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from negative_cache.workbench.data.files.skipping import Skipped
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.texts import IdsByText, Texts
 
@@ -111,5 +112,7 @@ def _joined(first: Mapping[str, str], others: Mapping[str, str], prefix: str) ->
 
 
 def _added(data: RetrievalData, other: RetrievalData) -> dict[str, int]:
-    names = dict.fromkeys([*data.skipped, *other.skipped])
-    return {name: data.skipped.get(name, 0) + other.skipped.get(name, 0) for name in names}
+    skipped = Skipped()
+    for counts in (data.skipped, other.skipped):
+        skipped.add_counts(counts)
+    return skipped.counts

@@ -44,10 +44,10 @@ class Texts(Mapping[str, str]):
 
     def __init__(self, table: pyarrow.Table) -> None:
         self._ids, self._texts = table.column("id"), table.column("text")
-        hashes = np.fromiter(map(hash, self), dtype=np.int64, count=len(self._ids))
-        self._order = hashes.argsort(kind="stable")
-        self._hashes = hashes[self._order]
-        self._check_ids_differ()
+        self._index = _Index(self, len(self._ids))
+        for first, second in self._index.collisions():
+            if self.key(first) == self.key(second):
+                raise RepeatedIdError(self.key(first), first, second)
 
     @classmethod
     def of(cls, texts: Mapping[str, str] | Iterable[tuple[str, str]]) -> Texts:
@@ -85,13 +85,9 @@ class Texts(Mapping[str, str]):
 
     def position(self, key: object) -> int:
         """The position of an id; raises KeyError if there is no such id."""
-        wanted = hash(key)
-        at = int(np.searchsorted(self._hashes, wanted))
-        while at < len(self._hashes) and self._hashes[at] == wanted:
-            position = int(self._order[at])
+        for position in self._index.candidates(key):
             if self._ids[position].as_py() == key:
                 return position
-            at += 1
         raise KeyError(key)
 
     def positions(self, keys: Iterable[str]) -> np.ndarray:
@@ -100,14 +96,7 @@ class Texts(Mapping[str, str]):
         Raises:
             KeyError: There is no such id.
         """
-        wanted = np.fromiter(map(hash, keys), dtype=np.int64)
-        at = np.searchsorted(self._hashes, wanted)
-        is_missing = at == len(self)
-        is_missing[~is_missing] = self._hashes[at[~is_missing]] != wanted[~is_missing]
-        if is_missing.any():
-            raise KeyError(f"there is no text for id number {int(is_missing.argmax()) + 1:,}")
-        positions: np.ndarray = self._order[at]
-        return positions
+        return self._index.first_candidates(keys)
 
     def key(self, position: int) -> str:
         """The id at a position."""
@@ -143,32 +132,62 @@ class Texts(Mapping[str, str]):
         tables = [pyarrow.table({"id": ids, "text": texts}) for ids, texts in columns]
         return Texts(pyarrow.concat_tables(tables)) if len(added) else self
 
-    def _check_ids_differ(self) -> None:
-        for at in np.nonzero(self._hashes[1:] == self._hashes[:-1])[0].tolist():
-            first, second = sorted((int(self._order[at]), int(self._order[at + 1])))
-            if self.key(first) == self.key(second):
-                raise RepeatedIdError(self.key(first), first, second)
-
 
 class IdsByText:
     """Finds the id of a text. An entry takes 16 bytes of memory."""
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
-        hashes = np.fromiter(map(hash, texts.values()), dtype=np.int64, count=len(texts))
-        self._order = hashes.argsort(kind="stable")
-        self._hashes = hashes[self._order]
+        self._index = _Index(texts.values(), len(texts))
 
     def find(self, text: str) -> str | None:
         """The id of the first text that is equal, or None."""
-        wanted = hash(text)
+        for position in self._index.candidates(text):
+            if self._texts.text(position) == text:
+                return self._texts.key(position)
+        return None
+
+
+class _Index:
+    """Finds the positions of values by their 64-bit hashes. A value takes 16 bytes of memory.
+
+    Args:
+        values: The values, in the order of their positions.
+        count: Their number.
+    """
+
+    def __init__(self, values: Iterable[str], count: int) -> None:
+        hashes = np.fromiter(map(hash, values), dtype=np.int64, count=count)
+        self._order = hashes.argsort(kind="stable")
+        self._hashes = hashes[self._order]
+
+    def candidates(self, value: object) -> Iterator[int]:
+        """Positions of the values with the hash of this one, the first one first."""
+        wanted = hash(value)
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self._hashes) and self._hashes[at] == wanted:
-            key = self._texts.key(int(self._order[at]))
-            if self._texts[key] == text:
-                return key
+            yield int(self._order[at])
             at += 1
-        return None
+
+    def first_candidates(self, values: Iterable[str]) -> np.ndarray:
+        """For each of these values, the first position of a value with its hash: int64 `[n]`.
+
+        Raises:
+            KeyError: There is no such value.
+        """
+        wanted = np.fromiter(map(hash, values), dtype=np.int64)
+        at = np.searchsorted(self._hashes, wanted)
+        is_missing = at == len(self._hashes)
+        is_missing[~is_missing] = self._hashes[at[~is_missing]] != wanted[~is_missing]
+        if is_missing.any():
+            raise KeyError(f"there is no text for id number {int(is_missing.argmax()) + 1:,}")
+        positions: np.ndarray = self._order[at]
+        return positions
+
+    def collisions(self) -> Iterator[tuple[int, int]]:
+        """Positions of values with equal hashes, two by two."""
+        for at in np.nonzero(self._hashes[1:] == self._hashes[:-1])[0].tolist():
+            yield int(self._order[at]), int(self._order[at + 1])  # in order, because the sort is stable
 
 
 class ArrowWriter:
