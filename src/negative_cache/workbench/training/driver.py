@@ -19,7 +19,14 @@ from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
+from negative_cache.workbench.models import (
+    cache_tokens,
+    load_model,
+    load_trained,
+    prepare_for_training,
+    prompts_of,
+    set_prompts,
+)
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
@@ -193,6 +200,7 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
+        set_prompts(model, self.config.query_prompt, self.config.document_prompt)
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
@@ -214,7 +222,9 @@ class _Run:
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if self.options.cache_tokens:
-            cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
+            prompts = prompts_of(model)
+            queries = (prompts.query + text for text in self.data.queries.values())
+            cache_tokens(model, chain(queries, (prompts.document + text for text in self.data.corpus.values())))
         return make_trainer(
             self.folder,
             self.config,
