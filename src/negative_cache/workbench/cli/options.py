@@ -23,7 +23,7 @@ Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that S
 TrainedModel = Annotated[str, typer.Option(help=TRAINED_MODEL_HELP)]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
-BatchSize = Annotated[int, typer.Option(help="Queries per step, on each rank.")]
+BatchSize = Annotated[int, typer.Option(help="Queries per batch, on each rank.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the training pairs.")]
 Scale = Annotated[float, typer.Option(help="Factor that multiplies the similarities (1 / temperature).")]
 NumSamples = Annotated[
@@ -61,6 +61,24 @@ _PROMPTS: dict[str, Any] = {
 
 _SETTINGS: dict[str, Any] = {
     **_PROMPTS,
+    "max_seq_length": Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut. Default: the model's limit.")
+    ],
+    "warmup_ratio": Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")],
+    "lr_scheduler_type": Annotated[
+        str, typer.Option(help="linear, cosine, constant, constant_with_warmup or inverse_sqrt.")
+    ],
+    "weight_decay": Annotated[float, typer.Option(help="Weight decay of AdamW.")],
+    "max_grad_norm": Annotated[float, typer.Option(help="Scale gradients down to this norm; 0 for no limit.")],
+    "gradient_accumulation_steps": Annotated[
+        int, typer.Option(help="Batches per optimizer step. In-batch negatives are those of one batch.")
+    ],
+    "gradient_checkpointing": Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to save memory.")
+    ],
+    "bf16": Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, with float32 weights.")],
+    "fp16": Annotated[bool, typer.Option("--fp16", help="Compute in float16, with float32 weights. GPU only.")],
+    "torch_compile": Annotated[bool, typer.Option("--torch-compile", help="Compile the model.")],
 }
 
 _ENCODING_OPTIONS: dict[str, Any] = {

@@ -60,6 +60,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data order and the sampling.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
+    report_to: Annotated[
+        str, typer.Option(help="Programs that get the logs: tensorboard, wandb, mlflow ..., or none.")
+    ] = "tensorboard",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
     *,
     settings: dict[str, Any],

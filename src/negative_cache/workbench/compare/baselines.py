@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from negative_cache.workbench.compare.comparison import Comparison
-from negative_cache.workbench.data import DataOptions, load_data
+from negative_cache.workbench.data import load_data
 from negative_cache.workbench.evaluation import (
     DEFAULT_MEASURES,
-    EncodingOptions,
     OnProgress,
     depth_of,
     evaluate,
@@ -21,6 +20,7 @@ from negative_cache.workbench.evaluation.bm25 import bm25_run
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import LEARNING_RATES, load_trained
+from negative_cache.workbench.training.preparation import set_inputs
 from negative_cache.workbench.training.record import Metrics, read_json
 
 
@@ -30,37 +30,34 @@ class Baseline:
 
     Attributes:
         name: One of `BASELINES`.
-        data: See `load_data`.
-        data_options: See `load_data`.
+        comparison: What it is compared with.
         model: Name or path of the model before training.
-        output: Folder of its `queries.json`.
-        encoding: How the model encodes.
     """
 
     name: str
-    data: str
-    data_options: DataOptions
+    comparison: Comparison
     model: str
-    output: Path
-    encoding: EncodingOptions
 
     @classmethod
     def of(cls, comparison: Comparison, name: str) -> Baseline:
         """The measurement for a comparison. An untrained model is that of seed 0."""
         model = str(comparison.untrained(0)) if comparison.model in LEARNING_RATES else comparison.model
-        encoding = EncodingOptions(comparison.query_prompt, comparison.document_prompt)
-        return cls(
-            name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name, encoding
-        )
+        return cls(name, comparison, model)
+
+    @property
+    def output(self) -> Path:
+        """Folder of its `queries.json`."""
+        return Path(self.comparison.output) / "runs" / self.name
 
     def __call__(self, on_progress: OnProgress) -> Metrics:
         """Measure it, write `queries.json`, and return the metrics."""
-        data, measures = load_data(self.data, self.data_options), parse_measures(DEFAULT_MEASURES)
+        data, measures = load_data(self.comparison.data, self.comparison.data_options), parse_measures(DEFAULT_MEASURES)
         if self.name == "bm25":
             quality = judge_split(data, "test", bm25_run(data, "test", depth_of(measures)), measures)
         else:
             model = load_trained(self.model)
-            quality = evaluate(model, data, ("test",), measures, self.encoding, on_progress)["test"]
+            set_inputs(model, self.comparison)
+            quality = evaluate(model, data, ("test",), measures, on_progress=on_progress)["test"]
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.output, ".partial") as temporary:
             temporary.mkdir(exist_ok=True)  # one is left if the process was killed

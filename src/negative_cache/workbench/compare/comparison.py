@@ -26,7 +26,7 @@ BASELINES = ("bm25", "zero-shot")
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
     "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
-    "data_options",
+    "report_to", "data_options",
 }  # fmt: skip
 _OPTIONS = {option.name for option in fields(RunConfig)} - FIXED_FIELDS
 
@@ -84,6 +84,9 @@ class Comparison(TrainingSettings):
     data_options: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model == "static":
+            self.check_static()
         check_positive(self, ("seeds", "gradcache_factor"))
         rates = self.rates()
         if not rates or any(not 0 < rate < math.inf for rate in rates) or sorted(set(rates)) != list(rates):

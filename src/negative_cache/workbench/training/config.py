@@ -6,11 +6,24 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import torch
+
 from negative_cache.sampling.config import check_num_samples
 from negative_cache.workbench.data import DataOptions
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+
+# Settings that have no effect on static embeddings, and why.
+NOT_STATIC = {
+    "max_seq_length": "which have no limit",
+    "gradient_checkpointing": "which store no activations",
+    "bf16": "which are looked up, not computed",
+    "fp16": "which are looked up, not computed",
+    "torch_compile": "which have nothing to compile",
+}
 
 # Fields that only some losses use.
 CACHE_FIELDS = {
@@ -45,10 +58,67 @@ class TrainingSettings:
     Attributes:
         query_prompt: Text before each query, also in the saved model; None for the model's own prompt.
         document_prompt: Text before each document, also in the saved model; None for the model's own prompt.
+        max_seq_length: Tokens after which a text is cut, also in the saved model; None for the model's own limit.
+        warmup_ratio: Share of the steps in which the learning rate rises linearly.
+        lr_scheduler_type: One of `SCHEDULES`: the course of the learning rate after the warm-up.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are scaled down to this norm; 0 for no limit.
+        gradient_accumulation_steps: Batches per optimizer step. Each batch has its own loss, so in-batch negatives are
+            those of one batch; a cache or queue is updated after each batch.
+        gradient_checkpointing: Compute activations again in the backward pass, instead of storing them.
+        bf16: Compute in bfloat16, with float32 weights.
+        fp16: Compute in float16, with float32 weights. GPU only.
+        torch_compile: Compile the model.
+
+    Raises:
+        RunError: A value is out of range, or two do not go together.
     """
 
     query_prompt: str | None = None
     document_prompt: str | None = None
+    max_seq_length: int | None = None
+    warmup_ratio: float = 0.1
+    lr_scheduler_type: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    torch_compile: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        check_positive(self, ("gradient_accumulation_steps",))
+        if self.max_seq_length is not None:
+            check_positive(self, ("max_seq_length",))
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RunError(f"{flag_of(name)} is {getattr(self, name)}; it must be 0 or positive.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise RunError(
+                f"--warmup-ratio is {self.warmup_ratio}; it is a share of the steps, from 0 to below 1, such as 0.1."
+            )
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio not in (0, TrainingSettings.warmup_ratio):
+            raise RunError(
+                "--warmup-ratio has no effect with --lr-scheduler-type constant. Use constant_with_warmup, or leave it "
+                "out."
+            )
+        if self.bf16 and self.fp16:
+            raise RunError("--bf16 and --fp16 are both given. Choose one; --bf16 needs no scaling of the loss.")
+        if self.fp16 and not torch.cuda.is_available():
+            raise RunError("--fp16 needs a GPU, and there is none. Use --bf16, or leave it out.")
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RunError("--bf16 is not supported by this GPU. Use --fp16, or leave it out.")
+
+    def check_static(self) -> None:
+        """Raise RunError if a setting has no effect on static embeddings."""
+        for name in NOT_STATIC:
+            if getattr(self, name) != getattr(TrainingSettings, name):
+                raise RunError(
+                    f"{flag_of(name)} has no effect on static embeddings, {NOT_STATIC[name]}. Leave it out, or choose "
+                    "a transformer as --model."
+                )
 
 
 @dataclass(frozen=True)
@@ -61,11 +131,10 @@ class RunConfig(TrainingSettings):
         loss: One of `LOSSES`.
         output: Folder for the trained model; must not exist.
         cache_size: Rows of the cache, or of the memory bank's queue.
-        batch_size: Queries per step, on each rank.
+        batch_size: Queries per batch, on each rank.
         epochs: Passes over the training pairs.
         max_steps: Stop after this number of steps; None for all epochs.
-        learning_rate: Peak of the schedule (linear warm-up over a tenth of the steps, then linear decay to 0); None for
-            the default of the model.
+        learning_rate: Peak of the schedule; None for the default of the model.
         scale: Factor that multiplies the similarities, for all losses.
         num_samples: See `NegativeCacheRankingLoss`.
         in_batch: See `NegativeCacheRankingLoss`.
@@ -79,6 +148,8 @@ class RunConfig(TrainingSettings):
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         save_steps: Steps between checkpoints; None for no checkpoints.
+        report_to: Where the logs go: names of programs that transformers supports, separated by commas; "none" for
+            nowhere but `run.json`.
         data_options: How the data is read.
     """
 
@@ -104,9 +175,13 @@ class RunConfig(TrainingSettings):
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
+    report_to: str = "tensorboard"
     data_options: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model == "static":
+            self.check_static()
         check_choice("loss", self.loss, LOSSES)
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
         check_positive(self, ("cache_size", "batch_size", "epochs", "scale"))

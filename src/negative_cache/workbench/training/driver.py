@@ -13,24 +13,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import (
-    cache_tokens,
-    load_model,
-    load_trained,
-    prepare_for_training,
-    prompts_of,
-    set_prompts,
-)
+from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.meter import peak_memory_bytes
+from negative_cache.workbench.training.preparation import prepare
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.trainer import (
     OnStep,
@@ -167,6 +163,7 @@ class _Run:
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
+        _check_programs(_programs(self.config))
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
 
@@ -200,8 +197,7 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
-        set_prompts(model, self.config.query_prompt, self.config.document_prompt)
-        for note in prepare_for_training(model):
+        for note in prepare(model, self.config):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
         measured: dict[str, Any] = {"before": None, "per_query": None, "hits": []}
@@ -232,7 +228,7 @@ class _Run:
             model,
             on_step=self.on_step if is_first else None,
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
-            report_to=("tensorboard",) if self.options.keep_model else (),
+            report_to=_programs(self.config) if self.options.keep_model else (),
         )
 
     def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
@@ -279,6 +275,21 @@ class _Run:
         shown = {"before": began["hits"], "after": hits}
         write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
         return {fields[split]: quality.metrics() for split, quality in found.items()}
+
+
+def _programs(config: RunConfig) -> tuple[str, ...]:
+    """The programs that `report_to` names."""
+    names = tuple(name.strip() for name in config.report_to.split(","))
+    return () if names == ("none",) else names
+
+
+def _check_programs(names: tuple[str, ...]) -> None:
+    """Raise RunError unless transformers can log to these programs."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RunError(f"--report-to has {name!r}; expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        if name not in get_available_reporting_integrations():
+            raise RunError(f"--report-to has {name!r}, whose package is not installed. Install it, or leave it out.")
 
 
 def _check_ranks(loss: str, data: RetrievalData) -> None:
@@ -328,7 +339,7 @@ def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
     differences = [
         f"{key} was {saved.get(key)!r}, is {value!r}"
         for key, value in _configuration(config).items()
-        if key not in ("output", "save_steps") and saved.get(key) != value
+        if key not in ("output", "save_steps", "report_to") and saved.get(key) != value
     ]
     if differences:
         raise RunError(

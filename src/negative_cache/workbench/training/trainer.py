@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def make_trainer(
         {"source_sentence": first["anchor"][0], "sentences": list(dict.fromkeys(first["positive"]))[:3]}
     ]
     disable_progress_bars()
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():  # transformers has renamed what sentence-transformers calls
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = RunTrainer(
         model=model,
         args=_arguments(folder, config, report_to, len(training_set), prompts_of(model)),
@@ -109,6 +114,8 @@ def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None
     try:
         with stop, trainer.meter.running():
             trainer.train(resume_from_checkpoint=checkpoint)
+        # The trainer has wrapped the model's `forward`, which would go on to compute in half precision.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -125,7 +132,8 @@ def _arguments(
 ) -> SentenceTransformerTrainingArguments:
     num_ranks = processes.count()
     per_step = config.batch_size * num_ranks
-    num_steps = config.epochs * num_pairs / per_step if config.max_steps is None else config.max_steps
+    per_update = per_step * config.gradient_accumulation_steps
+    num_steps = config.epochs * num_pairs / per_update if config.max_steps is None else config.max_steps
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -135,7 +143,14 @@ def _arguments(
         num_train_epochs=config.epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
         learning_rate=used_learning_rate(config),
-        warmup_steps=0.1,
+        warmup_steps=config.warmup_ratio,  # below 1, it is a ratio
+        lr_scheduler_type=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        torch_compile=config.torch_compile,
         seed=config.seed,
         data_seed=config.seed,
         batch_sampler="no_duplicates",
