@@ -87,7 +87,7 @@ class Difference(NamedTuple):
             return f"No significant difference between {self.system} and {self.baseline} ({p})."
         low, high = (self.low, self.high) if self.difference > 0 else (-self.high, -self.low)
         (better,) = self.systems - {self.worse}
-        limits = f"{CONFIDENCE:.0%} interval {low:.4f} to {high:.4f}"
+        limits = f"{100 * CONFIDENCE:g} % interval {low:.4f} to {high:.4f}"
         return f"{better} is better than {self.worse} by {abs(self.difference):.4f} ({limits}, {p})."
 
     def cells(self, alpha: float = ALPHA) -> list[str]:
