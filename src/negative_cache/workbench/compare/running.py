@@ -18,7 +18,7 @@ from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import LEARNING_RATES, load_model
+from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
@@ -112,12 +112,15 @@ def failures_of(result: dict[str, Any]) -> list[str]:
 
 def summary(runs: Sequence[RunRecord]) -> dict[str, dict[str, float | None]]:
     """Mean and sample standard deviation over runs, of quality on the test split and of costs."""
-    values: dict[str, list[float]] = {name: [(run.after or {})[name] for run in runs] for name in REPORTED}
-    values.update({name: [getattr(run, name) for run in runs] for name in COSTS})
     return {
-        name: {"mean": statistics.fmean(found), "std": statistics.stdev(found) if len(found) > 1 else None}
-        for name, found in values.items()
+        **quality_of([run.after or {} for run in runs]),
+        **{name: _spread([getattr(run, name) for run in runs]) for name in COSTS},
     }
+
+
+def quality_of(metrics: Sequence[Metrics]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation of the measures `REPORTED`."""
+    return {name: _spread([of_run[name] for of_run in metrics]) for name in REPORTED}
 
 
 def best_rate(sweep: dict[float, RunRecord]) -> float:
@@ -146,9 +149,10 @@ class _Runner:
         self.comparison = comparison
         self.data = data
         self.watcher = watcher
-        baselines = [spec for spec in comparison.losses if spec in BASELINES]
         runs = len(comparison.rates()) + comparison.seeds - 1
-        self.num_left = (len(comparison.losses) - len(baselines)) * runs + len(baselines)
+        self.num_left = sum(
+            len(Baseline.all_of(comparison, spec)) if spec in BASELINES else runs for spec in comparison.losses
+        )
 
     def run(self, spec: str) -> dict[str, Any]:
         """Choose the learning rate of a loss, then train with the other seeds."""
@@ -178,23 +182,26 @@ class _Runner:
         }
 
     def measure(self, name: str) -> dict[str, Any]:
-        """Measure a baseline. Its result has no learning rate, and one run without costs."""
-        baseline = Baseline.of(self.comparison, name)
-        self.watcher.begin(name, self.num_left)
-        is_old = baseline.is_measured()
-        if not is_old:
-            if name != "bm25":
-                _make_untrained(self.comparison, self.data, 0)
-            run_isolated(name, baseline, self.watcher.step)
-        metrics = baseline.metrics()
-        self.num_left -= 1
-        self.watcher.end(name, metrics, is_old)
+        """Measure a baseline. Its result has no learning rate, and runs without costs."""
+        runs: list[dict[str, Any]] = []
+        for baseline in Baseline.all_of(self.comparison, name):
+            title = name if baseline.seed is None else f"{name}, seed {baseline.seed}"
+            self.watcher.begin(title, self.num_left)
+            is_old = baseline.is_measured()
+            if not is_old:
+                if baseline.seed is not None:
+                    _make_untrained(self.comparison, self.data, baseline.seed)
+                run_isolated(title, baseline, self.watcher.step)
+            metrics = baseline.metrics()
+            self.num_left -= 1
+            self.watcher.end(title, metrics, is_old)
+            runs.append({"folder": baseline.output.name, "seed": baseline.seed, "after": metrics})
         return {
             "learning_rate": None,
             "sweep": [],
-            "runs": [{"folder": name, "after": metrics}],
+            "runs": runs,
             "failed_runs": [],
-            "summary": {measure: {"mean": metrics[measure], "std": None} for measure in REPORTED},
+            "summary": quality_of([run["after"] for run in runs]),
         }
 
     def _record(self, spec: str, rate: float, seed: int) -> RunRecord:
@@ -258,10 +265,15 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; the latter is None with one value."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
 def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
-    """Build the untrained model that all losses start from."""
+    """Build the untrained model of a seed, which all losses start from, if the model is trained from scratch."""
     folder = comparison.untrained(seed)
-    if comparison.model not in LEARNING_RATES or folder.exists():
+    if not comparison.is_from_scratch or folder.exists():
         return
     with replacing(folder, ".partial") as temporary:
         model = load_model(comparison.model, data.training_texts(), seed)

@@ -94,11 +94,8 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
     unjudged = [query for query in run if query not in judged]
     missing = [query for query in judged if query not in own]
     unknown = [document for document in documents if document not in part.corpus]
-    for kind, others, has_none, known in (
-        ("query", unjudged, not own, judged),
-        ("document", unknown, len(unknown) == len(documents), part.corpus),
-    ):
-        if others and has_none:
+    for kind, others, every, known in (("query", unjudged, run, judged), ("document", unknown, documents, part.corpus)):
+        if others and len(others) == len(every):
             raise DataError(
                 f"The run has no {kind} of {data.name}, {split}: it has ids such as {others[0]!r}, the data such as "
                 f"{next(iter(known))!r}. Give the data that the run was made for."
