@@ -16,7 +16,7 @@ from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
-from negative_cache.workbench.evaluation.systems import read_systems
+from negative_cache.workbench.evaluation.systems import COMPARISON, read_systems, systems_of_comparison
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError
@@ -24,7 +24,6 @@ from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
 from negative_cache.workbench.training.record import Metrics, RunRecord, read_json
 
-RESULT = "compare.json"
 MAX_EXTENSIONS = 2
 CHOICE = "MRR@10"
 REPORTED = ("MRR@10", "nDCG@10", "R@100")
@@ -73,12 +72,12 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     runner = _Runner(comparison, data, watcher)
     for spec in comparison.losses:
         result["losses"][spec] = runner.measure(spec) if spec in BASELINES else runner.run(spec)
-        write_json(Path(comparison.output) / RESULT, result)
+        write_json(Path(comparison.output) / COMPARISON, result)
     trained = [loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES]
     if trained and not any(trained):
         raise RunFailedError(f"Training failed in every run. {failures_of(result)[0]}")
     result["significance"] = significance(Path(comparison.output), result["losses"])
-    write_json(Path(comparison.output) / RESULT, result)
+    write_json(Path(comparison.output) / COMPARISON, result)
     return result
 
 
@@ -89,11 +88,10 @@ def significance(folder: Path, losses: dict[str, Any]) -> dict[str, Any]:
         folder: Folder of the comparison.
         losses: The entry `losses` of `compare.json`.
     """
-    paths = {spec: [folder / "runs" / run["folder"] for run in loss["runs"]] for spec, loss in losses.items()}
-    paths = {spec: found for spec, found in paths.items() if found}
-    if len(paths) < 2:
+    systems = systems_of_comparison(folder, losses)
+    if len(systems) < 2:
         return {}
-    values = read_systems(paths, parse_measures(" ".join(TESTED)))
+    values = read_systems(systems, parse_measures(" ".join(TESTED)))
     return {
         name: compare_systems({spec: [of_seed[name] for of_seed in seeds] for spec, seeds in values.items()}).as_dict()
         for name in TESTED
@@ -235,7 +233,7 @@ def _saved_record(job: Job) -> RunRecord | None:
 def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     """A result without losses, or the saved one; raises RunError if the folder has another comparison."""
     output = Path(comparison.output)
-    path, losses = output / RESULT, {}
+    path, losses = output / COMPARISON, {}
     configuration = json.loads(json.dumps(asdict(comparison)))
     if path.exists():
         saved = read_json(path)
@@ -252,7 +250,7 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
                 "another --output."
             )
     elif output.exists() and any(output.iterdir()):
-        raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
+        raise RunError(f"{comparison.output!r} exists and has no {COMPARISON}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     result = {
         "configuration": configuration,

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from negative_cache.workbench.evaluation.significance import PerQuery
+from negative_cache.workbench.evaluation.significance import PerQuery, check_same_queries
 
 PER_QUERY = "queries.json"
 """The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value."""
+
+COMPARISON = "compare.json"
+"""The file of a comparison: "losses" -> name of a loss -> "runs" -> "folder", its name in the folder "runs"."""
 
 _BEFORE, _AFTER = "before", "after"
 _SUFFIXES = {".gz", ".json", ".run", ".trec", ".tsv", ".txt"}
@@ -24,24 +27,33 @@ JudgeRun = Callable[[Path], PerMeasure]
 def parse_systems(texts: Sequence[str]) -> dict[str, list[Path]]:
     """The paths of each system by its name, from texts such as `RUN` or `NAME=RUN,RUN`, with a path for each seed.
 
-    Without a name, a system has that of its folder or file, without the suffix.
+    Without a name, a system has that of its folder or file, without the suffix. The folder of a comparison stands for
+    its losses.
 
     Raises:
-        ValueError: A path does not exist, or two systems have the same name.
+        ValueError: A path does not exist, two systems have the same name, or a system has the same run twice.
     """
     systems: dict[str, list[Path]] = {}
     for text in texts:
-        name, equals, rest = text.partition("=")
-        is_named = bool(name and equals) and not Path(text).exists()
-        paths = [Path(part.strip()) for part in rest.split(",")] if is_named else [Path(text)]
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"{str(path)!r} does not exist. Give RUN, or NAME=RUN,RUN for several seeds.")
-        name = name.strip() if is_named else _name_of(paths[0])
-        if name in systems:
-            raise ValueError(f"Two systems have the name {name!r}. Give them names: NAME=RUN. Seeds are NAME=RUN,RUN.")
-        systems[name] = paths
+        for name, paths in _parse(text).items():
+            if name in systems:
+                raise ValueError(
+                    f"Two systems have the name {name!r}. Give them names: NAME=RUN. Seeds are NAME=RUN,RUN."
+                )
+            systems[name] = paths
     return systems
+
+
+def systems_of_comparison(folder: Path, losses: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The folders of the runs of each loss of a comparison, without losses that have none.
+
+    Args:
+        folder: Folder of the comparison.
+        losses: The entry `losses` of its `compare.json`.
+    """
+    return {
+        name: [folder / "runs" / run["folder"] for run in loss["runs"]] for name, loss in losses.items() if loss["runs"]
+    }
 
 
 def are_trec_runs(systems: Mapping[str, Sequence[Path]]) -> bool:
@@ -62,14 +74,50 @@ def read_systems(
         judge_run: Returns the values of the TREC run with a path; None if there are no judgements.
 
     Raises:
-        ValueError: A file lacks a measure or is damaged, or a TREC run is given without judgements.
+        ValueError: A file lacks a measure or is damaged, a TREC run is given without judgements, or two runs have
+            values for different queries.
     """
-    if len(systems) > 1:
-        return {name: [_values(path, _AFTER, measures, judge_run) for path in paths] for name, paths in systems.items()}
-    ((name, paths),) = systems.items()
-    if not all(path.is_dir() or _is_json(path) for path in paths):
-        raise ValueError(f"Only one system is given, {name!r}. Give at least two, or one folder that train wrote.")
-    return {when: [_values(path, when, measures, judge_run) for path in paths] for when in (_BEFORE, _AFTER)}
+    runs = {name: [(path, _AFTER) for path in paths] for name, paths in systems.items()}
+    if len(systems) == 1:
+        ((name, paths),) = systems.items()
+        if not all(path.is_dir() or _is_json(path) for path in paths):
+            raise ValueError(f"Only one system is given, {name!r}. Give at least two, or one folder that train wrote.")
+        runs = {when: [(path, when) for path in paths] for when in (_BEFORE, _AFTER)}
+    values = {name: [_values(*run, measures, judge_run) for run in own] for name, own in runs.items()}
+    for measure in measures:
+        check_same_queries(
+            (f"{path}, {when} training" if len(systems) == 1 else str(path), found[measure])
+            for name, own in runs.items()
+            for (path, when), found in zip(own, values[name], strict=True)
+        )
+    return values
+
+
+def _parse(text: str) -> dict[str, list[Path]]:
+    """The systems that one text stands for."""
+    name, equals, rest = text.partition("=")
+    is_named = bool(name and equals) and not Path(text).exists()
+    paths = [Path(part.strip()) for part in rest.split(",")] if is_named else [Path(text)]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{str(path)!r} does not exist. Give RUN, or NAME=RUN,RUN for several seeds.")
+    if is_named:
+        name = name.strip()
+        runs: dict[Path, Path] = {}
+        for path in paths:
+            resolved = path.resolve()
+            if runs.setdefault(resolved.parent if resolved.name == PER_QUERY else resolved, path) is not path:
+                raise ValueError(
+                    f"The system {name!r} has the run {str(path)!r} twice. Give the run of each seed once."
+                )
+        return {name: paths}
+    (path,) = paths
+    if not (path / COMPARISON).is_file():
+        return {_name_of(path): paths}
+    systems = systems_of_comparison(path, _read_json(path / COMPARISON)["losses"])
+    if len(systems) < 2:
+        raise ValueError(f"{path} is a comparison with {len(systems)} finished losses; two are needed.")
+    return systems
 
 
 def _name_of(path: Path) -> str:
@@ -101,10 +149,7 @@ def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: Judge
 
 def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasure:
     """Values from a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    content = _read_json(path)
     if content.keys() <= {_BEFORE, _AFTER}:
         if not content.get(when):
             raise ValueError(f"{path} has no values of the model {when} training.")
@@ -118,3 +163,13 @@ def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasu
         if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
             raise ValueError(f"{path} is damaged: expected a number for each query in {name!r}.")
     return {name: content[name] for name in measures}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, got {type(content).__name__}.")
+    return content
