@@ -141,6 +141,9 @@ def check_significance(output: Path, result: dict[str, Any]) -> None:
     assert (one["system"], one["p"]) == ("nc", same["p"])
     assert one["difference"] == pytest.approx(-same["difference"], abs=1e-12)  # the order of a sum differs
     assert same["p_holm"] >= same["p"]
+    ended = invoke("significance", output, "--metrics", "MRR@10 nDCG@10", "--json")
+    assert ended.exit_code == 0, ended.output
+    assert json.loads(ended.stdout)["measures"] == result["significance"]
     text = (output / "compare.md").read_text()
     assert f"| zero-shot - {spec} | {same['difference']:+.4f} |" in text
     unbeaten = set(result["losses"]) - {
@@ -256,7 +259,7 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
     return RunRecord(
         configuration={}, versions={}, device="cpu", threads=1, ranks=1, steps=1, resumed_from_step=0,
         training_pairs=1, seconds=seconds, documents_encoded=3, peak_memory_bytes=4, after=metrics, dev=metrics,
-        curve=[], history=[],
+        curve=[], data_fingerprint="", history=[],
     )  # fmt: skip
 
 

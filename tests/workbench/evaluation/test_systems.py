@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import judge, parse_measures
-from negative_cache.workbench.evaluation.systems import PER_QUERY, parse_systems, read_systems
+from negative_cache.workbench.evaluation.systems import COMPARISON, PER_QUERY, corpus_of, parse_systems, read_systems
 from negative_cache.workbench.evaluation.trec import read_run, write_run
 
 MEASURES = parse_measures("MRR@10 R@1")
@@ -24,7 +27,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     (tmp_path / "first" / PER_QUERY).write_text(
-        json.dumps({"before": values, "after": {**values, "R@1": values["AP"]}})
+        json.dumps({"before": values, "after": {**values, "R@1": {"q": 1.0, "r": 1.0, "s": 0.0}}})
     )
     (tmp_path / "second" / PER_QUERY).write_text(json.dumps({"after": values}))
     (tmp_path / "evaluated.json").write_text(json.dumps(values, indent=2))
@@ -48,11 +51,58 @@ def test_systems_are_named_by_their_files_or_as_given(runs: Path):
         (["first", "absent"], "'absent' does not exist"),
         (["a=first,absent"], "'absent' does not exist"),
         (["first", "first/queries.json"], "Two systems have the name 'first'"),
+        (["a=first,second,first/queries.json"], "The system 'a' has the run first twice"),
+        (["unfinished"], "unfinished is a comparison with 1 finished losses; two are needed"),
+        (["damaged"], "damaged/compare.json is damaged: expected an object, got list"),
     ],
 )
 def test_unknown_paths_and_equal_names_are_refused(texts: list[str], message: str, runs: Path):
+    losses = {"in-batch": {"runs": []}, "bm25": {"runs": [{"folder": "bm25"}]}}
+    for folder, content in (("unfinished", {"losses": losses}), ("damaged", [])):
+        (runs / folder).mkdir()
+        (runs / folder / COMPARISON).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         parse_systems(texts)
+
+
+def test_a_comparison_stands_for_its_losses(runs: Path):
+    losses = {
+        "bm25": {"runs": [{"folder": "bm25"}]},
+        "in-batch": {"runs": []},
+        "nc:shared=false": {"runs": [{"folder": "0"}, {"folder": "1"}]},
+    }
+    (runs / "all").mkdir()
+    (runs / "all" / COMPARISON).write_text(json.dumps({"losses": losses}))
+    assert parse_systems(["first", "all"]) == {
+        "first": [Path("first")],
+        "bm25": [Path("all/runs/bm25")],
+        "nc:shared=false": [Path("all/runs/0"), Path("all/runs/1")],
+    }
+
+
+def test_runs_with_other_queries_are_named(runs: Path):
+    (runs / "other.json").write_text('{"R@1": {"q": 1, "r": 0, "t": 0}}')
+    for texts in (["second", "a=evaluated.json,other.json"], ["a=second,other.json", "evaluated.json"]):
+        message = r"'other.json' lacks 1 query \('s'\) of 'second' and has 1 query \('t'\) that 'second' lacks"
+        with pytest.raises(ValueError, match=message):
+            read_systems(parse_systems(texts), parse_measures("R@1"))
+    (runs / "other.json").write_text('{"before": {"R@1": {"q": 1, "r": 0}}, "after": {"R@1": {"q": 1}}}')
+    with pytest.raises(ValueError, match=r"'other\.json, after training' lacks 1 query"):
+        read_systems(parse_systems(["other.json"]), parse_measures("R@1"))
+
+
+def test_values_of_different_corpora_are_refused(runs: Path):
+    data = RetrievalData("a", {"a": "x", "b": "y"}, {"q": "x"}, {"test": {"q": ["a"]}})
+    reordered = replace(data, corpus=Texts.of({"2": "y", "1": "x"}))
+    larger = replace(data, corpus=Texts.of({"a": "x", "b": "y", "c": "z"}))
+    values = json.loads(Path("evaluated.json").read_text())
+    for name, of in (("same", data), ("reordered", reordered), ("larger", larger)):
+        Path(name).write_text(json.dumps({"corpus": corpus_of(of, "test"), **values}))
+    found = read_systems(parse_systems(["same", "reordered", "second", "bm25.run.gz"]), MEASURES, judge_run)
+    assert found["same"] == found["reordered"] == [{name: values[name] for name in MEASURES}]
+    message = "same is of a corpus of 2 documents, larger of another one of 3. Measure both on the same data"
+    with pytest.raises(ValueError, match=message):
+        read_systems(parse_systems(["second", "same", "larger"]), MEASURES)
 
 
 def test_values_are_read_or_judged_for_each_seed(runs: Path):
@@ -67,7 +117,7 @@ def test_a_single_run_is_compared_with_itself_before_training(runs: Path):
     found = read_systems(parse_systems(["first"]), MEASURES)
     assert list(found) == ["before", "after"]
     assert found["before"][0]["R@1"] == {"q": 1, "r": 0, "s": 0}
-    assert found["after"][0]["R@1"] == {"q": 1}
+    assert found["after"][0]["R@1"] == {"q": 1, "r": 1, "s": 0}
 
 
 @pytest.mark.parametrize(

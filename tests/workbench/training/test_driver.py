@@ -189,6 +189,7 @@ def test_the_metrics_of_each_query_are_written(beir: Path, tmp_path: Path):
     given = ["--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]
     assert invoke("train", *given).exit_code == 0
     record, queries = (json.loads((output / name).read_text()) for name in ("run.json", "queries.json"))
+    assert queries.pop("corpus")["num_documents"] == 80
     assert list(queries) == ["before", "after"]
     for when, values in queries.items():
         assert all(len(of_query) == 10 for of_query in values.values())

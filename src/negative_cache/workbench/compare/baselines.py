@@ -17,7 +17,7 @@ from negative_cache.workbench.evaluation import (
     parse_measures,
 )
 from negative_cache.workbench.evaluation.bm25 import bm25_run
-from negative_cache.workbench.evaluation.systems import PER_QUERY
+from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_trained
 from negative_cache.workbench.training.record import Metrics, read_json
@@ -70,7 +70,7 @@ class Baseline:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.output, ".partial") as temporary:
             temporary.mkdir(exist_ok=True)  # one is left if the process was killed
-            write_json(temporary / PER_QUERY, {"after": quality.per_query})
+            write_json(temporary / PER_QUERY, {"corpus": corpus_of(data, "test"), "after": quality.per_query})
         return self.metrics()
 
     def is_measured(self) -> bool:

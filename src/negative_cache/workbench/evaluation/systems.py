@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation.significance import PerQuery, check_same_queries
 
 PER_QUERY = "queries.json"
-"""The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value."""
+"""The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value; and
+"corpus", see `corpus_of`."""
 
 COMPARISON = "compare.json"
 """The file of a comparison: "losses" -> name of a loss -> "runs" -> "folder", its name in the folder "runs"."""
 
-_BEFORE, _AFTER = "before", "after"
+_BEFORE, _AFTER, _CORPUS = "before", "after", "corpus"
 _SUFFIXES = {".gz", ".json", ".run", ".trec", ".tsv", ".txt"}
 
 PerMeasure = Mapping[str, PerQuery]
 """Name of a measure -> query id -> value."""
 
 JudgeRun = Callable[[Path], PerMeasure]
+
+
+def corpus_of(data: RetrievalData, split: str) -> dict[str, Any]:
+    """What a file of values says about the corpus that was searched: num_documents, and fingerprint, of its texts.
+
+    Values can be compared if they are of the same corpus.
+    """
+    corpus = data.part(split).corpus
+    return {"num_documents": len(corpus), "fingerprint": fingerprints.of_texts(corpus)}
 
 
 def parse_systems(texts: Sequence[str]) -> dict[str, list[Path]]:
@@ -75,8 +86,9 @@ def read_systems(
 
     Raises:
         ValueError: A file lacks a measure or is damaged, a TREC run is given without judgements, or two runs have
-            values for different queries.
+            values for different queries or corpora.
     """
+    _check_corpora(path for paths in systems.values() for path in paths)
     runs = {name: [(path, _AFTER) for path in paths] for name, paths in systems.items()}
     if len(systems) == 1:
         ((name, paths),) = systems.items()
@@ -103,18 +115,15 @@ def _parse(text: str) -> dict[str, list[Path]]:
             raise ValueError(f"{str(path)!r} does not exist. Give RUN, or NAME=RUN,RUN for several seeds.")
     if is_named:
         name = name.strip()
-        runs: dict[Path, Path] = {}
-        for path in paths:
-            resolved = path.resolve()
-            if runs.setdefault(resolved.parent if resolved.name == PER_QUERY else resolved, path) is not path:
-                raise ValueError(
-                    f"The system {name!r} has the run {str(path)!r} twice. Give the run of each seed once."
-                )
+        files = [_file_of(path).resolve() for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            if files.count(file) > 1:
+                raise ValueError(f"The system {name!r} has the run {path} twice. Give the run of each seed once.")
         return {name: paths}
     (path,) = paths
     if not (path / COMPARISON).is_file():
         return {_name_of(path): paths}
-    systems = systems_of_comparison(path, _read_json(path / COMPARISON)["losses"])
+    systems = systems_of_comparison(path, _read_json(path / COMPARISON).get("losses", {}))
     if len(systems) < 2:
         raise ValueError(f"{path} is a comparison with {len(systems)} finished losses; two are needed.")
     return systems
@@ -136,10 +145,7 @@ def _is_json(path: Path) -> bool:
 
 def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: JudgeRun | None) -> PerMeasure:
     """The values of one run."""
-    if path.is_dir():
-        if not (path / PER_QUERY).is_file():
-            raise ValueError(f"{path} has no {PER_QUERY}. Give the --output of train, whose data had a test split.")
-        path = path / PER_QUERY
+    path = _file_of(path)
     if _is_json(path):
         return _read_values(path, when, measures)
     if judge_run is None:
@@ -150,6 +156,7 @@ def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: Judge
 def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasure:
     """Values from a JSON file."""
     content = _read_json(path)
+    content.pop(_CORPUS, None)
     if content.keys() <= {_BEFORE, _AFTER}:
         if not content.get(when):
             raise ValueError(f"{path} has no values of the model {when} training.")
@@ -165,6 +172,15 @@ def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasu
     return {name: content[name] for name in measures}
 
 
+def _file_of(path: Path) -> Path:
+    """The file with the values or results of a run, which may be a folder."""
+    if not path.is_dir():
+        return path
+    if not (path / PER_QUERY).is_file():
+        raise ValueError(f"{path} has no {PER_QUERY}. Give the --output of train, whose data had a test split.")
+    return path / PER_QUERY
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -173,3 +189,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected an object, got {type(content).__name__}.")
     return content
+
+
+def _check_corpora(paths: Iterable[Path]) -> None:
+    """Refuse values of different corpora, as far as files say which corpus was searched."""
+    found = {}
+    for path in map(_file_of, paths):
+        if _is_json(path) and (corpus := _read_json(path).get(_CORPUS)) is not None:
+            found[path] = corpus
+    for path, corpus in found.items():
+        first = next(iter(found))
+        if corpus["fingerprint"] != found[first]["fingerprint"]:
+            raise ValueError(
+                f"Systems must be compared on the same corpus. {first} is of a corpus of "
+                f"{found[first]['num_documents']:,} documents, {path} of another one of {corpus['num_documents']:,}. "
+                "Measure both on the same data."
+            )

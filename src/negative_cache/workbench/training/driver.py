@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
-from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
-from negative_cache.workbench.evaluation.systems import PER_QUERY
+from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
 from negative_cache.workbench.training import processes, samples
@@ -73,7 +73,7 @@ def run(
 
     A dataset needs no test split: then the quality is measured on the dev split, if there is one. `queries.json` has
     the values of each query of the test split: "before" (null if not measured) and "after" -> name of a measure ->
-    query id -> value.
+    query id -> value; and "corpus", see `corpus_of`.
 
     An unfinished run is in `OUTPUT.partial`, with its checkpoints. The folder is renamed when the run is complete.
     Under `torchrun` or `accelerate launch`, call this function on all ranks; rank 0 evaluates and writes.
@@ -104,7 +104,7 @@ def run(
         _check_ranks(config.loss, data)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
-        _check_unfinished(folder, config, resume)
+        _check_unfinished(folder, task, resume)
     is_trained = (folder / RECORD).exists()
     processes.wait()
     try:
@@ -204,7 +204,11 @@ class _Run:
             found = evaluate(model, self.data, ("test",), on_progress=self.on_progress)["test"]
             hits = samples.hits(self.data, "test", found.run)
             measured = {"before": found.metrics(), "per_query": found.per_query, "hits": hits}
-        content = {"configuration": _configuration(self.config), "ranks": processes.count()}
+        content = {
+            "configuration": _configuration(self.config),
+            "ranks": processes.count(),
+            "data_fingerprint": fingerprints.of_data(self.data),
+        }
         write_json(self.folder / _BEFORE, {**content, **measured})
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
@@ -242,6 +246,7 @@ class _Run:
             before=began["before"],
             curve=points,
             failed=failed,
+            data_fingerprint=began["data_fingerprint"],
             data_notes=list(self.data.notes),
             history=trainer.state.log_history,
             **costs,
@@ -259,7 +264,8 @@ class _Run:
         found = evaluate(model, self.data, tuple(fields), on_progress=self.on_progress)
         if has_test:
             hits = samples.hits(self.data, "test", found["test"].run)
-            write_json(self.folder / PER_QUERY, {"before": began["per_query"], "after": found["test"].per_query})
+            values = {"before": began["per_query"], "after": found["test"].per_query}
+            write_json(self.folder / PER_QUERY, {"corpus": corpus_of(self.data, "test"), **values})
         shown = {"before": began["hits"], "after": hits}
         write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
         return {fields[split]: quality.metrics() for split, quality in found.items()}
@@ -288,14 +294,19 @@ def _clear(folder: Path) -> None:
     (folder / _BEFORE).unlink(missing_ok=True)
 
 
-def _check_unfinished(folder: Path, config: RunConfig, resume: bool) -> None:
-    """Raise unless the unfinished run in a folder may be continued with this configuration."""
+def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
+    """Raise unless the unfinished run in a folder may be continued with this configuration and this data."""
     if not resume:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
     for path in (folder / RECORD, folder / _BEFORE):
         if path.exists():
             saved = read_json(path)
-            _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], config)
+            _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], task.config)
+            if saved["data_fingerprint"] != fingerprints.of_data(task.data):
+                raise RunError(
+                    f"{str(folder)!r} has an unfinished run, and {task.config.data!r} has changed since it began. "
+                    "Restore the data, or remove the folder to begin again."
+                )
             if saved["ranks"] != processes.count():
                 raise RunError(
                     f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "

@@ -309,8 +309,9 @@ def test_binary_labels_divide_pairs_into_relevant_documents_and_negatives(tmp_pa
     for row in read:
         collector.add(row, "train")
     data = collector.finish("a", reader.form)
-    assert data.qrels["train"] == {"q0": ["d1"]}
-    assert data.negatives == {"q0": ["d0"]}
+    ids = {text: key for key, text in (*data.queries.items(), *data.corpus.items())}
+    assert data.qrels["train"] == {ids["q"]: [ids["a"]]}
+    assert data.negatives == {ids["q"]: [ids["c"]]}
     assert data.skipped == {"queries without a relevant document": 1}
 
 
@@ -327,26 +328,3 @@ def test_a_late_label_that_is_not_binary_is_an_error(tmp_path: Path):
     reader = reader_of(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match="line 1401: 'label' is 2, but the first 1,000 rows have only 0 and 1"):
         list(reader)
-
-
-@pytest.mark.parametrize(
-    ("given", "kept", "note"),
-    [
-        ("all", ["c", "d", "e"], None),
-        ("2", ["c", "d"], "a.jsonl: negatives that are not used (--negatives 2): 1."),
-        ("ignore", [], "a.jsonl: negatives that are not used (--negatives ignore): 3."),
-    ],
-)
-def test_negatives_are_all_used_or_the_first_of_each_row_or_none(
-    tmp_path: Path, given: str, kept: list[str], note: str | None
-):
-    rows = [{"query": "q", "positive": "a", "negative_1": "c", "negative_2": ["d", "e"]}]
-    reader = reader_of(tmp_path / "a.jsonl", rows, negatives=given)
-    assert [texts(row) for row in reader] == [("q", ["a"], kept)]
-    assert reader.notes == ([note] if note else [])
-
-
-@pytest.mark.parametrize("given", ["none", "0", "-1", "1.5", ""])
-def test_another_number_of_negatives_is_refused(tmp_path: Path, given: str):
-    with pytest.raises(DataError, match=r"--negatives is .*expected all, ignore or a number"):
-        reader_of(tmp_path / "a.jsonl", [{"query": "q", "positive": "a"}], negatives=given)

@@ -50,7 +50,6 @@ class RowReader:
 
     def __init__(self, name: str, rows: RawRows, options: DataOptions, has_ids: bool = False) -> None:
         self._name, self._options = name, options
-        self._most_negatives = most_negatives(options.negatives)
         self.skipped: dict[str, int] = {}
         first = next(rows, None)
         self.corpus_paths: list[str] = []
@@ -70,7 +69,7 @@ class RowReader:
         self._columns: dict[tuple[str, ...], Columns] = {}
         self._read_names: set[str] = set()
         self._unused: set[str] = set()
-        self._counts = {"prompt": 0, "system message": 0, "left out": 0, "list": 0}
+        self._counts = {"prompt": 0, "system message": 0, "list": 0}
         seen = [first]
         self._label = None if self._first.negatives else columns.first_of(columns.LABEL, named)
         if self._label is not None:
@@ -95,9 +94,6 @@ class RowReader:
             found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
         if count := self._counts["list"]:
             found.append(f"values that are JSON lists, each text of which is a document: {count:,}.")
-        if count := self._counts["left out"]:
-            how = "ignore" if self._most_negatives == 0 else str(self._most_negatives)
-            found.append(f"negatives that are not used (--negatives {how}): {count:,}.")
         return [f"{self._name}: {note}" for note in found]
 
     def _read(self, row: dict[str, Any], place: str) -> Row | None:
@@ -121,9 +117,6 @@ class RowReader:
                 return None
             if not _relevance(row[self._label], self._label, place):
                 positives, negatives = [], positives + negatives
-        if self._most_negatives is not None and len(negatives) > self._most_negatives:
-            self._counts["left out"] += len(negatives) - self._most_negatives
-            negatives = negatives[: self._most_negatives]
         if not positives and not negatives:
             return None
         return Row(place, query, positives, negatives, self._query_id(row, place))
@@ -237,21 +230,6 @@ class RowReader:
                 f"{self._label!r} has values other than 0 and 1 and is not used: the document of every row counts as "
                 "relevant."
             )
-
-
-def most_negatives(given: str) -> int | None:
-    """The largest number of negatives of a row; None for all.
-
-    Raises:
-        DataError: It is not "all", not "ignore" and not a positive number.
-    """
-    if given == "all":
-        return None
-    if given == "ignore":
-        return 0
-    if not given.isdecimal() or int(given) == 0:
-        raise DataError(f"--negatives is {given!r}; expected all, ignore or a number of at least 1.")
-    return int(given)
 
 
 def _check_no_numbers(texts: list[Any], place: str) -> None:
