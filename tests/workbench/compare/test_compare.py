@@ -117,9 +117,17 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     assert {path: after[path] for path in before} == before  # what was there was not run again
     assert len(after) == 13
     assert "bm25: MRR@10 test" in again.output
-    other = invoke(*options(data, output, losses), "--scale", "10")
+    changed = ["--scale", "10", "--learning-rates", "0.1,1", "--negatives", "ignore"]
+    other = invoke(*options(data, output, losses), *changed)
     assert other.exit_code == 2
-    assert "scale was 20.0, is 10.0" in " ".join(other.output.split())
+    said = "--scale was 20, is 10; --learning-rates was 0.05, is 0.1,1; --negatives was all, is ignore."
+    assert f"has another comparison: {said} Give the same options" in " ".join(other.output.split())
+    queries = (data / "queries.jsonl").read_text()
+    (data / "queries.jsonl").write_text(queries.replace('"text": "', '"text": "other ', 1))
+    other = invoke(*options(data, output, losses))
+    (data / "queries.jsonl").write_text(queries)
+    assert other.exit_code == 2
+    assert f"'{data}' has changed since it began" in " ".join(other.output.split())
 
 
 def check_significance(output: Path, result: dict[str, Any]) -> None:

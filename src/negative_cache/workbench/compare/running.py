@@ -19,7 +19,7 @@ from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import COMPARISON, read_systems, systems_of_comparison
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_model
-from negative_cache.workbench.training.config import RunError, RunFailedError
+from negative_cache.workbench.training.config import RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
 from negative_cache.workbench.training.record import Metrics, RunRecord, read_json
@@ -239,16 +239,14 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     if path.exists():
         saved = read_json(path)
         losses = saved["losses"]
-        found, wanted = {**saved["configuration"], **saved["data"]}, {**configuration, **about}
-        differences = [
-            f"{key} was {found.get(key)!r}, is {value!r}"
-            for key, value in wanted.items()
-            if key not in ("losses", "seeds", "output") and found.get(key) != value
-        ]
-        if differences:
+        if changed := changed_options(saved["configuration"], configuration, ignored=("losses", "seeds", "output")):
             raise RunError(
-                f"{comparison.output!r} has another comparison: {'; '.join(differences)}. Give the same options, or "
-                "another --output."
+                f"{comparison.output!r} has another comparison: {changed}. Give the same options, or another --output."
+            )
+        if saved["data"]["fingerprint"] != about["fingerprint"]:
+            raise RunError(
+                f"{comparison.output!r} has a comparison, and {comparison.data!r} has changed since it began. Restore "
+                "the data, or give another --output."
             )
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {COMPARISON}. Choose another --output.")
