@@ -47,14 +47,11 @@ def changed_options(saved: Mapping[str, Any], given: Mapping[str, Any], ignored:
         given: The fields of the present one.
         ignored: Fields that may differ.
     """
-    before, now = (
-        {**{name: value for name, value in options.items() if name != "data_options"}, **options["data_options"]}
-        for options in (saved, given)
-    )
+    before, now = ({**options, **options.get("data_options", {})} for options in (saved, given))
     return "; ".join(
         f"{flag_of(name)} was {_in_words(before.get(name))}, is {_in_words(value)}"
         for name, value in now.items()
-        if name not in ignored and before.get(name) != value
+        if name not in (*ignored, "data_options") and before.get(name) != value
     )
 
 
@@ -65,7 +62,7 @@ def _in_words(value: object) -> str:
         return "on" if value else "off"
     if isinstance(value, list | tuple):
         return ",".join(map(_in_words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 @dataclass(frozen=True)
