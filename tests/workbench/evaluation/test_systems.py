@@ -40,7 +40,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_systems_are_named_by_their_files_or_as_given(runs: Path):
     found = parse_systems(["first", "mine = first, second", "bm25.run.gz", "x=1.txt", "evaluated.json"])
     assert list(found) == ["first", "mine", "bm25", "x=1", "evaluated"]
-    assert found["mine"] == [Path("first"), Path("second")]
+    assert found["mine"] == [Path("first", PER_QUERY), Path("second", PER_QUERY)]
     assert list(parse_systems([f"second/{PER_QUERY}"])) == ["second"]
     assert list(parse_systems(["first/../second"])) == ["second"]
 
@@ -52,7 +52,7 @@ def test_systems_are_named_by_their_files_or_as_given(runs: Path):
         (["a=first,absent"], "'absent' does not exist"),
         (["first", "first/queries.json"], "Two systems have the name 'first'"),
         (["a=first,second,first/queries.json"], "The system 'a' has the run first twice"),
-        (["unfinished"], "unfinished is a comparison with 1 finished losses; two are needed"),
+        (["unfinished"], "unfinished has results of fewer than two losses"),
         (["damaged"], "damaged/compare.json is damaged: expected an object, got list"),
     ],
 )
@@ -74,16 +74,20 @@ def test_a_comparison_stands_for_its_losses(runs: Path):
     (runs / "all").mkdir()
     (runs / "all" / COMPARISON).write_text(json.dumps({"losses": losses}))
     assert parse_systems(["first", "all"]) == {
-        "first": [Path("first")],
-        "bm25": [Path("all/runs/bm25")],
-        "nc:shared=false": [Path("all/runs/0"), Path("all/runs/1")],
+        "first": [Path("first", PER_QUERY)],
+        "bm25": [Path("all/runs/bm25", PER_QUERY)],
+        "nc:shared=false": [Path("all/runs/0", PER_QUERY), Path("all/runs/1", PER_QUERY)],
     }
+    with pytest.raises(ValueError, match=r"all is a comparison\. Give it without a name"):
+        parse_systems(["first", "mine=all"])
 
 
 def test_runs_with_other_queries_are_named(runs: Path):
     (runs / "other.json").write_text('{"R@1": {"q": 1, "r": 0, "t": 0}}')
     for texts in (["second", "a=evaluated.json,other.json"], ["a=second,other.json", "evaluated.json"]):
-        message = r"'other.json' lacks 1 query \('s'\) of 'second' and has 1 query \('t'\) that 'second' lacks"
+        message = (
+            r"'other.json' lacks 1 query \('s'\) of '\S+' and has 1 query \('t'\) that 'second/queries.json' lacks"
+        )
         with pytest.raises(ValueError, match=message):
             read_systems(parse_systems(texts), parse_measures("R@1"))
     (runs / "other.json").write_text('{"before": {"R@1": {"q": 1, "r": 0}}, "after": {"R@1": {"q": 1}}}')
