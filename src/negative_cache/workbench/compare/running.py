@@ -243,7 +243,7 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
             raise RunError(
                 f"{comparison.output!r} has another comparison: {changed}. Give the same options, or another --output."
             )
-        if saved["data"]["fingerprint"] != about["fingerprint"]:
+        if saved["data"].get("fingerprint") != about["fingerprint"]:
             raise RunError(
                 f"{comparison.output!r} has a comparison, and {comparison.data!r} has changed since it began. Restore "
                 "the data, or give another --output."
