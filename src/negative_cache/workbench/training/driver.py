@@ -19,7 +19,7 @@ from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
+from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prepare_for_training
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
@@ -213,6 +213,8 @@ class _Run:
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
+        if processes.count() > 1:
+            freeze_unused(model)
         if self.options.cache_tokens:
             cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
         return make_trainer(
