@@ -56,6 +56,9 @@ def train(
         bool, typer.Option(help="Replace the least recently used cached documents, otherwise those stored first.")
     ] = True,
     embedding_dtype: opt.EmbeddingDtype = "float32",
+    fill_from_corpus: Annotated[
+        bool, typer.Option("--fill-from-corpus", help="Encode the whole corpus into the cache before training.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data order and the sampling.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
