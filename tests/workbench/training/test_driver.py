@@ -201,7 +201,7 @@ def test_the_whole_corpus_is_in_the_cache_from_the_first_step(beir: Path, tmp_pa
     assert set(fills["filled"]) == {1.0}
     assert fills["empty"][0] < 0.2
     difference = records["filled"]["documents_encoded"] - records["empty"]["documents_encoded"]
-    assert 80 <= difference <= 88  # the first step of an empty cache draws nothing
+    assert 80 <= difference <= 80 + 4 * 8  # an emptier cache gives at most as many documents per step
 
 
 def test_the_metrics_of_each_query_are_written(beir: Path, tmp_path: Path):

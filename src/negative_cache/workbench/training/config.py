@@ -38,9 +38,22 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a run and a comparison can set alike; the arguments of sentence-transformers have the same names.
+
+    Attributes:
+        query_prompt: Text before each query, also in the saved model; None for the model's own prompt.
+        document_prompt: Text before each document, also in the saved model; None for the model's own prompt.
+    """
+
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+
+
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run; validated on construction.
+class RunConfig(TrainingSettings):
+    """Everything that determines a run, with `TrainingSettings`; validated on construction.
 
     Attributes:
         data: See `load_data`.

@@ -21,7 +21,15 @@ from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evalu
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prepare_for_training
+from negative_cache.workbench.models import (
+    cache_tokens,
+    freeze_unused,
+    load_model,
+    load_trained,
+    prepare_for_training,
+    prompts_of,
+    set_prompts,
+)
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
@@ -202,6 +210,7 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
+        set_prompts(model, self.config.query_prompt, self.config.document_prompt)
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
@@ -225,7 +234,9 @@ class _Run:
         if processes.count() > 1:
             freeze_unused(model)
         if self.options.cache_tokens:
-            cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
+            prompts = prompts_of(model)
+            queries = (prompts.query + text for text in self.data.queries.values())
+            cache_tokens(model, chain(queries, (prompts.document + text for text in self.data.corpus.values())))
         return make_trainer(
             self.folder,
             self.config,
@@ -241,11 +252,12 @@ class _Run:
         if not self.config.fill_from_corpus:
             return
         positions = np.unique(self.data.labels())  # of the first document with each text
+        prompt = prompts_of(trainer.model).document or None
         for start in range(0, len(positions), DOCUMENTS_AT_ONCE):
             part = positions[start : start + DOCUMENTS_AT_ONCE].tolist()
             texts = [self.data.corpus.text(position) for position in part]
             batch_size = encoding_arguments(trainer.model)["batch_size"]
-            trainer.loss.fill_from(texts, part, batch_size, show_progress_bar=False)
+            trainer.loss.fill_from(texts, part, batch_size, show_progress_bar=False, prompt=prompt)
             if self.on_progress is not None:
                 self.on_progress(start + len(part), len(positions))
 

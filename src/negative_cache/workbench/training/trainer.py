@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import learning_rate_of
+from negative_cache.workbench.models import Prompts, learning_rate_of, prompts_of
 from negative_cache.workbench.training import processes
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
 from negative_cache.workbench.training.losses import make_loss
@@ -86,7 +86,7 @@ def make_trainer(
     disable_progress_bars()
     trainer = RunTrainer(
         model=model,
-        args=_arguments(folder, config, report_to, len(training_set)),
+        args=_arguments(folder, config, report_to, len(training_set), prompts_of(model)),
         train_dataset=training_set,
         loss=make_loss(config, model),
         evaluator=evaluator,
@@ -130,7 +130,7 @@ def used_learning_rate(config: RunConfig) -> float:
 
 
 def _arguments(
-    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int
+    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int, prompts: Prompts
 ) -> SentenceTransformerTrainingArguments:
     num_ranks = processes.count()
     per_step = config.batch_size * num_ranks
@@ -148,6 +148,7 @@ def _arguments(
         seed=config.seed,
         data_seed=config.seed,
         batch_sampler="no_duplicates",
+        prompts={"anchor": prompts.query, "positive": prompts.document, "negative": prompts.document},
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
