@@ -31,14 +31,14 @@ def test_changed_options_are_named_as_they_are_typed():
     before = asdict(RunConfig("d", "static", "negative-cache", "out", learning_rate=0.1))
     now = asdict(
         RunConfig(
-            "d", "static", "negative-cache", "other", max_steps=5, symmetric=True,
+            "d v1.0", "static", "negative-cache", "other", max_steps=5, symmetric=True, scale=2e-5,
             data_options=DataOptions(negatives="ignore"),
         )
     )  # fmt: skip
     assert changed_options(before, before) == ""
     assert changed_options(before, now, ignored=("output",)) == (
-        "--max-steps was not given, is 5; --learning-rate was 0.1, is not given; --symmetric was off, is on; "
-        "--negatives was all, is ignore"
+        "--data was d, is 'd v1.0'; --max-steps was not given, is 5; --learning-rate was 0.1, is not given; "
+        "--scale was 20, is 2e-05; --symmetric was off, is on; --negatives was all, is ignore"
     )
 
 

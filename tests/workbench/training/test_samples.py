@@ -52,13 +52,13 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
     with torch.no_grad():
         cache.stored(EMBEDDING)[0].add_(0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
     found = samples.of_cache(loss, static, data)
-    queries = samples.embed(static, ANCHORS)
+    queries = samples.embed_queries(static, ANCHORS)
     rows = cache.data[EMBEDDING][:12]
     similarities = queries @ rows.T
     assert len(found["negatives"]) == 10
     for entry in found["negatives"]:
         at = int(entry["query"][1:])
-        own = float(queries[at] @ samples.embed(static, POSITIVES)[at])
+        own = float(queries[at] @ samples.embed_documents(static, POSITIVES)[at])
         assert entry["positive"]["similarity"] == pytest.approx(own, abs=1e-5)
         assert entry["positive"]["age"] == int(cache.age[:12][labels == at])
         is_negative = (labels != at) & (similarities[at] <= own)
@@ -68,7 +68,7 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
         assert [row["document"] for row in entry["negatives"]] == [f"d{int(labels[b])}" for b in best]
         probabilities = torch.tensor([row["probability"] for row in entry["negatives"]])
         torch.testing.assert_close(probabilities, expected[best], atol=1e-5, rtol=1e-4)
-    new = samples.embed(static, [POSITIVES[int(number)] for number in labels])
+    new = samples.embed_documents(static, [POSITIVES[int(number)] for number in labels])
     pairs = sorted(zip(cache.age[:12].tolist(), (rows - new).square().sum(dim=1).tolist(), strict=True))
     torch.testing.assert_close(
         torch.tensor(sorted(found["staleness_by_age"])), torch.tensor(pairs), atol=1e-5, rtol=1e-3

@@ -9,6 +9,7 @@ from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.data import DataOptions, load_data
 from negative_cache.workbench.evaluation import (
     DEFAULT_MEASURES,
+    EncodingOptions,
     OnProgress,
     depth_of,
     evaluate,
@@ -34,6 +35,7 @@ class Baseline:
         data_options: See `load_data`.
         model: Name or path of the model before training.
         output: Folder of its `queries.json`.
+        encoding: How the model encodes.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Baseline:
     data_options: DataOptions
     model: str
     output: Path
+    encoding: EncodingOptions
 
     @classmethod
     def all_of(cls, comparison: Comparison, name: str) -> list[Baseline]:
@@ -55,6 +58,7 @@ class Baseline:
                 data_options=comparison.data_options,
                 model=comparison.initial_model(seed),
                 output=Path(comparison.output) / "runs" / (f"{name}_seed-{seed}" if is_random else name),
+                encoding=EncodingOptions(comparison.query_prompt, comparison.document_prompt),
             )
             for seed in range(comparison.seeds if is_random else 1)
         ]
@@ -66,7 +70,7 @@ class Baseline:
             quality = judge_split(data, "test", bm25_run(data, "test", depth_of(measures)), measures)
         else:
             model = load_trained(self.model)
-            quality = evaluate(model, data, ("test",), measures, on_progress=on_progress)["test"]
+            quality = evaluate(model, data, ("test",), measures, self.encoding, on_progress)["test"]
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.output, ".partial") as temporary:
             temporary.mkdir(exist_ok=True)  # one is left if the process was killed

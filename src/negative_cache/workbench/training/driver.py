@@ -11,15 +11,25 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
+from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
+from negative_cache.workbench.models import (
+    cache_tokens,
+    freeze_unused,
+    load_model,
+    load_trained,
+    prepare_for_training,
+    prompts_of,
+    set_prompts,
+)
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
@@ -34,6 +44,7 @@ from negative_cache.workbench.training.trainer import (
 )
 
 _INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
+DOCUMENTS_AT_ONCE = 4096  # when a cache is filled, between two reports of progress
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 
 logger = logging.getLogger("negative_cache")
@@ -160,6 +171,12 @@ class _Run:
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
+        distinct = len(np.unique(self.data.labels())) if self.config.fill_from_corpus else 0
+        if distinct > self.config.cache_size:
+            raise DataError(
+                f"--fill-from-corpus needs a row for each of the {distinct:,} documents of {self.data.name} with "
+                f"different texts; --cache-size is {self.config.cache_size:,}. Set --cache-size {distinct}."
+            )
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
 
@@ -175,7 +192,7 @@ class _Run:
         checkpoint = last_complete_checkpoint(self.folder)
         failed = None
         try:
-            train_to_the_end(trainer, checkpoint)
+            train_to_the_end(trainer, checkpoint, begin=lambda: self._fill(trainer))
         except RunFailedError as error:
             if not self.options.record_failure:
                 raise
@@ -193,6 +210,7 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
+        set_prompts(model, self.config.query_prompt, self.config.document_prompt)
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
@@ -213,8 +231,12 @@ class _Run:
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
+        if processes.count() > 1:
+            freeze_unused(model)
         if self.options.cache_tokens:
-            cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
+            prompts = prompts_of(model)
+            queries = (prompts.query + text for text in self.data.queries.values())
+            cache_tokens(model, chain(queries, (prompts.document + text for text in self.data.corpus.values())))
         return make_trainer(
             self.folder,
             self.config,
@@ -224,6 +246,20 @@ class _Run:
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
             report_to=("tensorboard",) if self.options.keep_model else (),
         )
+
+    def _fill(self, trainer: RunTrainer) -> None:
+        """Fill the cache from the corpus, if the configuration says so."""
+        if not self.config.fill_from_corpus:
+            return
+        positions = np.unique(self.data.labels())  # of the first document with each text
+        prompt = prompts_of(trainer.model).document or None
+        for start in range(0, len(positions), DOCUMENTS_AT_ONCE):
+            part = positions[start : start + DOCUMENTS_AT_ONCE].tolist()
+            texts = [self.data.corpus.text(position) for position in part]
+            batch_size = encoding_arguments(trainer.model)["batch_size"]
+            trainer.loss.fill_from(texts, part, batch_size, show_progress_bar=False, prompt=prompt)
+            if self.on_progress is not None:
+                self.on_progress(start + len(part), len(positions))
 
     def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""

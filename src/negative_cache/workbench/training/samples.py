@@ -142,8 +142,8 @@ def _search(
     qrels: dict[str, list[str]],
 ) -> _Found:
     """Search the cache for the queries of `qrels` as a training step does."""
-    queries = embed(model, [data.queries[query] for query in qrels])
-    positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
+    queries = embed_queries(model, [data.queries[query] for query in qrels])
+    positives = embed_documents(model, [data.corpus[documents[0]] for documents in qrels.values()])
     labels, corpus = torch.from_numpy(data.labels()), data.corpus
     known = [data.never_negative(query, documents) for query, documents in qrels.items()]
     ids = [labels[[corpus.position(document) for document in documents]] for documents in known]
@@ -180,7 +180,7 @@ def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: Re
     if not len(rows):
         return []
     rows = rows[torch.tensor(spread(range(len(rows)), NUM_ROWS), device=rows.device)]
-    encoded = embed(model, [corpus.text(number) for number in ids[rows].tolist()])
+    encoded = embed_documents(model, [corpus.text(number) for number in ids[rows].tolist()])
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
@@ -191,9 +191,15 @@ def _positions(cache: NegativeCache) -> Tensor:
     return cache.document_ids[:, -1] if cache.num_ids > 1 else cache.document_ids
 
 
-def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
-    """Embeddings `[n, dim]` of unit length, as in training: without the prompts that evaluation uses."""
-    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_arguments(model))
+def embed_queries(model: SentenceTransformer, texts: list[str]) -> Tensor:
+    """Embeddings of queries, as in training: of unit length, float32 `[n, dim]`."""
+    embedded: Tensor = model.encode_query(texts, normalize_embeddings=True, **encoding_arguments(model))
+    return embedded.float()
+
+
+def embed_documents(model: SentenceTransformer, texts: list[str]) -> Tensor:
+    """Embeddings of documents, as in training: of unit length, float32 `[n, dim]`."""
+    embedded: Tensor = model.encode_document(texts, normalize_embeddings=True, **encoding_arguments(model))
     return embedded.float()
 
 
