@@ -33,6 +33,7 @@ from negative_cache.workbench.models import (
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
+from negative_cache.workbench.training.hard_negatives import write_hard_negatives
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.trainer import (
@@ -61,6 +62,8 @@ class RunOptions:
         keep_model: Write the trained model and TensorBoard events.
         record_failure: If training fails, write a record with the reason instead of raising an error.
         cache_tokens: Tokenize each text only once, if the model is static.
+        export_negatives: File for the hard negatives of the training queries; see `write_hard_negatives`. None for
+            none.
     """
 
     measure_before: bool = True
@@ -69,6 +72,7 @@ class RunOptions:
     keep_model: bool = True
     record_failure: bool = False
     cache_tokens: bool = False
+    export_negatives: Path | None = None
 
 
 def run(
@@ -112,7 +116,7 @@ def run(
     task.check()
     is_first = processes.start() == 0
     if processes.count() > 1:
-        _check_ranks(config.loss, data)
+        _check_ranks(task)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
@@ -171,6 +175,7 @@ class _Run:
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
+        self._check_export()
         distinct = len(np.unique(self.data.labels())) if self.config.fill_from_corpus else 0
         if distinct > self.config.cache_size:
             raise DataError(
@@ -179,6 +184,15 @@ class _Run:
             )
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
+
+    def _check_export(self) -> None:
+        path = self.options.export_negatives
+        if path is None:
+            return
+        if self.config.loss != "negative-cache":
+            raise RunError(f"--export-negatives has no effect with --loss {self.config.loss}, which has no cache.")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise RunError(f"--export-negatives: {path} is a folder, or its folder does not exist. Give a file.")
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
@@ -294,6 +308,8 @@ class _Run:
         model, hits = trainer.model, []
         if self.options.keep_model:
             model.save_pretrained(str(self.folder))
+        if self.options.export_negatives is not None:
+            write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
         has_test = self.data.has("test")
         needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
@@ -307,8 +323,11 @@ class _Run:
         return {fields[split]: quality.metrics() for split, quality in found.items()}
 
 
-def _check_ranks(loss: str, data: RetrievalData) -> None:
-    """Raise unless a loss can train on several ranks."""
+def _check_ranks(task: _Run) -> None:
+    """Raise unless a run can be done on several ranks."""
+    loss, data = task.config.loss, task.data
+    if task.options.export_negatives is not None:
+        raise RunError("--export-negatives runs in one process only: each rank has a part of the cache. Leave it out.")
     if loss == "memory-bank":
         raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
     if loss != "negative-cache" and data.negatives:
