@@ -141,6 +141,25 @@ def _prompts_note(model: SentenceTransformer) -> str:
     return note
 
 
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Freeze the parameters that no embedding depends on, such as those of BERT's pooler.
+
+    They have no gradient, for which DistributedDataParallel would wait.
+    """
+    total = torch.zeros((), device=model.device)
+    with torch.enable_grad():
+        for task in ("query", "document"):  # a Router has other parameters for each
+            features = model.preprocess(["text"], task=task)
+            features = {
+                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in features.items()
+            }
+            total = total + model(features, task=task)["sentence_embedding"].float().sum()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:
     """The number of tokens of each text, with special tokens and without a limit."""
     if isinstance(model[0], StaticEmbedding):

@@ -19,7 +19,7 @@ from negative_cache.workbench.evaluation import (
 from negative_cache.workbench.evaluation.bm25 import bm25_run
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import LEARNING_RATES, load_trained
+from negative_cache.workbench.models import load_trained
 from negative_cache.workbench.training.preparation import set_inputs
 from negative_cache.workbench.training.record import Metrics, read_json
 
@@ -31,23 +31,29 @@ class Baseline:
     Attributes:
         name: One of `BASELINES`.
         comparison: What it is compared with.
+        seed: Seed of the untrained model's weights; None if there is nothing random.
         model: Name or path of the model before training.
     """
 
     name: str
     comparison: Comparison
+    seed: int | None
     model: str
 
     @classmethod
-    def of(cls, comparison: Comparison, name: str) -> Baseline:
-        """The measurement for a comparison. An untrained model is that of seed 0."""
-        model = str(comparison.untrained(0)) if comparison.model in LEARNING_RATES else comparison.model
-        return cls(name, comparison, model)
+    def all_of(cls, comparison: Comparison, name: str) -> list[Baseline]:
+        """The measurements of a baseline for a comparison: one, or one for each seed of an untrained model."""
+        is_random = name != "bm25" and comparison.is_from_scratch
+        return [
+            cls(name, comparison, seed if is_random else None, comparison.initial_model(seed))
+            for seed in range(comparison.seeds if is_random else 1)
+        ]
 
     @property
     def output(self) -> Path:
         """Folder of its `queries.json`."""
-        return Path(self.comparison.output) / "runs" / self.name
+        name = self.name if self.seed is None else f"{self.name}_seed-{self.seed}"
+        return Path(self.comparison.output) / "runs" / name
 
     def __call__(self, on_progress: OnProgress) -> Metrics:
         """Measure it, write `queries.json`, and return the metrics."""

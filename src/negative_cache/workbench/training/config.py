@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +30,7 @@ NOT_STATIC = {
 # Fields that only some losses use.
 CACHE_FIELDS = {
     "num_samples", "in_batch", "shared", "absolute_margin", "relative_margin", "symmetric", "refresh_per_step",
-    "use_lru", "embedding_dtype",
+    "use_lru", "embedding_dtype", "fill_from_corpus",
 }  # fmt: skip
 FIELDS_OF = {"negative-cache": {*CACHE_FIELDS, "cache_size"}, "memory-bank": {"cache_size"}}
 
@@ -49,6 +51,32 @@ def has_effect(loss: str, field: str) -> bool:
 def flag_of(field: str) -> str:
     """The command-line option that sets a field."""
     return f"--{field.replace('_', '-')}"
+
+
+def changed_options(saved: Mapping[str, Any], given: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
+    """The options that have changed, such as "--scale was 20, is 10; --negatives was all, is ignore".
+
+    Args:
+        saved: The fields of an earlier configuration.
+        given: The fields of the present one.
+        ignored: Fields that may differ.
+    """
+    before, now = ({**options, **options.get("data_options", {})} for options in (saved, given))
+    return "; ".join(
+        f"{flag_of(name)} was {_in_words(before.get(name))}, is {_in_words(value)}"
+        for name, value in now.items()
+        if name not in (*ignored, "data_options") and before.get(name) != value
+    )
+
+
+def _in_words(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(_in_words, value))
+    return str(value).removesuffix(".0") if isinstance(value, float) else shlex.quote(str(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +173,7 @@ class RunConfig(TrainingSettings):
         refresh_per_step: See `NegativeCacheRankingLoss`.
         use_lru: See `NegativeCacheRankingLoss`.
         embedding_dtype: dtype of cached embeddings: float32, bfloat16, float16 or int8.
+        fill_from_corpus: Encode the whole corpus into the cache before training, documents without a query included.
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         save_steps: Steps between checkpoints; None for no checkpoints.
@@ -172,6 +201,7 @@ class RunConfig(TrainingSettings):
     refresh_per_step: int = 0
     use_lru: bool = True
     embedding_dtype: str = "float32"
+    fill_from_corpus: bool = False
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
@@ -198,6 +228,10 @@ class RunConfig(TrainingSettings):
             raise RunError(
                 f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}. Use a larger cache, or "
                 "a smaller batch."
+            )
+        if self.fill_from_corpus and self.symmetric:
+            raise RunError(
+                "--fill-from-corpus fills the cache of documents, --symmetric has one of queries, too. Leave one out."
             )
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")

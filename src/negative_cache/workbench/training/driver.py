@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
@@ -19,12 +20,14 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
+from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prompts_of
+from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
-from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
+from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
+from negative_cache.workbench.training.hard_negatives import write_hard_negatives
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.preparation import prepare
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
@@ -37,6 +40,7 @@ from negative_cache.workbench.training.trainer import (
 )
 
 _INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
+DOCUMENTS_AT_ONCE = 4096  # when a cache is filled, between two reports of progress
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 
 logger = logging.getLogger("negative_cache")
@@ -53,6 +57,8 @@ class RunOptions:
         keep_model: Write the trained model and TensorBoard events.
         record_failure: If training fails, write a record with the reason instead of raising an error.
         cache_tokens: Tokenize each text only once, if the model is static.
+        export_negatives: File for the hard negatives of the training queries; see `write_hard_negatives`. None for
+            none.
     """
 
     measure_before: bool = True
@@ -61,6 +67,7 @@ class RunOptions:
     keep_model: bool = True
     record_failure: bool = False
     cache_tokens: bool = False
+    export_negatives: Path | None = None
 
 
 def run(
@@ -104,7 +111,7 @@ def run(
     task.check()
     is_first = processes.start() == 0
     if processes.count() > 1:
-        _check_ranks(config.loss, data)
+        _check_ranks(task)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
@@ -164,8 +171,24 @@ class _Run:
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
         _check_programs(_programs(self.config))
+        self._check_export()
+        distinct = len(np.unique(self.data.labels())) if self.config.fill_from_corpus else 0
+        if distinct > self.config.cache_size:
+            raise DataError(
+                f"--fill-from-corpus needs a row for each of the {distinct:,} documents of {self.data.name} with "
+                f"different texts; --cache-size is {self.config.cache_size:,}. Set --cache-size {distinct}."
+            )
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
+
+    def _check_export(self) -> None:
+        path = self.options.export_negatives
+        if path is None:
+            return
+        if self.config.loss != "negative-cache":
+            raise RunError(f"--export-negatives has no effect with --loss {self.config.loss}, which has no cache.")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise RunError(f"--export-negatives: {path} is a folder, or its folder does not exist. Give a file.")
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
@@ -179,7 +202,7 @@ class _Run:
         checkpoint = last_complete_checkpoint(self.folder)
         failed = None
         try:
-            train_to_the_end(trainer, checkpoint)
+            train_to_the_end(trainer, checkpoint, begin=lambda: self._fill(trainer))
         except RunFailedError as error:
             if not self.options.record_failure:
                 raise
@@ -217,6 +240,8 @@ class _Run:
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
+        if processes.count() > 1:
+            freeze_unused(model)
         if self.options.cache_tokens:
             prompts = prompts_of(model)
             queries = (prompts.query + text for text in self.data.queries.values())
@@ -230,6 +255,20 @@ class _Run:
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
             report_to=_programs(self.config) if self.options.keep_model else (),
         )
+
+    def _fill(self, trainer: RunTrainer) -> None:
+        """Fill the cache from the corpus, if the configuration says so."""
+        if not self.config.fill_from_corpus:
+            return
+        positions = np.unique(self.data.labels())  # of the first document with each text
+        prompt = prompts_of(trainer.model).document or None
+        for start in range(0, len(positions), DOCUMENTS_AT_ONCE):
+            part = positions[start : start + DOCUMENTS_AT_ONCE].tolist()
+            texts = [self.data.corpus.text(position) for position in part]
+            batch_size = encoding_arguments(trainer.model)["batch_size"]
+            trainer.loss.fill_from(texts, part, batch_size, show_progress_bar=False, prompt=prompt)
+            if self.on_progress is not None:
+                self.on_progress(start + len(part), len(positions))
 
     def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
@@ -264,6 +303,8 @@ class _Run:
         model, hits = trainer.model, []
         if self.options.keep_model:
             model.save_pretrained(str(self.folder))
+        if self.options.export_negatives is not None:
+            write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
         has_test = self.data.has("test")
         needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
@@ -292,8 +333,11 @@ def _check_programs(names: tuple[str, ...]) -> None:
             raise RunError(f"--report-to has {name!r}, whose package is not installed. Install it, or leave it out.")
 
 
-def _check_ranks(loss: str, data: RetrievalData) -> None:
-    """Raise unless a loss can train on several ranks."""
+def _check_ranks(task: _Run) -> None:
+    """Raise unless a run can be done on several ranks."""
+    loss, data = task.config.loss, task.data
+    if task.options.export_negatives is not None:
+        raise RunError("--export-negatives runs in one process only: each rank has a part of the cache. Leave it out.")
     if loss == "memory-bank":
         raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
     if loss != "negative-cache" and data.negatives:
@@ -336,15 +380,8 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
 
 
 def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
-    differences = [
-        f"{key} was {saved.get(key)!r}, is {value!r}"
-        for key, value in _configuration(config).items()
-        if key not in ("output", "save_steps", "report_to") and saved.get(key) != value
-    ]
-    if differences:
-        raise RunError(
-            f"{what} of another configuration: {'; '.join(differences)}. Give the same options, or remove the folder."
-        )
+    if changed := changed_options(saved, _configuration(config), ignored=("output", "save_steps", "report_to")):
+        raise RunError(f"{what} of another configuration: {changed}. Give the same options, or remove the folder.")
 
 
 def _configuration(config: RunConfig) -> dict[str, Any]:

@@ -102,8 +102,15 @@ def make_trainer(
     return trainer
 
 
-def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
+def train_to_the_end(
+    trainer: RunTrainer, checkpoint: str | None = None, begin: Callable[[], None] = lambda: None
+) -> None:
     """Train, from a checkpoint if there is one, with the meter running.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The folder of the checkpoint.
+        begin: Called before the first step, unless there is a checkpoint.
 
     Raises:
         RunFailedError: Values became infinite or NaN, or the loss rejected a batch.
@@ -113,6 +120,8 @@ def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None
     trainer.add_callback(_LogLastStep())
     try:
         with stop, trainer.meter.running():
+            if checkpoint is None:
+                begin()
             trainer.train(resume_from_checkpoint=checkpoint)
         # The trainer has wrapped the model's `forward`, which would go on to compute in half precision.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
