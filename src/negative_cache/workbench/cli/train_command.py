@@ -62,6 +62,13 @@ def train(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data order and the sampling.")] = 0,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
+    load_best_model_at_end: Annotated[
+        bool,
+        typer.Option("--load-best-model-at-end", help="Keep the model of the evaluation with the best MRR@10 on dev."),
+    ] = False,
+    early_stopping_patience: Annotated[
+        int | None, typer.Option(help="Stop after this number of evaluations in a row without a better one.")
+    ] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
     report_to: Annotated[
         str, typer.Option(help="Programs that get the logs: tensorboard, wandb, mlflow ..., or none.")
@@ -111,6 +118,8 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
             title = f"{split} split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
             terminal.out.print(metrics_table(title, rows))
     terminal.say(f"{record.steps} steps in {record.seconds:.1f} s. The model and run.json are in {output}")
+    if record.best_step is not None:
+        terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")
     terminal.say(f"Make a report of the run: negative-cache report {output}")
 
 

@@ -26,7 +26,7 @@ BASELINES = ("bm25", "zero-shot")
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
     "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
-    "report_to", "data_options",
+    "load_best_model_at_end", "early_stopping_patience", "report_to", "data_options",
 }  # fmt: skip
 _OPTIONS = {option.name for option in fields(RunConfig)} - FIXED_FIELDS
 

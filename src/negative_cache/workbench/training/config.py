@@ -176,6 +176,9 @@ class RunConfig(TrainingSettings):
         fill_from_corpus: Encode the whole corpus into the cache before training, documents without a query included.
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
+        load_best_model_at_end: Keep the weights of the evaluation with the best MRR@10, instead of the last ones.
+        early_stopping_patience: Stop after this number of evaluations in a row without a better one; None to train to
+            the end.
         save_steps: Steps between checkpoints; None for no checkpoints.
         report_to: Where the logs go: names of programs that transformers supports, separated by commas; "none" for
             nowhere but `run.json`.
@@ -204,6 +207,8 @@ class RunConfig(TrainingSettings):
     fill_from_corpus: bool = False
     seed: int = 0
     eval_steps: int | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
     save_steps: int | None = 500
     report_to: str = "tensorboard"
     data_options: DataOptions = field(default_factory=DataOptions)
@@ -216,7 +221,7 @@ class RunConfig(TrainingSettings):
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
         check_positive(self, ("cache_size", "batch_size", "epochs", "scale"))
         _checked_num_samples(self.num_samples, self.shared)
-        optional = ("max_steps", "learning_rate", "eval_steps", "save_steps")
+        optional = ("max_steps", "learning_rate", "eval_steps", "early_stopping_patience", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
         for option in fields(self):
             if not has_effect(self.loss, option.name) and getattr(self, option.name) != option.default:
@@ -232,6 +237,13 @@ class RunConfig(TrainingSettings):
         if self.fill_from_corpus and self.symmetric:
             raise RunError(
                 "--fill-from-corpus fills the cache of documents, --symmetric has one of queries, too. Leave one out."
+            )
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise RunError("--load-best-model-at-end needs --eval-steps: the number of steps between evaluations.")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise RunError(
+                "--early-stopping-patience needs --load-best-model-at-end: the last model would be one of the worse "
+                "ones."
             )
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")

@@ -25,6 +25,7 @@ from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
+from negative_cache.workbench.training.best import BestWeights
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
@@ -39,7 +40,7 @@ from negative_cache.workbench.training.trainer import (
     used_learning_rate,
 )
 
-_INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
+_INITIAL, _BEFORE, _CURVE, _BEST = "initial", "before.json", "curve", "best"  # in the folder of an unfinished run
 DOCUMENTS_AT_ONCE = 4096  # when a cache is filled, between two reports of progress
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 
@@ -196,7 +197,8 @@ class _Run:
         if is_first and not (self.folder / _BEFORE).exists():
             self._begin()
         processes.wait()
-        trainer = self._make_trainer(training_set, is_first)
+        best = BestWeights(self.folder / _BEST, self.config.early_stopping_patience)
+        trainer = self._make_trainer(training_set, best, is_first)
         curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
         trainer.add_callback(curve)
         checkpoint = last_complete_checkpoint(self.folder)
@@ -213,7 +215,7 @@ class _Run:
                 "training_pairs": len(training_set),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
-            self._finish(trainer, curve, costs, failed)
+            self._finish(trainer, curve, best, costs, failed)
 
     def _begin(self) -> None:
         """Create the folder with the untrained model and its metrics. `before.json` is written last."""
@@ -238,7 +240,7 @@ class _Run:
         }
         write_json(self.folder / _BEFORE, {**content, **measured})
 
-    def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
+    def _make_trainer(self, training_set: Dataset, best: BestWeights, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if processes.count() > 1:
             freeze_unused(model)
@@ -254,6 +256,7 @@ class _Run:
             on_step=self.on_step if is_first else None,
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
             report_to=_programs(self.config) if self.options.keep_model else (),
+            best=best if self.config.load_best_model_at_end else None,
         )
 
     def _fill(self, trainer: RunTrainer) -> None:
@@ -270,10 +273,12 @@ class _Run:
             if self.on_progress is not None:
                 self.on_progress(start + len(part), len(positions))
 
-    def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
+    def _finish(
+        self, trainer: RunTrainer, curve: Curve, best: BestWeights, costs: dict[str, Any], failed: str | None
+    ) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
         began = read_json(self.folder / _BEFORE)
-        quality = {} if failed else self._evaluate(trainer, began)
+        quality = {} if failed else self._evaluate(trainer, best, began)
         seconds, documents = round(trainer.meter.seconds, 3), trainer.meter.documents
         points = []
         if self.options.curve and not failed:
@@ -298,13 +303,16 @@ class _Run:
             **quality,
         ).write(self.folder)
 
-    def _evaluate(self, trainer: RunTrainer, began: dict[str, Any]) -> dict[str, Any]:
-        """Metrics of the trained model, as fields of the record. Also writes the model, and the results of queries."""
-        model, hits = trainer.model, []
-        if self.options.keep_model:
-            model.save_pretrained(str(self.folder))
+    def _evaluate(self, trainer: RunTrainer, best: BestWeights, began: dict[str, Any]) -> dict[str, Any]:
+        """Quality of the trained model, as fields of the record. Also writes the model, and the results of queries."""
+        model, hits, best_step = trainer.model, [], None
         if self.options.export_negatives is not None:
             write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
+        of_cache = samples.of_cache(trainer.loss, model, self.data)  # with the last weights, as the cache
+        if self.config.load_best_model_at_end:
+            best_step = best.load(model)
+        if self.options.keep_model:
+            model.save_pretrained(str(self.folder))
         has_test = self.data.has("test")
         needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
@@ -314,8 +322,8 @@ class _Run:
             values = {"before": began["per_query"], "after": found["test"].per_query}
             write_json(self.folder / PER_QUERY, {"corpus": corpus_of(self.data, "test"), **values})
         shown = {"before": began["hits"], "after": hits}
-        write_json(self.folder / samples.SAMPLES, {**shown, **samples.of_cache(trainer.loss, model, self.data)})
-        return {fields[split]: quality.metrics() for split, quality in found.items()}
+        write_json(self.folder / samples.SAMPLES, {**shown, **of_cache})
+        return {"best_step": best_step, **{fields[split]: quality.metrics() for split, quality in found.items()}}
 
 
 def _programs(config: RunConfig) -> tuple[str, ...]:
@@ -354,7 +362,7 @@ def _can_resume(folder: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     """Remove the files that only an unfinished run needs."""
-    for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / _CURVE, folder / "eval"):
+    for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / _CURVE, folder / _BEST, folder / "eval"):
         shutil.rmtree(path, ignore_errors=True)
     (folder / _BEFORE).unlink(missing_ok=True)
 

@@ -40,6 +40,13 @@ def wait() -> None:
         Ranks(_patient_group()).share_integers([0], torch.device("cpu"))
 
 
+def of_first(flag: bool) -> bool:
+    """The flag of rank 0, on all ranks."""
+    if count() == 1:
+        return flag
+    return bool(Ranks(_patient_group()).share_integers([flag], torch.device("cpu"))[0][0])
+
+
 def _warn_of_shared_store() -> None:
     """Warn that torchrun restarts processes with a store that holds old values, see pytorch/pytorch#135712."""
     can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

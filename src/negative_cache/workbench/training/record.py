@@ -32,6 +32,7 @@ class RunRecord:
         threads: CPU threads of torch.
         ranks: Number of processes.
         steps: Optimizer steps.
+        best_step: Step of the weights that were kept as the best on the dev split; None if they are the last ones.
         resumed_from_step: Step of the checkpoint that the run was last resumed from; 0 if there was none.
         training_pairs: Judged pairs of the training split.
         seconds: Training time, without evaluation.
@@ -53,6 +54,7 @@ class RunRecord:
     threads: int
     ranks: int
     steps: int
+    best_step: int | None = None
     resumed_from_step: int
     training_pairs: int
     seconds: float

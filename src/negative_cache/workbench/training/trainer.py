@@ -24,6 +24,7 @@ from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import Prompts, learning_rate_of, prompts_of
 from negative_cache.workbench.training import processes
+from negative_cache.workbench.training.best import BestWeights
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
 from negative_cache.workbench.training.losses import make_loss
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
@@ -78,6 +79,7 @@ def make_trainer(
     on_step: OnStep | None = None,
     evaluator: Any = None,
     report_to: Sequence[str] = (),
+    best: BestWeights | None = None,
 ) -> RunTrainer:
     """The trainer of a run, which writes to `folder`."""
     first = training_set[:8]
@@ -95,7 +97,7 @@ def make_trainer(
         train_dataset=training_set,
         loss=make_loss(config, model),
         evaluator=evaluator,
-        callbacks=[_StepCallback(on_step)] if on_step else None,
+        callbacks=[*([_StepCallback(on_step)] if on_step else []), *([best] if best else [])],
     )
     trainer.remove_callback(PrinterCallback)  # the command line has its own progress bar
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
