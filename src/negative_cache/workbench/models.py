@@ -27,14 +27,17 @@ HUB_TIMEOUT = 10.0  # seconds
 # Learning rates at which each kind of model trains well with AdamW.
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
 PRETRAINED_LEARNING_RATE = 2e-5
+ADAPTER_LEARNING_RATE = 2e-4
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded."""
 
 
-def learning_rate_of(name: str) -> float:
-    """The default learning rate of a model."""
+def learning_rate_of(name: str, has_adapters: bool = False) -> float:
+    """The default learning rate of a model, or of its adapters alone."""
+    if has_adapters:
+        return ADAPTER_LEARNING_RATE
     return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
 
 

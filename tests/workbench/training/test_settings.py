@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,47 @@ def test_the_saved_model_has_the_length_limit(start: Path, trained: Trained, tmp
     assert not list((tmp_path / "long").glob("*"))
 
 
+@pytest.mark.parametrize("loss", ["gradcache", "negative-cache"])
+def test_lora_trains_adapters_and_saves_them_merged(
+    start: Path, tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
+):
+    found = train(start, tmp_path, loss, lora=4, gradient_checkpointing=True)
+    before, after = (dict(model.named_parameters()) for model in (SentenceTransformer(str(start)), found.model))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {f"0.model.encoder.layer.{n}." for n in (0, 1)}
+    kinds = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+    kinds += ("intermediate.dense", "output.dense")
+    assert changed == {f"{layer}{kind}.weight" for layer in layers for kind in kinds}
+    assert max(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) for name in changed) <= 4
+    assert found.record.after == evaluate(found.model, DATA, ("test",))["test"].metrics()
+    trained = 2 * 4 * (4 * (128 + 128) + 2 * (128 + 512))
+    assert f"LoRA of rank 4 trains {trained:,} parameters, and keeps " in caplog.text
+
+
+def test_a_run_with_lora_resumes_and_keeps_its_best_model(start: Path, tmp_path: Path):
+    data = replace(DATA, qrels={**DATA.qrels, "dev": QRELS})
+    results = []
+    for name in ("whole", "stopped"):
+        config = RunConfig(
+            data="set", model=str(start), loss="negative-cache", output=str(tmp_path / name), batch_size=8, lora=4,
+            cache_size=64, max_steps=6, save_steps=2, eval_steps=2, load_best_model_at_end=True, learning_rate=1e-2,
+        )  # fmt: skip
+
+        def stop(step: int, steps: int, logs: dict[str, float]) -> None:
+            if step == 5:
+                raise RuntimeError("enough")
+
+        if name == "stopped":
+            with pytest.raises(RuntimeError, match="enough"):
+                run(config, data, on_step=stop)
+        record = run(config, data, resume=True)
+        assert record is not None
+        results.append((record.best_step, weights(SentenceTransformer(str(tmp_path / name)))))
+    assert results[0][0] == results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
+
+
 def test_logs_go_where_they_are_wanted(start: Path, trained: Trained, tmp_path: Path):
     assert (trained.folder / "tensorboard").is_dir()
     assert not (train(start, tmp_path, report_to="none").folder / "tensorboard").exists()
@@ -211,6 +253,7 @@ def test_logs_go_where_they_are_wanted(start: Path, trained: Trained, tmp_path: 
         ({"gradient_checkpointing": True}, "--gradient-checkpointing has no effect on static embeddings, which store"),
         ({"bf16": True}, "--bf16 has no effect on static embeddings"),
         ({"torch_compile": True}, "--torch-compile has no effect on static embeddings"),
+        ({"lora": 4}, "--lora has no effect on static embeddings"),
         ({"max_seq_length": 64}, "--max-seq-length has no effect on static embeddings"),
     ],
 )

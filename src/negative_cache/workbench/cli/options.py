@@ -79,6 +79,7 @@ _SETTINGS: dict[str, Any] = {
     "bf16": Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, with float32 weights.")],
     "fp16": Annotated[bool, typer.Option("--fp16", help="Compute in float16, with float32 weights. GPU only.")],
     "torch_compile": Annotated[bool, typer.Option("--torch-compile", help="Compile the model.")],
+    "lora": Annotated[int | None, typer.Option(help="Train only LoRA adapters of this rank, such as 16. Needs peft.")],
 }
 
 _ENCODING_OPTIONS: dict[str, Any] = {

@@ -101,7 +101,8 @@ class Comparison(TrainingSettings):
         """The learning rates that the sweep starts with."""
         if self.learning_rates is not None:
             return list(self.learning_rates)
-        return [rounded(factor * learning_rate_of(self.model)) for factor in RATE_FACTORS]
+        usual = learning_rate_of(self.model, has_adapters=self.lora is not None)
+        return [rounded(factor * usual) for factor in RATE_FACTORS]
 
     def config(self, spec: str) -> RunConfig:
         """The configuration of a loss, without the learning rate and seed of a run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shlex
 from collections.abc import Collection, Mapping
@@ -25,6 +26,7 @@ NOT_STATIC = {
     "bf16": "which are looked up, not computed",
     "fp16": "which are looked up, not computed",
     "torch_compile": "which have nothing to compile",
+    "lora": "which have no linear layers",
 }
 
 # Fields that only some losses use.
@@ -97,6 +99,8 @@ class TrainingSettings:
         bf16: Compute in bfloat16, with float32 weights.
         fp16: Compute in float16, with float32 weights. GPU only.
         torch_compile: Compile the model.
+        lora: Rank of LoRA adapters of all linear layers. Only they are trained; the saved model has them merged into
+            its weights. None to train all weights.
 
     Raises:
         RunError: A value is out of range, or two do not go together.
@@ -114,12 +118,14 @@ class TrainingSettings:
     bf16: bool = False
     fp16: bool = False
     torch_compile: bool = False
+    lora: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_positive(self, ("gradient_accumulation_steps",))
-        if self.max_seq_length is not None:
-            check_positive(self, ("max_seq_length",))
+        check_positive(self, [name for name in ("max_seq_length", "lora") if getattr(self, name) is not None])
+        if self.lora is not None and importlib.util.find_spec("peft") is None:
+            raise RunError("--lora needs the package peft. Install it: pip install peft.")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RunError(f"{flag_of(name)} is {getattr(self, name)}; it must be 0 or positive.")

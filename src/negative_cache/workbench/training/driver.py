@@ -30,7 +30,7 @@ from negative_cache.workbench.training.config import RunConfig, RunError, RunFai
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
 from negative_cache.workbench.training.meter import peak_memory_bytes
-from negative_cache.workbench.training.preparation import prepare
+from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.trainer import (
     OnStep,
@@ -242,7 +242,11 @@ class _Run:
 
     def _make_trainer(self, training_set: Dataset, best: BestWeights, is_first: bool) -> RunTrainer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
-        if processes.count() > 1:
+        if self.config.lora is not None:
+            note = add_lora(model, self.config.lora, self.config.seed)
+            if is_first:
+                logger.warning("%s: %s", self.config.model, note)
+        elif processes.count() > 1:
             freeze_unused(model)
         if self.options.cache_tokens:
             prompts = prompts_of(model)
@@ -312,6 +316,7 @@ class _Run:
         if self.config.load_best_model_at_end:
             best_step = best.load(model)
         if self.options.keep_model:
+            merge_lora(model)
             model.save_pretrained(str(self.folder))
         has_test = self.data.has("test")
         needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from negative_cache.workbench.models import prepare_for_training, set_prompts
+from negative_cache.workbench.models import freeze_unused, prepare_for_training, set_prompts
 from negative_cache.workbench.training.config import RunError, TrainingSettings
 
 
@@ -38,3 +41,40 @@ def set_inputs(model: SentenceTransformer, settings: TrainingSettings) -> None:
             f"--max-seq-length is {length}; the model has positions for {positions} tokens. Use at most that."
         )
     model.max_seq_length = length
+
+
+def add_lora(model: SentenceTransformer, rank: int, seed: int) -> str:
+    """Add adapters of a rank to all linear layers, and train nothing else; return a note on the number of parameters.
+
+    Raises:
+        RunError: The model does not support adapters.
+    """
+    from peft import LoraConfig, TaskType
+    from transformers import set_seed
+
+    set_seed(seed)
+    config = LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    try:
+        model.add_adapter(config)
+    except (AttributeError, ValueError) as error:
+        raise RunError(f"--lora: this model does not take adapters: {error}. Leave --lora out.") from error
+    freeze_unused(model)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return f"LoRA of rank {rank} trains {trained:,} parameters, and keeps {sum(size for size, _ in sizes) - trained:,}."
+
+
+def merge_lora(model: SentenceTransformer) -> None:
+    """Merge the adapters into the weights, so that the saved model needs neither peft nor the initial model."""
+    for body in _with_adapters(model):
+        for name, layer in list(body.named_modules()):
+            if hasattr(layer, "get_base_layer"):
+                layer.merge()
+                parent, _, attribute = name.rpartition(".")
+                setattr(body.get_submodule(parent), attribute, layer.get_base_layer())
+        body._hf_peft_config_loaded = False
+        del body.peft_config
+
+
+def _with_adapters(model: SentenceTransformer) -> Iterator[Any]:
+    return (module for module in model.modules() if getattr(module, "_hf_peft_config_loaded", False))

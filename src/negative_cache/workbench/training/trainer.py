@@ -135,7 +135,9 @@ def train_to_the_end(
 
 def used_learning_rate(config: RunConfig) -> float:
     """The learning rate of a configuration, or the default of its model."""
-    return learning_rate_of(config.model) if config.learning_rate is None else config.learning_rate
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return learning_rate_of(config.model, has_adapters=config.lora is not None)
 
 
 def _arguments(
