@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.config_file import ConfigFile
 from negative_cache.workbench.cli.progress import ComparisonBar
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
@@ -42,6 +43,7 @@ def compare(
     *,
     settings: dict[str, Any],
     data_options: DataOptions,
+    config_file: ConfigFile = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.config_file import ConfigFile
 from negative_cache.workbench.cli.progress import training_bar
 from negative_cache.workbench.cli.tables import metrics_table
 from negative_cache.workbench.cli.terminal import Terminal
@@ -80,6 +81,7 @@ def train(
     *,
     settings: dict[str, Any],
     data_options: DataOptions,
+    config_file: ConfigFile = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
