@@ -17,9 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from command_line import invoke
+from negative_cache.workbench.cli import app, progress
 from negative_cache.workbench.cli.progress import training_bar
 from negative_cache.workbench.cli.terminal import Terminal
 from support import random_pairs
@@ -171,6 +173,32 @@ def test_the_bar_shows_all_steps_on_80_columns():
     shown = terminal.progress.file.getvalue()
     assert "93/20000 loss 0.134 " in shown
     assert "…" not in shown
+
+
+def test_without_a_terminal_there_is_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.5)
+    terminal = Terminal()
+    terminal.progress = Console(file=io.StringIO(), width=80)
+    with training_bar(terminal, "negative-cache") as (on_step, on_progress):
+        on_progress(5, 20)
+        for step in range(1, 41):
+            time.sleep(0.05)
+            on_step(step, 400, {"loss": 0.1341})
+        shown = terminal.progress.file.getvalue()
+        before_the_end = shown.splitlines()
+    assert 2 <= len(before_the_end) <= 4
+    for line in before_the_end:
+        assert re.fullmatch(r"negative-cache \d+/400  loss 0.134  0:00:[12]\d left", line), line
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_help_shows_every_option_once_in_a_group(command: str):
+    shown = invoke(command, "--help", COLUMNS="200").stdout
+    headings = re.findall(r"^(\w[\w ]*):$", shown, re.MULTILINE)
+    assert headings[:4] == ["Options", "Data", "Loss", "Training"]
+    found = re.findall(r"^  (?:-q, )?(?:--quiet|(--[a-z0-9-]+))", shown, re.MULTILINE)
+    parameters = typer.main.get_command(app).commands[command].params
+    assert len(found) == len(set(found)) == len(parameters) + 1  # --help
 
 
 def test_the_library_imports_no_optional_package():

@@ -232,3 +232,20 @@ def test_the_folder_of_a_run_is_a_model_that_keeps_its_prompts_and_similarity(be
     assert trained.exit_code == 0, trained.output
     model = SentenceTransformer(str(tmp_path / "model"))
     assert (model.prompts, model.similarity_fn_name) == (start.prompts, "dot")
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_without_evaluation_no_corpus_is_encoded(beir: Path, tmp_path: Path, has_test: bool):
+    if not has_test:
+        (beir / "qrels" / "test.tsv").unlink()
+    output = tmp_path / "model"
+    given = ["--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4, "--no-eval"]
+    trained = invoke("train", *given)
+    assert trained.exit_code == 0, trained.output
+    assert "split" not in trained.stdout
+    record = json.loads((output / "run.json").read_text())
+    assert (record["before"], record["after"], record["dev"], record["steps"]) == (None, None, None, 4)
+    assert not (output / "queries.json").exists()
+    assert json.loads((output / "samples.json").read_text())["after"] == []
+    assert invoke("report", output).exit_code == 0
+    assert SentenceTransformer(str(output)).encode("a text").shape == (256,)

@@ -15,6 +15,7 @@ from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.data_command import data
 from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.evaluate_command import evaluate
+from negative_cache.workbench.cli.grouped_help import GroupedCommand
 from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.search_command import search
 from negative_cache.workbench.cli.significance_command import significance
@@ -45,4 +46,4 @@ def main(
 
 
 for command in (data, train, compare, evaluate, significance, search, report, doctor):
-    app.command()(command)
+    app.command(cls=GroupedCommand if command in (train, compare) else None)(command)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 BAR_WIDTH = 20  # columns
+SECONDS_PER_LINE = 30.0  # without a terminal
 SHOWN = {"loss": "loss", "cache/staleness": "staleness", "cache/fill": "fill"}  # key of the logs -> name
 
 
@@ -92,4 +96,25 @@ class ComparisonBar:
 
 def _bar(console: Console, *columns: ProgressColumn, is_transient: bool = False) -> Progress:
     first = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn())
-    return Progress(*first, *columns, console=console, transient=is_transient)
+    return _BarOrLines(*first, *columns, console=console, transient=is_transient)
+
+
+class _BarOrLines(Progress):
+    """A progress bar; without a terminal, such as in a batch job, a line now and then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._said = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """See `Progress.update`."""
+        super().update(task_id, **changes)
+        if self.console.is_terminal or time.monotonic() < self._said + SECONDS_PER_LINE:
+            return
+        self._said = time.monotonic()
+        task = next(task for task in self.tasks if task.id == task_id)
+        parts = [f"{task.description} {task.completed:.0f}/{'?' if task.total is None else f'{task.total:.0f}'}"]
+        parts += [task.fields["metrics"]] if task.fields.get("metrics") else []
+        if task.time_remaining is not None:
+            parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)

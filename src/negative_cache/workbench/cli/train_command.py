@@ -62,6 +62,9 @@ def train(
         bool, typer.Option("--fill-from-corpus", help="Encode the whole corpus into the cache before training.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data order and the sampling.")] = 0,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Do not evaluate before and after training, such as on a huge corpus.")
+    ] = False,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     load_best_model_at_end: Annotated[
         bool,
@@ -98,8 +101,8 @@ def train(
         if record is None:
             loaded = terminal.load_data(data, data_options)
             with training_bar(terminal, config.loss) as (on_step, on_progress):
-                kept = RunOptions(export_negatives=export_negatives)
-                record = run(config, loaded, kept, resume=resume, on_step=on_step, on_progress=on_progress)
+                options = RunOptions(not no_eval, not no_eval, export_negatives=export_negatives)
+                record = run(config, loaded, options, resume=resume, on_step=on_step, on_progress=on_progress)
         elif export_negatives is not None:
             terminal.note(f"{export_negatives} is not written: the run was finished before, and its cache is not kept.")
             export_negatives = None

@@ -53,7 +53,8 @@ class RunOptions:
 
     Attributes:
         measure_before: Evaluate the untrained model on the test split, if there is one.
-        measure_dev: Evaluate the trained model on the dev split. Without a test split, this is done if there is one.
+        measure_after: Evaluate the trained model on the test split, or on the dev split if there is no test split.
+        measure_dev: Evaluate the trained model on the dev split, too.
         curve: Fractions of the steps after which the quality on the test split is measured.
         keep_model: Write the trained model and TensorBoard events.
         record_failure: If training fails, write a record with the reason instead of raising an error.
@@ -63,6 +64,7 @@ class RunOptions:
     """
 
     measure_before: bool = True
+    measure_after: bool = True
     measure_dev: bool = False
     curve: tuple[float, ...] = ()
     keep_model: bool = True
@@ -226,10 +228,10 @@ class _Run:
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
         measured: dict[str, Any] = {"before": None, "per_query": None, "hits": []}
-        if not self.data.has("test"):
+        if not self.data.has("test") and self.options.measure_after:
             quality = "that of the dev split" if self.data.has("dev") else "none"
             logger.warning("%s has no test split. The quality that is measured is %s.", self.data.name, quality)
-        elif self.options.measure_before:
+        elif self.data.has("test") and self.options.measure_before:
             found = evaluate(model, self.data, ("test",), on_progress=self.on_progress)["test"]
             hits = samples.hits(self.data, "test", found.run)
             measured = {"before": found.metrics(), "per_query": found.per_query, "hits": hits}
@@ -318,8 +320,9 @@ class _Run:
         if self.options.keep_model:
             merge_lora(model)
             model.save_pretrained(str(self.folder))
-        has_test = self.data.has("test")
-        needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
+        has_test = self.data.has("test") and self.options.measure_after
+        is_fallback = self.options.measure_after and not has_test and self.data.has("dev")
+        needs_dev = self.options.measure_dev or is_fallback
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
         found = evaluate(model, self.data, tuple(fields), on_progress=self.on_progress)
         if has_test:

@@ -39,7 +39,8 @@ class RunRecord:
         documents_encoded: Documents that rank 0 encoded in training, counted each time.
         peak_memory_bytes: Peak memory at the end of training.
         before: Metrics on the test split before training; None if not measured, or without a test split.
-        after: Metrics on the test split after training; None if training failed, or without a test split.
+        after: Metrics on the test split after training; None if not measured, without a test split, or if training
+            failed.
         dev: Metrics on the dev split after training; None if not measured.
         curve: Quality during training: step, seconds, documents_encoded, and test (metrics on that split).
         failed: Reason why training failed; None if it did not.
