@@ -19,7 +19,9 @@ DATA_HELP = (
 )
 TRAINED_MODEL_HELP = "A name or path that SentenceTransformer loads."
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer loads.")]
+Model = Annotated[
+    str, typer.Option(help="static, tiny, static:NAME (a static model of another one), or a name or path to load.")
+]
 TrainedModel = Annotated[str, typer.Option(help=TRAINED_MODEL_HELP)]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
+from negative_cache.workbench.models import DISTILLED, LEARNING_RATES, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -141,11 +141,13 @@ class Comparison(TrainingSettings):
 
     def initial_model(self, seed: int) -> str:
         """Name or path of the model before training."""
-        return str(self.untrained(seed)) if self.is_from_scratch else self.model
+        return str(self.untrained(seed) or self.model)
 
-    def untrained(self, seed: int) -> Path:
-        """The folder of the untrained model of a seed, if the model is trained from scratch."""
-        return Path(self.output) / "untrained" / f"seed-{seed}"
+    def untrained(self, seed: int) -> Path | None:
+        """The folder of the model before training, if the comparison builds it: one for each seed if it is random."""
+        if self.is_from_scratch:
+            return Path(self.output) / "untrained" / f"seed-{seed}"
+        return Path(self.output) / "untrained" / "static" if self.model.startswith(DISTILLED) else None
 
 
 def rounded(rate: float) -> float:
