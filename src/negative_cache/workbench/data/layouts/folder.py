@@ -171,7 +171,8 @@ def _rows_by_split(entries: dict[str, list[Path]], folder: Path) -> dict[str, li
 
 
 def _tables(paths: Iterable[Path], options: DataOptions, notes: list[str]) -> list[Table]:
-    return [Table(str(path), partial(file_rows, path, options.encoding, notes)) for path in paths]
+    asked = options.columns()
+    return [Table(str(path), partial(file_rows, path, options.encoding, notes, asked)) for path in paths]
 
 
 def _qrels_table(path: Path, options: DataOptions, notes: list[str]) -> Table:
