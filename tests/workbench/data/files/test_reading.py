@@ -236,7 +236,26 @@ def test_a_heading_has_a_known_name_or_looks_like_names(tmp_path: Path, first: s
     assert rows_in(tmp_path / "a.tsv", notes=notes)[-1] == (
         dict(zip(first.split("\t"), "xy", strict=True)) if is_heading else ["x", "y"]
     )
-    assert len(notes) == (not is_heading)
+    is_sure = "query" in first.lower()
+    assert len(notes) == (not (is_heading and is_sure))
+    if is_heading and not is_sure:
+        assert "the first line is read as names of columns" in notes[0]
+
+
+def test_empty_columns_without_a_name_at_the_end_are_no_columns(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("query,positive,,\nq,a,,\nr,b, ,\n")
+    assert rows_in(path) == [{"query": "q", "positive": "a"}, {"query": "r", "positive": "b"}]
+    path.write_text("query,positive,,\nq,a,,\nr,b,,c\n")
+    with pytest.raises(DataError, match="line 3: the first line has no name for the column of 'c'"):
+        rows_in(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv"])
+def test_a_file_without_tabs_is_refused_with_its_right_name(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("query,positive\nq,a\n")
+    with pytest.raises(DataError, match=r"line 1: there is no tab.*'query,positive'. If .* name the file .csv"):
+        rows_in(tmp_path / name)
 
 
 def test_a_wrong_row_of_csv_with_semicolons_is_reported_with_its_line(tmp_path: Path):

@@ -134,7 +134,8 @@ def test_nemo_files_name_their_corpus_and_refer_to_documents_by_id(tmp_path: Pat
          "neg_doc": [{"id": "d8"}, {"id": "d9"}]}
         for n in range(3)
     ]  # fmt: skip
-    content = json.dumps({"corpus": [{"path": "corpus/"}], "data": rows}, indent=indent)
+    corpus = {"path": "corpus/"} if indent else [{"path": "corpus/"}]
+    content = json.dumps({"corpus": corpus, "data": rows}, indent=indent)
     reader = reader_of(tmp_path / "train.json", content)
     assert reader.corpus_paths == ["corpus/"]
     assert reader.form == "NeMo"
@@ -213,10 +214,16 @@ def test_the_index_that_pandas_writes_has_no_meaning(tmp_path: Path):
     assert reader.notes == ["a.csv: columns that are read: 'pos', 'query'; not used: ''."]
 
 
-def test_a_json_list_in_a_cell_is_several_documents(tmp_path: Path):
-    reader = reader_of(tmp_path / "a.tsv", 'query\tpositive\tnegatives\nq\t["a"]\t["c", "d"]\nr\tb\t[c\n')
-    assert [texts(row) for row in reader] == [("q", ['["a"]'], ["c", "d"]), ("r", ["b"], ["[c"])]
-    assert reader.notes == ["a.tsv: values that are JSON lists, each text of which is a document: 1."]
+def test_a_list_in_a_cell_is_several_documents(tmp_path: Path):
+    rows = ['q\t["a"]\t["c", "d"]', "r\tb\t[c", """s\t['a']\t['it\\'s', "d"]""", "t\tb\t[1, 2]"]
+    reader = reader_of(tmp_path / "a.tsv", "\n".join(["query\tpositive\tnegatives", *rows]))
+    assert [texts(row) for row in reader] == [
+        ("q", ['["a"]'], ["c", "d"]),
+        ("r", ["b"], ["[c"]),
+        ("s", ["['a']"], ["it's", "d"]),
+        ("t", ["b"], ["[1, 2]"]),
+    ]
+    assert reader.notes == ["a.tsv: values that are lists, each text of which is a document: 2."]
 
 
 @pytest.mark.parametrize(

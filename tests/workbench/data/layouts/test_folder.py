@@ -216,8 +216,11 @@ def test_the_corpus_that_is_given_takes_the_place_of_the_own_one(tmp_path: Path)
     assert "set: its own corpus is not read, because --corpus names another one." in data.notes
     path = tmp_path / "train.json"
     row = {"question": "who", "pos_doc": [{"id": "d1"}], "neg_doc": []}
-    path.write_text(json.dumps({"corpus": [{"path": "is/missing"}], "data": [row]}))
-    assert load_data(str(path), options).judged("all") == {"q0": ["d1"]}
+    for corpus in ([{"path": "is/missing"}], {"path": "is/missing"}):
+        path.write_text(json.dumps({"corpus": corpus, "data": [row]}))
+        assert load_data(str(path), options).judged("all") == {"q0": ["d1"]}
+        with pytest.raises(DataError, match=r"'.*is/missing' is not a file or folder"):
+            load_data(str(path))
 
 
 def test_the_corpus_that_a_file_of_rows_names_is_read(tmp_path: Path):
@@ -236,6 +239,13 @@ def test_two_names_of_a_split_are_refused(tmp_path: Path):
     for name in ("validation.jsonl", "dev.jsonl"):
         write(tmp_path / name, [{"query": "a", "positive": "b"}])
     with pytest.raises(DataError, match=f"{tmp_path}: 'dev' and 'validation' are the same split"):
+        load_data(str(tmp_path))
+
+
+def test_two_formats_of_a_split_are_refused(tmp_path: Path):
+    write(tmp_path / "train.jsonl", [{"query": "a", "positive": "b"}])
+    (tmp_path / "train.csv").write_text("query,positive\nc,d\n")
+    with pytest.raises(DataError, match=r"train.csv and .*train.jsonl are of the same split, in two formats"):
         load_data(str(tmp_path))
 
 

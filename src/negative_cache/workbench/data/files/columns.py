@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -54,14 +55,20 @@ def binary(value: object) -> bool | None:
 
 
 def list_in(name: str, value: str) -> list[str] | None:
-    """The texts of a JSON list in a value of a table; None if it is another text, or the column has one document."""
+    """The texts of a list in a value of a table, in the syntax of JSON or of Python.
+
+    None if it is another text, or the column has one document.
+    """
     if normal(name) not in _LISTS:
         return None
-    try:
-        texts = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            texts = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+    return None
 
 
 def is_number(text: str) -> bool:
@@ -90,6 +97,16 @@ def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
     return all(
         0 < len(name) <= most and len(value) <= _MOST_CHARS and not is_number(value)
         for name, value in zip(words, values, strict=True)
+    )
+
+
+def is_sure_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
+    """Whether a heading has a name of a query, a document, a text, a title, an id or a label, or that is asked for."""
+    return any(
+        value in asked
+        or any(is_known(name) or name.lower() in ("text", "title") for name in [value, *value.split()])
+        or (value and not has_text(value))
+        for value in values
     )
 
 

@@ -97,7 +97,7 @@ class RowReader:
         if count := self._counts["system message"]:
             found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
         if count := self._counts["list"]:
-            found.append(f"values that are JSON lists, each text of which is a document: {count:,}.")
+            found.append(f"values that are lists, each text of which is a document: {count:,}.")
         if count := self._counts["left out"]:
             how = "ignore" if self._most_negatives == 0 else str(self._most_negatives)
             found.append(f"negatives that are not used (--negatives {how}): {count:,}.")
