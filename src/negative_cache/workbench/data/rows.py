@@ -10,7 +10,7 @@ import pyarrow
 
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.splits import Groups, split_of
-from negative_cache.workbench.data.texts import ArrowWriter, Texts
+from negative_cache.workbench.data.texts import ArrowWriter, IdsByText, Texts
 
 _BY_HASH = ""  # in place of a split
 _NO_POSITIVE = "queries without a relevant document"
@@ -61,6 +61,8 @@ class Collector:
         self._corpus = corpus
         self._most_negatives = most_negatives
         self._num_left_out = 0
+        self._ids_by_text: IdsByText | None = None  # of the corpus
+        self._num_by_text = 0
         self._queries = _Distinct("q")
         self._documents = _Distinct("d")
         self._positives: dict[str, dict[str, list[str]]] = {}
@@ -72,7 +74,7 @@ class Collector:
         """Add a row to a split; with None, to the split that the hash of its documents falls into.
 
         Raises:
-            DataError: An id has two texts, or names no document.
+            DataError: An id has two texts, or an id or a text names no document of the corpus.
         """
         query = self._queries.add(row.query, row.query_id, row.place)
         split = split or _BY_HASH
@@ -102,6 +104,8 @@ class Collector:
         skipped = dict(skipped or {})
         if self._num_other_grades:
             skipped[_OTHER_GRADE] = self._num_other_grades
+        if self._num_by_text:
+            notes = [*notes, f"{name}: documents that rows give by their text in the corpus: {self._num_by_text:,}."]
         if number := self._num_repeated():
             notes = [*notes, f"{name}: pairs that repeat an earlier one, and count once: {number:,}."]
         for by_query in (*self._positives.values(), self._negatives):
@@ -170,12 +174,19 @@ class Collector:
                 "documents with --corpus."
             )
         key = document.text if document.id is None else document.id
-        if key is None or key not in self._corpus:
+        if key is not None and key in self._corpus:
+            return key
+        if self._ids_by_text is None:
+            self._ids_by_text = IdsByText(self._corpus)
+        text = document.id if document.text is None else document.text
+        own = None if text is None else self._ids_by_text.find(text)
+        if own is None:
             raise DataError(
-                f"{place}: the corpus has no document {(key or '')[:60]!r}. Rows name documents by id if there is a "
-                "corpus. Add the document to the corpus, or give rows of texts without a corpus."
+                f"{place}: the corpus has no document with the id or the text {(key or '')[:60]!r}. With a corpus, "
+                "rows name documents by id. Add the document to the corpus; or leave out --corpus, if the rows have texts."
             )
-        return key
+        self._num_by_text += 1
+        return own
 
 
 class _Distinct:

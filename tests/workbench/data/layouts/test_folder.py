@@ -190,8 +190,24 @@ def test_pairs_may_have_the_ids_of_a_corpus(tmp_path: Path):
     data = load_data(str(rows), DataOptions(corpus=str(corpus)))
     assert list(data.judged("all").values()) == [["d1", "d3"]]
     rows.write_text("query,document\nwho,d9\n")
-    with pytest.raises(DataError, match="line 2: the corpus has no document 'd9'"):
+    with pytest.raises(
+        DataError, match=r"line 2: the corpus has no document with the id or the text 'd9'.* leave out --corpus"
+    ):
         load_data(str(rows), DataOptions(corpus=str(corpus)))
+
+
+def test_rows_may_have_the_texts_of_a_corpus(tmp_path: Path):
+    options = DataOptions(corpus=str(write(tmp_path / "corpus.jsonl", CORPUS)))
+    rows = tmp_path / "clicks.csv"
+    rows.write_text("query,document,negative\nwho,passage 1,passage 2\nwhat,d3,passage 4\n")
+    data = load_data(str(rows), options)
+    assert list(data.judged("all").values()) == [["d1"], ["d3"]]
+    assert list(data.negatives.values()) == [["d2"], ["d4"]]
+    assert len(data.corpus) == 5
+    assert "clicks: documents that rows give by their text in the corpus: 3." in data.notes
+    rows.write_text("query,document\nwho,another passage\n")
+    with pytest.raises(DataError, match=r"no document with the id or the text 'another passage'.* leave out --corpus"):
+        load_data(str(rows), options)
 
 
 def test_ids_of_a_corpus_may_be_numbers(tmp_path: Path):
