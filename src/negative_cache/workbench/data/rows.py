@@ -182,8 +182,9 @@ class Collector:
         own = None if text is None else self._ids_by_text.find(text)
         if own is None:
             raise DataError(
-                f"{place}: the corpus has no document with the id or the text {(key or '')[:60]!r}. With a corpus, "
-                "rows name documents by id. Add the document to the corpus; or leave out --corpus, if the rows have texts."
+                f"{place}: the corpus has no document with the id or the text {(key or '')[:60]!r}. Rows name "
+                "documents by id if there is a corpus. Add the document to the corpus; or leave out --corpus if the rows "
+                "have texts."
             )
         self._num_by_text += 1
         return own
