@@ -43,7 +43,7 @@ EXPECTED = {
     "my-pairs.csv": (2, 2, 2, 0),
     "my-clicks.csv": (2, 2, 2, 0),
     "triplets.jsonl": (4, 2, 2, 2),
-    "lists.jsonl": (3, 2, 2, 1),
+    "lists.jsonl": (4, 2, 2, 1),
     "flag.jsonl": (5, 2, 3, 2),
     "tevatron.jsonl": (3, 2, 2, 1),
     "dpr.json": (3, 2, 2, 1),

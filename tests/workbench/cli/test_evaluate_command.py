@@ -56,6 +56,7 @@ def test_a_run_that_evaluate_writes_is_judged_alike_by_it_and_by_ir_measures(pla
         {measure: found[name] for name, measure in names.items()}
     )
     each = json.loads((tmp_path / "each").read_text())
+    assert each.pop("corpus")["num_documents"] == 80
     assert {name: sum(values.values()) / 10 for name, values in each.items()} == pytest.approx(
         {name: found[name] for name in each}
     )

@@ -241,7 +241,7 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
     return RunRecord(
         configuration={}, versions={}, device="cpu", threads=1, ranks=1, steps=1, resumed_from_step=0,
         training_pairs=1, seconds=seconds, documents_encoded=3, peak_memory_bytes=4, after=metrics, dev=metrics,
-        curve=[], history=[],
+        curve=[], data_fingerprint="", history=[],
     )  # fmt: skip
 
 

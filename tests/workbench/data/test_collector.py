@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from negative_cache.workbench.data import DataError, RetrievalData
-from negative_cache.workbench.data.rows import Collector, Document, Row
+from negative_cache.workbench.data.rows import Collector, Document, Row, most_negatives
 from negative_cache.workbench.data.texts import Texts
 
 
@@ -42,14 +42,24 @@ def test_a_positive_of_any_row_and_split_is_not_a_negative_of_the_query():
     assert [[data.corpus[key] for key in ids] for ids in data.negatives.values()] == [["d"]]
 
 
-def test_the_first_negatives_of_a_query_are_kept_over_its_rows():
-    collector = Collector(most_negatives=3)
-    for given in (row("p", "a", "wx"), row("q", "b", "c"), row("p", "a", "yz"), row("p", "d", "v")):
-        collector.add(given, "train")
+@pytest.mark.parametrize(
+    ("given", "kept", "num_left_out"), [("all", ["wxyv", "c"], 0), ("3", ["wxy", "c"], 1), ("ignore", [], 5)]
+)
+def test_the_number_of_negatives_of_a_query_does_not_change_the_corpus(given: str, kept: list[str], num_left_out: int):
+    collector = Collector(most_negatives=most_negatives(given))
+    for added in (row("p", "a", "wxd"), row("q", "b", "c"), row("p", "a", "wyv"), row("p", "d", "")):
+        collector.add(added, "train")
     data = collector.finish("f", "triplets")
-    assert ["".join(data.corpus[key] for key in ids) for ids in data.negatives.values()] == ["wxy", "c"]
-    assert data.notes == ("f: negatives beyond the first 3 of their query, which are not used: 2.",)
-    assert "z" not in data.corpus.values()
+    assert ["".join(data.corpus[key] for key in ids) for ids in data.negatives.values()] == kept
+    note = f"f: negatives that are not used (--negatives {given}): {num_left_out}."
+    assert data.notes == ((note,) if num_left_out else ())
+    assert list(data.corpus.values()) == list("awxdbcyv")
+
+
+@pytest.mark.parametrize("given", ["none", "0", "-1", "1.5", ""])
+def test_another_number_of_negatives_is_refused(given: str):
+    with pytest.raises(DataError, match=r"--negatives is .*expected all, ignore or a number"):
+        most_negatives(given)
 
 
 def test_documents_that_share_a_query_fall_into_one_split():
@@ -78,24 +88,38 @@ def test_documents_given_by_id_come_from_the_corpus():
     by_id = Row("f, line 1", "p", [Document(None, "2")], [Document(None, "3")])
     data = collected(by_id, corpus=corpus)
     assert data.corpus == corpus
-    assert data.qrels["train"] == {"q0": ["2"]}
-    assert data.negatives == {"q0": ["3"]}
+    assert list(data.qrels["train"].values()) == [["2"]]
+    assert list(data.negatives.values()) == [["3"]]
     with pytest.raises(DataError, match="f, line 1: the corpus has no document with the id or the text '2'"):
         collected(by_id, corpus=Texts.of({"1": "one"}))
     with pytest.raises(DataError, match=r"f, line 1: the document '2' is given by its id alone.*--corpus"):
         collected(by_id)
 
 
-def test_texts_without_an_id_get_ids_that_no_text_has():
-    given = Row("f, line 1", "p", [Document("a", "d0"), Document("b")], query_id="q0")
-    data = collected(given, Row("f, line 2", "r", [Document("c")]))
-    assert dict(data.queries) == {"q0": "p", "q1": "r"}
-    assert dict(data.corpus) == {"d0": "a", "d1": "b", "d2": "c"}
-    with pytest.raises(DataError, match=r"f, line 2: the id 'd0' was given to an earlier text that has no id"):
-        collected(row("p", "a"), Row("f, line 2", "q", [Document("b", "d0")]))
+def test_texts_without_an_id_have_the_same_id_in_any_order_and_any_file():
+    rows = [row("p", "ab", "x"), row("q", "c"), row("r", "bd", "yz"), row("s", "dae")]
+    first, second = (collected(*given, split=None) for given in (rows, rows[::-1]))
+    assert dict(first.corpus) == dict(second.corpus)
+    assert dict(first.queries) == dict(second.queries)
+    assert len(first.corpus) == 8
+    for qrels in (first.qrels, second.qrels):
+        assert sorted(qrels) == ["dev", "test", "train"]
+    assert {split: set(found) for split, found in first.qrels.items()} == {
+        split: set(found) for split, found in second.qrels.items()
+    }
+    alone = collected(row("r", "d"))
+    assert alone.queries.items() <= first.queries.items()
+    assert alone.corpus.items() <= first.corpus.items()
+
+
+def test_a_text_with_the_id_of_another_is_refused():
+    (own,) = collected(row("p", "a")).corpus
+    given = Row("f, line 2", "q", [Document("b", own)])
+    with pytest.raises(DataError, match=f"f, line 2: the id '{own}' has another text than before: 'b'"):
+        collected(row("p", "a"), given)
 
 
 def test_a_query_of_all_rows_has_each_of_its_many_documents_once():
     rows = (Row("f", "the same", [Document(f"d{number % 20_000}")]) for number in range(40_000))
     data = collected(*rows)
-    assert data.qrels["train"] == {"q0": list(data.corpus)}
+    assert list(data.qrels["train"].values()) == [list(data.corpus)]

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import judge, parse_measures
-from negative_cache.workbench.evaluation.systems import PER_QUERY, parse_systems, read_systems
+from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of, parse_systems, read_systems
 from negative_cache.workbench.evaluation.trec import read_run, write_run
 
 MEASURES = parse_measures("MRR@10 R@1")
@@ -53,6 +56,20 @@ def test_systems_are_named_by_their_files_or_as_given(runs: Path):
 def test_unknown_paths_and_equal_names_are_refused(texts: list[str], message: str, runs: Path):
     with pytest.raises(ValueError, match=message):
         parse_systems(texts)
+
+
+def test_values_of_different_corpora_are_refused(runs: Path):
+    data = RetrievalData("a", {"a": "x", "b": "y"}, {"q": "x"}, {"test": {"q": ["a"]}})
+    reordered = replace(data, corpus=Texts.of({"2": "y", "1": "x"}))
+    larger = replace(data, corpus=Texts.of({"a": "x", "b": "y", "c": "z"}))
+    values = json.loads(Path("evaluated.json").read_text())
+    for name, of in (("same", data), ("reordered", reordered), ("larger", larger)):
+        Path(name).write_text(json.dumps({"corpus": corpus_of(of, "test"), **values}))
+    found = read_systems(parse_systems(["same", "reordered", "second", "bm25.run.gz"]), MEASURES, judge_run)
+    assert found["same"] == found["reordered"] == [{name: values[name] for name in MEASURES}]
+    message = "same is of a corpus of 2 documents, larger of another one of 3. Measure both on the same data"
+    with pytest.raises(ValueError, match=message):
+        read_systems(parse_systems(["second", "same", "larger"]), MEASURES)
 
 
 def test_values_are_read_or_judged_for_each_seed(runs: Path):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_an_interrupted_run_says_how_to_continue(
     other = resume_job.RunConfig(**{**vars(configuration(folder, "stopped")), "batch_size": 4})
     with pytest.raises(RunError, match="batch_size was 8, is 4"):
         run(other, read(folder), resume=True)
+    data = read(folder)
+    query, (document,) = next(iter(data.qrels["train"].items()))
+    changed = replace(
+        data, qrels={**data.qrels, "train": {**data.qrels["train"], query: [document, list(data.corpus)[-1]]}}
+    )
+    with pytest.raises(RunError, match="has changed since it began"):
+        run(configuration(folder, "stopped"), changed, resume=True)
     record = run(configuration(folder, "stopped"), read(folder), resume=True)
     assert record is not None
     assert record.resumed_from_step == 18

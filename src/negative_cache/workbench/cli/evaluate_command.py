@@ -66,6 +66,7 @@ def _evaluate(
 ) -> None:
     """Evaluate on a dataset."""
     from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
+    from negative_cache.workbench.evaluation.systems import corpus_of
     from negative_cache.workbench.files import write_json
 
     run = None if given["run"] is None else trec.read_run(given["run"])
@@ -86,7 +87,7 @@ def _evaluate(
             terminal.note(note)
     quality = judge_split(data, split, run, measures)
     if given["per_query"] is not None:
-        write_json(given["per_query"], quality.per_query)
+        write_json(given["per_query"], {"corpus": corpus_of(data, split), **quality.per_query})
     if given["run_out"] is not None:
         trec.write_run(given["run_out"], run)
     metrics = quality.metrics()

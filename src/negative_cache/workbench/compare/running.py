@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from negative_cache.workbench.compare.baselines import Baseline
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison, rounded
 from negative_cache.workbench.compare.isolated import Job, run_isolated
-from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems
@@ -69,6 +69,7 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(searched)}
     about |= {"pairs": sum(map(len, train.values())), "train_queries": len(train)}
     about |= {f"{split}_queries": len(data.graded(split)) for split in ("dev", "test")}
+    about["fingerprint"] = fingerprints.of_data(data)
     result = _begin(comparison, about)
     runner = _Runner(comparison, data, watcher)
     for spec in comparison.losses:

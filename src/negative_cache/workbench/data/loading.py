@@ -17,6 +17,7 @@ from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.own_splits import only_split, with_own_corpus, with_rows
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 from negative_cache.workbench.data.row_tables import read_rows
+from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
@@ -40,6 +41,7 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     options = options or DataOptions()
     if options.max_train_pairs is not None and options.max_train_pairs < 1:
         raise DataError(f"--max-train-pairs is {options.max_train_pairs}; it must be at least 1.")
+    most_negatives(options.negatives)  # raises an error before anything is read
     own = {split: given for split, given in (("dev", options.dev), ("test", options.test)) if given is not None}
     main, *others = found = [_find(given, options) for given in (source, *own.values())]
     _check_options(source, found, options)

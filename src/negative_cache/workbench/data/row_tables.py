@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.forms.reader import RowReader, most_negatives
+from negative_cache.workbench.data.forms.reader import RowReader
 from negative_cache.workbench.data.layouts.beir import read_texts
 from negative_cache.workbench.data.layouts.folder import find_documents
 from negative_cache.workbench.data.layouts.sources import RowTables
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
-from negative_cache.workbench.data.rows import Collector, Row
+from negative_cache.workbench.data.rows import Collector, Row, most_negatives
 from negative_cache.workbench.data.texts import Texts
 
 

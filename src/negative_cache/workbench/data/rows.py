@@ -22,7 +22,7 @@ class Document(NamedTuple):
 
     Attributes:
         text: The text, with its title; None for the document of a corpus that has the id.
-        id: The id; None for the document with this text. If the rows refer to a corpus, the text is the id then.
+        id: The id; None for one that is made of the text. If the rows refer to a corpus, the text is the id then.
         grade: How relevant it is, above 0, if it is a positive.
     """
 
@@ -39,7 +39,7 @@ class Row(NamedTuple):
         query: The text of the query, with its prompt.
         positives: The relevant documents; none if the row has negatives alone, such as a pair with the label 0.
         negatives: Documents that are not relevant. Their number may differ from row to row.
-        query_id: The id of the query; None for the query with this text.
+        query_id: The id of the query; None for one that is made of the text.
     """
 
     place: str
@@ -52,6 +52,9 @@ class Row(NamedTuple):
 class Collector:
     """Collects rows. Rows of the same query are one query with several documents.
 
+    The corpus has the documents of all rows, negatives that are not kept included: how many are kept does not change
+    what is searched.
+
     Args:
         corpus: The documents that rows refer to by id; None if the rows have their texts.
         most_negatives: Keep the first negatives of a query, at most this number; None to keep all.
@@ -60,7 +63,6 @@ class Collector:
     def __init__(self, corpus: Texts | None = None, most_negatives: int | None = None) -> None:
         self._corpus = corpus
         self._most_negatives = most_negatives
-        self._num_left_out = 0
         self._ids_by_text: IdsByText | None = None  # of the corpus
         self._num_by_text = 0
         self._queries = _Distinct("q")
@@ -84,10 +86,7 @@ class Collector:
         relevant.extend(positives)
         if row.negatives:
             others = self._negatives.setdefault(query, [])
-            room = len(row.negatives) if self._most_negatives is None else self._most_negatives - len(others)
-            self._num_left_out += max(0, len(row.negatives) - room)
-            found = (self._document(document, row.place) for document in row.negatives[:room])
-            others.extend(found if self._most_negatives is None else [key for key in found if key not in others])
+            others.extend(self._document(document, row.place) for document in row.negatives)
 
     def finish(
         self, name: str, form: str, notes: Sequence[str] = (), skipped: dict[str, int] | None = None
@@ -124,12 +123,14 @@ class Collector:
         for split, positives in self._positives.items():
             qrels.setdefault(split, {}).update(positives)
         grades = self._grades_of(qrels)
-        if self._num_left_out:
-            beyond = f"negatives beyond the first {self._most_negatives} of their query, which are not used"
-            notes = [*notes, f"{name}: {beyond}: {self._num_left_out:,}."]
+        negatives = without_relevant(self._negatives, qrels.values())
+        kept = {query: others[: self._most_negatives] for query, others in negatives.items()}
+        if num_left_out := sum(len(others) - len(kept[query]) for query, others in negatives.items()):
+            how = self._most_negatives or "ignore"
+            notes = [*notes, f"{name}: negatives that are not used (--negatives {how}): {num_left_out:,}."]
         return RetrievalData(
             name, corpus, queries, qrels, tuple(notes), grades=grades,
-            negatives=without_relevant(self._negatives, qrels.values()), form=form, skipped=skipped,
+            negatives={query: others for query, others in kept.items() if others}, form=form, skipped=skipped,
             splits_by_hash=bool(unassigned),
         )  # fmt: skip
 
@@ -183,21 +184,38 @@ class Collector:
         if own is None:
             raise DataError(
                 f"{place}: the corpus has no document with the id or the text {(key or '')[:60]!r}. Rows name "
-                "documents by id if there is a corpus. Add the document to the corpus; or leave out --corpus if the rows "
-                "have texts."
+                "documents by id if there is a corpus. Add the document to the corpus; or, if the rows have texts, "
+                "leave out --corpus."
             )
         self._num_by_text += 1
         return own
 
 
+def most_negatives(given: str) -> int | None:
+    """The largest number of negatives of a query; None for all.
+
+    Raises:
+        DataError: It is not "all", not "ignore" and not a positive number.
+    """
+    if given == "all":
+        return None
+    if given == "ignore":
+        return 0
+    if not given.isdecimal() or int(given) == 0:
+        raise DataError(f"--negatives is {given!r}; expected all, ignore or a number of at least 1.")
+    return int(given)
+
+
 class _Distinct:
-    """Distinct texts, each with an id: its own, or a prefix and a number."""
+    """Distinct texts, each with an id.
+
+    A text without an id gets a prefix and a hash of the text. It has the same id in each file and in any order of the
+    rows, so that results of one file can be compared with those of another.
+    """
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._num_made = 0  # ids, with those that a text had before
-        self._ids: dict[bytes, str] = {}  # of texts without an id, by the hash of the text
-        self._hashes: dict[str, bytes] = {}  # of texts with an id
+        self._hashes: dict[str, bytes] = {}  # of the texts, by id
         self._writer = ArrowWriter({"id": pyarrow.string(), "text": pyarrow.string()})
 
     def add(self, text: str, key: str | None, place: str) -> str:
@@ -208,14 +226,9 @@ class _Distinct:
         """
         found = hashlib.blake2b(text.encode(), digest_size=16).digest()
         if key is None:
-            known = self._ids.get(found)
-            if known is None:
-                known = self._ids[found] = self._made_id()
-                self._writer.add(known, text)
-            return known
+            key = f"{self._prefix}{found[:8].hex()}"
         saved = self._hashes.get(key)
         if saved is None:
-            self._check_not_made(key, place)
             self._hashes[key] = found
             self._writer.add(key, text)
         elif saved != found:
@@ -224,19 +237,5 @@ class _Distinct:
 
     def texts(self) -> Texts:
         """All texts. No more can be added."""
-        self._ids, self._hashes = {}, {}
+        self._hashes = {}
         return Texts(self._writer.finish())
-
-    def _made_id(self) -> str:
-        while (key := f"{self._prefix}{self._num_made}") in self._hashes:
-            self._num_made += 1
-        self._num_made += 1
-        return key
-
-    def _check_not_made(self, key: str, place: str) -> None:
-        number = key.removeprefix(self._prefix)
-        if number.isdecimal() and key == f"{self._prefix}{int(number)}" and int(number) < self._num_made:
-            raise DataError(
-                f"{place}: the id {key!r} was given to an earlier text that has no id. Give ids to all texts or to "
-                "none, or rename this one."
-            )

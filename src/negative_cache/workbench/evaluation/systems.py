@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation.significance import PerQuery
 
 PER_QUERY = "queries.json"
-"""The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value."""
+"""The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value; and
+"corpus", see `corpus_of`."""
 
-_BEFORE, _AFTER = "before", "after"
+_BEFORE, _AFTER, _CORPUS = "before", "after", "corpus"
 _SUFFIXES = {".gz", ".json", ".run", ".trec", ".tsv", ".txt"}
 
 PerMeasure = Mapping[str, PerQuery]
 """Name of a measure -> query id -> value."""
 
 JudgeRun = Callable[[Path], PerMeasure]
+
+
+def corpus_of(data: RetrievalData, split: str) -> dict[str, Any]:
+    """What a file of values says about the corpus that was searched: num_documents, and fingerprint, of its texts.
+
+    Values can be compared if they are of the same corpus.
+    """
+    corpus = data.part(split).corpus
+    return {"num_documents": len(corpus), "fingerprint": fingerprints.of_texts(corpus)}
 
 
 def parse_systems(texts: Sequence[str]) -> dict[str, list[Path]]:
@@ -62,8 +73,10 @@ def read_systems(
         judge_run: Returns the values of the TREC run with a path; None if there are no judgements.
 
     Raises:
-        ValueError: A file lacks a measure or is damaged, or a TREC run is given without judgements.
+        ValueError: A file lacks a measure or is damaged, a TREC run is given without judgements, or the values are of
+            different corpora.
     """
+    _check_corpora(path for paths in systems.values() for path in paths)
     if len(systems) > 1:
         return {name: [_values(path, _AFTER, measures, judge_run) for path in paths] for name, paths in systems.items()}
     ((name, paths),) = systems.items()
@@ -88,10 +101,7 @@ def _is_json(path: Path) -> bool:
 
 def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: JudgeRun | None) -> PerMeasure:
     """The values of one run."""
-    if path.is_dir():
-        if not (path / PER_QUERY).is_file():
-            raise ValueError(f"{path} has no {PER_QUERY}. Give the --output of train, whose data had a test split.")
-        path = path / PER_QUERY
+    path = _file_of(path)
     if _is_json(path):
         return _read_values(path, when, measures)
     if judge_run is None:
@@ -101,10 +111,8 @@ def _values(path: Path, when: str, measures: Mapping[str, Any], judge_run: Judge
 
 def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasure:
     """Values from a JSON file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    content = _read(path)
+    content.pop(_CORPUS, None)
     if content.keys() <= {_BEFORE, _AFTER}:
         if not content.get(when):
             raise ValueError(f"{path} has no values of the model {when} training.")
@@ -118,3 +126,36 @@ def _read_values(path: Path, when: str, measures: Mapping[str, Any]) -> PerMeasu
         if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
             raise ValueError(f"{path} is damaged: expected a number for each query in {name!r}.")
     return {name: content[name] for name in measures}
+
+
+def _file_of(path: Path) -> Path:
+    """The file with the values or results of a run, which may be a folder."""
+    if not path.is_dir():
+        return path
+    if not (path / PER_QUERY).is_file():
+        raise ValueError(f"{path} has no {PER_QUERY}. Give the --output of train, whose data had a test split.")
+    return path / PER_QUERY
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    return content
+
+
+def _check_corpora(paths: Iterable[Path]) -> None:
+    """Refuse values of different corpora, as far as files say which corpus was searched."""
+    found = {}
+    for path in map(_file_of, paths):
+        if _is_json(path) and (corpus := _read(path).get(_CORPUS)) is not None:
+            found[path] = corpus
+    for path, corpus in found.items():
+        first = next(iter(found))
+        if corpus["fingerprint"] != found[first]["fingerprint"]:
+            raise ValueError(
+                f"Systems must be compared on the same corpus. {first} is of a corpus of "
+                f"{found[first]['num_documents']:,} documents, {path} of another one of {corpus['num_documents']:,}. "
+                "Measure both on the same data."
+            )

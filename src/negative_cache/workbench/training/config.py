@@ -15,7 +15,7 @@ EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
 # Fields that only some losses use.
 CACHE_FIELDS = {
     "num_samples", "in_batch", "shared", "absolute_margin", "relative_margin", "symmetric", "refresh_per_step",
-    "use_lru", "embedding_dtype",
+    "use_lru", "embedding_dtype", "fill_from_corpus",
 }  # fmt: skip
 FIELDS_OF = {"negative-cache": {*CACHE_FIELDS, "cache_size"}, "memory-bank": {"cache_size"}}
 
@@ -38,9 +38,22 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a run and a comparison can set alike; the arguments of sentence-transformers have the same names.
+
+    Attributes:
+        query_prompt: Text before each query, also in the saved model; None for the model's own prompt.
+        document_prompt: Text before each document, also in the saved model; None for the model's own prompt.
+    """
+
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+
+
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run; validated on construction.
+class RunConfig(TrainingSettings):
+    """Everything that determines a run, with `TrainingSettings`; validated on construction.
 
     Attributes:
         data: See `load_data`.
@@ -63,6 +76,7 @@ class RunConfig:
         refresh_per_step: See `NegativeCacheRankingLoss`.
         use_lru: See `NegativeCacheRankingLoss`.
         embedding_dtype: dtype of cached embeddings: float32, bfloat16, float16 or int8.
+        fill_from_corpus: Encode the whole corpus into the cache before training, documents without a query included.
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         save_steps: Steps between checkpoints; None for no checkpoints.
@@ -88,6 +102,7 @@ class RunConfig:
     refresh_per_step: int = 0
     use_lru: bool = True
     embedding_dtype: str = "float32"
+    fill_from_corpus: bool = False
     seed: int = 0
     eval_steps: int | None = None
     save_steps: int | None = 500
@@ -110,6 +125,10 @@ class RunConfig:
             raise RunError(
                 f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}. Use a larger cache, or "
                 "a smaller batch."
+            )
+        if self.fill_from_corpus and self.symmetric:
+            raise RunError(
+                "--fill-from-corpus fills the cache of documents, --symmetric has one of queries, too. Leave one out."
             )
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")

@@ -42,6 +42,7 @@ class RunRecord:
         dev: Metrics on the dev split after training; None if not measured.
         curve: Quality during training: step, seconds, documents_encoded, and test (metrics on that split).
         failed: Reason why training failed; None if it did not.
+        data_fingerprint: Fingerprint of the data, see `fingerprints.of_data`.
         data_notes: What of the data was skipped or not used, see `RetrievalData`.
         history: Logs of the trainer.
     """
@@ -62,6 +63,7 @@ class RunRecord:
     dev: Metrics | None = None
     curve: list[dict[str, Any]]
     failed: str | None = None
+    data_fingerprint: str
     data_notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]]
 

@@ -287,29 +287,3 @@ def test_a_missing_text_is_an_error_with_its_place_in_strict_reading(tmp_path: P
     first = {"query": "q", "positive": "a", "negative": "c"}
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: '.*' is (null|empty|missing)"):
         list(reader_of(tmp_path / "a.jsonl", [first, row], strict=True))
-
-
-# Negatives
-
-
-@pytest.mark.parametrize(
-    ("given", "kept", "note"),
-    [
-        ("all", ["c", "d", "e"], None),
-        ("2", ["c", "d"], "a.jsonl: negatives that are not used (--negatives 2): 1."),
-        ("ignore", [], "a.jsonl: negatives that are not used (--negatives ignore): 3."),
-    ],
-)
-def test_negatives_are_all_used_or_the_first_of_each_row_or_none(
-    tmp_path: Path, given: str, kept: list[str], note: str | None
-):
-    rows = [{"query": "q", "positive": "a", "negative_1": "c", "negative_2": ["d", "e"]}]
-    reader = reader_of(tmp_path / "a.jsonl", rows, negatives=given)
-    assert [texts(row) for row in reader] == [("q", ["a"], kept)]
-    assert reader.notes == ([note] if note else [])
-
-
-@pytest.mark.parametrize("given", ["none", "0", "-1", "1.5", ""])
-def test_another_number_of_negatives_is_refused(tmp_path: Path, given: str):
-    with pytest.raises(DataError, match=r"--negatives is .*expected all, ignore or a number"):
-        reader_of(tmp_path / "a.jsonl", [{"query": "q", "positive": "a"}], negatives=given)

@@ -215,8 +215,8 @@ def test_ids_of_a_corpus_may_be_numbers(tmp_path: Path):
     options = DataOptions(corpus=str(corpus))
     rows = write(tmp_path / "rows.jsonl", [{"query": "who", "pos": [2, "0"], "neg": [1]}])
     data = load_data(str(rows), options)
-    assert data.judged("all") == {"q0": ["2", "0"]}
-    assert data.negatives == {"q0": ["1"]}
+    assert list(data.judged("all").values()) == [["2", "0"]]
+    assert list(data.negatives.values()) == [["1"]]
     clicks = tmp_path / "clicks.tsv"
     clicks.write_text("who is it\t2\nwhat is it\t0\n")
     assert list(load_data(str(clicks), options).judged("all").values()) == [["2"], ["0"]]
@@ -234,7 +234,7 @@ def test_the_corpus_that_is_given_takes_the_place_of_the_own_one(tmp_path: Path)
     row = {"question": "who", "pos_doc": [{"id": "d1"}], "neg_doc": []}
     for corpus in ([{"path": "is/missing"}], {"path": "is/missing"}):
         path.write_text(json.dumps({"corpus": corpus, "data": [row]}))
-        assert load_data(str(path), options).judged("all") == {"q0": ["d1"]}
+        assert list(load_data(str(path), options).judged("all").values()) == [["d1"]]
         with pytest.raises(DataError, match=r"'.*is/missing' is not a file or folder"):
             load_data(str(path))
 

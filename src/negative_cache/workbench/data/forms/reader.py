@@ -53,7 +53,6 @@ class RowReader:
 
     def __init__(self, name: str, rows: RawRows, options: DataOptions, has_ids: bool = False) -> None:
         self._name, self._options = name, options
-        self._most_negatives = most_negatives(options.negatives)
         self.skipped: dict[str, int] = {}
         first = next(rows, None)
         self.corpus_paths: list[str] = []
@@ -70,7 +69,7 @@ class RowReader:
         self._columns: dict[tuple[str, ...], Columns] = {}
         self._read_names: set[str] = set()
         self._unused: set[str] = set()
-        self._counts = {"prompt": 0, "system message": 0, "left out": 0, "list": 0}
+        self._counts = {"prompt": 0, "system message": 0, "list": 0}
         label = self._label_of(named, place)
         is_by_order = self._form == LISTS or self._first.by_order
         seen = [first, *itertools.islice(rows, FIRST_ROWS - 1 if is_by_order or label is not None else 0)]
@@ -98,9 +97,6 @@ class RowReader:
             found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
         if count := self._counts["list"]:
             found.append(f"values that are lists, each text of which is a document: {count:,}.")
-        if count := self._counts["left out"]:
-            how = "ignore" if self._most_negatives == 0 else str(self._most_negatives)
-            found.append(f"negatives that are not used (--negatives {how}): {count:,}.")
         of_labels = [] if self._labels is None else self._labels.notes(self._name)
         return [*(f"{self._name}: {note}" for note in found), *of_labels]
 
@@ -129,9 +125,6 @@ class RowReader:
                 positives, negatives = [], positives
             else:
                 positives = [document._replace(grade=grade) for document in positives]
-        if self._most_negatives is not None and len(negatives) > self._most_negatives:
-            self._counts["left out"] += len(negatives) - self._most_negatives
-            negatives = negatives[: self._most_negatives]
         if not positives and not negatives:
             return None
         return Row(place, query, positives, negatives, self._query_id(row, place))
@@ -251,18 +244,3 @@ class RowReader:
                 "" if self._form in (SETS, LABELLED_LISTS) else f"columns that are read: {quoted(self._read_names)}; "
             )
             yield f"{read}not used: {quoted(self._unused)}."
-
-
-def most_negatives(given: str) -> int | None:
-    """The largest number of negatives of a row; None for all.
-
-    Raises:
-        DataError: It is not "all", not "ignore" and not a positive number.
-    """
-    if given == "all":
-        return None
-    if given == "ignore":
-        return 0
-    if not given.isdecimal() or int(given) == 0:
-        raise DataError(f"--negatives is {given!r}; expected all, ignore or a number of at least 1.")
-    return int(given)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.forms.reader import most_negatives
 from negative_cache.workbench.data.layouts.sources import Triples
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import IdsByText, Texts
 
 

@@ -1,0 +1,32 @@
+"""Fingerprints, which tell whether data is the same as before. They are the same in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+
+from negative_cache.workbench.data.retrieval_data import RetrievalData
+from negative_cache.workbench.data.texts import Texts
+
+_SIZE = 16  # bytes
+
+
+def of_texts(texts: Texts) -> str:
+    """A fingerprint of the texts in any order and with any ids: 32 hexadecimal digits."""
+    hashes = (blake2b(text.encode(), digest_size=_SIZE).digest() for text in texts.values())
+    total = sum(int.from_bytes(found, "big") for found in hashes)
+    return (total % (1 << 8 * _SIZE)).to_bytes(_SIZE, "big").hex()
+
+
+def of_data(data: RetrievalData) -> str:
+    """A fingerprint of the texts, their ids, the judgements and the negatives in their order: 32 hexadecimal digits."""
+    digest = blake2b(digest_size=_SIZE)
+    for name, part in (("", data), *data.elsewhere.items()):
+        digest.update(repr((name, part.ignores_identical_ids)).encode())
+        mappings: list[Mapping[str, object]] = [part.corpus, part.queries, part.negatives]
+        for mapping in (*mappings, *part.qrels.values(), *part.grades.values()):
+            digest.update(repr(len(mapping)).encode())
+            for item in mapping.items():
+                digest.update(repr(item).encode())
+        digest.update(repr((list(part.qrels), list(part.grades))).encode())
+    return digest.hexdigest()
