@@ -131,11 +131,20 @@ class Comparison(TrainingSettings):
             learning_rate=rate,
             seed=seed,
             output=str(Path(self.output) / "runs" / name),
-            model=str(self.untrained(seed)) if self.model in LEARNING_RATES else self.model,
+            model=self.initial_model(seed),
         )
 
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the weights before training are random, so that each seed has an untrained model of its own."""
+        return self.model in LEARNING_RATES
+
+    def initial_model(self, seed: int) -> str:
+        """Name or path of the model before training."""
+        return str(self.untrained(seed)) if self.is_from_scratch else self.model
+
     def untrained(self, seed: int) -> Path:
-        """The folder of the untrained model of a seed, for models that are trained from scratch."""
+        """The folder of the untrained model of a seed, if the model is trained from scratch."""
         return Path(self.output) / "untrained" / f"seed-{seed}"
 
 

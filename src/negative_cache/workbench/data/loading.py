@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +47,7 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     own = {split: given for split, given in (("dev", options.dev), ("test", options.test)) if given is not None}
     main, *others = found = [_find(given, options) for given in (source, *own.values())]
     _check_options(source, found, options)
-    notes: list[str] = []
+    notes = [*_same_files({"data": source, **own})]
     corpus = None if options.corpus is None else _read_corpus(options.corpus, options, notes)
     if own:
         main = _as_training_split(main)
@@ -90,6 +92,13 @@ def _check_options(source: str, found: list[Collection | RowTables | None], opti
             raise DataError(
                 f"--{name.replace('_', '-')} {value!r} is for files of rows; {source!r} has none. Leave it out."
             )
+
+
+def _same_files(given: Mapping[str, str]) -> Iterator[str]:
+    """A note for each two options with the same file."""
+    for (name, source), (other, another) in itertools.combinations(given.items(), 2):
+        if Path(source).is_file() and Path(another).is_file() and Path(source).samefile(another):
+            yield f"--{name} and --{other} are the same file, {another}: the quality measured on it is too high."
 
 
 def _read_corpus(source: str, options: DataOptions, notes: list[str]) -> Texts:
