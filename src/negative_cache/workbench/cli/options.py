@@ -43,6 +43,9 @@ _DATA_OPTIONS: dict[str, Any] = {
     "query_column": Annotated[str | None, typer.Option(help="Column of the queries.")],
     "positive_column": Annotated[str | None, typer.Option(help="Column of the relevant documents.")],
     "negative_column": Annotated[str | None, typer.Option(help="Column of the negatives.")],
+    "label_column": Annotated[
+        str | None, typer.Option(help="Column of the relevance: 0 for a negative, 1 or a higher grade if relevant.")
+    ],
     "negatives": Annotated[
         str, typer.Option(help="Negatives of the data: all, ignore, or at most a number per query.")
     ],
