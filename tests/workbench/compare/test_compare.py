@@ -384,3 +384,28 @@ def test_each_loss_gets_the_options_that_have_an_effect():
     found = [given.config(spec) for spec in given.losses]
     assert [config.cache_size for config in found] == [16_384, 99, 99]
     assert [config.num_samples for config in found] == ["auto", "auto", 3]
+
+
+def test_the_number_of_steps_is_that_of_equally_many_queries_and_is_in_the_command_of_the_best():
+    comparison = Comparison(
+        data="d",
+        model="tiny",
+        losses=("in-batch", "gradcache"),
+        output="o",
+        batch_size=8,
+        max_steps=40,
+        weight_decay=0.1,
+    )
+    configs = [comparison.config(name) for name in comparison.losses]
+    assert [(config.batch_size, config.max_steps) for config in configs] == [(8, 40), (128, 3)]
+    assert {config.weight_decay for config in configs} == {0.1}
+    loss = {"runs": [{}], "learning_rate": 0.1, "summary": {"MRR@10": {"mean": 0.5}}}
+    result = {
+        "losses": {"in-batch": {**loss, "configuration": asdict(configs[0])}},
+        "configuration": asdict(comparison),
+    }
+    command = command_of_best(result)
+    assert "--max-steps 40" in command
+    assert "--weight-decay 0.1" in command
+    with pytest.raises(RunError, match="--max-steps is 0; it must be positive"):
+        replace(comparison, max_steps=0)

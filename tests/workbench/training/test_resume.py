@@ -19,7 +19,7 @@ from negative_cache.workbench.training import driver
 from negative_cache.workbench.training.config import RunError
 from negative_cache.workbench.training.driver import run
 from negative_cache.workbench.training.record import RunRecord
-from resume_job import configuration, job, make_data, marker_of, read
+from resume_job import STEPS, configuration, job, make_data, marker_of, read
 
 KILLS = 12
 
@@ -159,6 +159,11 @@ def test_resuming_a_finished_run_returns_its_record(folder: Path):
     other = resume_job.RunConfig(**{**vars(configuration(folder, "whole")), "seed": 5})
     with pytest.raises(RunError, match="--seed was 0, is 5"):
         run(other, read(folder), resume=True)
+    longer = replace(configuration(folder, "whole"), max_steps=2 * STEPS)
+    with pytest.raises(
+        RunError, match="of another length: --max-steps was 40, is 80. It cannot be prolonged.* --model "
+    ):
+        run(longer, read(folder), resume=True)
     with pytest.raises(RunError, match="exists"):
         run(configuration(folder, "whole"), read(folder))
 

@@ -31,6 +31,7 @@ def compare(
     ] = "bm25,zero-shot,in-batch,gradcache,memory-bank,negative-cache",
     batch_size: opt.BatchSize = 64,
     epochs: opt.Epochs = 3.0,
+    max_steps: opt.MaxSteps = None,
     seeds: Annotated[int, typer.Option(help="Number of runs of each loss with its best learning rate.")] = 3,
     cache_size: opt.CacheSize = 16_384,
     scale: opt.Scale = 20.0,

@@ -36,7 +36,7 @@ def train(
     cache_size: opt.CacheSize = 16_384,
     batch_size: opt.BatchSize = 64,
     epochs: opt.Epochs = 3.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this number of steps.")] = None,
+    max_steps: opt.MaxSteps = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: depends on the model.")] = None,
     scale: opt.Scale = 20.0,
     num_samples: opt.NumSamples = "auto",

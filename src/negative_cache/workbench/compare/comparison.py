@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
+from negative_cache.workbench.models import DISTILLED, LEARNING_RATES, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -58,6 +58,8 @@ class Comparison(TrainingSettings):
         output: Folder of the results. The same comparison, also with more losses or seeds, is continued there.
         batch_size: Queries per step.
         epochs: Passes over the training pairs.
+        max_steps: Stop each run after this number of steps; for gradcache, divided by `gradcache_factor`. None for all
+            epochs.
         seeds: Number of seeds. The learning rate is chosen with seed 0, and used with seeds 0 to `seeds - 1`.
         cache_size: Rows of the cache, or of the memory bank's queue.
         scale: Factor that multiplies the similarities.
@@ -74,6 +76,7 @@ class Comparison(TrainingSettings):
     output: str
     batch_size: int = 64
     epochs: float = 3.0
+    max_steps: int | None = None
     seeds: int = 3
     cache_size: int = 16_384
     scale: float = 20.0
@@ -85,9 +88,9 @@ class Comparison(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model == "static":
+        if self.model.partition(":")[0] == "static":
             self.check_static()
-        check_positive(self, ("seeds", "gradcache_factor"))
+        check_positive(self, ("seeds", "gradcache_factor", *(["max_steps"] if self.max_steps is not None else [])))
         rates = self.rates()
         if not rates or any(not 0 < rate < math.inf for rate in rates) or sorted(set(rates)) != list(rates):
             raise RunError(f"--learning-rates is {list(rates)}; expected positive numbers in increasing order.")
@@ -113,8 +116,10 @@ class Comparison(TrainingSettings):
             raise RunError(f"--losses has {name!r}; expected {', '.join((*LOSSES, *BASELINES))}, separated by commas.")
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
+        max_steps = self.max_steps
         if name == "gradcache":
             shared["batch_size"] *= self.gradcache_factor
+            max_steps = None if max_steps is None else math.ceil(max_steps / self.gradcache_factor)
         options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
         return RunConfig(
             data=self.data,
@@ -122,6 +127,7 @@ class Comparison(TrainingSettings):
             loss=name,
             output=self.output,
             epochs=self.epochs,
+            max_steps=max_steps,
             save_steps=None,
             data_options=self.data_options,
             **options,
@@ -145,11 +151,13 @@ class Comparison(TrainingSettings):
 
     def initial_model(self, seed: int) -> str:
         """Name or path of the model before training."""
-        return str(self.untrained(seed)) if self.is_from_scratch else self.model
+        return str(self.untrained(seed) or self.model)
 
-    def untrained(self, seed: int) -> Path:
-        """The folder of the untrained model of a seed, if the model is trained from scratch."""
-        return Path(self.output) / "untrained" / f"seed-{seed}"
+    def untrained(self, seed: int) -> Path | None:
+        """The folder of the model before training, if the comparison builds it: one for each seed if it is random."""
+        if self.is_from_scratch:
+            return Path(self.output) / "untrained" / f"seed-{seed}"
+        return Path(self.output) / "untrained" / "static" if self.model.startswith(DISTILLED) else None
 
 
 def rounded(rate: float) -> float:

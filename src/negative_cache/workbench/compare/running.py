@@ -188,8 +188,8 @@ class _Runner:
             self.watcher.begin(title, self.num_left)
             is_old = baseline.is_measured()
             if not is_old:
-                if baseline.seed is not None:
-                    _make_untrained(self.comparison, self.data, baseline.seed)
+                if name != "bm25":
+                    _make_untrained(self.comparison, self.data, baseline.seed or 0)
                 run_isolated(title, baseline, self.watcher.step)
             metrics = baseline.metrics()
             self.num_left -= 1
@@ -268,9 +268,9 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
-    """Build the untrained model of a seed, which all losses start from, if the model is trained from scratch."""
+    """Build the model that all losses start from, unless it is loaded as it is."""
     folder = comparison.untrained(seed)
-    if not comparison.is_from_scratch or folder.exists():
+    if folder is None or folder.exists():
         return
     with replacing(folder, ".partial") as temporary:
         model = load_model(comparison.model, data.training_texts(), seed)

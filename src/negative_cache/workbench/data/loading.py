@@ -22,7 +22,7 @@ from negative_cache.workbench.data.row_tables import read_rows
 from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 
-_FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column")
+_FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
 
 
 def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
@@ -75,8 +75,7 @@ def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
         return find_saved(path) if is_saved(path) else find_in_folder(path, options)
     if path.is_file():
         notes: list[str] = []
-        asked = [name for name in (options.query_column, options.positive_column, options.negative_column) if name]
-        table = Table(source, partial(file_rows, path, options.encoding, notes, asked))
+        table = Table(source, partial(file_rows, path, options.encoding, notes, options.columns()))
         return RowTables(path.name.split(".")[0], {None: [table]}, notes=notes)
     raise DataError(
         f"{source!r} is not a file, not a folder and not 'python-code'. Give a file of rows ({ROW_FILES}), {LAYOUTS}, "

@@ -221,7 +221,7 @@ class RunConfig(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model == "static":
+        if self.model.partition(":")[0] == "static":
             self.check_static()
         check_choice("loss", self.loss, LOSSES)
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)

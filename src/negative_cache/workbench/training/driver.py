@@ -148,6 +148,12 @@ def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
     if not (resume and (output / RECORD).is_file()):
         raise RunError(f"The output folder {config.output!r} exists. Choose another one, or remove it.")
     record = RunRecord.read(output)
+    length = {name: getattr(config, name) for name in ("epochs", "max_steps")}
+    if changed := changed_options(record.configuration, length):
+        raise RunError(
+            f"{config.output!r} has a finished run of another length: {changed}. It cannot be prolonged, as its learning "
+            f"rate has reached its end. To train its model further, give --model {config.output} and another --output."
+        )
     _check_same(f"{config.output!r} has a finished run", record.configuration, config)
     return record
 
