@@ -45,7 +45,7 @@ def training_bar(terminal: Terminal, title: str) -> Iterator[tuple[OnStep, OnPro
         last: dict[str, Any] = {}
 
         def on_progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, metrics="documents", description=f"{title}: evaluating")
+            bar.update(task, completed=done, total=total, metrics="documents", description=f"{title}: encoding")
 
         def on_step(step: int, steps: int, logs: dict[str, float]) -> None:
             metrics = [f"{name} {logs[key]:.3g}" for key, name in SHOWN.items() if key in logs]

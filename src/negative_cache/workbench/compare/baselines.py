@@ -19,7 +19,7 @@ from negative_cache.workbench.evaluation import (
 from negative_cache.workbench.evaluation.bm25 import bm25_run
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import LEARNING_RATES, load_trained
+from negative_cache.workbench.models import is_from_scratch, load_trained
 from negative_cache.workbench.training.record import Metrics, read_json
 
 
@@ -44,7 +44,7 @@ class Baseline:
     @classmethod
     def of(cls, comparison: Comparison, name: str) -> Baseline:
         """The measurement for a comparison. An untrained model is that of seed 0."""
-        model = str(comparison.untrained(0)) if comparison.model in LEARNING_RATES else comparison.model
+        model = str(comparison.untrained(0)) if is_from_scratch(comparison.model) else comparison.model
         return cls(name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name)
 
     def __call__(self, on_progress: OnProgress) -> Metrics:

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import quote
 
 from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import LEARNING_RATES, learning_rate_of
+from negative_cache.workbench.models import is_from_scratch, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -17,6 +18,8 @@ from negative_cache.workbench.training.config import (
     has_effect,
     parse_num_samples,
 )
+from negative_cache.workbench.training.losses import check_guide
+from negative_cache.workbench.training.mining import mining_start
 
 RATE_FACTORS = (0.4, 1.0, 2.5)
 BASELINES = ("bm25", "zero-shot")
@@ -63,7 +66,7 @@ class Comparison:
         num_samples: Cached documents that the negative cache re-encodes per query.
         embedding_dtype: dtype of the negative cache's embeddings.
         learning_rates: In increasing order; None for 0.4, 1 and 2.5 times the default of the model.
-        gradcache_factor: Factor that multiplies the batch size for gradcache.
+        gradcache_factor: Factor that multiplies the batch size for gradcache and cached-gist.
         data_options: How the data is read.
     """
 
@@ -91,7 +94,7 @@ class Comparison:
             raise RunError(f"--losses is {list(self.losses)}; expected at least one loss, and none twice.")
         for spec in self.losses:
             if spec not in BASELINES:
-                self.config(spec)
+                check_guide(self.config(spec))
 
     def rates(self) -> list[float]:
         """The learning rates that the sweep starts with."""
@@ -108,7 +111,7 @@ class Comparison:
             raise RunError(f"--losses has {name!r}; expected {', '.join((*LOSSES, *BASELINES))}, separated by commas.")
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
-        if name == "gradcache":
+        if name in ("gradcache", "cached-gist"):
             shared["batch_size"] *= self.gradcache_factor
         options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
         return RunConfig(
@@ -124,13 +127,15 @@ class Comparison:
 
     def run_config(self, spec: str, rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
-        name = f"{spec.replace(':', '+')}_rate-{rate:g}_seed-{seed}"
+        name = f"{quote(spec.replace(':', '+'), safe='+=,')}_rate-{rate:g}_seed-{seed}"  # a guide may be a path
+        config = self.config(spec)
         return replace(
-            self.config(spec),
+            config,
             learning_rate=rate,
             seed=seed,
             output=str(Path(self.output) / "runs" / name),
-            model=str(self.untrained(seed)) if self.model in LEARNING_RATES else self.model,
+            model=str(self.untrained(seed)) if is_from_scratch(self.model) else self.model,
+            mining_start=mining_start(config) if config.loss == "mined" else None,
         )
 
     def untrained(self, seed: int) -> Path:

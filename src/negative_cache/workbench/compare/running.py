@@ -18,7 +18,7 @@ from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import LEARNING_RATES, load_model
+from negative_cache.workbench.models import is_from_scratch, load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
@@ -262,7 +262,7 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
 def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
     """Build the untrained model that all losses start from."""
     folder = comparison.untrained(seed)
-    if comparison.model not in LEARNING_RATES or folder.exists():
+    if not is_from_scratch(comparison.model) or folder.exists():
         return
     with replacing(folder, ".partial") as temporary:
         model = load_model(comparison.model, data.training_texts(), seed)

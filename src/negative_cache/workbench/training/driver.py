@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
@@ -23,7 +24,9 @@ from negative_cache.workbench.models import cache_tokens, load_model, load_train
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
+from negative_cache.workbench.training.losses import check_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
+from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.trainer import (
     OnStep,
@@ -156,7 +159,8 @@ class _Run:
         return output.with_name(f"{output.name}.partial")
 
     def check(self) -> None:
-        """Raise DataError unless the data has the splits that the run needs."""
+        """Raise unless the loss has a guide, if it needs one, and the data has the splits that the run needs."""
+        check_guide(self.config)
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
@@ -165,28 +169,47 @@ class _Run:
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
-        training_set = self.data.training_set()
         if is_first and not (self.folder / _BEFORE).exists():
             self._begin()
         processes.wait()
-        trainer = self._make_trainer(training_set, is_first)
-        curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
-        trainer.add_callback(curve)
-        checkpoint = last_complete_checkpoint(self.folder)
-        failed = None
+        resumed_from = last_complete_checkpoint(self.folder)
+        mining = Mining(self.config, self.data, self.folder, self.on_progress)
+        trainer, failed = self._train_from(resumed_from, mining, is_first)
+        while failed is None and trainer.state.global_step in mining.steps(trainer.state.max_steps):
+            trainer, failed = self._train_from(last_complete_checkpoint(self.folder), mining, is_first)
+        if is_first:
+            steps = trainer.state.global_step
+            found = {
+                "resumed_from_step": _step_of(resumed_from),
+                "training_pairs": len(trainer.train_dataset),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "mining": [mined.summary() for mined in mining.until(steps)],
+                "data_notes": [*self.data.notes, *mining.notes(steps)],
+            }
+            self._finish(trainer, found, failed)
+
+    def _train_from(self, checkpoint: str | None, mining: Mining, is_first: bool) -> tuple[RunTrainer, str | None]:
+        """Train from a checkpoint or from the beginning, to the end or until negatives are mined.
+
+        Returns:
+            The trainer; and why training failed, or None.
+        """
+        if checkpoint is None and mining.begins_before_training() and not mining.until(0):
+            mining.mine(self._load_initial(), 0)
+        step = _step_of(checkpoint)
+        trainer = self._make_trainer(mining.data_with_negatives(step).training_set(), is_first)
+        if checkpoint is None:
+            for mined in mining.until(0):
+                trainer.meter.add(mined.seconds, mined.texts_encoded)
+        trainer.add_callback(Curve(trainer, self.folder / _CURVE, self.options.curve))
+        trainer.add_callback(StopToMine(mining, trainer.meter))
         try:
             train_to_the_end(trainer, checkpoint)
         except RunFailedError as error:
             if not self.options.record_failure:
                 raise
-            failed = str(error)
-        if is_first:
-            costs = {
-                "resumed_from_step": 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]),
-                "training_pairs": len(training_set),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            self._finish(trainer, curve, costs, failed)
+            return trainer, str(error)
+        return trainer, None
 
     def _begin(self) -> None:
         """Create the folder with the untrained model and its metrics. `before.json` is written last."""
@@ -211,10 +234,14 @@ class _Run:
         }
         write_json(self.folder / _BEFORE, {**content, **measured})
 
-    def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
+    def _load_initial(self) -> SentenceTransformer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if self.options.cache_tokens:
             cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
+        return model
+
+    def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
+        model = self._load_initial()
         return make_trainer(
             self.folder,
             self.config,
@@ -225,7 +252,7 @@ class _Run:
             report_to=("tensorboard",) if self.options.keep_model else (),
         )
 
-    def _finish(self, trainer: RunTrainer, curve: Curve, costs: dict[str, Any], failed: str | None) -> None:
+    def _finish(self, trainer: RunTrainer, found: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
         began = read_json(self.folder / _BEFORE)
         quality = {} if failed else self._evaluate(trainer, began)
@@ -233,6 +260,7 @@ class _Run:
         points = []
         if self.options.curve and not failed:
             last = {"step": trainer.state.global_step, "seconds": seconds, "documents_encoded": documents}
+            curve = Curve(trainer, self.folder / _CURVE)
             points = [*curve.measure(self.data), {**last, "test": quality["after"]}]
         RunRecord(
             configuration=_configuration(self.config),
@@ -247,9 +275,8 @@ class _Run:
             curve=points,
             failed=failed,
             data_fingerprint=began["data_fingerprint"],
-            data_notes=list(self.data.notes),
             history=trainer.state.log_history,
-            **costs,
+            **found,
             **quality,
         ).write(self.folder)
 
@@ -275,11 +302,21 @@ def _check_ranks(loss: str, data: RetrievalData) -> None:
     """Raise unless a loss can train on several ranks."""
     if loss == "memory-bank":
         raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
+    if loss == "mined":
+        raise RunError(
+            "--loss mined runs in one process only: ranks need equal numbers of negatives. Mine negatives with "
+            "mine_hard_negatives of sentence-transformers, and train with --loss negative-cache on that data."
+        )
     if loss != "negative-cache" and data.negatives:
         raise RunError(
             f"--loss {loss} uses the negatives of {data.name} in one process only: it needs equal numbers of them on "
             "all ranks. Start one process, use --loss negative-cache, or leave them out with --negatives ignore."
         )
+
+
+def _step_of(checkpoint: str | None) -> int:
+    """The step of a checkpoint; 0 if there is none."""
+    return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
 
 
 def _can_resume(folder: Path) -> bool:
@@ -291,7 +328,8 @@ def _clear(folder: Path) -> None:
     """Remove the files that only an unfinished run needs."""
     for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / _CURVE, folder / "eval"):
         shutil.rmtree(path, ignore_errors=True)
-    (folder / _BEFORE).unlink(missing_ok=True)
+    for path in (folder / _BEFORE, *folder.glob("mined-*.json")):
+        path.unlink(missing_ok=True)
 
 
 def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
