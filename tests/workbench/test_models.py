@@ -36,4 +36,4 @@ def test_what_training_does_differently_from_evaluation_is_said():
     assert "trained and saved as float32" in half
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert "cosine similarity, evaluation that of the model, dot" in similarity
-    assert prompts == "Training uses no prompts; evaluation uses the model's own (query)."
+    assert prompts == "Training and evaluation use the prompts 'query: ' before queries and '' before documents."

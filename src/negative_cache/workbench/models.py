@@ -101,6 +101,29 @@ def _ask_hub(name: str) -> None:
     )
 
 
+class Prompts(NamedTuple):
+    """The texts before queries and documents, as `encode_query` and `encode_document` choose them."""
+
+    query: str
+    document: str
+
+
+def prompts_of(model: SentenceTransformer) -> Prompts:
+    """The prompts of a model for queries and documents; empty for none."""
+
+    def resolve(*names: str) -> str:
+        stored = (model.prompts[name] for name in (*names, model.default_prompt_name) if name in model.prompts)
+        return next(stored, None) or ""
+
+    return Prompts(resolve("query"), resolve("document", "passage", "corpus"))
+
+
+def set_prompts(model: SentenceTransformer, query: str | None, document: str | None) -> None:
+    """Store prompts in a model, so that everyone who loads it uses them; None leaves the model's own."""
+    given = {"query": query, "document": document}
+    model.prompts |= {name: prompt for name, prompt in given.items() if prompt is not None}
+
+
 def prepare_for_training(model: SentenceTransformer) -> list[str]:
     """Make the weights float32, as small updates are lost in half precision; return notes for the user, a line each."""
     notes, dtypes = [], {parameter.dtype for parameter in model.parameters()}
@@ -109,10 +132,37 @@ def prepare_for_training(model: SentenceTransformer) -> list[str]:
         notes.append("The weights are stored in half precision; they are trained and saved as float32.")
     if model.similarity_fn_name not in (None, "cosine"):
         notes.append(f"Training uses cosine similarity, evaluation that of the model, {model.similarity_fn_name}.")
-    used = sorted(name for name, prompt in model.prompts.items() if prompt)
-    if used:
-        notes.append(f"Training uses no prompts; evaluation uses the model's own ({', '.join(used)}).")
+    if any(model.prompts.values()):
+        notes.append(_prompts_note(model))
     return notes
+
+
+def _prompts_note(model: SentenceTransformer) -> str:
+    used = prompts_of(model)
+    both = " and ".join(f"{text!r} before {what}" for text, what in zip(used, ("queries", "documents"), strict=True))
+    note = f"Training and evaluation use the prompts {both}."
+    if unused := [f"{name} ({text!r})" for name, text in model.prompts.items() if text and text not in used]:
+        note += f" The model also has {', '.join(unused)}, not used; --query-prompt and --document-prompt set others."
+    return note
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Freeze the parameters that no embedding depends on, such as those of BERT's pooler.
+
+    They have no gradient, for which DistributedDataParallel would wait.
+    """
+    total = torch.zeros((), device=model.device)
+    with torch.enable_grad():
+        for task in ("query", "document"):  # a Router has other parameters for each
+            features = model.preprocess(["text"], task=task)
+            features = {
+                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in features.items()
+            }
+            total = total + model(features, task=task)["sentence_embedding"].float().sum()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:

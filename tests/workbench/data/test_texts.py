@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,6 +69,14 @@ def test_no_texts_are_texts_too():
     assert texts.first_of_equal().tolist() == []
     with pytest.raises(KeyError, match="there is no text for id number 1"):
         texts.positions(["a"])
+
+
+def test_pickled_texts_are_found_in_another_process(expected: dict[str, str], tmp_path: Path):
+    (tmp_path / "texts").write_bytes(pickle.dumps(Texts.of(expected)))
+    key, text = next(iter(expected.items()))
+    code = f"import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb'))[{key!r}])"
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path / "texts"], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == text
 
 
 def test_an_id_that_occurs_twice_is_refused_with_its_positions():

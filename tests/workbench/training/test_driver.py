@@ -184,6 +184,30 @@ def test_a_run_needs_no_test_split(beir: Path, tmp_path: Path, has_dev: bool):
     assert reported.exit_code == 0, reported.output
 
 
+def test_the_whole_corpus_is_in_the_cache_from_the_first_step(beir: Path, tmp_path: Path):
+    given = ["--data", beir, "--fill-from-corpus", "--batch-size", 8, "--max-steps", 4, "--num-samples", 1]
+    refused = invoke("train", "--output", tmp_path / "small", "--cache-size", 79, *given)
+    assert refused.exit_code == 2
+    assert "Set --cache-size 80." in " ".join(refused.stderr.split())
+    assert not list(tmp_path.glob("small*"))
+    hard = tmp_path / "hard.jsonl"
+    records = {}
+    for name, options in (("filled", given), ("empty", [option for option in given if option != "--fill-from-corpus"])):
+        export = ["--export-negatives", hard] if name == "filled" else []
+        ended = invoke("train", "--output", tmp_path / name, "--cache-size", 80, *options, *export)
+        assert ended.exit_code == 0, ended.output
+        records[name] = json.loads((tmp_path / name / "run.json").read_text())
+    fills = {
+        name: [row["cache/fill"] for row in found["history"] if "cache/fill" in row] for name, found in records.items()
+    }
+    assert set(fills["filled"]) == {1.0}
+    assert len(hard.read_text().splitlines()) == records["filled"]["training_pairs"]
+    assert "negative_5" in json.loads(hard.read_text().splitlines()[0])
+    assert fills["empty"][0] < 0.2
+    difference = records["filled"]["documents_encoded"] - records["empty"]["documents_encoded"]
+    assert 80 <= difference <= 80 + 4 * 8  # an emptier cache gives at most as many documents per step
+
+
 def test_the_metrics_of_each_query_are_written(beir: Path, tmp_path: Path):
     output = tmp_path / "model"
     given = ["--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, "--max-steps", 4]

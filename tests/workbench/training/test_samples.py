@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
-from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import search_splits
-from negative_cache.workbench.training import samples
+from negative_cache.workbench.training import hard_negatives, samples
 from support import ANCHORS, POSITIVES
 
 
@@ -52,13 +55,13 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
     with torch.no_grad():
         cache.stored(EMBEDDING)[0].add_(0.1 * torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
     found = samples.of_cache(loss, static, data)
-    queries = samples.embed(static, ANCHORS)
+    queries = hard_negatives.embed_queries(static, ANCHORS)
     rows = cache.data[EMBEDDING][:12]
     similarities = queries @ rows.T
     assert len(found["negatives"]) == 10
     for entry in found["negatives"]:
         at = int(entry["query"][1:])
-        own = float(queries[at] @ samples.embed(static, POSITIVES)[at])
+        own = float(queries[at] @ hard_negatives.embed_documents(static, POSITIVES)[at])
         assert entry["positive"]["similarity"] == pytest.approx(own, abs=1e-5)
         assert entry["positive"]["age"] == int(cache.age[:12][labels == at])
         is_negative = (labels != at) & (similarities[at] <= own)
@@ -68,7 +71,7 @@ def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransfo
         assert [row["document"] for row in entry["negatives"]] == [f"d{int(labels[b])}" for b in best]
         probabilities = torch.tensor([row["probability"] for row in entry["negatives"]])
         torch.testing.assert_close(probabilities, expected[best], atol=1e-5, rtol=1e-4)
-    new = samples.embed(static, [POSITIVES[int(number)] for number in labels])
+    new = hard_negatives.embed_documents(static, [POSITIVES[int(number)] for number in labels])
     pairs = sorted(zip(cache.age[:12].tolist(), (rows - new).square().sum(dim=1).tolist(), strict=True))
     torch.testing.assert_close(
         torch.tensor(sorted(found["staleness_by_age"])), torch.tensor(pairs), atol=1e-5, rtol=1e-3
@@ -96,3 +99,32 @@ def test_a_document_with_the_id_of_the_query_is_not_listed_as_a_hard_negative(
 
     assert all(listed(data))
     assert not any(listed(data.ignoring_identical_ids()))
+
+
+def test_the_written_hard_negatives_are_the_most_similar_cached_documents(static: SentenceTransformer, tmp_path: Path):
+    loss = NegativeCacheRankingLoss(static, cache_size=16, seed=0)
+    qrels = {f"q{n}": [f"d{n}"] for n in range(12)} | {"q3": ["d3", "d4"]}
+    data = RetrievalData(
+        "data",
+        {f"d{n}": text for n, text in enumerate(POSITIVES)},
+        {f"q{n}": text for n, text in enumerate(ANCHORS)},
+        {"train": qrels},
+    )
+    with pytest.raises(ValueError, match="there was no training step"):
+        hard_negatives.write_hard_negatives(tmp_path / "hard.jsonl", loss, static, data)
+    loss.fill_from(POSITIVES[:12], range(12), show_progress_bar=False)
+    hard_negatives.write_hard_negatives(tmp_path / "hard.jsonl", loss, static, data)
+    rows = [json.loads(line) for line in (tmp_path / "hard.jsonl").read_text().splitlines()]
+    similarities = static.similarity(static.encode(ANCHORS[:12]), static.encode(POSITIVES[:12]))
+    expected = []
+    for query, relevant in qrels.items():
+        at = int(query[1:])
+        order = [f"d{number}" for number in similarities[at].argsort(descending=True).tolist()]
+        best = [data.corpus[key] for key in order if key not in relevant][:5]
+        for key in relevant:
+            expected.append({"query": ANCHORS[at], "positive": data.corpus[key]})
+            expected[-1] |= {f"negative_{number}": text for number, text in enumerate(best, start=1)}
+    assert rows == expected
+    read = load_data(str(tmp_path / "hard.jsonl"))
+    assert read.form == "n-tuples"
+    assert sum(map(len, read.negatives.values())) == 12 * 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from negative_cache.workbench.data.options import DataOptions
 
 
 @opt.takes_data_options()
+@opt.takes_settings
 def compare(
     data: opt.Data,
     output: Annotated[str, typer.Option(help="Folder of the results. The same command continues a comparison in it.")],
@@ -41,12 +42,13 @@ def compare(
         int, typer.Option(help="Factor that multiplies the batch size for gradcache and cached-gist.")
     ] = 16,
     *,
+    settings: dict[str, Any],
     data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Compare quality, time and memory of several losses, each with its best learning rate."""
-    given = dict(locals())
+    given = {**locals(), **settings}
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: "Run the same command again to continue after the completed runs."):
         with terminal.waiting("Loading libraries ..."):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.training.config import TrainingSettings, parse_num_samples
 
 DATA_HELP = (
     "A file of pairs, triplets or lists (.jsonl, .csv, .parquet ...), a folder (BEIR, MS MARCO ...), hf:NAME[:CONFIG], "
@@ -51,11 +52,19 @@ _DATA_OPTIONS: dict[str, Any] = {
     ],
 }
 
-_ENCODING_OPTIONS: dict[str, Any] = {
+_PROMPTS: dict[str, Any] = {
     "query_prompt": Annotated[str | None, typer.Option(help="Text before each query. Default: the model's prompt.")],
     "document_prompt": Annotated[
         str | None, typer.Option(help="Text before each document. Default: the model's prompt.")
     ],
+}
+
+_SETTINGS: dict[str, Any] = {
+    **_PROMPTS,
+}
+
+_ENCODING_OPTIONS: dict[str, Any] = {
+    **_PROMPTS,
     "truncate_dim": Annotated[int | None, typer.Option(help="Use the first dimensions of the embeddings.")],
     "batch_size": Annotated[int | None, typer.Option(help="Texts per batch. Default: 32, or 256 if static.")],
     "dtype": Annotated[str | None, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")],
@@ -90,6 +99,12 @@ def takes_encoding_options(command: _Command) -> _Command:
     return _replace_parameter("encoding_options", options, dict, command)
 
 
+def takes_settings(command: _Command) -> _Command:
+    """Replace a command's parameter `settings` by the fields of `TrainingSettings`, and call it with their values."""
+    options = {field.name: (_SETTINGS[field.name], field.default) for field in fields(TrainingSettings)}
+    return _replace_parameter("settings", options, dict, command)
+
+
 def _replace_parameter(
     name: str, options: Mapping[str, tuple[Any, Any]], kind: Callable[..., Any], command: _Command
 ) -> _Command:
@@ -114,8 +129,6 @@ def _replace_parameter(
 
 def make(kind: type[_Made], options: Mapping[str, Any], **others: Any) -> _Made:
     """An instance of a dataclass, from `others` and from those options of a command that are its fields."""
-    from negative_cache.workbench.training.config import parse_num_samples
-
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     given = {name: value for name, value in options.items() if name in names}
     return kind(**{**given, "num_samples": parse_num_samples(options["num_samples"]), **others})

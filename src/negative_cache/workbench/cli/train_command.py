@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ LOSS_HELP = (
 
 
 @opt.takes_data_options()
+@opt.takes_settings
 def train(
     data: opt.Data,
     output: Annotated[str, typer.Option(help="New folder for the trained model and run.json.")],
@@ -59,6 +60,9 @@ def train(
         bool, typer.Option(help="Replace the least recently used cached documents, otherwise those stored first.")
     ] = True,
     embedding_dtype: opt.EmbeddingDtype = "float32",
+    fill_from_corpus: Annotated[
+        bool, typer.Option("--fill-from-corpus", help="Encode the whole corpus into the cache before training.")
+    ] = False,
     guide: Annotated[
         str | None,
         typer.Option(help="Model that detects false negatives with gist. Default: the model before training."),
@@ -80,27 +84,37 @@ def train(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
+    export_negatives: Annotated[
+        Path | None, typer.Option(help="Write the training pairs with hard negatives from the cache, as JSON lines.")
+    ] = None,
     *,
+    settings: dict[str, Any],
     data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Train a model and show its retrieval quality before and after training, if the data has a test split."""
-    given = dict(locals())
+    given = {**locals(), **settings}
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: _how_to_continue(output)):
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.training.config import RunConfig
         config = opt.make(RunConfig, given, save_steps=save_steps or None)
         with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.training.driver import finished_run, run
+            from negative_cache.workbench.training.driver import RunOptions, finished_run, run
         record = finished_run(config, resume)
         if record is None:
             loaded = terminal.load_data(data, data_options)
             with training_bar(terminal, config.loss) as (on_step, on_progress):
-                record = run(config, loaded, resume=resume, on_step=on_step, on_progress=on_progress)
+                kept = RunOptions(export_negatives=export_negatives)
+                record = run(config, loaded, kept, resume=resume, on_step=on_step, on_progress=on_progress)
+        elif export_negatives is not None:
+            terminal.note(f"{export_negatives} is not written: the run was finished before, and its cache is not kept.")
+            export_negatives = None
         if record is not None:
             _show(terminal, record, output)
+            if export_negatives is not None:
+                terminal.say(f"The training pairs with hard negatives are in {export_negatives}")
 
 
 def _show(terminal: Terminal, record: RunRecord, output: str) -> None:

@@ -9,6 +9,7 @@ from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.data import DataOptions, load_data
 from negative_cache.workbench.evaluation import (
     DEFAULT_MEASURES,
+    EncodingOptions,
     OnProgress,
     depth_of,
     evaluate,
@@ -33,6 +34,7 @@ class Baseline:
         data_options: See `load_data`.
         model: Name or path of the model before training.
         output: Folder of its `queries.json`.
+        encoding: How the model encodes.
     """
 
     name: str
@@ -40,12 +42,16 @@ class Baseline:
     data_options: DataOptions
     model: str
     output: Path
+    encoding: EncodingOptions
 
     @classmethod
     def of(cls, comparison: Comparison, name: str) -> Baseline:
         """The measurement for a comparison. An untrained model is that of seed 0."""
         model = str(comparison.untrained(0)) if is_from_scratch(comparison.model) else comparison.model
-        return cls(name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name)
+        encoding = EncodingOptions(comparison.query_prompt, comparison.document_prompt)
+        return cls(
+            name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name, encoding
+        )
 
     def __call__(self, on_progress: OnProgress) -> Metrics:
         """Measure it, write `queries.json`, and return the metrics."""
@@ -54,7 +60,7 @@ class Baseline:
             quality = judge_split(data, "test", bm25_run(data, "test", depth_of(measures)), measures)
         else:
             model = load_trained(self.model)
-            quality = evaluate(model, data, ("test",), measures, on_progress=on_progress)["test"]
+            quality = evaluate(model, data, ("test",), measures, self.encoding, on_progress)["test"]
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.output, ".partial") as temporary:
             temporary.mkdir(exist_ok=True)  # one is left if the process was killed

@@ -14,6 +14,7 @@ from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
     RunError,
+    TrainingSettings,
     check_positive,
     has_effect,
     parse_num_samples,
@@ -49,8 +50,8 @@ def parse_rates(text: str | None) -> tuple[float, ...] | None:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What to compare; validated on construction.
+class Comparison(TrainingSettings):
+    """What to compare, with `TrainingSettings`; validated on construction.
 
     Attributes:
         data: See `load_data`.

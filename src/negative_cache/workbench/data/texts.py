@@ -59,6 +59,10 @@ class Texts(Mapping[str, str]):
             writer.add(key, text)
         return cls(writer.finish())
 
+    def __reduce__(self) -> tuple[type[Texts], tuple[pyarrow.Table]]:
+        """Pickle the table alone, because hashes differ from process to process."""
+        return Texts, (pyarrow.table({"id": self._ids, "text": self._texts}),)
+
     def __getitem__(self, key: str) -> str:
         return self.text(self.position(key))
 

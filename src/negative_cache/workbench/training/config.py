@@ -17,7 +17,7 @@ GUIDED = ("gist", "cached-gist")
 # Fields that only some losses use.
 CACHE_FIELDS = {
     "num_samples", "in_batch", "shared", "absolute_margin", "relative_margin", "symmetric", "refresh_per_step",
-    "use_lru", "embedding_dtype",
+    "use_lru", "embedding_dtype", "fill_from_corpus",
 }  # fmt: skip
 GUIDE_FIELDS = {"guide", "absolute_margin", "relative_margin"}
 MINING_FIELDS = {
@@ -50,9 +50,22 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a run and a comparison can set alike; the arguments of sentence-transformers have the same names.
+
+    Attributes:
+        query_prompt: Text before each query, also in the saved model; None for the model's own prompt.
+        document_prompt: Text before each document, also in the saved model; None for the model's own prompt.
+    """
+
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+
+
 @dataclass(frozen=True)
-class RunConfig:
-    """Everything that determines a run; validated on construction.
+class RunConfig(TrainingSettings):
+    """Everything that determines a run, with `TrainingSettings`; validated on construction.
 
     Attributes:
         data: See `load_data`.
@@ -77,6 +90,7 @@ class RunConfig:
         refresh_per_step: See `NegativeCacheRankingLoss`.
         use_lru: See `NegativeCacheRankingLoss`.
         embedding_dtype: dtype of cached embeddings: float32, bfloat16, float16 or int8.
+        fill_from_corpus: Encode the whole corpus into the cache before training, documents without a query included.
         guide: Name or path of the model that detects false negatives with gist and cached-gist; None for a copy of the
             model before training.
         num_negatives: Negatives to mine per query. See `mine_hard_negatives` of sentence-transformers, as for the next
@@ -113,6 +127,7 @@ class RunConfig:
     refresh_per_step: int = 0
     use_lru: bool = True
     embedding_dtype: str = "float32"
+    fill_from_corpus: bool = False
     guide: str | None = None
     num_negatives: int = 1
     range_min: int = 0
@@ -143,6 +158,10 @@ class RunConfig:
             raise RunError(
                 f"--batch-size {self.batch_size} is larger than --cache-size {self.cache_size}. Use a larger cache, or "
                 "a smaller batch."
+            )
+        if self.fill_from_corpus and self.symmetric:
+            raise RunError(
+                "--fill-from-corpus fills the cache of documents, --symmetric has one of queries, too. Leave one out."
             )
         self._check_hard_negatives()
         if not 0 <= self.seed < 2**32:

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -18,13 +19,23 @@ from sentence_transformers import SentenceTransformer
 from negative_cache.integrations.trainer import last_complete_checkpoint
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
+from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import cache_tokens, load_model, load_trained, prepare_for_training
+from negative_cache.workbench.models import (
+    cache_tokens,
+    freeze_unused,
+    load_model,
+    load_trained,
+    prepare_for_training,
+    prompts_of,
+    set_prompts,
+)
 from negative_cache.workbench.training import processes, samples
-from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError
+from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError
 from negative_cache.workbench.training.curve import Curve
-from negative_cache.workbench.training.losses import check_guide
+from negative_cache.workbench.training.hard_negatives import write_hard_negatives
+from negative_cache.workbench.training.losses import check_guide, load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
@@ -37,6 +48,7 @@ from negative_cache.workbench.training.trainer import (
 )
 
 _INITIAL, _BEFORE, _CURVE = "initial", "before.json", "curve"  # in the folder of an unfinished run
+DOCUMENTS_AT_ONCE = 4096  # when a cache is filled, between two reports of progress
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
 
 logger = logging.getLogger("negative_cache")
@@ -53,6 +65,8 @@ class RunOptions:
         keep_model: Write the trained model and TensorBoard events.
         record_failure: If training fails, write a record with the reason instead of raising an error.
         cache_tokens: Tokenize each text only once, if the model is static.
+        export_negatives: File for the hard negatives of the training queries; see `write_hard_negatives`. None for
+            none.
     """
 
     measure_before: bool = True
@@ -61,6 +75,7 @@ class RunOptions:
     keep_model: bool = True
     record_failure: bool = False
     cache_tokens: bool = False
+    export_negatives: Path | None = None
 
 
 def run(
@@ -104,7 +119,7 @@ def run(
     task.check()
     is_first = processes.start() == 0
     if processes.count() > 1:
-        _check_ranks(config.loss, data)
+        _check_ranks(task)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
@@ -164,8 +179,24 @@ class _Run:
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
+        self._check_export()
+        distinct = len(np.unique(self.data.labels())) if self.config.fill_from_corpus else 0
+        if distinct > self.config.cache_size:
+            raise DataError(
+                f"--fill-from-corpus needs a row for each of the {distinct:,} documents of {self.data.name} with "
+                f"different texts; --cache-size is {self.config.cache_size:,}. Set --cache-size {distinct}."
+            )
         if self.config.eval_steps is not None and not self.data.has("dev"):
             raise DataError(f"{self.data.name} has no dev split to evaluate on. Leave --eval-steps out.")
+
+    def _check_export(self) -> None:
+        path = self.options.export_negatives
+        if path is None:
+            return
+        if self.config.loss != "negative-cache":
+            raise RunError(f"--export-negatives has no effect with --loss {self.config.loss}, which has no cache.")
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise RunError(f"--export-negatives: {path} is a folder, or its folder does not exist. Give a file.")
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
@@ -204,7 +235,7 @@ class _Run:
         trainer.add_callback(Curve(trainer, self.folder / _CURVE, self.options.curve))
         trainer.add_callback(StopToMine(mining, trainer.meter))
         try:
-            train_to_the_end(trainer, checkpoint)
+            train_to_the_end(trainer, checkpoint, begin=lambda: self._fill(trainer))
         except RunFailedError as error:
             if not self.options.record_failure:
                 raise
@@ -216,6 +247,9 @@ class _Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
+        if self.config.loss in GUIDED:
+            load_guide(self.config, model)  # an error is raised before the evaluation
+        set_prompts(model, self.config.query_prompt, self.config.document_prompt)
         for note in prepare_for_training(model):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
@@ -236,8 +270,12 @@ class _Run:
 
     def _load_initial(self) -> SentenceTransformer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
+        if processes.count() > 1:
+            freeze_unused(model)
         if self.options.cache_tokens:
-            cache_tokens(model, chain(self.data.queries.values(), self.data.corpus.values()))
+            prompts = prompts_of(model)
+            queries = (prompts.query + text for text in self.data.queries.values())
+            cache_tokens(model, chain(queries, (prompts.document + text for text in self.data.corpus.values())))
         return model
 
     def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
@@ -251,6 +289,20 @@ class _Run:
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
             report_to=("tensorboard",) if self.options.keep_model else (),
         )
+
+    def _fill(self, trainer: RunTrainer) -> None:
+        """Fill the cache from the corpus, if the configuration says so."""
+        if not self.config.fill_from_corpus:
+            return
+        positions = np.unique(self.data.labels())  # of the first document with each text
+        prompt = prompts_of(trainer.model).document or None
+        for start in range(0, len(positions), DOCUMENTS_AT_ONCE):
+            part = positions[start : start + DOCUMENTS_AT_ONCE].tolist()
+            texts = [self.data.corpus.text(position) for position in part]
+            batch_size = encoding_arguments(trainer.model)["batch_size"]
+            trainer.loss.fill_from(texts, part, batch_size, show_progress_bar=False, prompt=prompt)
+            if self.on_progress is not None:
+                self.on_progress(start + len(part), len(positions))
 
     def _finish(self, trainer: RunTrainer, found: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
@@ -285,6 +337,8 @@ class _Run:
         model, hits = trainer.model, []
         if self.options.keep_model:
             model.save_pretrained(str(self.folder))
+        if self.options.export_negatives is not None:
+            write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
         has_test = self.data.has("test")
         needs_dev = self.options.measure_dev or (not has_test and self.data.has("dev"))
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
@@ -298,8 +352,11 @@ class _Run:
         return {fields[split]: quality.metrics() for split, quality in found.items()}
 
 
-def _check_ranks(loss: str, data: RetrievalData) -> None:
-    """Raise unless a loss can train on several ranks."""
+def _check_ranks(task: _Run) -> None:
+    """Raise unless a run can be done on several ranks."""
+    loss, data = task.config.loss, task.data
+    if task.options.export_negatives is not None:
+        raise RunError("--export-negatives runs in one process only: each rank has a part of the cache. Leave it out.")
     if loss == "memory-bank":
         raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
     if loss == "mined":

@@ -71,7 +71,13 @@ def check_guide(config: RunConfig) -> None:
         )
 
 
-def _guided_loss(config: RunConfig, model: SentenceTransformer, has_ranks: bool) -> Any:
+def load_guide(config: RunConfig, model: SentenceTransformer) -> SentenceTransformer:
+    """The frozen guide of a model that is not trained yet.
+
+    Raises:
+        ModelError: The guide cannot be loaded.
+        RunError: The model or the guide has no tokenizer of transformers, which the losses need.
+    """
     guide = copy.deepcopy(model) if config.guide is None else load_trained(config.guide)
     for name, used in ((config.model, model), (config.guide, guide)):
         if not isinstance(used.tokenizer, PreTrainedTokenizerBase):
@@ -79,12 +85,17 @@ def _guided_loss(config: RunConfig, model: SentenceTransformer, has_ranks: bool)
                 f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a "
                 "static model. Use a transformer, or --loss in-batch."
             )
+    guide.requires_grad_(False)
+    return guide.eval()
+
+
+def _guided_loss(config: RunConfig, model: SentenceTransformer, has_ranks: bool) -> Any:
+    guide = load_guide(config, model)
     options: dict[str, Any] = {"temperature": 1 / config.scale, "gather_across_devices": has_ranks}
     if config.absolute_margin is not None:
         options |= {"margin_strategy": "absolute", "margin": config.absolute_margin}
     if config.relative_margin is not None:
         options |= {"margin_strategy": "relative", "margin": config.relative_margin}
-    guide.eval().requires_grad_(False)
     if config.loss == "gist":
         return GISTEmbedLoss(model, guide, **options)
     return CachedGISTEmbedLoss(model, guide, mini_batch_size=GRADCACHE_MINI_BATCH, **options)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from negative_cache import estimators
 from negative_cache.cache.rows import NegativeCache
-from negative_cache.cache.specs import NO_ID
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
-from negative_cache.retrieval import Ceilings, RowPool, Scale, Search, retrieve
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation import Run
-from negative_cache.workbench.evaluation.encoding import encoding_arguments
+from negative_cache.workbench.training.hard_negatives import embed_documents, positions_of, search_cache
 
 SAMPLES = "samples.json"
 NUM_QUERIES, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 6, 512
@@ -76,27 +73,6 @@ def of_cache(loss: nn.Module, model: SentenceTransformer, data: RetrievalData) -
     }
 
 
-class _Found(NamedTuple):
-    """Rows of the cache for a batch of queries.
-
-    Attributes:
-        positive_rows: int64 `[batch, n]`: rows of the known positives, the first one first, and of a document that the
-            data ignore; -1 for those that are not cached.
-        similarities: `[batch]`: similarity of each query and its first positive, with the model's embeddings.
-        rows: int64 `[batch, NUM_NEGATIVES]`: the best rows that can be drawn, padded with -1.
-        row_similarities: `[batch, NUM_NEGATIVES]`: their similarities, with the cached embeddings.
-        probabilities: `[batch, NUM_NEGATIVES]`: their probabilities of being drawn.
-        num_hidden: number of rows that margins hide, per query.
-    """
-
-    positive_rows: Tensor
-    similarities: Tensor
-    rows: Tensor
-    row_similarities: Tensor
-    probabilities: Tensor
-    num_hidden: list[int]
-
-
 def _hard_negatives(
     loss: NegativeCacheRankingLoss, cache: NegativeCache, model: SentenceTransformer, data: RetrievalData
 ) -> list[dict[str, Any]]:
@@ -109,8 +85,8 @@ def _hard_negatives(
     """
     train = data.judged("train")
     queries = spread(list(train), NUM_QUERIES)
-    found = _search(loss, cache, model, data, {query: train[query] for query in queries})
-    ages, ids = cache.age.tolist(), _positions(cache).tolist()
+    found = search_cache(loss, cache, model, data, {query: train[query] for query in queries}, NUM_NEGATIVES)
+    ages, ids = cache.age.tolist(), positions_of(cache).tolist()
     result = []
     for at, query in enumerate(queries):
         negatives = [
@@ -134,67 +110,18 @@ def _hard_negatives(
     return result
 
 
-def _search(
-    loss: NegativeCacheRankingLoss,
-    cache: NegativeCache,
-    model: SentenceTransformer,
-    data: RetrievalData,
-    qrels: dict[str, list[str]],
-) -> _Found:
-    """Search the cache for the queries of `qrels` as a training step does."""
-    queries = embed(model, [data.queries[query] for query in qrels])
-    positives = embed(model, [data.corpus[documents[0]] for documents in qrels.values()])
-    labels, corpus = torch.from_numpy(data.labels()), data.corpus
-    known = [data.never_negative(query, documents) for query, documents in qrels.items()]
-    ids = [labels[[corpus.position(document) for document in documents]] for documents in known]
-    positive_ids = pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(queries.device)
-    positive_rows = cache.find(positive_ids.flatten()).view(positive_ids.shape)
-    similarities = estimators.dot(queries, positives)
-    ceilings = loss.cache_loss.limits.ceilings(similarities)
-    embeddings, scales = cache.stored(EMBEDDING)
-    search = Search(
-        queries,
-        RowPool(embeddings, cache.filled, scales),
-        score_transform=Scale(loss.scale),
-        excluded=positive_rows,
-        ceilings=None if ceilings is None else Ceilings(ceilings * loss.scale),
-        num_samples=0,
-        num_best=NUM_NEGATIVES,
-    )
-    found = retrieve(search, torch.Generator().manual_seed(0))
-    return _Found(
-        positive_rows=positive_rows,
-        similarities=similarities,
-        rows=found.best_rows,
-        row_similarities=found.best_scores / loss.scale,
-        probabilities=(found.best_scores - found.lse[:, None]).exp(),
-        num_hidden=[0] * len(queries) if found.num_hidden is None else found.num_hidden.tolist(),
-    )
-
-
 def _staleness_by_age(cache: NegativeCache, model: SentenceTransformer, data: RetrievalData) -> list[list[float]]:
     """Pairs of the age in steps and the staleness of up to 512 rows, evenly spaced in the order of age."""
-    corpus, ids = data.corpus, _positions(cache)
+    corpus, ids = data.corpus, positions_of(cache)
     rows = (cache.filled & (ids >= 0) & (ids < len(corpus))).nonzero().squeeze(1)
     rows = rows[cache.age[rows].argsort(stable=True)]
     if not len(rows):
         return []
     rows = rows[torch.tensor(spread(range(len(rows)), NUM_ROWS), device=rows.device)]
-    encoded = embed(model, [corpus.text(number) for number in ids[rows].tolist()])
+    encoded = embed_documents(model, [corpus.text(number) for number in ids[rows].tolist()])
     staleness = estimators.staleness(cache.read(rows, [EMBEDDING])[EMBEDDING], encoded)
     pairs = zip(cache.age[rows].tolist(), staleness.tolist(), strict=True)
     return [[age, round(value, 6)] for age, value in pairs]
-
-
-def _positions(cache: NegativeCache) -> Tensor:
-    """The position in the corpus of each row's document, which is its label; -1 for unknown: int64 `[num_rows]`."""
-    return cache.document_ids[:, -1] if cache.num_ids > 1 else cache.document_ids
-
-
-def embed(model: SentenceTransformer, texts: list[str]) -> Tensor:
-    """Embeddings `[n, dim]` of unit length, as in training: without the prompts that evaluation uses."""
-    embedded = model.encode(texts, prompt="", normalize_embeddings=True, **encoding_arguments(model))
-    return embedded.float()
 
 
 def clip(text: str) -> str:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import learning_rate_of
+from negative_cache.workbench.models import Prompts, learning_rate_of, prompts_of
 from negative_cache.workbench.training import processes
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
 from negative_cache.workbench.training.losses import make_loss
@@ -90,7 +90,7 @@ def make_trainer(
     disable_progress_bars()
     trainer = RunTrainer(
         model=model,
-        args=_arguments(folder, config, report_to, len(training_set)),
+        args=_arguments(folder, config, report_to, len(training_set), prompts_of(model)),
         train_dataset=training_set,
         loss=make_loss(config, model),
         evaluator=evaluator,
@@ -101,8 +101,15 @@ def make_trainer(
     return trainer
 
 
-def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None:
-    """Train, from a checkpoint if there is one, with the meter running from the first step on.
+def train_to_the_end(
+    trainer: RunTrainer, checkpoint: str | None = None, begin: Callable[[], None] = lambda: None
+) -> None:
+    """Train, from a checkpoint if there is one, with the meter running: with a checkpoint, from the first step on.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: The folder of the checkpoint.
+        begin: Called before the first step, unless there is a checkpoint.
 
     Raises:
         RunFailedError: Values became infinite or NaN, or the loss rejected a batch.
@@ -113,6 +120,9 @@ def train_to_the_end(trainer: RunTrainer, checkpoint: str | None = None) -> None
     trainer.add_callback(_StartMeter(trainer.meter))
     try:
         with stop:
+            if checkpoint is None:
+                trainer.meter.start()
+                begin()
             trainer.train(resume_from_checkpoint=checkpoint)
     except CheckpointError:
         raise
@@ -128,7 +138,7 @@ def used_learning_rate(config: RunConfig) -> float:
 
 
 def _arguments(
-    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int
+    folder: Path, config: RunConfig, report_to: Sequence[str], num_pairs: int, prompts: Prompts
 ) -> SentenceTransformerTrainingArguments:
     num_ranks = processes.count()
     per_step = config.batch_size * num_ranks
@@ -146,6 +156,7 @@ def _arguments(
         seed=config.seed,
         data_seed=config.seed,
         batch_sampler="no_duplicates",
+        prompts={"anchor": prompts.query, "positive": prompts.document, "negative": prompts.document},
         save_strategy="no" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
