@@ -115,7 +115,7 @@ def test_training_uses_the_mined_negatives_and_counts_their_costs(data: Retrieva
     assert 2 * pairs + texts < record.documents_encoded <= 2 * 3 * pairs + texts
     assert record.curve[0]["documents_encoded"] > texts
     assert record.seconds > round_["seconds"] > 0
-    note = f"set: mining after step 0 found fewer than 2 negatives for {few} of {pairs} pairs; they are trained with"
+    note = f"set: mining after step 0 found fewer negatives than --num-negatives, 2, for {few} of {pairs} pairs. They"
     assert [found.startswith(note) for found in record.data_notes[len(data.notes) :]] == [True] * (few > 0)
     assert not list((tmp_path / "out").glob("mined-*"))
 

@@ -134,8 +134,9 @@ class Mining:
     def _note(self, mined: Mined) -> str:
         pairs = sum(map(len, self._data.judged("train").values()))
         return (
-            f"{self._data.name}: mining after step {mined.step:,} found fewer than {self._config.num_negatives} "
-            f"negatives for {mined.pairs_with_fewer:,} of {pairs:,} pairs; they are trained with those that there are."
+            f"{self._data.name}: mining after step {mined.step:,} found fewer negatives than --num-negatives, "
+            f"{self._config.num_negatives}, for {mined.pairs_with_fewer:,} of {pairs:,} pairs. They are trained with "
+            "those that there are."
         )
 
     def _points(self) -> list[float]:
