@@ -22,7 +22,7 @@ from negative_cache.workbench.cli.progress import ComparisonBar
 from negative_cache.workbench.cli.tables import print_comparison, print_wide
 from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
 from negative_cache.workbench.compare.output import write_output
-from negative_cache.workbench.compare.running import RESULT, compare
+from negative_cache.workbench.compare.running import compare
 from negative_cache.workbench.compare.table import with_spread
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--losses", default="in-batch,gradcache,memory-bank,negative-cache,negative-cache:num_samples=1"
     )
-    parser.add_argument("--output", type=Path, required=True, help=f"folder; a folder with {RESULT} for each data set")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results, with one for each data set")
     parser.add_argument("--batch-size", type=int, help="default: 64 for static, else 32")
     parser.add_argument("--cache-size", type=int, default=16_384)
     parser.add_argument("--seeds", type=int, default=3)

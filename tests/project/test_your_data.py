@@ -41,6 +41,7 @@ def examples() -> dict[str, Example]:
 # Documents, queries, positives and negatives.
 EXPECTED = {
     "my-pairs.csv": (2, 2, 2, 0),
+    "my-labels.csv": (2, 2, 2, 1),
     "my-clicks.csv": (2, 2, 2, 0),
     "triplets.jsonl": (4, 2, 2, 2),
     "lists.jsonl": (4, 2, 2, 1),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
-from negative_cache.workbench.models import load_model, prepare_for_training, train_tokenizer
+from command_line import invoke
+from negative_cache.workbench.data import load_data
+from negative_cache.workbench.models import learning_rate_of, load_model, prepare_for_training, train_tokenizer
+from support import random_pairs
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -37,3 +43,30 @@ def test_what_training_does_differently_from_evaluation_is_said():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert "cosine similarity, evaluation that of the model, dot" in similarity
     assert prompts == "Training and evaluation use the prompts 'query: ' before queries and '' before documents."
+
+
+def test_a_static_model_is_made_of_a_transformer_or_loaded(tmp_path: Path):
+    texts = [f"word{number} is number {number}" for number in range(100)]
+    load_model("tiny", texts, seed=0).save_pretrained(str(tmp_path / "tiny"))
+    first, again = (load_model(f"static:{tmp_path / 'tiny'}", [], seed) for seed in (0, 1))
+    assert isinstance(first[0], StaticEmbedding)
+    assert torch.equal(first[0].embedding.weight, again[0].embedding.weight)
+    assert first.encode("word7 is number 7").shape == (128,)  # the width of the transformer, which is below 256
+    first.save_pretrained(str(tmp_path / "made"))
+    loaded = load_model(f"static:{tmp_path / 'made'}", [], seed=0)
+    assert torch.equal(loaded[0].embedding.weight, first[0].embedding.weight)
+    names = (f"static:{tmp_path / 'tiny'}", str(tmp_path / "made"), str(tmp_path / "tiny"), "static")
+    assert [learning_rate_of(name) for name in names] == [1e-2, 1e-2, 2e-5, 5e-2]
+
+
+def test_a_comparison_makes_a_static_model_once(tmp_path: Path):
+    random_pairs(tmp_path / "pairs.jsonl", 100)
+    texts = load_data(str(tmp_path / "pairs.jsonl")).training_texts()
+    load_model("tiny", texts, seed=0).save_pretrained(str(tmp_path / "tiny"))
+    given = ["--data", tmp_path / "pairs.jsonl", "--model", f"static:{tmp_path / 'tiny'}", "--losses"]
+    given += ["zero-shot,in-batch", "--seeds", 2, "--epochs", 1, "--learning-rates", "0.01", "--batch-size", 16]
+    ended = invoke("compare", *given, "--output", tmp_path / "out")
+    assert ended.exit_code == 0, ended.output
+    assert [path.name for path in (tmp_path / "out" / "untrained").iterdir()] == ["static"]
+    losses = json.loads((tmp_path / "out" / "compare.json").read_text())["losses"]
+    assert [len(loss["runs"]) for loss in losses.values()] == [1, 2]

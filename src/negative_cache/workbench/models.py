@@ -1,7 +1,9 @@
-"""Models by name: `static` and `tiny` are built from texts; sentence-transformers loads all others."""
+"""Models by name: `static` and `tiny` are built from texts, `static:NAME` from another model; others are loaded."""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import tempfile
 from array import array
@@ -26,7 +28,8 @@ HUB_TIMEOUT = 10.0  # seconds
 
 # Learning rates at which each kind of model trains well with AdamW.
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
-PRETRAINED_LEARNING_RATE = 2e-5
+PRETRAINED_LEARNING_RATE, PRETRAINED_STATIC_LEARNING_RATE = 2e-5, 1e-2
+DISTILLED = "static:"  # before the name of a model
 
 
 class ModelError(ValueError):
@@ -35,6 +38,8 @@ class ModelError(ValueError):
 
 def learning_rate_of(name: str) -> float:
     """The default learning rate of a model."""
+    if name.startswith(DISTILLED) or _is_saved_static(name):
+        return PRETRAINED_STATIC_LEARNING_RATE
     return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
 
 
@@ -48,7 +53,8 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 
     Args:
         name: `static` (mean of token embeddings) or `tiny` (transformer with two layers), both with random weights and
-            a tokenizer trained on `texts`. Any other name or path is loaded.
+            a tokenizer trained on `texts`; or `static:NAME`, a static model whose token embeddings the model of this
+            name or path computes. Any other name or path is loaded.
         texts: The training texts.
         seed: Seed of the random weights.
 
@@ -64,7 +70,7 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
         return SentenceTransformer(modules=[StaticEmbedding(train_tokenizer(texts), embedding_dim=STATIC_DIM)])
     if name == "tiny":
         return _tiny(train_tokenizer(texts))
-    return load_trained(name)
+    return _distilled(name.removeprefix(DISTILLED)) if name.startswith(DISTILLED) else load_trained(name)
 
 
 def load_trained(name: str) -> SentenceTransformer:
@@ -77,6 +83,37 @@ def load_trained(name: str) -> SentenceTransformer:
         return SentenceTransformer(name)
     except Exception as error:
         raise ModelError(f"Cannot load the model {name!r}: {error}") from error
+
+
+def _distilled(name: str) -> SentenceTransformer:
+    """A static model of the vocabulary of another model, by model2vec: each token is encoded, then the embeddings are
+    reduced to `STATIC_DIM` principal components and weighted by the frequency that Zipf's law gives their rank.
+
+    A model that is static already is loaded as it is.
+    """
+    model = load_trained(name)
+    if isinstance(model[0], StaticEmbedding):
+        return model
+    try:
+        from model2vec.distill import distill_from_model
+    except ImportError as error:
+        raise ModelError(f"{DISTILLED}{name} needs model2vec: pip install 'model2vec[distill]'.") from error
+    body = model[0]
+    if not isinstance(body, Transformer):
+        kind = type(body).__name__
+        raise ModelError(f"{DISTILLED}{name} needs a transformer or a static model; its first module is {kind}.")
+    logging.getLogger("model2vec").setLevel(logging.ERROR)
+    found = distill_from_model(
+        body.model, body.tokenizer, device=str(model.device), pca_dims=STATIC_DIM, quantize_to="float32"
+    )
+    weights = torch.as_tensor(found.embedding).contiguous()
+    return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
+
+
+def _is_saved_static(name: str) -> bool:
+    """Whether a folder has a saved static model."""
+    path = Path(name) / "modules.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))[0]["type"].endswith("StaticEmbedding")
 
 
 def _ask_hub(name: str) -> None:

@@ -70,3 +70,11 @@ def test_data_that_cannot_be_read_and_a_model_that_does_not_exist_are_errors(bei
     ended = invoke("data", beir, "--model", tmp_path / "nowhere")
     assert (ended.exit_code, ended.stdout) == (2, "")
     assert "Cannot load the model" in ended.stderr
+
+
+def test_a_warning_of_the_reading_is_shown_as_one(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("query,document,score\nq,d,0.3\nr,e,1\n")
+    ended = invoke("data", str(tmp_path / "a.csv"))
+    assert ended.exit_code == 0, ended.output
+    assert "Warning: a: 'score' has values other than 0 and 1, such as '0.3'" in ended.stderr
+    assert "Note: a: columns that are read" in ended.stderr

@@ -68,13 +68,26 @@ def test_queries_and_documents_that_a_run_lacks_count_0_and_are_said(place: Path
     given = ["evaluate", "--run", tmp_path / "run", "--data", place / "set"]
     ended = invoke(*given, "--metrics", "MRR", "--json")
     assert json.loads(ended.stdout)["MRR"] == pytest.approx(0.1)
-    assert "The run has 1 queries without judgements; they are not used." in ended.stderr
-    assert "The run has no results for 8 of 10 judged queries; they count 0." in ended.stderr
+    assert "Queries of the run without judgements: 1 of 3, such as 'other'. They are not used." in ended.stderr
+    assert "Judged queries without results in the run: 8 of 10, such as 'qd72'. They count 0." in ended.stderr
+    unknown = "Documents of the run that the corpus lacks: 1 of 3, such as 'unknown'. They count as not relevant."
+    assert unknown in ended.stderr
     for line, missing in (("qd Q0 d70 1 3 x", "query"), ("qd70 Q0 D70 1 3 x", "document")):
         (tmp_path / "run").write_text(line)
         ended = invoke(*given)
         assert ended.exit_code == 2
         assert f"The run has no {missing} of set, test: it has ids such as" in ended.stderr
+
+
+def test_a_run_is_not_overwritten(place: Path, tmp_path: Path):
+    (tmp_path / "run").write_text("qd70 Q0 d70 1 3 x\n")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for output in ("run", "link"):
+        given = ["--run", tmp_path / "run", "--data", place / "set", "--run-out", tmp_path / output]
+        ended = invoke("evaluate", *given)
+        assert ended.exit_code == 2
+        assert "--run-out and --run are the same file" in ended.stderr
+    assert (tmp_path / "run").read_text() == "qd70 Q0 d70 1 3 x\n"
 
 
 def test_documents_with_the_id_of_the_query_are_left_out_of_a_run(tmp_path: Path):
@@ -117,13 +130,18 @@ def test_options_of_the_encoding_reach_the_model(place: Path):
         (["--model", "m"], "Give --model and --data; or --run and --data for a TREC run; or --model and --nanobeir."),
         (["--model", "m", "--data", "d", "--run", "r"], "Got --data and --model and --run."),
         ([], "Got none of them."),
+        (
+            ["--data", "d", "--model", "m", "--run-out", "x", "--qrels-out", "x"],
+            "--qrels-out and --run-out are the same",
+        ),
         (["--data", "d", "--run", "r", "--dtype", "float16"], "--dtype has no effect with --run"),
-        (["--data", "d", "--run", "nowhere"], "nowhere"),
+        (["--data", "d", "--run", "nowhere"], "--run nowhere is not a file. Give a TREC run"),
         (["--model", "m", "--nanobeir", "nq", "--split", "dev"], "--split has no effect with --nanobeir"),
         (["--model", "m", "--nanobeir", "nq", "--corpus", "c"], "options of --data have no effect"),
         (["--model", "m", "--nanobeir", "nq", "--device", "cpu,cpu"], "--nanobeir runs on one device"),
         (["--model", "m", "--nanobeir", "trec"], "no dataset of NanoBEIR"),
-        (["--model", "m", "--data", "d", "--metrics", "R"], "need a cut-off"),
+        (["--model", "m", "--data", "d", "--metrics", "R"], "needs a cut-off, such as R@10"),
+        (["--model", "m", "--data", "d", "--metrics", ""], "No measure is given"),
         (["--model", "m", "--data", "d", "--batch-size", 0], "--batch-size is 0"),
         (["--model", "m", "--data", "d", "--per-query", "."], "--per-query . cannot be written"),
         (["--model", "m", "--data", "d", "--run-out", "no/where"], "--run-out no/where cannot be written"),

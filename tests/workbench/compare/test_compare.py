@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from command_line import DOCUMENTS, invoke, write_beir
-from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
+from negative_cache.workbench.compare.baselines import Baseline
+from negative_cache.workbench.compare.comparison import BASELINES, Comparison, parse_losses, parse_rates
 from negative_cache.workbench.compare.running import best_rate, extensions, summary
 from negative_cache.workbench.compare.table import command_of_best, verdict
-from negative_cache.workbench.data import DataOptions
+from negative_cache.workbench.data import DataOptions, load_data
+from negative_cache.workbench.evaluation import evaluate
+from negative_cache.workbench.models import load_trained
 from negative_cache.workbench.training.config import RunError
 from negative_cache.workbench.training.record import RunRecord
 
@@ -78,6 +81,15 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     text = (output / "compare.md").read_text()
     assert all(f"| {name} |" in text for name in result["losses"])
     assert f"negative-cache compare --losses {losses}" in text
+    untrained = result["losses"]["zero-shot"]
+    scores = [run["after"]["MRR@10"] for run in untrained["runs"]]
+    assert [run["seed"] for run in untrained["runs"]] == [0, 1]
+    assert len(set(scores)) == 2  # each seed has other weights
+    assert untrained["summary"]["MRR@10"]["mean"] == pytest.approx(sum(scores) / 2)
+    model, split = load_trained(str(output / "untrained" / "seed-1")), load_data(str(data))
+    assert evaluate(model, split, ("test",))["test"].metrics() == pytest.approx(
+        {**untrained["runs"][1]["after"], "num_queries": 24, "num_documents": 120}
+    )
     for name in ("quality-seconds.png", "quality-documents.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert not list(output.rglob("*.safetensors")) or all("untrained" in str(p) for p in output.rglob("*.safetensors"))
@@ -103,16 +115,24 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     check_significance(output, result)
 
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
-    assert len(before) == 12
+    assert len(before) == 13
     again = invoke(*options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
     assert again.exit_code == 0, again.output
     after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
     assert {path: after[path] for path in before} == before  # what was there was not run again
-    assert len(after) == 14
+    assert len(after) == 15
     assert "bm25: MRR@10 test" in again.output
-    other = invoke(*options(data, output, losses), "--scale", "10")
+    changed = ["--scale", "10", "--learning-rates", "0.1,1", "--negatives", "ignore"]
+    other = invoke(*options(data, output, losses), *changed)
     assert other.exit_code == 2
-    assert "scale was 20.0, is 10.0" in " ".join(other.output.split())
+    said = "--scale was 20, is 10; --learning-rates was 0.05, is 0.1,1; --negatives was all, is ignore."
+    assert f"has another comparison: {said} Give the same options" in " ".join(other.output.split())
+    queries = (data / "queries.jsonl").read_text()
+    (data / "queries.jsonl").write_text(queries.replace('"text": "', '"text": "other ', 1))
+    other = invoke(*options(data, output, losses))
+    (data / "queries.jsonl").write_text(queries)
+    assert other.exit_code == 2
+    assert f"'{data}' has changed since it began" in " ".join(other.output.split())
 
 
 def check_significance(output: Path, result: dict[str, Any]) -> None:
@@ -125,7 +145,8 @@ def check_significance(output: Path, result: dict[str, Any]) -> None:
             assert system["mean"] == pytest.approx(result["losses"][name]["summary"][measure]["mean"])
     spec = "negative-cache:num_samples=2"
     runs = [str(output / "runs" / run["folder"]) for run in result["losses"][spec]["runs"]]
-    ended = invoke("significance", output / "runs" / "zero-shot", f"nc={','.join(runs)}", "--json")
+    untrained = ",".join(str(output / "runs" / f"zero-shot_seed-{seed}") for seed in range(2))
+    ended = invoke("significance", f"zero-shot={untrained}", f"nc={','.join(runs)}", "--json")
     assert ended.exit_code == 0, ended.output
     (one,) = json.loads(ended.stdout)["measures"]["MRR@10"]["differences"]
     pairs = {(pair["system"], pair["baseline"]): pair for pair in result["significance"]["MRR@10"]["differences"]}
@@ -133,6 +154,9 @@ def check_significance(output: Path, result: dict[str, Any]) -> None:
     assert (one["system"], one["p"]) == ("nc", same["p"])
     assert one["difference"] == pytest.approx(-same["difference"], abs=1e-12)  # the order of a sum differs
     assert same["p_holm"] >= same["p"]
+    ended = invoke("significance", output, "--metrics", "MRR@10 nDCG@10", "--json")
+    assert ended.exit_code == 0, ended.output
+    assert json.loads(ended.stdout)["measures"] == result["significance"]
     text = (output / "compare.md").read_text()
     assert f"| zero-shot - {spec} | {same['difference']:+.4f} |" in text
     unbeaten = set(result["losses"]) - {
@@ -150,7 +174,9 @@ def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Pat
     ended = invoke(*options(data, output, "zero-shot,bm25"), "--json")
     assert ended.exit_code == 0, ended.output
     result = json.loads(ended.stdout)
-    assert sorted(path.name for path in (output / "runs").iterdir()) == ["bm25", "zero-shot"]
+    assert sorted(path.name for path in (output / "runs").iterdir()) == [
+        "bm25", "zero-shot_seed-0", "zero-shot_seed-1", "zero-shot_seed-2"
+    ]  # fmt: skip
     values = json.loads((output / "runs" / "bm25" / "queries.json").read_text())["after"]["MRR@10"]
     assert result["losses"]["bm25"]["runs"][0]["after"]["MRR@10"] == pytest.approx(sum(values.values()) / 24)
     text = (output / "compare.md").read_text()
@@ -326,6 +352,20 @@ def test_configurations_differ_only_in_the_loss_and_its_settings():
     assert large == replace(plain, loss="gradcache", batch_size=16 * plain.batch_size)
     assert refreshed == replace(plain, loss="negative-cache", refresh_per_step=4)
     assert comparison.rates() == [0.02, 0.05, 0.125]
+
+
+def test_only_the_untrained_model_of_a_seed_is_measured_for_each_seed():
+    found = {}
+    for model in ("static", "org/pretrained"):
+        comparison = Comparison("d", model, ("bm25",), "out", seeds=2)
+        for name in BASELINES:
+            baselines = Baseline.all_of(comparison, name)
+            found[model, name] = [(one.seed, one.model, one.output.name) for one in baselines]
+    assert found["org/pretrained", "zero-shot"] == [(None, "org/pretrained", "zero-shot")]
+    assert found["static", "zero-shot"] == [
+        (seed, str(Path("out/untrained", f"seed-{seed}")), f"zero-shot_seed-{seed}") for seed in range(2)
+    ]
+    assert [len(found[model, "bm25"]) for model in ("static", "org/pretrained")] == [1, 1]
 
 
 def test_identical_ids_are_ignored_in_every_run_and_in_the_command_of_the_best():

@@ -90,7 +90,7 @@ def test_documents_given_by_id_come_from_the_corpus():
     assert data.corpus == corpus
     assert list(data.qrels["train"].values()) == [["2"]]
     assert list(data.negatives.values()) == [["3"]]
-    with pytest.raises(DataError, match="f, line 1: the corpus has no document '2'"):
+    with pytest.raises(DataError, match="f, line 1: the corpus has no document with the id or the text '2'"):
         collected(by_id, corpus=Texts.of({"1": "one"}))
     with pytest.raises(DataError, match=r"f, line 1: the document '2' is given by its id alone.*--corpus"):
         collected(by_id)

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -214,3 +215,16 @@ def test_a_fault_is_named_with_its_size(train: tuple[list[str], list[str]], test
 
 def test_data_without_training_pairs_says_so():
     assert advice(describe(joined(TEST))) == ["no train split: the data can be evaluated on, but not trained on."]
+
+
+def test_dev_and_test_may_share_queries_with_a_warning_and_parts_of_dev_without():
+    half = {"test": dict(list(TEST["qrels"]["test"].items())[:250])}
+    dev, small = TEST["qrels"]["test"], half["test"]
+    data = joined(pairs(ASKED[:500], UNLIKE[:500]), TEST)
+    (warning,) = advice(describe(replace(data, qrels={**data.qrels, "dev": dev})))
+    assert warning.startswith(
+        "100 % of the test queries are dev queries, too: metrics of test are too high if a learning"
+    )
+    parts = {"train": data.qrels["train"], "dev": dev, "dev.small": small}
+    (warning,) = advice(describe(replace(data, qrels=parts)))
+    assert warning.startswith("no test split")

@@ -37,6 +37,19 @@ def test_with_a_test_file_the_whole_data_file_is_for_training(tmp_path: Path):
     assert texts(both, "test") == texts(data, "test")
 
 
+def test_the_same_file_given_twice_is_said(beir: Path, tmp_path: Path):
+    train = write(tmp_path / "train.jsonl", *((f"q{n}", f"d{n}") for n in range(100)))
+    test = write(tmp_path / "mine.jsonl", ("new", "d7"), ("q3", "d3"))
+    (tmp_path / "link.jsonl").symlink_to(test)
+    for options, name in (
+        (DataOptions(dev=str(tmp_path / "link.jsonl"), test=test), "--dev and --test are the same file, "),
+        (DataOptions(dev=train, test=test), "--data and --dev are the same file, "),
+    ):
+        assert [note.startswith(name) for note in load_data(train, options).notes].count(True) == 1
+    for options in (DataOptions(test=test), DataOptions(dev=str(beir), test=str(beir))):
+        assert not [note for note in load_data(train, options).notes if "same file" in note]
+
+
 def test_texts_and_ids_of_two_sources_that_meet_stay_apart():
     corpus = {"d0": "zero", "test-d0": "other"}
     first = RetrievalData("first", corpus, {"q0": "p", "q1": "r"}, {"train": {"q0": ["d0"]}})

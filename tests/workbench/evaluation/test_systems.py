@@ -9,7 +9,7 @@ import pytest
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import judge, parse_measures
-from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of, parse_systems, read_systems
+from negative_cache.workbench.evaluation.systems import COMPARISON, PER_QUERY, corpus_of, parse_systems, read_systems
 from negative_cache.workbench.evaluation.trec import read_run, write_run
 
 MEASURES = parse_measures("MRR@10 R@1")
@@ -27,7 +27,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     (tmp_path / "first" / PER_QUERY).write_text(
-        json.dumps({"before": values, "after": {**values, "R@1": values["AP"]}})
+        json.dumps({"before": values, "after": {**values, "R@1": {"q": 1.0, "r": 1.0, "s": 0.0}}})
     )
     (tmp_path / "second" / PER_QUERY).write_text(json.dumps({"after": values}))
     (tmp_path / "evaluated.json").write_text(json.dumps(values, indent=2))
@@ -40,7 +40,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_systems_are_named_by_their_files_or_as_given(runs: Path):
     found = parse_systems(["first", "mine = first, second", "bm25.run.gz", "x=1.txt", "evaluated.json"])
     assert list(found) == ["first", "mine", "bm25", "x=1", "evaluated"]
-    assert found["mine"] == [Path("first"), Path("second")]
+    assert found["mine"] == [Path("first", PER_QUERY), Path("second", PER_QUERY)]
     assert list(parse_systems([f"second/{PER_QUERY}"])) == ["second"]
     assert list(parse_systems(["first/../second"])) == ["second"]
 
@@ -51,11 +51,48 @@ def test_systems_are_named_by_their_files_or_as_given(runs: Path):
         (["first", "absent"], "'absent' does not exist"),
         (["a=first,absent"], "'absent' does not exist"),
         (["first", "first/queries.json"], "Two systems have the name 'first'"),
+        (["a=first,second,first/queries.json"], "The system 'a' has the run first twice"),
+        (["unfinished"], "unfinished has results of fewer than two losses"),
+        (["damaged"], "damaged/compare.json is damaged: expected an object, got list"),
     ],
 )
 def test_unknown_paths_and_equal_names_are_refused(texts: list[str], message: str, runs: Path):
+    losses = {"in-batch": {"runs": []}, "bm25": {"runs": [{"folder": "bm25"}]}}
+    for folder, content in (("unfinished", {"losses": losses}), ("damaged", [])):
+        (runs / folder).mkdir()
+        (runs / folder / COMPARISON).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         parse_systems(texts)
+
+
+def test_a_comparison_stands_for_its_losses(runs: Path):
+    losses = {
+        "bm25": {"runs": [{"folder": "bm25"}]},
+        "in-batch": {"runs": []},
+        "nc:shared=false": {"runs": [{"folder": "0"}, {"folder": "1"}]},
+    }
+    (runs / "all").mkdir()
+    (runs / "all" / COMPARISON).write_text(json.dumps({"losses": losses}))
+    assert parse_systems(["first", "all"]) == {
+        "first": [Path("first", PER_QUERY)],
+        "bm25": [Path("all/runs/bm25", PER_QUERY)],
+        "nc:shared=false": [Path("all/runs/0", PER_QUERY), Path("all/runs/1", PER_QUERY)],
+    }
+    with pytest.raises(ValueError, match=r"all is a comparison\. Give it without a name"):
+        parse_systems(["first", "mine=all"])
+
+
+def test_runs_with_other_queries_are_named(runs: Path):
+    (runs / "other.json").write_text('{"R@1": {"q": 1, "r": 0, "t": 0}}')
+    for texts in (["second", "a=evaluated.json,other.json"], ["a=second,other.json", "evaluated.json"]):
+        message = (
+            r"'other.json' lacks 1 query \('s'\) of '\S+' and has 1 query \('t'\) that 'second/queries.json' lacks"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_systems(parse_systems(texts), parse_measures("R@1"))
+    (runs / "other.json").write_text('{"before": {"R@1": {"q": 1, "r": 0}}, "after": {"R@1": {"q": 1}}}')
+    with pytest.raises(ValueError, match=r"'other\.json, after training' lacks 1 query"):
+        read_systems(parse_systems(["other.json"]), parse_measures("R@1"))
 
 
 def test_values_of_different_corpora_are_refused(runs: Path):
@@ -84,7 +121,7 @@ def test_a_single_run_is_compared_with_itself_before_training(runs: Path):
     found = read_systems(parse_systems(["first"]), MEASURES)
     assert list(found) == ["before", "after"]
     assert found["before"][0]["R@1"] == {"q": 1, "r": 0, "s": 0}
-    assert found["after"][0]["R@1"] == {"q": 1}
+    assert found["after"][0]["R@1"] == {"q": 1, "r": 1, "s": 0}
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def test_nan_and_missing_samples_give_a_page(folder: Path, tmp_path: Path):
         (["nowhere"], "is not a directory"),
         (["data"], "has neither run.json nor compare.json"),
         (["nc", "nc"], "is given twice"),
+        (["nc", "ib"], "2 folders have no common place for their page. Give --output"),
         (["nc", "--output", "data"], "cannot be written"),
         (["nc", "--output", "nowhere/x.html"], "cannot be written"),
         (["damaged"], "is damaged"),

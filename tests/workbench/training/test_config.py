@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
-from negative_cache.workbench.training.config import RunConfig, RunError
+from negative_cache.workbench.data import DataOptions
+from negative_cache.workbench.training.config import RunConfig, RunError, changed_options
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,21 @@ from negative_cache.workbench.training.config import RunConfig, RunError
 def test_options_without_effect_are_refused(loss: str, options: dict, message: str):
     with pytest.raises(RunError, match=message):
         RunConfig(data="d", model="static", loss=loss, output="o", **options)
+
+
+def test_changed_options_are_named_as_they_are_typed():
+    before = asdict(RunConfig("d", "static", "negative-cache", "out", learning_rate=0.1))
+    now = asdict(
+        RunConfig(
+            "d v1.0", "static", "negative-cache", "other", max_steps=5, symmetric=True, scale=2e-5,
+            data_options=DataOptions(negatives="ignore"),
+        )
+    )  # fmt: skip
+    assert changed_options(before, before) == ""
+    assert changed_options(before, now, ignored=("output",)) == (
+        "--data was d, is 'd v1.0'; --max-steps was not given, is 5; --learning-rate was 0.1, is not given; "
+        "--scale was 20, is 2e-05; --symmetric was off, is on; --negatives was all, is ignore"
+    )
 
 
 def test_options_with_effect_are_accepted():

@@ -108,7 +108,7 @@ def test_an_interrupted_run_says_how_to_continue(
     with pytest.raises(RunError, match="unfinished run"):
         run(configuration(folder, "stopped"), read(folder))
     other = resume_job.RunConfig(**{**vars(configuration(folder, "stopped")), "batch_size": 4})
-    with pytest.raises(RunError, match="batch_size was 8, is 4"):
+    with pytest.raises(RunError, match="--batch-size was 8, is 4"):
         run(other, read(folder), resume=True)
     data = read(folder)
     query, (document,) = next(iter(data.qrels["train"].items()))
@@ -157,7 +157,7 @@ def test_resuming_a_finished_run_returns_its_record(folder: Path):
     record = run(configuration(folder, "whole"), read(folder), resume=True)
     assert record == RunRecord.read(folder / "whole")
     other = resume_job.RunConfig(**{**vars(configuration(folder, "whole")), "seed": 5})
-    with pytest.raises(RunError, match="seed was 0, is 5"):
+    with pytest.raises(RunError, match="--seed was 0, is 5"):
         run(other, read(folder), resume=True)
     with pytest.raises(RunError, match="exists"):
         run(configuration(folder, "whole"), read(folder))

@@ -58,7 +58,7 @@ def evaluate(
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
         else:
-            _evaluate(terminal, given, parse_measures(metrics or DEFAULT_MEASURES), encoding)
+            _evaluate(terminal, given, parse_measures(DEFAULT_MEASURES if metrics is None else metrics), encoding)
 
 
 def _evaluate(
@@ -143,9 +143,18 @@ def _check(given: Mapping[str, Any]) -> None:
         raise RunError("--nanobeir has data of its own: options of --data have no effect. Leave them out.")
     if "nanobeir" in used and "," in (given["encoding_options"]["device"] or ""):
         raise RunError(f"--nanobeir runs on one device; --device is {given['encoding_options']['device']!r}.")
-    for name in _OUTPUTS:
-        path = given[name]
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    _check_files({name: given[name] for name in ("run", *_OUTPUTS) if given[name] is not None})
+
+
+def _check_files(files: Mapping[str, Path]) -> None:
+    """Raise RunError unless `--run` is a file, and the outputs are others that can be written."""
+    if "run" in files and not files["run"].is_file():
+        raise RunError(f"--run {files['run']} is not a file. Give a TREC run, such as evaluate --run-out writes.")
+    of_path: dict[Path, str] = {}
+    for name, path in files.items():
+        if (other := of_path.setdefault(path.resolve(), name)) != name:
+            raise RunError(f"{flag_of(name)} and {flag_of(other)} are the same file, {path}. Give another one.")
+        if name in _OUTPUTS and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise RunError(
                 f"{flag_of(name)} {path} cannot be written: it is a directory, or its directory does not exist. Give a "
                 "file in an existing directory."

@@ -19,7 +19,9 @@ DATA_HELP = (
 )
 TRAINED_MODEL_HELP = "A name or path that SentenceTransformer loads."
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Model = Annotated[str, typer.Option(help="static, tiny, or a name or path that SentenceTransformer loads.")]
+Model = Annotated[
+    str, typer.Option(help="static, tiny, static:NAME (a static model of another one), or a name or path to load.")
+]
 TrainedModel = Annotated[str, typer.Option(help=TRAINED_MODEL_HELP)]
 EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
@@ -41,6 +43,9 @@ _DATA_OPTIONS: dict[str, Any] = {
     "query_column": Annotated[str | None, typer.Option(help="Column of the queries.")],
     "positive_column": Annotated[str | None, typer.Option(help="Column of the relevant documents.")],
     "negative_column": Annotated[str | None, typer.Option(help="Column of the negatives.")],
+    "label_column": Annotated[
+        str | None, typer.Option(help="Column of the relevance: 0 for a negative, 1 or a higher grade if relevant.")
+    ],
     "negatives": Annotated[
         str, typer.Option(help="Negatives of the data: all, ignore, or at most a number per query.")
     ],

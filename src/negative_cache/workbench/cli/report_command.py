@@ -13,7 +13,7 @@ from negative_cache.workbench.cli.terminal import Terminal
 
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that train or compare wrote.", metavar="DIR...")],
-    output: Annotated[Path | None, typer.Option(help="The file. Default: report.html in the first folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The file. Default, for one folder: report.html in it.")] = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:

@@ -14,8 +14,10 @@ from negative_cache.workbench.data.options import DataOptions
 if TYPE_CHECKING:
     from negative_cache.workbench.evaluation import Hit
 
+OF_DOCUMENTS = ("corpus", "query_column", "positive_column", "negative_column", "label_column", "encoding", "strict")
 
-@opt.takes_data_options("corpus", "query_column", "positive_column", "negative_column", "encoding", "strict")
+
+@opt.takes_data_options(*OF_DOCUMENTS)
 @opt.takes_encoding_options
 def search(
     query: Annotated[list[str], typer.Argument(help="One or more queries.")],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RUNS_HELP = (
     "Folders that train wrote, files of evaluate --per-query, or TREC runs. NAME=RUN,RUN names a system and gives its "
-    "seeds. A single folder compares the model before and after training."
+    "seeds. A folder that compare wrote stands for its losses. A single run is compared before and after training."
 )
 
 

@@ -97,8 +97,10 @@ class Terminal:
             return load_trained(name)
 
     def note(self, text: str) -> None:
-        """Print a note about what the program decides, to stderr."""
-        self.progress.print(f"[bold yellow]Note:[/] {escape(text)}", soft_wrap=True, highlight=False)
+        """Print a note about what the program decides, or a text that begins with "Warning: ", to stderr."""
+        kind = "Warning" if text.startswith("Warning: ") else "Note"
+        text = escape(text.removeprefix("Warning: "))
+        self.progress.print(f"[bold yellow]{kind}:[/] {text}", soft_wrap=True, highlight=False)
 
     def result(self, content: Any) -> None:
         """Print the result as JSON, if --json is given."""

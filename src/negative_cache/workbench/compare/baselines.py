@@ -20,7 +20,7 @@ from negative_cache.workbench.evaluation import (
 from negative_cache.workbench.evaluation.bm25 import bm25_run
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import is_from_scratch, load_trained
+from negative_cache.workbench.models import load_trained
 from negative_cache.workbench.training.record import Metrics, read_json
 
 
@@ -30,6 +30,7 @@ class Baseline:
 
     Attributes:
         name: One of `BASELINES`.
+        seed: Seed of the untrained model's weights; None if there is nothing random.
         data: See `load_data`.
         data_options: See `load_data`.
         model: Name or path of the model before training.
@@ -38,6 +39,7 @@ class Baseline:
     """
 
     name: str
+    seed: int | None
     data: str
     data_options: DataOptions
     model: str
@@ -45,13 +47,21 @@ class Baseline:
     encoding: EncodingOptions
 
     @classmethod
-    def of(cls, comparison: Comparison, name: str) -> Baseline:
-        """The measurement for a comparison. An untrained model is that of seed 0."""
-        model = str(comparison.untrained(0)) if is_from_scratch(comparison.model) else comparison.model
-        encoding = EncodingOptions(comparison.query_prompt, comparison.document_prompt)
-        return cls(
-            name, comparison.data, comparison.data_options, model, Path(comparison.output) / "runs" / name, encoding
-        )
+    def all_of(cls, comparison: Comparison, name: str) -> list[Baseline]:
+        """The measurements of a baseline for a comparison: one, or one for each seed of an untrained model."""
+        is_random = name != "bm25" and comparison.is_from_scratch
+        return [
+            cls(
+                name=name,
+                seed=seed if is_random else None,
+                data=comparison.data,
+                data_options=comparison.data_options,
+                model=comparison.initial_model(seed),
+                output=Path(comparison.output) / "runs" / (f"{name}_seed-{seed}" if is_random else name),
+                encoding=EncodingOptions(comparison.query_prompt, comparison.document_prompt),
+            )
+            for seed in range(comparison.seeds if is_random else 1)
+        ]
 
     def __call__(self, on_progress: OnProgress) -> Metrics:
         """Measure it, write `queries.json`, and return the metrics."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from urllib.parse import quote
 
 from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import is_from_scratch, learning_rate_of
+from negative_cache.workbench.models import DISTILLED, is_from_scratch, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -135,13 +135,24 @@ class Comparison(TrainingSettings):
             learning_rate=rate,
             seed=seed,
             output=str(Path(self.output) / "runs" / name),
-            model=str(self.untrained(seed)) if is_from_scratch(self.model) else self.model,
+            model=self.initial_model(seed),
             mining_start=mining_start(config) if config.loss == "mined" else None,
         )
 
-    def untrained(self, seed: int) -> Path:
-        """The folder of the untrained model of a seed, for models that are trained from scratch."""
-        return Path(self.output) / "untrained" / f"seed-{seed}"
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the weights before training are random, so that each seed has an untrained model of its own."""
+        return is_from_scratch(self.model)
+
+    def initial_model(self, seed: int) -> str:
+        """Name or path of the model before training."""
+        return str(self.untrained(seed) or self.model)
+
+    def untrained(self, seed: int) -> Path | None:
+        """The folder of the model before training, if the comparison builds it: one for each seed if it is random."""
+        if self.is_from_scratch:
+            return Path(self.output) / "untrained" / f"seed-{seed}"
+        return Path(self.output) / "untrained" / "static" if self.model.startswith(DISTILLED) else None
 
 
 def rounded(rate: float) -> float:

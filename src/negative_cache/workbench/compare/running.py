@@ -16,15 +16,14 @@ from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
-from negative_cache.workbench.evaluation.systems import read_systems
+from negative_cache.workbench.evaluation.systems import COMPARISON, read_systems, systems_of_comparison
 from negative_cache.workbench.files import replacing, write_json
-from negative_cache.workbench.models import is_from_scratch, load_model
-from negative_cache.workbench.training.config import RunError, RunFailedError
+from negative_cache.workbench.models import load_model
+from negative_cache.workbench.training.config import RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
 from negative_cache.workbench.training.record import Metrics, RunRecord, read_json
 
-RESULT = "compare.json"
 MAX_EXTENSIONS = 2
 CHOICE = "MRR@10"
 REPORTED = ("MRR@10", "nDCG@10", "R@100")
@@ -74,12 +73,12 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     runner = _Runner(comparison, data, watcher)
     for spec in comparison.losses:
         result["losses"][spec] = runner.measure(spec) if spec in BASELINES else runner.run(spec)
-        write_json(Path(comparison.output) / RESULT, result)
+        write_json(Path(comparison.output) / COMPARISON, result)
     trained = [loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES]
     if trained and not any(trained):
         raise RunFailedError(f"Training failed in every run. {failures_of(result)[0]}")
     result["significance"] = significance(Path(comparison.output), result["losses"])
-    write_json(Path(comparison.output) / RESULT, result)
+    write_json(Path(comparison.output) / COMPARISON, result)
     return result
 
 
@@ -90,11 +89,10 @@ def significance(folder: Path, losses: dict[str, Any]) -> dict[str, Any]:
         folder: Folder of the comparison.
         losses: The entry `losses` of `compare.json`.
     """
-    paths = {spec: [folder / "runs" / run["folder"] for run in loss["runs"]] for spec, loss in losses.items()}
-    paths = {spec: found for spec, found in paths.items() if found}
-    if len(paths) < 2:
+    systems = systems_of_comparison(folder, losses)
+    if len(systems) < 2:
         return {}
-    values = read_systems(paths, parse_measures(" ".join(TESTED)))
+    values = read_systems(systems, parse_measures(" ".join(TESTED)))
     return {
         name: compare_systems({spec: [of_seed[name] for of_seed in seeds] for spec, seeds in values.items()}).as_dict()
         for name in TESTED
@@ -113,12 +111,15 @@ def failures_of(result: dict[str, Any]) -> list[str]:
 
 def summary(runs: Sequence[RunRecord]) -> dict[str, dict[str, float | None]]:
     """Mean and sample standard deviation over runs, of quality on the test split and of costs."""
-    values: dict[str, list[float]] = {name: [(run.after or {})[name] for run in runs] for name in REPORTED}
-    values.update({name: [getattr(run, name) for run in runs] for name in COSTS})
     return {
-        name: {"mean": statistics.fmean(found), "std": statistics.stdev(found) if len(found) > 1 else None}
-        for name, found in values.items()
+        **quality_of([run.after or {} for run in runs]),
+        **{name: _spread([getattr(run, name) for run in runs]) for name in COSTS},
     }
+
+
+def quality_of(metrics: Sequence[Metrics]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation of the measures `REPORTED`."""
+    return {name: _spread([of_run[name] for of_run in metrics]) for name in REPORTED}
 
 
 def best_rate(sweep: dict[float, RunRecord]) -> float:
@@ -147,9 +148,10 @@ class _Runner:
         self.comparison = comparison
         self.data = data
         self.watcher = watcher
-        baselines = [spec for spec in comparison.losses if spec in BASELINES]
         runs = len(comparison.rates()) + comparison.seeds - 1
-        self.num_left = (len(comparison.losses) - len(baselines)) * runs + len(baselines)
+        self.num_left = sum(
+            len(Baseline.all_of(comparison, spec)) if spec in BASELINES else runs for spec in comparison.losses
+        )
 
     def run(self, spec: str) -> dict[str, Any]:
         """Choose the learning rate of a loss, then train with the other seeds."""
@@ -179,23 +181,26 @@ class _Runner:
         }
 
     def measure(self, name: str) -> dict[str, Any]:
-        """Measure a baseline. Its result has no learning rate, and one run without costs."""
-        baseline = Baseline.of(self.comparison, name)
-        self.watcher.begin(name, self.num_left)
-        is_old = baseline.is_measured()
-        if not is_old:
-            if name != "bm25":
-                _make_untrained(self.comparison, self.data, 0)
-            run_isolated(name, baseline, self.watcher.step)
-        metrics = baseline.metrics()
-        self.num_left -= 1
-        self.watcher.end(name, metrics, is_old)
+        """Measure a baseline. Its result has no learning rate, and runs without costs."""
+        runs: list[dict[str, Any]] = []
+        for baseline in Baseline.all_of(self.comparison, name):
+            title = name if baseline.seed is None else f"{name}, seed {baseline.seed}"
+            self.watcher.begin(title, self.num_left)
+            is_old = baseline.is_measured()
+            if not is_old:
+                if name != "bm25":
+                    _make_untrained(self.comparison, self.data, baseline.seed or 0)
+                run_isolated(title, baseline, self.watcher.step)
+            metrics = baseline.metrics()
+            self.num_left -= 1
+            self.watcher.end(title, metrics, is_old)
+            runs.append({"folder": baseline.output.name, "seed": baseline.seed, "after": metrics})
         return {
             "learning_rate": None,
             "sweep": [],
-            "runs": [{"folder": name, "after": metrics}],
+            "runs": runs,
             "failed_runs": [],
-            "summary": {measure: {"mean": metrics[measure], "std": None} for measure in REPORTED},
+            "summary": quality_of([run["after"] for run in runs]),
         }
 
     def _record(self, spec: str, rate: float, seed: int) -> RunRecord:
@@ -229,24 +234,22 @@ def _saved_record(job: Job) -> RunRecord | None:
 def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     """A result without losses, or the saved one; raises RunError if the folder has another comparison."""
     output = Path(comparison.output)
-    path, losses = output / RESULT, {}
+    path, losses = output / COMPARISON, {}
     configuration = json.loads(json.dumps(asdict(comparison)))
     if path.exists():
         saved = read_json(path)
         losses = saved["losses"]
-        found, wanted = {**saved["configuration"], **saved["data"]}, {**configuration, **about}
-        differences = [
-            f"{key} was {found.get(key)!r}, is {value!r}"
-            for key, value in wanted.items()
-            if key not in ("losses", "seeds", "output") and found.get(key) != value
-        ]
-        if differences:
+        if changed := changed_options(saved["configuration"], configuration, ignored=("losses", "seeds", "output")):
             raise RunError(
-                f"{comparison.output!r} has another comparison: {'; '.join(differences)}. Give the same options, or "
-                "another --output."
+                f"{comparison.output!r} has another comparison: {changed}. Give the same options, or another --output."
+            )
+        if saved["data"].get("fingerprint") != about["fingerprint"]:
+            raise RunError(
+                f"{comparison.output!r} has a comparison, and {comparison.data!r} has changed since it began. Restore "
+                "the data, or give another --output."
             )
     elif output.exists() and any(output.iterdir()):
-        raise RunError(f"{comparison.output!r} exists and has no {RESULT}. Choose another --output.")
+        raise RunError(f"{comparison.output!r} exists and has no {COMPARISON}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     result = {
         "configuration": configuration,
@@ -259,10 +262,15 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and sample standard deviation; the latter is None with one value."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
 def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> None:
-    """Build the untrained model that all losses start from."""
+    """Build the model that all losses start from, unless it is loaded as it is."""
     folder = comparison.untrained(seed)
-    if not is_from_scratch(comparison.model) or folder.exists():
+    if folder is None or folder.exists():
         return
     with replacing(folder, ".partial") as temporary:
         model = load_model(comparison.model, data.training_texts(), seed)

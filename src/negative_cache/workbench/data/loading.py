@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from negative_cache.workbench.data.row_tables import read_rows
 from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 
-_FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column")
+_FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
 
 
 def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
@@ -45,7 +47,7 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     own = {split: given for split, given in (("dev", options.dev), ("test", options.test)) if given is not None}
     main, *others = found = [_find(given, options) for given in (source, *own.values())]
     _check_options(source, found, options)
-    notes: list[str] = []
+    notes = [*_same_files({"data": source, **own})]
     corpus = None if options.corpus is None else _read_corpus(options.corpus, options, notes)
     if own:
         main = _as_training_split(main)
@@ -73,8 +75,7 @@ def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
         return find_saved(path) if is_saved(path) else find_in_folder(path, options)
     if path.is_file():
         notes: list[str] = []
-        asked = [name for name in (options.query_column, options.positive_column, options.negative_column) if name]
-        table = Table(source, partial(file_rows, path, options.encoding, notes, asked))
+        table = Table(source, partial(file_rows, path, options.encoding, notes, options.columns()))
         return RowTables(path.name.split(".")[0], {None: [table]}, notes=notes)
     raise DataError(
         f"{source!r} is not a file, not a folder and not 'python-code'. Give a file of rows ({ROW_FILES}), {LAYOUTS}, "
@@ -91,6 +92,13 @@ def _check_options(source: str, found: list[Collection | RowTables | None], opti
             raise DataError(
                 f"--{name.replace('_', '-')} {value!r} is for files of rows; {source!r} has none. Leave it out."
             )
+
+
+def _same_files(given: Mapping[str, str]) -> Iterator[str]:
+    """A note for each two options with the same file."""
+    for (name, source), (other, another) in itertools.combinations(given.items(), 2):
+        if Path(source).is_file() and Path(another).is_file() and Path(source).samefile(another):
+            yield f"--{name} and --{other} are the same file, {another}: the quality measured on it is too high."
 
 
 def _read_corpus(source: str, options: DataOptions, notes: list[str]) -> Texts:

@@ -16,6 +16,7 @@ class DataOptions:
         query_column: Column of the queries; None for the usual names.
         positive_column: Column of the relevant documents; None for the usual names.
         negative_column: Column of the negatives; None for the usual names.
+        label_column: Column of the relevance of the document of a row, 0 or a grade; None for the usual names.
         negatives: "all", "ignore", or the largest number of negatives of a query that are used, the first of the file.
         max_train_pairs: Use this number of training pairs; None for all.
         encoding: Encoding of text files; None for UTF-8, or what is detected if a file is not UTF-8.
@@ -29,8 +30,14 @@ class DataOptions:
     query_column: str | None = None
     positive_column: str | None = None
     negative_column: str | None = None
+    label_column: str | None = None
     negatives: str = "all"
     max_train_pairs: int | None = None
     encoding: str | None = None
     strict: bool = False
     ignore_identical_ids: bool = False
+
+    def columns(self) -> list[str]:
+        """The columns that are given."""
+        given = (self.query_column, self.positive_column, self.negative_column, self.label_column)
+        return [name for name in given if name is not None]

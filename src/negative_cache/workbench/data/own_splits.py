@@ -32,13 +32,19 @@ def with_rows(data: RetrievalData, split: str, rows: RetrievalData) -> Retrieval
         known = positives.get(queries[query], [])
         positives[queries[query]] = list(dict.fromkeys([*known, *renamed(found)]))
     qrels = {**data.qrels, split: positives}
+    grades: dict[str, dict[str, float]] = {}
+    for query, of_query in rows.grades.get(split, {}).items():
+        own = grades.setdefault(queries[query], {})
+        for document, grade in zip(renamed(of_query), of_query.values(), strict=True):
+            own[document] = max(own.get(document, grade), grade)
+    others = {name: found for name, found in data.grades.items() if name != split}
     negatives = {queries[query]: renamed(others) for query, others in rows.negatives.items()} | data.negatives
     return replace(
         data,
         corpus=corpus,
         queries=all_queries,
         qrels=qrels,
-        grades={name: grades for name, grades in data.grades.items() if name != split},
+        grades={**others, split: grades} if grades else others,
         negatives=without_relevant(negatives, qrels.values()),
         notes=tuple(dict.fromkeys([*data.notes, *rows.notes])),
         skipped=_added(data, rows),

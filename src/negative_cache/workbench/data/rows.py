@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow
 
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError, RetrievalData, without_relevant
 from negative_cache.workbench.data.splits import Groups, split_of
-from negative_cache.workbench.data.texts import ArrowWriter, Texts
+from negative_cache.workbench.data.texts import ArrowWriter, IdsByText, Texts
 
 _BY_HASH = ""  # in place of a split
 _NO_POSITIVE = "queries without a relevant document"
+_OTHER_GRADE = "judgements of a document that has a higher grade in another row"
 
 
 class Document(NamedTuple):
@@ -22,10 +23,12 @@ class Document(NamedTuple):
     Attributes:
         text: The text, with its title; None for the document of a corpus that has the id.
         id: The id; None for one that is made of the text. If the rows refer to a corpus, the text is the id then.
+        grade: How relevant it is, above 0, if it is a positive.
     """
 
     text: str | None
     id: str | None = None
+    grade: float = 1.0
 
 
 class Row(NamedTuple):
@@ -60,20 +63,27 @@ class Collector:
     def __init__(self, corpus: Texts | None = None, most_negatives: int | None = None) -> None:
         self._corpus = corpus
         self._most_negatives = most_negatives
+        self._ids_by_text: IdsByText | None = None  # of the corpus
+        self._num_by_text = 0
         self._queries = _Distinct("q")
         self._documents = _Distinct("d")
         self._positives: dict[str, dict[str, list[str]]] = {}
+        self._grades: dict[str, dict[str, dict[str, float]]] = {}  # of queries with another grade than 1
+        self._num_other_grades = 0
         self._negatives: dict[str, list[str]] = {}
 
     def add(self, row: Row, split: str | None = None) -> None:
         """Add a row to a split; with None, to the split that the hash of its documents falls into.
 
         Raises:
-            DataError: An id has two texts, or names no document.
+            DataError: An id has two texts, or an id or a text names no document of the corpus.
         """
         query = self._queries.add(row.query, row.query_id, row.place)
-        relevant = self._positives.setdefault(split or _BY_HASH, {}).setdefault(query, [])
-        relevant.extend(self._document(document, row.place) for document in row.positives)
+        split = split or _BY_HASH
+        relevant = self._positives.setdefault(split, {}).setdefault(query, [])
+        positives = [self._document(document, row.place) for document in row.positives]
+        self._add_grades(split, query, positives, [document.grade for document in row.positives])
+        relevant.extend(positives)
         if row.negatives:
             others = self._negatives.setdefault(query, [])
             others.extend(self._document(document, row.place) for document in row.negatives)
@@ -91,6 +101,12 @@ class Collector:
         qrels: dict[str, dict[str, list[str]]] = {split: {} for split in SPLITS}
         groups = Groups()
         skipped = dict(skipped or {})
+        if self._num_other_grades:
+            skipped[_OTHER_GRADE] = self._num_other_grades
+        if self._num_by_text:
+            notes = [*notes, f"{name}: documents that rows give by their text in the corpus: {self._num_by_text:,}."]
+        if number := self._num_repeated():
+            notes = [*notes, f"{name}: pairs that repeat an earlier one, and count once: {number:,}."]
         for by_query in (*self._positives.values(), self._negatives):
             for query, documents in by_query.items():
                 by_query[query] = list(dict.fromkeys(documents))
@@ -106,16 +122,49 @@ class Collector:
             qrels[split_of(corpus[groups.root(documents[0])])][query] = documents
         for split, positives in self._positives.items():
             qrels.setdefault(split, {}).update(positives)
+        grades = self._grades_of(qrels)
         negatives = without_relevant(self._negatives, qrels.values())
         kept = {query: others[: self._most_negatives] for query, others in negatives.items()}
         if num_left_out := sum(len(others) - len(kept[query]) for query, others in negatives.items()):
             how = self._most_negatives or "ignore"
             notes = [*notes, f"{name}: negatives that are not used (--negatives {how}): {num_left_out:,}."]
         return RetrievalData(
-            name, corpus, queries, qrels, tuple(notes),
+            name, corpus, queries, qrels, tuple(notes), grades=grades,
             negatives={query: others for query, others in kept.items() if others}, form=form, skipped=skipped,
             splits_by_hash=bool(unassigned),
         )  # fmt: skip
+
+    def _add_grades(self, split: str, query: str, documents: Sequence[str], grades: Sequence[float]) -> None:
+        """Keep the grades of documents of a query, each the highest; none while all grades of the query are 1."""
+        by_query = self._grades.setdefault(split, {})
+        known = by_query.get(query)
+        if known is None:
+            if all(grade == 1 for grade in grades):
+                return
+            known = by_query[query] = dict.fromkeys(self._positives[split][query], 1.0)
+        for document, grade in zip(documents, grades, strict=True):
+            before = known.setdefault(document, grade)
+            self._num_other_grades += before != grade
+            known[document] = max(before, grade)
+
+    def _grades_of(self, qrels: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, dict[str, dict[str, float]]]:
+        """Split -> query -> document -> grade, of queries that have another grade than 1."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for split, by_query in qrels.items():
+            grades = self._grades.get(split, {}) | self._grades.get(_BY_HASH, {})
+            graded = {query: grades[query] for query in by_query if query in grades}
+            if graded:
+                found[split] = graded
+        return found
+
+    def _num_repeated(self) -> int:
+        """The number of pairs that repeat an earlier one, without those that have negatives and may differ in these."""
+        return sum(
+            len(documents) - len(set(documents))
+            for positives in self._positives.values()
+            for query, documents in positives.items()
+            if query not in self._negatives
+        )
 
     def _document(self, document: Document, place: str) -> str:
         if self._corpus is None and document.text is not None:
@@ -126,12 +175,20 @@ class Collector:
                 "documents with --corpus."
             )
         key = document.text if document.id is None else document.id
-        if key is None or key not in self._corpus:
+        if key is not None and key in self._corpus:
+            return key
+        if self._ids_by_text is None:
+            self._ids_by_text = IdsByText(self._corpus)
+        text = document.id if document.text is None else document.text
+        own = None if text is None else self._ids_by_text.find(text)
+        if own is None:
             raise DataError(
-                f"{place}: the corpus has no document {(key or '')[:60]!r}. Rows name documents by id if there is a "
-                "corpus. Add the document to the corpus, or give rows of texts without a corpus."
+                f"{place}: the corpus has no document with the id or the text {(key or '')[:60]!r}. Rows name "
+                "documents by id if there is a corpus. Add the document to the corpus; or, if the rows have texts, "
+                "leave out --corpus."
             )
-        return key
+        self._num_by_text += 1
+        return own
 
 
 def most_negatives(given: str) -> int | None:

@@ -25,6 +25,7 @@ MIN_DEPTH = 100  # results per query
 DEPTH_WITHOUT_CUTOFF = 1000
 
 _EXAMPLES = "nDCG@10, MRR@10, R@100, AP@100, AP, P@5, Success@5 or P(rel=2)@5"
+_NEEDS_INTEGER_IDS = "gdeval"  # a provider of ir_measures
 _NAMES = {"RR": "MRR"}  # ir_measures' name -> the usual one
 _MAX_DECIMALS = 6
 _MAX_GRADE = 10**7  # pytrec_eval counts the documents of each grade up to the highest
@@ -120,14 +121,24 @@ def _parse(word: str) -> Any:
         raise MeasureError(f"The measure {word!r} has the cut-off {cutoff!r}; expected a positive integer.")
     try:
         measure: Any = ir_measures.parse_measure(f"{name}{matched[2] or ''}" + (f"@{cutoff}" if cutoff else ""))
-        measure.validate_params()
+        lacking = [
+            name for name, about in measure.SUPPORTED_PARAMS.items() if about.required and name not in measure.params
+        ]
+        if not lacking:
+            measure.validate_params()
     except (AssertionError, ValueError) as error:
-        needs = "Does it need a cut-off" if cutoff is None else "Are its parameters right"
-        raise MeasureError(f"The measure {word!r} is invalid: {error}. {needs}? Examples are {_EXAMPLES}.") from None
+        raise MeasureError(f"The measure {word!r} is invalid: {error}. Examples are {_EXAMPLES}.") from None
+    if lacking:
+        what = f"a cut-off, such as {word}@10" if "cutoff" in lacking else f"the parameter {lacking[0]}, in parentheses"
+        raise MeasureError(f"The measure {word!r} needs {what}.")
     if not isinstance(measure.aggregator(), MeanAgg):
         raise MeasureError(f"The measure {word!r} is no mean over queries. Give one or several, such as {_EXAMPLES}.")
-    if not any(one.is_available() and one.supports(measure) for one in ir_measures.DefaultPipeline.providers):
-        raise MeasureError(f"No installed package computes the measure {word!r}. Leave it out, or see ir-measur.es.")
+    providers = [one for one in ir_measures.DefaultPipeline.providers if one.NAME != _NEEDS_INTEGER_IDS]
+    if not any(one.is_available() and one.supports(measure) for one in providers):
+        raise MeasureError(
+            f"The measure {word!r} is not supported: no installed package computes it for ids that are no integers. "
+            "Leave it out, or see ir-measur.es."
+        )
     return measure
 
 

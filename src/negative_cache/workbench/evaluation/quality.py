@@ -83,38 +83,37 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
         run: Results of another program.
 
     Returns:
-        The results, and notes on queries without judgements or without results.
+        The results, and notes on queries without judgements or without results, and on unknown documents.
 
     Raises:
         DataError: The run has no judged query, or no document of the corpus.
     """
     judged, part = data.graded(split), data.part(split)
     own = {query: _without(found, part.ignored(query)) for query, found in run.items() if query in judged}
-    for kind, first, other in (
-        ("query", None if own else next(iter(run), None), next(iter(judged))),
-        ("document", _first_unless_known(own, part), next(iter(part.corpus))),
-    ):
-        if first is not None:
+    documents = dict.fromkeys(document for found in own.values() for document in found)
+    unjudged = [query for query in run if query not in judged]
+    missing = [query for query in judged if query not in own]
+    unknown = [document for document in documents if document not in part.corpus]
+    for kind, others, every, known in (("query", unjudged, run, judged), ("document", unknown, documents, part.corpus)):
+        if others and len(others) == len(every):
             raise DataError(
-                f"The run has no {kind} of {data.name}, {split}: it has ids such as {first!r}, the data such as "
-                f"{other!r}. Give the data that the run was made for."
+                f"The run has no {kind} of {data.name}, {split}: it has ids such as {others[0]!r}, the data such as "
+                f"{next(iter(known))!r}. Give the data that the run was made for."
             )
-    notes = []
-    if others := len(run) - len(own):
-        notes.append(f"The run has {others:,} queries without judgements; they are not used.")
-    if missing := len(judged) - len(own):
-        notes.append(f"The run has no results for {missing:,} of {len(judged):,} judged queries; they count 0.")
-    return own, notes
+    notes = (
+        ("Queries of the run without judgements", unjudged, run, "They are not used."),
+        ("Judged queries without results in the run", missing, judged, "They count 0."),
+        ("Documents of the run that the corpus lacks", unknown, documents, "They count as not relevant."),
+    )
+    return own, [
+        f"{what}: {len(found):,} of {len(every):,}, such as {found[0]!r}. {so}"
+        for what, found, every, so in notes
+        if found
+    ]
 
 
 def _without(found: dict[str, float], ignored: str | None) -> dict[str, float]:
     return {document: score for document, score in found.items() if document != ignored}
-
-
-def _first_unless_known(run: Run, part: RetrievalData) -> str | None:
-    """The first document of a run if none of its documents is in the corpus."""
-    documents = dict.fromkeys(document for found in run.values() for document in found)
-    return None if any(document in part.corpus for document in documents) else next(iter(documents), None)
 
 
 def make_evaluator(model: SentenceTransformer, data: RetrievalData, split: str) -> InformationRetrievalEvaluator:

@@ -6,7 +6,7 @@ therefore tells whether a difference would also be found with other queries of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ class Difference(NamedTuple):
             return f"No significant difference between {self.system} and {self.baseline} ({p})."
         low, high = (self.low, self.high) if self.difference > 0 else (-self.high, -self.low)
         (better,) = self.systems - {self.worse}
-        limits = f"{CONFIDENCE:.0%} interval {low:.4f} to {high:.4f}"
+        limits = f"{100 * CONFIDENCE:g} % interval {low:.4f} to {high:.4f}"
         return f"{better} is better than {self.worse} by {abs(self.difference):.4f} ({limits}, {p})."
 
     def cells(self, alpha: float = ALPHA) -> list[str]:
@@ -165,6 +165,22 @@ def compare_systems(values: Mapping[str, Sequence[PerQuery]], baseline: str | No
     )
 
 
+def check_same_queries(runs: Iterable[tuple[str, PerQuery]]) -> None:
+    """Raise ValueError unless all runs have values for the same queries.
+
+    Args:
+        runs: The name of each run for the message, and its values.
+    """
+    (first_name, first), *others = runs
+    for name, found in others:
+        if found.keys() != first.keys():
+            lacking, more = sorted(first.keys() - found.keys()), sorted(found.keys() - first.keys())
+            raise ValueError(
+                f"Systems must be compared on the same queries. {name!r} lacks {_some(lacking)} of {first_name!r} and "
+                f"has {_some(more)} that {first_name!r} lacks. Measure both on the same split."
+            )
+
+
 def randomisation_test(differences: Array) -> Array:
     """p-values `[pairs]` of Fisher's two-sided randomisation test of a mean difference of 0.
 
@@ -234,20 +250,14 @@ def p_in_words(p: float) -> str:
 
 def _arrays_of(values: Mapping[str, Sequence[PerQuery]]) -> dict[str, Array]:
     """The values `[seeds, queries]` of each system, with the queries in the same order."""
-    first_name = next(iter(values))
-    first: PerQuery = next(iter(values[first_name]), {})
-    arrays = {}
     for name, seeds in values.items():
         if not seeds or not seeds[0]:
             raise ValueError(f"{name!r} has no values of queries.")
-        for found in seeds:
-            if found.keys() != first.keys():
-                lacking, others = sorted(first.keys() - found.keys()), sorted(found.keys() - first.keys())
-                raise ValueError(
-                    f"Systems must be compared on the same queries. {name!r} lacks {_some(lacking)} of {first_name!r} "
-                    f"and has {_some(others)} that {first_name!r} lacks. Measure both on the same split."
-                )
-        arrays[name] = np.array([[found[query] for query in first] for found in seeds], dtype=np.float64)
+    check_same_queries((name, found) for name, seeds in values.items() for found in seeds)
+    queries = list(next(iter(values.values()))[0])
+    arrays = {}
+    for name, seeds in values.items():
+        arrays[name] = np.array([[found[query] for query in queries] for found in seeds], dtype=np.float64)
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name!r} has a value that is not finite.")
     return arrays

@@ -26,7 +26,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[P
 
     Args:
         folders: See `read_folders`.
-        output: The file; None for `report.html` in the first folder.
+        output: The file; None for `report.html` in the folder, if there is one folder.
 
     Returns:
         The file, and the runs on the page.
@@ -35,7 +35,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[P
         RunError: See `read_folders`; or the output cannot be written.
     """
     runs, tables = read_folders(folders)
-    output = folders[0] / REPORT if output is None else output
+    if output is None:
+        if len(folders) > 1:
+            raise RunError(f"{len(folders)} folders have no common place for their page. Give --output FILE.html.")
+        output = folders[0] / REPORT
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise RunError(
             f"--output {output} cannot be written: it is a directory, or its directory does not exist. Give a file in "

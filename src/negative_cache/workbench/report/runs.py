@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES
-from negative_cache.workbench.compare.running import RESULT
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
+from negative_cache.workbench.evaluation.systems import COMPARISON
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
 from negative_cache.workbench.training.config import RunError, has_effect
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
@@ -97,14 +97,14 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[Table]]:
 
 
 def _read_folder(folder: Path) -> tuple[list[Run], Table | None]:
-    if (folder / RESULT).is_file():
+    if (folder / COMPARISON).is_file():
         return _read_comparison(folder)
     if (folder / RECORD).is_file():
         return [_read_run(folder, folder.resolve().name)], None
     if not folder.is_dir():
         raise RunError(f"{folder} is not a directory. Give the --output of train or compare.")
     raise RunError(
-        f"{folder} has neither {RECORD} nor {RESULT}: it is neither a finished run nor a comparison. Continue an "
+        f"{folder} has neither {RECORD} nor {COMPARISON}: it is neither a finished run nor a comparison. Continue an "
         "unfinished run with train --resume; tensorboard shows its curves."
     )
 
@@ -115,13 +115,15 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
-    result = read_json(folder / RESULT)
+    result = read_json(folder / COMPARISON)
     try:
         table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
         trained = {spec: loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES}
         last_runs = {spec: runs[-1]["folder"] for spec, runs in trained.items() if runs}
     except (KeyError, TypeError) as error:
-        raise RunError(f"{folder / RESULT} is not the result of a comparison: {error!r}.") from error
+        raise RunError(f"{folder / COMPARISON} is not the result of a comparison: {error!r}.") from error
     if not last_runs:
-        raise RunError(f"{folder / RESULT} has no finished run. Continue the comparison, or try other learning rates.")
+        raise RunError(
+            f"{folder / COMPARISON} has no finished run. Continue the comparison, or try other learning rates."
+        )
     return [_read_run(folder / "runs" / name, spec) for spec, name in last_runs.items()], table

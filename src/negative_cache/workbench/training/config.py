@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from negative_cache.sampling.config import check_num_samples
 from negative_cache.workbench.data import DataOptions
@@ -48,6 +50,32 @@ def has_effect(loss: str, field: str) -> bool:
 def flag_of(field: str) -> str:
     """The command-line option that sets a field."""
     return f"--{field.replace('_', '-')}"
+
+
+def changed_options(saved: Mapping[str, Any], given: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
+    """The options that have changed, such as "--scale was 20, is 10; --negatives was all, is ignore".
+
+    Args:
+        saved: The fields of an earlier configuration.
+        given: The fields of the present one.
+        ignored: Fields that may differ.
+    """
+    before, now = ({**options, **options.get("data_options", {})} for options in (saved, given))
+    return "; ".join(
+        f"{flag_of(name)} was {_in_words(before.get(name))}, is {_in_words(value)}"
+        for name, value in now.items()
+        if name not in (*ignored, "data_options") and before.get(name) != value
+    )
+
+
+def _in_words(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(_in_words, value))
+    return str(value).removesuffix(".0") if isinstance(value, float) else shlex.quote(str(value))
 
 
 @dataclass(frozen=True, kw_only=True)

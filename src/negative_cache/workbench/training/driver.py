@@ -32,7 +32,7 @@ from negative_cache.workbench.models import (
     set_prompts,
 )
 from negative_cache.workbench.training import processes, samples
-from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError
+from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
 from negative_cache.workbench.training.losses import check_guide, load_guide
@@ -410,15 +410,8 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
 
 
 def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:
-    differences = [
-        f"{key} was {saved.get(key)!r}, is {value!r}"
-        for key, value in _configuration(config).items()
-        if key not in ("output", "save_steps") and saved.get(key) != value
-    ]
-    if differences:
-        raise RunError(
-            f"{what} of another configuration: {'; '.join(differences)}. Give the same options, or remove the folder."
-        )
+    if changed := changed_options(saved, _configuration(config), ignored=("output", "save_steps")):
+        raise RunError(f"{what} of another configuration: {changed}. Give the same options, or remove the folder.")
 
 
 def _configuration(config: RunConfig) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_files_may_be_compressed(tmp_path: Path, kind: str, ending: str):
         with pytest.raises(DataError, match=re.escape(path.name)):
             rows_in(path)
         path.write_bytes(b"query,positive\nq,a\n")
-        with pytest.raises(DataError, match="not readable"):
+        with pytest.raises(DataError, match=rf"{re.escape(path.name)}: not readable"):
             rows_in(path)
 
 
@@ -236,7 +236,26 @@ def test_a_heading_has_a_known_name_or_looks_like_names(tmp_path: Path, first: s
     assert rows_in(tmp_path / "a.tsv", notes=notes)[-1] == (
         dict(zip(first.split("\t"), "xy", strict=True)) if is_heading else ["x", "y"]
     )
-    assert len(notes) == (not is_heading)
+    is_sure = "query" in first.lower()
+    assert len(notes) == (not (is_heading and is_sure))
+    if is_heading and not is_sure:
+        assert "the first line is read as names of columns" in notes[0]
+
+
+def test_empty_columns_without_a_name_at_the_end_are_no_columns(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("query,positive,,\nq,a,,\nr,b, ,\n")
+    assert rows_in(path) == [{"query": "q", "positive": "a"}, {"query": "r", "positive": "b"}]
+    path.write_text("query,positive,,\nq,a,,\nr,b,,c\n")
+    with pytest.raises(DataError, match="line 3: the first line has no name for the column of 'c'"):
+        rows_in(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv"])
+def test_a_file_without_tabs_is_refused_with_its_right_name(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("query,positive\nq,a\n")
+    with pytest.raises(DataError, match=r"line 1: there is no tab.*'query,positive'. If .* name the file .csv"):
+        rows_in(tmp_path / name)
 
 
 def test_a_wrong_row_of_csv_with_semicolons_is_reported_with_its_line(tmp_path: Path):
@@ -302,8 +321,54 @@ def test_byte_order_marks_are_read(tmp_path: Path, encoding: str):
 
 def test_an_encoding_that_cannot_be_told_is_refused(tmp_path: Path):
     path = tmp_path / "a.csv"
-    path.write_bytes(b"query,positive\n\xe9\xe9\xe9,a\n")
+    path.write_bytes(b"query,positive\n\xa4\xac\xb8\xbe\xd7\xf7,a\n")
     with pytest.raises(DataError, match=r"line 2: not UTF-8 .* cannot be detected. Name it with --encoding"):
+        rows_in(path)
+
+
+def test_an_encoding_that_is_uncertain_is_refused_with_a_word_in_each(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("query,positive\nJak otworzyć drzwi bez klucza?,a\n".encode("cp1250"))
+    with pytest.raises(DataError, match=r"line 2: .* not certain.*'otworzyæ' in cp1252, 'otworzyć' in cp1250.*--enc"):
+        rows_in(path)
+    assert rows_in(path, "cp1250")[0]["query"] == "Jak otworzyć drzwi bez klucza?"
+
+
+def test_the_excerpt_is_the_text_around_the_first_character_beyond_ascii(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    text = f"{'plain ' * 40}{GERMAN}"
+    path.write_bytes(f'query,positive\n"{text}",a\n'.encode("cp1252"))
+    notes: list[str] = []
+    assert rows_in(path, notes=notes)[0]["query"] == text
+    assert "plain Größe der Straßen" in notes[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_utf_16_without_a_byte_order_mark_is_refused_with_its_name(tmp_path: Path, encoding: str):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'query,positive\n"{GERMAN}",a\n'.encode(encoding))
+    with pytest.raises(DataError, match=rf"a\.csv seems to be {encoding} without .*--encoding {encoding}"):
+        rows_in(path)
+    assert rows_in(path, encoding)[0]["query"] == GERMAN
+    with pytest.raises(DataError, match=rf"a\.csv has no byte order mark, .*--encoding {encoding[:6]}-le or"):
+        rows_in(path, encoding[:6])
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (gzip.compress(b"query,positive\nq,a\n"), ".gz"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\r", ".png"),
+        (b"PK\x03\x04\0", ".zip"),
+    ],
+)
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes, kind: str):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.csv is not text: it begins as a \{kind}"):
+        rows_in(path)
+    path.write_bytes(bytes(range(8)) + bytes(100))
+    with pytest.raises(DataError, match=r"a\.csv is not text: many of its bytes are 0"):
         rows_in(path)
 
 

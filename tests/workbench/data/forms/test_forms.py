@@ -11,7 +11,7 @@ import pytest
 from negative_cache.workbench.data import DataError, DataOptions
 from negative_cache.workbench.data.files.reading import file_rows
 from negative_cache.workbench.data.forms.reader import RowReader
-from negative_cache.workbench.data.rows import Collector, Row
+from negative_cache.workbench.data.rows import Row
 
 
 def reader_of(path: Path, content: str | list[Any], **options: Any) -> RowReader:
@@ -19,8 +19,7 @@ def reader_of(path: Path, content: str | list[Any], **options: Any) -> RowReader
     text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
     path.write_text(text, encoding="utf-8", newline="")
     given = DataOptions(**options)
-    asked = [name for name in (given.query_column, given.positive_column, given.negative_column) if name]
-    return RowReader(path.name, file_rows(path, given.encoding, [], asked), given)
+    return RowReader(path.name, file_rows(path, given.encoding, [], given.columns()), given)
 
 
 def texts(row: Row) -> tuple[str, list[str | None], list[str | None]]:
@@ -68,6 +67,13 @@ SWIFT = {
         ({"query": "q", "positive": "a", "negatives": ["c", "d"]}, "n-tuples", ("q", ["a"], ["c", "d"])),
         ({"query": "q", "positive": ["a", "b"], "hard_negatives": ["c"]}, "n-tuples", ("q", ["a", "b"], ["c"])),
         ({"sentence1": "q", "sentence2": "a"}, "pairs", ("q", ["a"], [])),
+        ({"sentence1": "q", "sentence2": "a", "sentence3": "c"}, "triplets", ("q", ["a"], ["c"])),
+        ({"sentence_A": "q", "sentence_B": "a"}, "pairs", ("q", ["a"], [])),
+        ({"question1": "q", "question2": "a", "qid1": "3"}, "pairs", ("q", ["a"], [])),
+        ({"question": "q", "answer": "a", "rejected": "c"}, "triplets", ("q", ["a"], ["c"])),
+        ({"query": "q", "positive_doc": "a"}, "pairs", ("q", ["a"], [])),
+        ({"query": "q", "positive_1": "a", "positive_2": "b", "negative": "c"}, "triplets", ("q", ["a", "b"], ["c"])),
+        ({"query": "q", "positive": "a", "positive_2": ["b"]}, "pairs", ("q", ["a", "b"], [])),
         ({"Query": "q", " Document ": "a"}, "pairs", ("q", ["a"], [])),
         ({"query": "q", "response": "a", "rejected_response": ["c"]}, "n-tuples", ("q", ["a"], ["c"])),
         (FLAG, "FlagEmbedding", ("Represent this: q", ["a", "b"], ["c", "d"])),
@@ -128,7 +134,8 @@ def test_nemo_files_name_their_corpus_and_refer_to_documents_by_id(tmp_path: Pat
          "neg_doc": [{"id": "d8"}, {"id": "d9"}]}
         for n in range(3)
     ]  # fmt: skip
-    content = json.dumps({"corpus": [{"path": "corpus/"}], "data": rows}, indent=indent)
+    corpus = {"path": "corpus/"} if indent else [{"path": "corpus/"}]
+    content = json.dumps({"corpus": corpus, "data": rows}, indent=indent)
     reader = reader_of(tmp_path / "train.json", content)
     assert reader.corpus_paths == ["corpus/"]
     assert reader.form == "NeMo"
@@ -150,22 +157,6 @@ def test_what_is_put_before_a_query_and_what_is_not_used_is_noted(tmp_path: Path
 
 
 # Columns
-
-
-@pytest.mark.parametrize(
-    ("content", "note"),
-    [
-        ("Search text,Relevant document\nq,a\n", "query 'Search text', positive 'Relevant document'"),
-        ("title,body\nq,a\n", "query 'title', positive 'body', negatives none"),
-        ("id,title,label,body,other\n3,q,x,a,c\n", "query 'title', positive 'body', negatives 'other'"),
-    ],
-)
-def test_columns_of_unknown_names_are_taken_by_order_with_a_note(tmp_path: Path, content: str, note: str):
-    reader = reader_of(tmp_path / "a.csv", content)
-    assert [texts(row)[:2] for row in reader] == [("q", ["a"])]
-    assert "no known name of a column" in reader.notes[0]
-    assert note in reader.notes[0]
-    assert "--query-column" in reader.notes[0]
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
@@ -197,6 +188,11 @@ def test_a_column_that_is_asked_for_and_missing_is_reported(tmp_path: Path, opti
         reader_of(tmp_path / "a.csv", "a,b\nq,d\n", **{option: "typo"})
 
 
+def test_the_right_case_of_a_column_is_proposed(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no column 'my query'.* Did you mean --query-column 'My query'\?"):
+        reader_of(tmp_path / "a.csv", "My query,page\nq,d\n", query_column="my query", positive_column="page")
+
+
 def test_columns_may_differ_from_row_to_row(tmp_path: Path):
     rows = [
         {"query": "q", "positive": "a"},
@@ -218,10 +214,16 @@ def test_the_index_that_pandas_writes_has_no_meaning(tmp_path: Path):
     assert reader.notes == ["a.csv: columns that are read: 'pos', 'query'; not used: ''."]
 
 
-def test_a_json_list_in_a_cell_is_several_documents(tmp_path: Path):
-    reader = reader_of(tmp_path / "a.tsv", 'query\tpositive\tnegatives\nq\t["a"]\t["c", "d"]\nr\tb\t[c\n')
-    assert [texts(row) for row in reader] == [("q", ['["a"]'], ["c", "d"]), ("r", ["b"], ["[c"])]
-    assert reader.notes == ["a.tsv: values that are JSON lists, each text of which is a document: 1."]
+def test_a_list_in_a_cell_is_several_documents(tmp_path: Path):
+    rows = ['q\t["a"]\t["c", "d"]', "r\tb\t[c", """s\t['a']\t['it\\'s', "d"]""", "t\tb\t[1, 2]"]
+    reader = reader_of(tmp_path / "a.tsv", "\n".join(["query\tpositive\tnegatives", *rows]))
+    assert [texts(row) for row in reader] == [
+        ("q", ['["a"]'], ["c", "d"]),
+        ("r", ["b"], ["[c"]),
+        ("s", ["['a']"], ["it's", "d"]),
+        ("t", ["b"], ["[1, 2]"]),
+    ]
+    assert reader.notes == ["a.tsv: values that are lists, each text of which is a document: 2."]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_a_json_list_in_a_cell_is_several_documents(tmp_path: Path):
         ([{"query": "q", "docs": ["a", "b"], "labels": [0.3, 7]}], "line 1: 'labels' is .* expected 0 or 1 for each"),
         ([{"query": "q", "docs": ["a", "b"], "labels": [1]}], "line 1: 'labels' is .* for 2 documents"),
         ([{"query": "q", "positive": "\ud800"}], "line 1: 'positive' has the lone surrogate"),
-        ([["12", "a"]], "line 1: value 1 is the number '12'.* Name the columns"),
+        ([["12", "a"]], "line 1: value 1 of a row is not a text: such values are numbers, such as '12'.*name the col"),
     ],
 )
 def test_rows_of_another_form_or_type_are_refused_with_their_place(tmp_path: Path, rows: list[Any], message: str):
@@ -285,46 +287,3 @@ def test_a_missing_text_is_an_error_with_its_place_in_strict_reading(tmp_path: P
     first = {"query": "q", "positive": "a", "negative": "c"}
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: '.*' is (null|empty|missing)"):
         list(reader_of(tmp_path / "a.jsonl", [first, row], strict=True))
-
-
-# Labels and negatives
-
-
-@pytest.mark.parametrize("values", [(1, 0), (True, False), (1.0, 0.0), ("1", "0"), ("1.0", "0.0")])
-@pytest.mark.parametrize("name", ["label", "score"])
-def test_binary_labels_divide_pairs_into_relevant_documents_and_negatives(tmp_path: Path, values: Any, name: str):
-    rows = [
-        {"query": "q", "document": "c", name: values[1]},
-        {"query": "q", "document": "a", name: values[0]},
-        {"query": "r", "document": "a", name: values[1]},
-        {"query": "q", "document": "b", name: None},
-    ]
-    reader = reader_of(tmp_path / "a.jsonl", rows)
-    read = list(reader)
-    assert [texts(row) for row in read] == [("q", [], ["c"]), ("q", ["a"], []), ("r", [], ["a"])]
-    assert reader.form == "labelled pairs"
-    assert reader.notes == [f"a.jsonl: {name!r} is 1 for a relevant document and 0 for a negative."]
-    assert reader.skipped == {"rows without a label": 1}
-    collector = Collector()
-    for row in read:
-        collector.add(row, "train")
-    data = collector.finish("a", reader.form)
-    ids = {text: key for key, text in (*data.queries.items(), *data.corpus.items())}
-    assert data.qrels["train"] == {ids["q"]: [ids["a"]]}
-    assert data.negatives == {ids["q"]: [ids["c"]]}
-    assert data.skipped == {"queries without a relevant document": 1}
-
-
-def test_other_labels_are_not_used_with_a_note(tmp_path: Path):
-    reader = reader_of(tmp_path / "a.csv", "sentence1,sentence2,score\nq,a,0.3\nr,b,1\n")
-    assert [texts(row) for row in reader] == [("q", ["a"], []), ("r", ["b"], [])]
-    assert "not used: 'score'" in reader.notes[0]
-    assert "'score' has values other than 0 and 1" in reader.notes[1]
-
-
-def test_a_late_label_that_is_not_binary_is_an_error(tmp_path: Path):
-    rows = [{"query": "q", "document": f"d{n}", "label": n % 2} for n in range(1500)]
-    rows[1400]["label"] = 2
-    reader = reader_of(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match="line 1401: 'label' is 2, but the first 1,000 rows have only 0 and 1"):
-        list(reader)

@@ -190,8 +190,24 @@ def test_pairs_may_have_the_ids_of_a_corpus(tmp_path: Path):
     data = load_data(str(rows), DataOptions(corpus=str(corpus)))
     assert list(data.judged("all").values()) == [["d1", "d3"]]
     rows.write_text("query,document\nwho,d9\n")
-    with pytest.raises(DataError, match="line 2: the corpus has no document 'd9'"):
+    with pytest.raises(
+        DataError, match=r"line 2: the corpus has no document with the id or the text 'd9'.* leave out --corpus"
+    ):
         load_data(str(rows), DataOptions(corpus=str(corpus)))
+
+
+def test_rows_may_have_the_texts_of_a_corpus(tmp_path: Path):
+    options = DataOptions(corpus=str(write(tmp_path / "corpus.jsonl", CORPUS)))
+    rows = tmp_path / "clicks.csv"
+    rows.write_text("query,document,negative\nwho,passage 1,passage 2\nwhat,d3,passage 4\n")
+    data = load_data(str(rows), options)
+    assert sorted(data.judged("all").values()) == [["d1"], ["d3"]]
+    assert list(data.negatives.values()) == [["d2"], ["d4"]]
+    assert len(data.corpus) == 5
+    assert "clicks: documents that rows give by their text in the corpus: 3." in data.notes
+    rows.write_text("query,document\nwho,another passage\n")
+    with pytest.raises(DataError, match=r"no document with the id or the text 'another passage'.* leave out --corpus"):
+        load_data(str(rows), options)
 
 
 def test_ids_of_a_corpus_may_be_numbers(tmp_path: Path):
@@ -216,8 +232,11 @@ def test_the_corpus_that_is_given_takes_the_place_of_the_own_one(tmp_path: Path)
     assert "set: its own corpus is not read, because --corpus names another one." in data.notes
     path = tmp_path / "train.json"
     row = {"question": "who", "pos_doc": [{"id": "d1"}], "neg_doc": []}
-    path.write_text(json.dumps({"corpus": [{"path": "is/missing"}], "data": [row]}))
-    assert list(load_data(str(path), options).judged("all").values()) == [["d1"]]
+    for corpus in ([{"path": "is/missing"}], {"path": "is/missing"}):
+        path.write_text(json.dumps({"corpus": corpus, "data": [row]}))
+        assert list(load_data(str(path), options).judged("all").values()) == [["d1"]]
+        with pytest.raises(DataError, match=r"'.*is/missing' is not a file or folder"):
+            load_data(str(path))
 
 
 def test_the_corpus_that_a_file_of_rows_names_is_read(tmp_path: Path):
@@ -236,6 +255,13 @@ def test_two_names_of_a_split_are_refused(tmp_path: Path):
     for name in ("validation.jsonl", "dev.jsonl"):
         write(tmp_path / name, [{"query": "a", "positive": "b"}])
     with pytest.raises(DataError, match=f"{tmp_path}: 'dev' and 'validation' are the same split"):
+        load_data(str(tmp_path))
+
+
+def test_two_formats_of_a_split_are_refused(tmp_path: Path):
+    write(tmp_path / "train.jsonl", [{"query": "a", "positive": "b"}])
+    (tmp_path / "train.csv").write_text("query,positive\nc,d\n")
+    with pytest.raises(DataError, match=r"train.csv and .*train.jsonl are of the same split, in two formats"):
         load_data(str(tmp_path))
 
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 from collections.abc import Iterable
 
 from negative_cache.workbench.data.retrieval_data import DataError
 
-QUERY = ("query", "anchor", "question", "query_text", "sentence1")
+QUERY = ("query", "anchor", "question", "query_text", "sentence1", "question1", "text1", "query1", "sentence_a")
 POSITIVE = (
-    "positive", "document", "answer", "passage", "pos", "positives", "positive_passage", "doc", "response", "context",
-    "sentence2",
+    "positive", "document", "answer", "passage", "pos", "positives", "positive_passage", "positive_document",
+    "positive_doc", "doc", "response", "context", "sentence2", "question2", "text2", "query2", "sentence_b",
 )  # fmt: skip
-LABEL = ("label", "labels", "score", "scores")
-_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(passage|document|doc)s?)?(_?\d+)?|rejected_response")
+RELEVANCE = (
+    "label", "labels", "gold_label", "relevant", "is_relevant", "is_duplicate", "duplicate",
+)  # fmt: skip
+GRADES = ("relevance", "relevance_grade", "grade", "judgement", "judgment", "rating")
+SCORES = ("score", "scores", "similarity", "similarity_score")
+LABELS = RELEVANCE + GRADES + SCORES
+_POSITIVE = re.compile(r"(pos|positive(_(passage|document|doc))?)_?\d+")
+_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(passage|document|doc)s?)?(_?\d+)?|rejected(_response)?")
 _LISTS = ("positives", "negatives", "hard_negatives", "pos", "neg")  # names of columns with several documents
-_ID = re.compile(r"|(.*_)?id|idx|index|[qp]id|docid|unnamed:_\d+")
+_ID = re.compile(r"|(.*_)?id(_?\d+)?|idx|index|[qp]id(_?\d+)?|docid|unnamed:_\d+")
 _BINARY = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _MOST_CHARS, _MOST_WORDS = 30, 3  # of a name
 
@@ -33,12 +41,12 @@ def is_negative(name: str) -> bool:
 
 def has_text(name: str) -> bool:
     """Whether a column of an unknown name may have texts: it is neither an id nor a label."""
-    return normal(name) not in LABEL and _ID.fullmatch(normal(name)) is None
+    return normal(name) not in LABELS and _ID.fullmatch(normal(name)) is None
 
 
 def is_known(name: str) -> bool:
     """Whether a column of this name has queries, relevant documents or negatives."""
-    return normal(name) in QUERY + POSITIVE or is_negative(name)
+    return normal(name) in QUERY + POSITIVE or _POSITIVE.fullmatch(normal(name)) is not None or is_negative(name)
 
 
 def binary(value: object) -> bool | None:
@@ -47,14 +55,20 @@ def binary(value: object) -> bool | None:
 
 
 def list_in(name: str, value: str) -> list[str] | None:
-    """The texts of a JSON list in a value of a table; None if it is another text, or the column has one document."""
+    """The texts of a list in a value of a table, in the syntax of JSON or of Python.
+
+    None if it is another text, or the column has one document.
+    """
     if normal(name) not in _LISTS:
         return None
-    try:
-        texts = json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            texts = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+    return None
 
 
 def is_number(text: str) -> bool:
@@ -75,6 +89,8 @@ def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
     values, asked = list(values), set(asked)
     if any(value in asked or is_known(value) for value in values):
         return True
+    if len(values) > 2 and not values[0]:  # the index that pandas writes
+        values = values[1:]
     words = [value.split() for value in values]
     is_wordy = any(is_known(word) for name in words for word in name) and not re.search(r"\d", "".join(values))
     most = _MOST_WORDS if is_wordy else 1
@@ -84,10 +100,39 @@ def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
     )
 
 
+def is_sure_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
+    """Whether a heading has a name of a query, a document, a text, a title, an id or a label, or that is asked for."""
+    return any(
+        value in asked
+        or any(is_known(name) or name.lower() in ("text", "title") for name in [value, *value.split()])
+        or (value and not has_text(value))
+        for value in values
+    )
+
+
 def first_of(names: tuple[str, ...], columns: Iterable[str]) -> str | None:
     """The column that has the first of these names; None if none has."""
     known = {normal(column): column for column in columns}
     return next((known[name] for name in names if name in known), None)
+
+
+def positives_in(columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns of the relevant documents: the one with the most usual name, and numbered ones."""
+    numbered = tuple(column for column in columns if _POSITIVE.fullmatch(normal(column)))
+    first = first_of(POSITIVE, columns)
+    if first is None or (numbered and not normal(first).startswith("pos")):
+        return numbered
+    return (first, *numbered)
+
+
+def negatives_in(columns: Iterable[str], query: str) -> tuple[str, ...]:
+    """The columns of the negatives: by their names, or by the numbers after sentence1 and sentence2."""
+    stem = normal(query).removesuffix("1")
+    later = re.compile(rf"{re.escape(stem)}([3-9]|[1-9]\d+)") if stem != normal(query) else None
+    return tuple(
+        column for column in columns
+        if is_negative(column) or (later is not None and later.fullmatch(normal(column)))
+    )  # fmt: skip
 
 
 def check_differ(names: list[str], place: str) -> list[str]:
@@ -104,3 +149,8 @@ def check_differ(names: list[str], place: str) -> list[str]:
 def quoted(names: Iterable[object]) -> str:
     """Names in sorted order for messages."""
     return ", ".join(sorted(repr(str(name)) for name in names))
+
+
+def typed(name: str) -> str:
+    """A name as it is typed in a shell."""
+    return shlex.quote(name)

@@ -13,18 +13,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from negative_cache.workbench.data.files import latin
 from negative_cache.workbench.data.retrieval_data import DataError
 
 _COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ZSTANDARD = ".zst"
 _BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKED = {
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+}
 _ENCODINGS = [
     "cp1250", "cp1251", "cp1252", "cp1253", "cp1254", "cp1255", "cp1256", "koi8_r", "cp932", "euc_jp", "gb18030",
     "big5", "cp949",
 ]  # fmt: skip
-_USUAL = "cp1252"  # which is taken if it is as likely as others
+_LATIN = ("cp1250", "cp1252", "cp1254")
 _MARGIN = 0.05  # of charset_normalizer's measure of disorder, below which encodings are as likely as each other
-_PIECE, _SAMPLE = 1 << 20, 1 << 15
+_PIECE, _SAMPLE, _EXCERPT = 1 << 20, 1 << 15, 60
+_KINDS = {  # of files, by the bytes that they begin with
+    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst",
+    b"PK\x03\x04": ".zip or .xlsx", b"\xd0\xcf\x11\xe0": ".xls", b"PAR1": ".parquet", b"ARROW1": ".arrow",
+    b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"%PDF": ".pdf",
+}  # fmt: skip
+_MANY_ZEROS = 0.2  # of the bytes, in UTF-16 and UTF-32
 
 
 def uncompressed_name(path: Path) -> str:
@@ -61,7 +72,8 @@ def read_errors(path: Path, after: Callable[[], int] = lambda: 0) -> Iterator[No
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not {error.encoding} ({error}). Name its encoding with --encoding.") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}, after line {after()}: not readable: {error}.") from error
+        place = f"{path}, after line {after()}" if after() else str(path)
+        raise DataError(f"{place}: not readable: {error}.") from error
 
 
 def encoding_of(path: Path, given: str | None, notes: list[str]) -> str:
@@ -82,6 +94,8 @@ def encoding_of(path: Path, given: str | None, notes: list[str]) -> str:
             raise DataError(
                 f"--encoding: there is no encoding {given!r}. Names are utf-8, cp1252, gb18030, ..."
             ) from None
+        if name in _MARKED:
+            _check_is_marked(path, name)
         return "utf-8-sig" if name == "utf-8" else name
     with read_errors(path), open_bytes(path) as file:
         start = file.read(_PIECE)
@@ -89,10 +103,42 @@ def encoding_of(path: Path, given: str | None, notes: list[str]) -> str:
         if marked == "utf-16":
             notes.append(f"{path}: the encoding is UTF-16, according to its byte order mark.")
             return marked
+        if marked is None:
+            _check_is_text(path, start)
         error = _first_error(start, file)
     if error is None:
         return "utf-8-sig"
     return _detected(path, error, notes)
+
+
+def _check_is_marked(path: Path, encoding: str) -> None:
+    with read_errors(path), open_bytes(path) as file:
+        if not file.read(4).startswith(_MARKED[encoding]):
+            raise DataError(
+                f"{path} has no byte order mark, which {encoding} needs. Name the order of its bytes: --encoding "
+                f"{encoding}-le or {encoding}-be."
+            )
+
+
+def _check_is_text(path: Path, start: bytes) -> None:
+    """Refuse UTF-16 and UTF-32 without a byte order mark, and files that are not text."""
+    kind = next((ending for mark, ending in _KINDS.items() if start.startswith(mark)), None)
+    if kind is not None:
+        raise DataError(f"{path} is not text: it begins as a {kind} file does. Name it so, or save it as text.")
+    if start.count(0) < _MANY_ZEROS * len(start) or not start:
+        return
+    zeros = [start[at::4].count(0) > len(start) // 8 for at in range(4)]  # of each four bytes, as ASCII has them
+    patterns = {
+        (False, True, False, True): "utf-16-le", (True, False, True, False): "utf-16-be",
+        (False, True, True, True): "utf-32-le", (True, True, True, False): "utf-32-be",
+    }  # fmt: skip
+    encoding = patterns.get((zeros[0], zeros[1], zeros[2], zeros[3]))
+    if encoding is None:
+        raise DataError(f"{path} is not text: many of its bytes are 0. Save it as text.")
+    raise DataError(
+        f"{path} seems to be {encoding} without a byte order mark: many of its bytes are 0. Use --encoding {encoding}, "
+        "or save the file as UTF-8."
+    )
 
 
 def _first_error(start: bytes, file: IO[bytes]) -> UnicodeDecodeError | None:
@@ -109,8 +155,6 @@ def _first_error(start: bytes, file: IO[bytes]) -> UnicodeDecodeError | None:
 
 
 def _detected(path: Path, error: UnicodeDecodeError, notes: list[str]) -> str:
-    import charset_normalizer
-
     sample, number, num_utf8 = _lines_beyond_ascii(path)
     where = f"{path}, line {number}: not UTF-8 ({error.reason})"
     if 10 * num_utf8 > len(sample):
@@ -118,20 +162,45 @@ def _detected(path: Path, error: UnicodeDecodeError, notes: list[str]) -> str:
             f"{where}, although other lines with such characters are. Repair the line, or name the encoding with "
             "--encoding."
         )
-    matches = list(charset_normalizer.from_bytes(b"".join(sample), cp_isolation=_ENCODINGS))
-    likely = [match for match in matches if match.chaos <= matches[0].chaos + _MARGIN]
-    names = {name for match in likely for name in match.could_be_from_charset}
-    if _USUAL not in names and len(likely) != 1:
+    found = latin.readings(sample)
+    if len(found) > 1:
+        words = ", ".join(
+            f"{word!r} in {reading.encoding}" for word, reading in zip(latin.differing_words(found), found, strict=True)
+        )
+        raise DataError(
+            f"{where}, and its encoding is not certain. A word is {words}. Name the right one, for example: "
+            f"--encoding {found[0].encoding}."
+        )
+    name = found[0].encoding if found else _of_other_alphabets(b"".join(sample))
+    if name is None:
         raise DataError(
             f"{where}, and its encoding cannot be detected. Name it with --encoding, or save the file as UTF-8."
         )
-    name = _USUAL if _USUAL in names else likely[0].encoding
-    example = sample[0].decode(name, "replace").strip()[:60]
+    excerpt = _excerpt(sample[0].decode(name, "replace"))
     notes.append(
-        f"{path}: not UTF-8; read as {name}, in which line {number} is {example!r}. Name another encoding with "
+        f"{path}: not UTF-8; read as {name}, in which line {number} is {excerpt!r}. Name another encoding with "
         "--encoding."
     )
     return name
+
+
+def _of_other_alphabets(sample: bytes) -> str | None:
+    """The encoding of a text that is in no Latin alphabet; None if several are likely."""
+    import charset_normalizer
+
+    matches = list(charset_normalizer.from_bytes(sample, cp_isolation=_ENCODINGS))
+    likely = [match for match in matches if match.chaos <= matches[0].chaos + _MARGIN]
+    if len(likely) != 1 or likely[0].encoding in _LATIN:
+        return None
+    return likely[0].encoding
+
+
+def _excerpt(line: str) -> str:
+    """The part of a line around the first character that is not ASCII."""
+    line = line.strip()
+    first = next((at for at, character in enumerate(line) if not character.isascii()), 0)
+    start = max(0, first - _EXCERPT // 2)
+    return line[start : start + _EXCERPT]
 
 
 def _lines_beyond_ascii(path: Path) -> tuple[list[bytes], int, int]:

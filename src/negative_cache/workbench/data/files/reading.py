@@ -34,9 +34,9 @@ def file_rows(
     """Rows of a file, read as they are asked for.
 
     A .json or .jsonl file has one object or list per line, or is an array of them, or an object with an array "data".
-    Such an object may have a list "corpus" of objects with a "path" (NeMo); then the first row is {"corpus": [path,
-    ...]}. A .csv, .tsv or .txt file without a heading has rows that are lists. All files but .parquet and .arrow may be
-    compressed: .gz, .bz2, .xz, .zst.
+    Such an object may have a "corpus", an object with a "path" or a list of these (NeMo); then the first row is
+    {"corpus": [path, ...]}. A .csv, .tsv or .txt file without a heading has rows that are lists. All files but .parquet
+    and .arrow may be compressed: .gz, .bz2, .xz, .zst.
 
     Args:
         path: The file.
@@ -234,7 +234,7 @@ def _layout(found: _Json) -> tuple[bool, list[str]]:
                 return True, corpus
             value = found.value()
             if key == "corpus":
-                corpus = [part["path"] for part in value]
+                corpus = [part["path"] for part in (value if isinstance(value, list) else [value])]
             if found.take(",}") == "}":
                 break
     except (DataError, TypeError, KeyError):  # reported when the file is read as lines

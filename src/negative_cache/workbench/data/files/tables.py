@@ -45,9 +45,19 @@ def table_rows(
         if dialect["delimiter"] != ",":
             notes.append(f"{path}: the columns are separated by {_DELIMITERS[dialect['delimiter']]}.")
     first = next(iter(_parsed(sample, dialect)), [])
+    if not is_csv and len(first) == 1:
+        raise DataError(
+            f"{path}, line 1: there is no tab, which separates the columns of a .tsv or .txt file: {first[0][:60]!r}. "
+            "If another character separates them, name the file .csv."
+        )
     has_heading = columns.is_heading(first, asked)
+    values = ", ".join(repr(value[:40]) for value in first)
+    if has_heading and not columns.is_sure_heading(first, asked):
+        notes.append(
+            f"{path}: the first line is read as names of columns, because it looks like a heading: {values}. If it is "
+            "data, put a line with names before it."
+        )
     if not has_heading:
-        values = ", ".join(repr(value[:40]) for value in first)
         notes.append(
             f"{path}: the first line is read as data, because it has no known name of a column and does not look like "
             f"a heading: {values}."
@@ -62,23 +72,34 @@ def _rows(path: Path, encoding: str, dialect: dict[str, Any], has_heading: bool)
     with open_text(path, encoding) as file:
         reader = csv.reader(file, **dialect)
         names: list[str] | None = None
-        width = 0
+        width = num_named = 0
         with read_errors(path, lambda: reader.line_num):
             try:
                 for values in filter(None, reader):  # without blank lines
                     place = f"{path}, line {reader.line_num}"
                     if not width:
                         width = len(values)
+                        num_named = _num_named(values) if has_heading else width
                         if has_heading:
-                            names = columns.check_differ(values, place)
+                            names = columns.check_differ(values[:num_named], place)
                             continue
                     if len(values) != width:
                         raise DataError(
                             f"{place}: expected {width} columns as in the first line, got {len(values)}. {advice}"
                         )
-                    yield place, dict(zip(names, values, strict=True)) if names else values
+                    if beyond := "".join(values[num_named:]).strip():
+                        raise DataError(
+                            f"{place}: the first line has no name for the column of {beyond[:40]!r}. Add a name, or "
+                            "remove the value."
+                        )
+                    yield place, dict(zip(names, values, strict=False)) if names else values
             except csv.Error as error:
                 raise DataError(f"{path}, after line {reader.line_num}: {error}. {advice}") from error
+
+
+def _num_named(names: list[str]) -> int:
+    """The number of columns without those at the end that have no name, as Excel writes empty columns."""
+    return max((number for number, name in enumerate(names, start=1) if name.strip()), default=0)
 
 
 def _delimiter(sample: str, asked: Sequence[str]) -> str:

@@ -39,13 +39,13 @@ class Columns(NamedTuple):
 
     Attributes:
         query: Column of the query.
-        positive: Column of the relevant documents.
+        positives: Columns of the relevant documents, at least one.
         negatives: Columns of the negatives.
         by_order: Whether the columns were taken by their order, because no name is known.
     """
 
     query: str
-    positive: str
+    positives: tuple[str, ...]
     negatives: tuple[str, ...]
     by_order: bool = False
 
@@ -121,33 +121,39 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
     Raises:
         DataError: There are none.
     """
-    for option, name in (("query", options.query_column), ("positive", options.positive_column)):
+    asked = (("query", options.query_column), ("positive", options.positive_column), ("label", options.label_column))
+    for option, name in asked:
         _check_asked(option, name, row, place)
     if form.positive:
         query = options.query_column or next((name for name in form.query if name in row), form.query[0])
-        return Columns(query, form.positive, _negatives(row, form.negatives, place, options))
+        return Columns(query, (form.positive,), _negatives(row, form.negatives, place, options))
     query_column = options.query_column or columns.first_of(columns.QUERY, row)
-    positive = options.positive_column or columns.first_of(columns.POSITIVE, row)
-    if query_column is None and positive is None:
+    positives = columns.positives_in(row) if options.positive_column is None else (options.positive_column,)
+    if query_column is None and not positives:
         return _by_order(row, place, options)
     if query_column is None:
         raise _no_column("query", columns.QUERY, row, place)
-    if positive is None or positive == query_column:
+    positives = tuple(name for name in positives if name != query_column)
+    if not positives:
         raise _no_column("positive", columns.POSITIVE, row, place)
-    usual = tuple(name for name in row if columns.is_negative(name) and name not in (query_column, positive))
-    return Columns(query_column, positive, _negatives(row, usual, place, options))
+    used = (query_column, *positives, options.label_column)
+    usual = tuple(name for name in columns.negatives_in(row, query_column) if name not in used)
+    return Columns(query_column, positives, _negatives(row, usual, place, options))
 
 
 def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
-    names = [name for name, value in row.items() if columns.has_text(name) and isinstance(value, str | list | None)]
-    names = [name for name in names if name != options.negative_column]
+    asked = (options.negative_column, options.label_column)
+    names = [
+        name for name, value in row.items()
+        if columns.has_text(name) and name not in asked and not isinstance(value, dict | bytes)
+    ]  # fmt: skip
     if len(names) < 2:
         forms = ", ".join(form.name for form in FORMS)
         raise DataError(
             f"{place}: rows of an unknown form, with the columns {quoted(row)}. Name the columns of the query and of "
             f"the relevant documents with --query-column and --positive-column. Known forms: pairs, triplets, {forms}."
         )
-    return Columns(names[0], names[1], _negatives(row, names[2:], place, options), by_order=True)
+    return Columns(names[0], (names[1],), _negatives(row, names[2:], place, options), by_order=True)
 
 
 def _negatives(row: dict[str, Any], usual: Sequence[str], place: str, options: DataOptions) -> tuple[str, ...]:
@@ -158,11 +164,18 @@ def _negatives(row: dict[str, Any], usual: Sequence[str], place: str, options: D
 
 
 def _check_asked(option: str, name: str | None, row: Iterable[str], place: str) -> None:
-    if name is not None and name not in row:
-        raise DataError(
-            f"{place}: there is no column {name!r}, which --{option}-column names; the columns are {quoted(row)}. The "
-            "first line of a .csv or .tsv file has the names of the columns."
-        )
+    if name is None or name in row:
+        return
+    known = {columns.normal(other): other for other in row}
+    similar = known.get(columns.normal(name))
+    advice = (
+        "The first line of a .csv or .tsv file has the names of the columns."
+        if similar is None
+        else f"Did you mean --{option}-column {columns.typed(similar)}?"
+    )
+    raise DataError(
+        f"{place}: there is no column {name!r}, which --{option}-column names; the columns are {quoted(row)}. {advice}"
+    )
 
 
 def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str) -> DataError:
@@ -177,7 +190,7 @@ def _labelled(row: dict[str, Any]) -> tuple[str, list[Any], str, list[Any]] | No
     passages = row.get("passages")
     if isinstance(passages, dict) and {"is_selected", "passage_text"} <= passages.keys():  # MS MARCO on the hub
         return "passages", passages["passage_text"], "passages", passages["is_selected"]
-    documents, label = columns.first_of(_DOCUMENTS, row), columns.first_of(columns.LABEL, row)
+    documents, label = columns.first_of(_DOCUMENTS, row), columns.first_of(columns.LABELS, row)
     if documents is None or label is None or not isinstance(row[documents], list) or not isinstance(row[label], list):
         return None
     return documents, row[documents], label, row[label]

@@ -9,6 +9,7 @@ from typing import Any
 from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import RawRows, checked_text
+from negative_cache.workbench.data.forms.by_order import check_are_texts
 from negative_cache.workbench.data.forms.documents import contents, documents_in, id_in, is_conversation, is_missing
 from negative_cache.workbench.data.forms.known import (
     ANY_NAMES,
@@ -20,17 +21,19 @@ from negative_cache.workbench.data.forms.known import (
     form_of,
     with_names,
 )
+from negative_cache.workbench.data.forms.labels import Labels, label_of
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError
 from negative_cache.workbench.data.rows import Document, Row
 
-ROWS_FOR_LABELS = 1000
+FIRST_ROWS = 1000
 
 
 class RowReader:
     """Reads the rows of one file or dataset as `Row`. They can be read once.
 
-    The first row decides the form, the first `ROWS_FOR_LABELS` rows whether labels are relevance.
+    The first row decides the form. The first `FIRST_ROWS` rows decide what labels are, and whether columns that have no
+    known names are texts.
 
     Args:
         name: The name of the file or dataset, for messages.
@@ -62,20 +65,20 @@ class RowReader:
         self._form = form_of(row, place, options)
         named = with_names(self._form, row, place)
         self._has_ids = has_ids or self._form.has_ids or bool(self.corpus_paths)
-        if self._form == LISTS:
-            texts = list(named.values())
-            _check_no_numbers(texts[:1] if self._has_ids else texts, place)
         self._names, self._first = tuple(named), columns_of(named, self._form, place, options)
         self._columns: dict[tuple[str, ...], Columns] = {}
         self._read_names: set[str] = set()
         self._unused: set[str] = set()
         self._counts = {"prompt": 0, "system message": 0, "list": 0}
-        seen = [first]
-        self._label = None if self._first.negatives else columns.first_of(columns.LABEL, named)
-        if self._label is not None:
-            seen += itertools.islice(rows, ROWS_FOR_LABELS - 1)
-        self._has_relevance = self._label is not None and _are_binary(seen, self._label)
+        label = self._label_of(named, place)
+        is_by_order = self._form == LISTS or self._first.by_order
+        seen = [first, *itertools.islice(rows, FIRST_ROWS - 1 if is_by_order or label is not None else 0)]
         self._rows = itertools.chain(seen, rows)
+        if is_by_order:
+            given = [(at, with_names(self._form, each, at)) for at, each in seen]
+            unnamed = self._first if options.negative_column is None else self._first._replace(negatives=())
+            check_are_texts(unnamed, given, self._has_ids)
+        self._labels = None if label is None else Labels(label, seen, options)
         self.form = self._form_name(named)
 
     def __iter__(self) -> Iterator[Row]:
@@ -87,14 +90,15 @@ class RowReader:
     @property
     def notes(self) -> list[str]:
         """How the rows were read and what is not used; complete after all rows were read."""
-        found = [*self._notes_of_columns(), *self._notes_of_labels()]
+        found = list(self._notes_of_columns())
         if count := self._counts["prompt"]:
             found.append(f"the prompt is put before the query; rows with a prompt: {count:,}.")
         if count := self._counts["system message"]:
             found.append(f"the system message is put before the query, with a line break; rows with one: {count:,}.")
         if count := self._counts["list"]:
-            found.append(f"values that are JSON lists, each text of which is a document: {count:,}.")
-        return [f"{self._name}: {note}" for note in found]
+            found.append(f"values that are lists, each text of which is a document: {count:,}.")
+        of_labels = [] if self._labels is None else self._labels.notes(self._name)
+        return [*(f"{self._name}: {note}" for note in found), *of_labels]
 
     def _read(self, row: dict[str, Any], place: str) -> Row | None:
         """A row; None if it is skipped."""
@@ -103,20 +107,24 @@ class RowReader:
         if query is None:
             self._skip("rows with an empty query", row, names.query, place)
             return None
-        positives = self._documents(row, names.positive, "empty positives", place)
+        positives = self._documents(row, names.positives[0], "empty positives", place, is_needed=True)
+        for name in names.positives[1:]:
+            positives += self._documents(row, name, "empty positives", place)
         if not positives:
-            self._skip("rows without a relevant document", row, names.positive, place)
+            self._skip("rows without a relevant document", row, names.positives[0], place)
             return None
         negatives: list[Document] = []
         for name in names.negatives:
-            if name in row:
-                negatives += self._documents(row, name, "empty negatives", place)
-        if self._label is not None and self._has_relevance:
-            if is_missing(row.get(self._label)):
-                self._skip("rows without a label", row, self._label, place)
+            negatives += self._documents(row, name, "empty negatives", place)
+        if self._labels is not None and self._labels.is_used:
+            grade = self._labels.grade(row, place)
+            if grade is None:
+                self._skip("rows without a label", row, self._labels.column, place)
                 return None
-            if not _relevance(row[self._label], self._label, place):
-                positives, negatives = [], positives + negatives
+            if grade == 0:
+                positives, negatives = [], positives
+            else:
+                positives = [document._replace(grade=grade) for document in positives]
         if not positives and not negatives:
             return None
         return Row(place, query, positives, negatives, self._query_id(row, place))
@@ -127,8 +135,9 @@ class RowReader:
         if found is None:
             found = self._first if names == self._names else self._other_columns(row, place)
             self._columns[names] = found
-            read: set[str | None] = {found.query, found.positive, *found.negatives}
-            read |= {self._form.query_id, self._form.prompt, self._label if self._has_relevance else None}
+            read: set[str | None] = {found.query, *found.positives, *found.negatives}
+            read |= {self._form.query_id, self._form.prompt}
+            read |= {self._labels.column} if self._labels is not None and self._labels.is_used else set()
             self._read_names |= row.keys() & read
             self._unused |= row.keys() - read
         return found
@@ -141,11 +150,12 @@ class RowReader:
         try:
             found = columns_of(row, self._form, place, self._options)
         except DataError:
-            if first.query not in row and first.positive not in row:
+            if first.query not in row and not row.keys() & set(first.positives):
                 raise
             return first
         if found.by_order:
-            raise DataError(f"{place}: no column {first.query!r} and no column {first.positive!r}, only {quoted(row)}.")
+            positive = first.positives[0]
+            raise DataError(f"{place}: no column {first.query!r} and no column {positive!r}, only {quoted(row)}.")
         return found
 
     def _query(self, row: dict[str, Any], name: str, place: str) -> str | None:
@@ -168,8 +178,12 @@ class RowReader:
         name = self._form.query_id
         return None if name is None or is_missing(row.get(name)) else id_in(row[name], name, place)
 
-    def _documents(self, row: dict[str, Any], name: str, empty: str, place: str) -> list[Document]:
-        """The documents of a column; missing ones among them are skipped."""
+    def _documents(
+        self, row: dict[str, Any], name: str, empty: str, place: str, is_needed: bool = False
+    ) -> list[Document]:
+        """The documents of a column; missing ones are skipped and counted, unless all are and one is needed."""
+        if name not in row and not is_needed:
+            return []
         value = row.get(name)
         if type(value) is str and value.startswith("[") and (cells := columns.list_in(name, value)) is not None:
             self._counts["list"] += 1
@@ -178,7 +192,7 @@ class RowReader:
             return [Document(checked_text(value, name, place))]
         found = list(documents_in(value, name, place, self._has_ids))
         documents = [document for document in found if document is not None]
-        if len(documents) < len(found) and (documents or empty == "empty negatives"):
+        if len(documents) < len(found) and (documents or not is_needed):
             for _ in range(len(found) - len(documents)):
                 self._skip(empty, row, name, place)
         return documents
@@ -191,10 +205,21 @@ class RowReader:
             )
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
+    def _label_of(self, row: dict[str, Any], place: str) -> str | None:
+        """The column of the labels, by the first row; None if there is none."""
+        if self._form == ANY_NAMES and not self._first.negatives:
+            return label_of(row, self._options)
+        if self._options.label_column is not None:
+            raise DataError(
+                f"{place}: --label-column is for rows of a query and a document; these have negatives or lists of "
+                "documents. Leave it out."
+            )
+        return None
+
     def _form_name(self, row: dict[str, Any]) -> str:
         if self._form not in (ANY_NAMES, LISTS):
             return self._form.name
-        if self._has_relevance:
+        if self._labels is not None and self._labels.is_used:
             return "labelled pairs"
         negatives = self._first.negatives
         if not negatives:
@@ -202,12 +227,12 @@ class RowReader:
         return "triplets" if len(negatives) == 1 and isinstance(row[negatives[0]], str) else "n-tuples"
 
     def _notes_of_columns(self) -> Iterator[str]:
-        query, positive, negatives, by_order = self._first
+        query, positives, negatives, by_order = self._first
         if by_order:
             yield (
-                f"no known name of a column; the columns are taken by order: query {query!r}, positive {positive!r}, "
-                f"negatives {quoted(negatives) or 'none'}. Name them with --query-column, --positive-column and "
-                "--negative-column."
+                f"no known name of a column; the columns are taken by order: query {query!r}, positive "
+                f"{positives[0]!r}, negatives {quoted(negatives) or 'none'}. Name them with "
+                "--query-column, --positive-column and --negative-column."
             )
         if self._form == LISTS:
             rest = ", negatives" if negatives else ""
@@ -219,42 +244,3 @@ class RowReader:
                 "" if self._form in (SETS, LABELLED_LISTS) else f"columns that are read: {quoted(self._read_names)}; "
             )
             yield f"{read}not used: {quoted(self._unused)}."
-
-    def _notes_of_labels(self) -> Iterator[str]:
-        if self._label is None:
-            return
-        if self._has_relevance:
-            yield f"{self._label!r} is 1 for a relevant document and 0 for a negative."
-        else:
-            yield (
-                f"{self._label!r} has values other than 0 and 1 and is not used: the document of every row counts as "
-                "relevant."
-            )
-
-
-def _check_no_numbers(texts: list[Any], place: str) -> None:
-    """Refuse a number in the first of the rows without names, which is rather an id or a label than a text."""
-    for number, value in enumerate(texts, start=1):
-        if isinstance(value, str) and columns.is_number(value):
-            raise DataError(
-                f"{place}: value {number} is the number {value!r}; without names of columns, expected texts: a query, "
-                "a positive and any negatives. Name the columns: in a first line of a .csv or .tsv file, in objects of "
-                "a .jsonl file."
-            )
-
-
-def _are_binary(rows: list[tuple[str, Any]], label: str) -> bool:
-    """Whether the labels in rows are 0 and 1; missing ones do not count."""
-    values = [row.get(label) for _, row in rows if isinstance(row, dict)]
-    known = [columns.binary(value) for value in values if not is_missing(value)]
-    return bool(known) and None not in known
-
-
-def _relevance(value: object, label: str, place: str) -> bool:
-    relevance = columns.binary(value)
-    if relevance is None:
-        raise DataError(
-            f"{place}: {label!r} is {value!r}, but the first {ROWS_FOR_LABELS:,} rows have only 0 and 1, which say "
-            "whether a document is relevant. Correct the value, or rename the column if it has no relevance."
-        )
-    return relevance

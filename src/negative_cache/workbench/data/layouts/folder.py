@@ -60,6 +60,9 @@ def find_in_folder(folder: Path, options: DataOptions, chosen: str | None = None
         raise DataError(_advice(folder, entries))
     if QUERIES in entries:
         raise DataError(f"{folder} has queries, but no {CORPUS}.jsonl. Expected {LAYOUTS}.")
+    for paths in files.values():
+        if other := next((path for path in paths if _kind(path) != _kind(paths[0])), None):
+            raise DataError(f"{paths[0]} and {other} are of the same split, in two formats. Remove one.")
     notes: list[str] = []
     tables: dict[str | None, list[Table]] = {split: _tables(paths, options, notes) for split, paths in files.items()}
     used = {path for paths in [*files.values(), entries.get(CORPUS, [])] for path in paths}
@@ -171,7 +174,8 @@ def _rows_by_split(entries: dict[str, list[Path]], folder: Path) -> dict[str, li
 
 
 def _tables(paths: Iterable[Path], options: DataOptions, notes: list[str]) -> list[Table]:
-    return [Table(str(path), partial(file_rows, path, options.encoding, notes)) for path in paths]
+    asked = options.columns()
+    return [Table(str(path), partial(file_rows, path, options.encoding, notes, asked)) for path in paths]
 
 
 def _qrels_table(path: Path, options: DataOptions, notes: list[str]) -> Table:

@@ -1,0 +1,127 @@
+"""Columns of unknown names, which are taken by their order if they have texts."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from negative_cache.workbench.data import DataError, DataOptions, RetrievalData, load_data
+
+NUM_ROWS = 12
+TEXTS = [f"how do I open the box of {name}" for name in "abcdefghijkl"]
+COLUMNS: dict[str, Iterable[Any]] = {
+    "date": [f"2024-05-{n + 10}" for n in range(NUM_ROWS)],
+    "day": [f"{n + 1}.5.24" for n in range(NUM_ROWS)],
+    "when": [f"May {n + 1}, 2024" for n in range(NUM_ROWS)],
+    "time": [f"10:{n + 10} am" for n in range(NUM_ROWS)],
+    "price": [f"${n}.50" for n in range(NUM_ROWS)],
+    "views": [f"1,{n + 100}" for n in range(NUM_ROWS)],
+    "ticket": [f"HELP-{n}" for n in range(NUM_ROWS)],
+    "url": [f"https://example.com/{chr(97 + n)}" for n in range(NUM_ROWS)],
+    "status": ["in progress", "done"] * (NUM_ROWS // 2),
+    "clicked": ["no"] * NUM_ROWS,
+    "subject": TEXTS,
+    "body": [f"Lift the lid. {text}" for text in TEXTS],
+    "reply": [f"Close it, {text}" for text in TEXTS],
+    "notes": [f"Whatever is noted, {text}" for text in TEXTS],
+    "wrong_1": [f"not {text}" for text in TEXTS],
+    "wrong_2": [f"also not {text}" for text in TEXTS],
+    "search": ["laptop", "mouse", "laptop", "key", "key", "box", "cat", "dog", "lid", "red hat", "tin", "hat"],
+    "id": range(NUM_ROWS),
+    "": range(NUM_ROWS),
+}
+
+
+def table(path: Path, names: str, has_heading: bool = True) -> Path:
+    """Write a table with these columns."""
+    given = ["" if name == "index" else name for name in names.split()]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([given] if has_heading else [])
+        writer.writerows(zip(*(COLUMNS[name] for name in given), strict=True))
+    return path
+
+
+def negatives(data: RetrievalData) -> list[list[str]]:
+    return [[data.corpus[key] for key in keys] for keys in data.negatives.values()]
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        ("subject body", "query 'subject', positive 'body', negatives none"),
+        ("search body", "query 'search', positive 'body', negatives none"),
+        ("id subject body reply", "query 'subject', positive 'body', negatives 'reply'"),
+        ("index subject body wrong_1 wrong_2", "query 'subject', positive 'body', negatives 'wrong_1', 'wrong_2'"),
+    ],
+)
+def test_columns_of_texts_are_taken_by_order_with_a_note(tmp_path: Path, names: str, note: str):
+    data = load_data(str(table(tmp_path / "a.csv", names)))
+    assert len(data.judged("all")) == len(set(COLUMNS["subject" if "subject" in names else "search"]))
+    assert any("no known name of a column" in text and note in text for text in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "what", "proposed"),
+    [
+        ("date status subject body", "'date' .* are dates or times, such as '2024-05-10'", "subject .*column body"),
+        ("day subject body", "'day' .* are dates or times", "subject .*column body"),
+        ("when subject body", "'when' .* are dates or times", "subject .*column body"),
+        ("subject time body", "'time' .* are dates or times", "subject .*column body"),
+        ("ticket subject body", "'ticket' .* are ids, such as 'HELP-0'", "subject .*column body"),
+        ("search clicked price", "'clicked' .* are few and short, such as 'no'", "search .*column NAME"),
+        ("subject body price", r"'price' .* are numbers, such as '\$0.50'", "subject .*column body"),
+        ("subject body views", "'views' .* are numbers", "subject .*column body"),
+        ("status subject body", "'status' .* are few and short, such as 'in progress'", "subject .*column body"),
+        ("subject body status", "'status' .* are shared by queries, such as .* by 6 of them", "subject .*column body"),
+        ("search url", "'url' .* are addresses of web pages", "search .*column NAME"),
+        ("subject body reply notes", "'reply' .* may be no negatives, .* 'notes'", "subject .*column body"),
+    ],
+)
+def test_columns_of_other_values_are_refused_with_what_to_type(tmp_path: Path, names: str, what: str, proposed: str):
+    path = table(tmp_path / "a.csv", names)
+    with pytest.raises(DataError, match=rf"line 2: no known name.*{what}.*--query-column {proposed}"):
+        load_data(str(path))
+
+
+def test_columns_that_are_named_are_not_judged_by_their_values(tmp_path: Path):
+    path = table(tmp_path / "a.csv", "date status subject body")
+    data = load_data(str(path), DataOptions(query_column="subject", positive_column="status"))
+    assert set(data.corpus.values()) == {"in progress", "done"}
+    path = table(tmp_path / "b.csv", "subject body status price")
+    data = load_data(str(path), DataOptions(negative_column="status"))
+    assert sorted(negatives(data)) == [["done"]] * 6 + [["in progress"]] * 6
+
+
+def test_numbers_that_are_no_texts_are_refused_too(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"price": 3, "search": "a box", "page": "a lid"}\n')
+    with pytest.raises(DataError, match=r"'price' .* are numbers, such as '3'.*--query-column search .*column page"):
+        load_data(str(path))
+
+
+def test_tables_without_a_heading_are_judged_by_their_values(tmp_path: Path):
+    path = table(tmp_path / "a.csv", "subject body date", has_heading=False)
+    with pytest.raises(DataError, match=r"line 1: value 3 of a row is not a text: .* are dates or times"):
+        load_data(str(path))
+    data = load_data(str(table(tmp_path / "b.csv", "subject body reply", has_heading=False)))
+    assert len(negatives(data)) == NUM_ROWS
+
+
+def test_ids_of_a_corpus_need_not_be_texts(tmp_path: Path):
+    (tmp_path / "corpus.jsonl").write_text("".join(f'{{"_id": "HELP-{n}", "text": "text {n}"}}\n' for n in range(20)))
+    path = table(tmp_path / "a.csv", "subject ticket", has_heading=False)
+    data = load_data(str(path), DataOptions(corpus=str(tmp_path / "corpus.jsonl")))
+    assert len(data.judged("all")) == NUM_ROWS
+
+
+def test_only_the_first_thousand_rows_are_judged(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("search,page\n" + "".join(f"a box {n},text {n}\n" for n in range(1000)) + "3,4\n" * 2)
+    data = load_data(str(path))
+    assert len(data.judged("all")) == 1001
+    assert any("pairs that repeat an earlier one, and count once: 1." in note for note in data.notes)
