@@ -97,6 +97,9 @@ def test_static_models_are_refused(path: str):
     )
     with pytest.raises(RunError, match="and folder is a static model"):
         make_loss(configuration("folder", "gist"), static)
+    for name in ("static", f"static:{path}"):
+        with pytest.raises(RunError, match=f"and {name} is a static model"):
+            Comparison("d", name, (f"gist:guide={Path(path).name}",), "out")
 
 
 def test_the_batch_of_cached_gist_is_multiplied_in_a_comparison(path: str):

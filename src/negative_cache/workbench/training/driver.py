@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import platform
 import shutil
@@ -207,6 +208,8 @@ class _Run:
         mining = Mining(self.config, self.data, self.folder, self.on_progress)
         trainer, failed = self._train_from(resumed_from, mining, is_first)
         while failed is None and trainer.state.global_step in mining.steps(trainer.state.max_steps):
+            del trainer
+            gc.collect()  # it refers to itself, and its optimizer would stay in memory
             trainer, failed = self._train_from(last_complete_checkpoint(self.folder), mining, is_first)
         if is_first:
             steps = trainer.state.global_step
