@@ -92,8 +92,8 @@ def load_guide(config: RunConfig, model: SentenceTransformer) -> SentenceTransfo
 
 def _is_static(config: RunConfig, name: str) -> RunError:
     return RunError(
-        f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a static model. "
-        "Use a transformer, or --loss in-batch."
+        f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a static "
+        "model. Use a transformer, or --loss in-batch."
     )
 
 
