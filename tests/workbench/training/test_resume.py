@@ -161,7 +161,7 @@ def test_resuming_a_finished_run_returns_its_record(folder: Path):
         run(other, read(folder), resume=True)
     longer = replace(configuration(folder, "whole"), max_steps=2 * STEPS)
     with pytest.raises(
-        RunError, match="of another length: --max-steps was 40, is 80. It cannot be prolonged.* --model "
+        RunError, match=r"of another length: --max-steps was 40, is 80. It cannot be prolonged.* --model "
     ):
         run(longer, read(folder), resume=True)
     with pytest.raises(RunError, match="exists"):
