@@ -206,7 +206,7 @@ def test_too_few_steps_for_a_round_are_noted(data: RetrievalData, tmp_path: Path
     record = run(replace(configuration("static", tmp_path / "out"), max_steps=1), data)
     assert record is not None
     assert record.mining == []
-    assert record.data_notes[-1] == "Negatives were mined 0 times instead of 1: training has too few steps."
+    assert record.data_notes[-1] == "Negatives were mined 0 times instead of 1: training ended before."
 
 
 def test_several_ranks_are_refused(data: RetrievalData, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -128,7 +128,7 @@ class Mining:
         rounds, wanted = self.until(step), len(self._points())
         notes = [self._note(mined) for mined in rounds if mined.pairs_with_fewer]
         if len(rounds) < wanted:
-            notes.append(f"Negatives were mined {len(rounds)} times instead of {wanted}: training has too few steps.")
+            notes.append(f"Negatives were mined {len(rounds)} times instead of {wanted}: training ended before.")
         return notes
 
     def _note(self, mined: Mined) -> str:
