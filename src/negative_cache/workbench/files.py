@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,20 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_not_data(output: Path, sources: Iterable[str | None]) -> None:
+    """Raise ValueError if a file to write is a file of the data, or exists in a folder of the data.
+
+    Args:
+        output: The file.
+        sources: Names and paths of datasets; None for none.
+    """
+    path = output.resolve()
+    for source in filter(None, sources):
+        data = Path(source).resolve()
+        if path == data or (path.exists() and data.is_dir() and data in path.parents):
+            raise ValueError(f"{output} is a file of the data {source}, and would be overwritten. Give another file.")
 
 
 def write_text(path: Path, text: str, suffix: str = ".tmp") -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import math
@@ -106,9 +108,10 @@ def _distilled(name: str) -> SentenceTransformer:
         kind = type(body).__name__
         raise ModelError(f"{DISTILLED}{name} needs a transformer or a static model; its first module is {kind}.")
     logging.getLogger("model2vec").setLevel(logging.ERROR)
-    found = distill_from_model(
-        body.model, body.tokenizer, device=str(model.device), pca_dims=STATIC_DIM, quantize_to="float32"
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be disabled
+        found = distill_from_model(
+            body.model, body.tokenizer, device=str(model.device), pca_dims=STATIC_DIM, quantize_to="float32"
+        )
     weights = torch.as_tensor(found.embedding).contiguous()
     return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
 

@@ -41,10 +41,11 @@ def data(
 
         with counting_bar(terminal, "Examining texts") as on_progress:
             found = describe(loaded, measure or WORDS, on_progress)
-        warnings = advice(found)
+        read = [note.removeprefix("Warning: ") for note in loaded.notes if note.startswith("Warning: ")]
+        warnings = [*read, *advice(found)]
         terminal.result({**found, "notes": loaded.notes, "warnings": warnings})
         _print(terminal, found)
-        for warning in warnings:
+        for warning in warnings[len(read) :]:  # the others are printed as notes of the data
             terminal.out.print(f"[bold yellow]Warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
 
 

@@ -11,9 +11,10 @@ import typer
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.progress import counting_bar
-from negative_cache.workbench.cli.tables import metrics_table
+from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.files import check_not_data
 from negative_cache.workbench.training.config import RunError, flag_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _evaluate(
     metrics = quality.metrics()
     terminal.result(metrics)
     sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
-    terminal.out.print(metrics_table(f"{data.name}, {split}: {sizes}", {split: metrics}))
+    print_wide(metrics_table(f"{data.name}, {split}: {sizes}", {split: metrics}), terminal.out)
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
         terminal.say(f"Written: {' '.join(written)}")
@@ -107,7 +108,7 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
     with counting_bar(terminal, "Evaluating on NanoBEIR") as on_progress:
         result = evaluate_nanobeir(trained, chosen, encoding, on_progress)
     terminal.result(result)
-    terminal.out.print(metrics_table("NanoBEIR", result))
+    print_wide(metrics_table("NanoBEIR", result), terminal.out)
 
 
 def split_of(terminal: Terminal, data: RetrievalData, split: str | None) -> str:
@@ -144,6 +145,9 @@ def _check(given: Mapping[str, Any]) -> None:
     if "nanobeir" in used and "," in (given["encoding_options"]["device"] or ""):
         raise RunError(f"--nanobeir runs on one device; --device is {given['encoding_options']['device']!r}.")
     _check_files({name: given[name] for name in ("run", *_OUTPUTS) if given[name] is not None})
+    for name in _OUTPUTS:
+        if given[name] is not None:
+            check_not_data(given[name], (given["data"], *given["data_options"].sources()))
 
 
 def _check_files(files: Mapping[str, Path]) -> None:

@@ -36,6 +36,8 @@ def search(
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.evaluation import EncodingOptions
             from negative_cache.workbench.evaluation import search as search_corpus
+        if any(not text.strip() for text in query):
+            raise ValueError("A query is empty. Give the text to search for.")
         encoding = EncodingOptions(**encoding_options)
         loaded = terminal.load_data(data, data_options)
         trained = terminal.load_model(model)

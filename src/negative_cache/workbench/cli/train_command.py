@@ -13,7 +13,7 @@ import typer
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
 from negative_cache.workbench.cli.progress import training_bar
-from negative_cache.workbench.cli.tables import metrics_table
+from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
 
@@ -117,18 +117,19 @@ def train(
         config = opt.make(RunConfig, given, save_steps=save_steps or None)
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.training.driver import RunOptions, finished_run, run
-        record = finished_run(config, resume)
-        if record is None:
-            loaded = terminal.load_data(data, data_options)
+        is_finished = finished_run(config, resume) is not None
+        loaded = terminal.load_data(data, data_options)
+        if is_finished:
+            record = run(config, loaded, resume=True)  # checks that the data is the same
+            if export_negatives is not None:
+                terminal.note(f"{export_negatives} is not written: the run was finished before, without its cache.")
+        else:
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 options = RunOptions(not no_eval, not no_eval, export_negatives=export_negatives)
                 record = run(config, loaded, options, resume=resume, on_step=on_step, on_progress=on_progress)
-        elif export_negatives is not None:
-            terminal.note(f"{export_negatives} is not written: the run was finished before, and its cache is not kept.")
-            export_negatives = None
         if record is not None:
             _show(terminal, record, output)
-            if export_negatives is not None:
+            if export_negatives is not None and not is_finished:
                 terminal.say(f"The training pairs with hard negatives are in {export_negatives}")
 
 
@@ -141,7 +142,7 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
         if rows := {when: metrics for when, metrics in measured.items() if metrics is not None}:
             sizes = rows["after"]
             title = f"{split} split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
-            terminal.out.print(metrics_table(title, rows))
+            print_wide(metrics_table(title, rows), terminal.out)
     terminal.say(f"{record.steps} steps in {record.seconds:.1f} s. The model and run.json are in {output}")
     if record.best_step is not None:
         terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")

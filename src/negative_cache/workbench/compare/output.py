@@ -27,8 +27,7 @@ from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, styl
 from negative_cache.workbench.files import write_text
 
 NOTE = (
-    "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the best of {rates} "
-    "on the dev split with seed 0; if that was the lowest or highest one, up to {extensions} more were tried. Seconds "
+    "Mean ± sample standard deviation over {seeds} seed(s) on the test split. {rates} Seconds "
     "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
     "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). Both "
     "include what a guide encodes, and mining, which encodes the corpus and the training queries. * marks "
@@ -57,7 +56,6 @@ def write_output(result: dict[str, Any], command: str) -> list[Path]:
 
 
 def _markdown(result: dict[str, Any], command: str) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in result["learning_rates"])
     lines = [
         f"# {title_of(result)}",
         "",
@@ -66,9 +64,8 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         *_table(COLUMNS, rows_of(result)),
         "",
         NOTE.format(
-            extensions=MAX_EXTENSIONS,
             seeds=result["configuration"]["seeds"],
-            rates=rates,
+            rates=_rates_in_words(result["learning_rates"]),
             tested=" and ".join(TESTED),
         ),
     ]
@@ -85,6 +82,16 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         pairs = [found.cells() for found in differences_of(result, measure)]
         lines += ["", f"{measure}:", "", *_table(PAIR_COLUMNS, pairs)]
     return "\n".join(lines) + "\n"
+
+
+def _rates_in_words(rates: Sequence[float]) -> str:
+    if len(rates) == 1:
+        return f"The learning rate is {rates[0]:g}."
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    return (
+        f"The learning rate is the best of {tried} on the dev split with seed 0; if that was the lowest or highest "
+        f"one, up to {MAX_EXTENSIONS} more were tried."
+    )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

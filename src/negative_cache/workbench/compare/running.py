@@ -248,6 +248,12 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
                 f"{comparison.output!r} has a comparison, and {comparison.data!r} has changed since it began. Restore "
                 "the data, or give another --output."
             )
+        left_out = [spec for spec in losses if spec not in comparison.losses]
+        if left_out and saved["configuration"]["seeds"] != comparison.seeds:
+            raise RunError(
+                f"{comparison.output!r} has results of {saved['configuration']['seeds']} seeds of {', '.join(left_out)}"
+                f", and --seeds is {comparison.seeds}. Name these, too, in --losses, so that all have the same seeds."
+            )
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {COMPARISON}. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)

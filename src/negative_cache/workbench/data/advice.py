@@ -88,8 +88,12 @@ def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
     share = found["queries_equal_to_document"] / found["queries"] if found["queries"] else 0
     if share >= MANY and not found["ignores_identical_ids"]:
         yield (
-            f"{_percent(share)} of the queries are documents, too, and each finds itself. If both have the same id, "
-            "use --ignore-identical-ids."
+            f"{_percent(share)} of the queries are documents, too, and each finds itself. "
+            + (
+                "If equal ids mean equal texts, use --ignore-identical-ids."
+                if found["identical_ids"]
+                else "Remove them from the corpus."
+            )
         )
 
 

@@ -101,6 +101,7 @@ def describe(data: RetrievalData, measure: Measure = WORDS, on_progress: OnProgr
         },
         "near_duplicates": _near_duplicates(own),
         **_without_query(own, [split for name, split in splits.items() if name not in parts]),
+        "identical_ids": any(query in data.corpus for query in data.queries),
         "queries_equal_to_document": int(_is_in(own.queries.hashes, own.documents.hashes).sum()),
         "overlap": list(_overlap(splits)),
         "examples": _examples(data, next(iter(splits), "")),

@@ -37,6 +37,10 @@ class DataOptions:
     strict: bool = False
     ignore_identical_ids: bool = False
 
+    def sources(self) -> tuple[str | None, ...]:
+        """Further files and datasets that are read: the corpus and the splits."""
+        return self.corpus, self.dev, self.test
+
     def columns(self) -> list[str]:
         """The columns that are given."""
         given = (self.query_column, self.positive_column, self.negative_column, self.label_column)

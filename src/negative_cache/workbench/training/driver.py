@@ -24,7 +24,7 @@ from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
-from negative_cache.workbench.files import write_json
+from negative_cache.workbench.files import check_not_data, write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.best import BestWeights
@@ -113,6 +113,7 @@ def run(
         RunFailedError: Training failed.
     """
     if record := finished_run(config, resume):
+        check_same_data(f"{config.output!r} has a finished run", record.data_fingerprint, config, data)
         return record
     task = _Run(config, data, options or RunOptions(), on_step, on_progress)
     task.check()
@@ -204,6 +205,7 @@ class _Run:
             raise RunError(f"--export-negatives has no effect with --loss {self.config.loss}, which has no cache.")
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise RunError(f"--export-negatives: {path} is a folder, or its folder does not exist. Give a file.")
+        check_not_data(path, (self.config.data, *self.config.data_options.sources()))
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
@@ -433,16 +435,22 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
         if path.exists():
             saved = read_json(path)
             _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], task.config)
-            if saved["data_fingerprint"] != fingerprints.of_data(task.data):
-                raise RunError(
-                    f"{str(folder)!r} has an unfinished run, and {task.config.data!r} has changed since it began. "
-                    "Restore the data, or remove the folder to begin again."
-                )
+            what = f"{str(folder)!r} has an unfinished run"
+            check_same_data(what, saved["data_fingerprint"], task.config, task.data)
             if saved["ranks"] != processes.count():
                 raise RunError(
                     f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "
                     f"{processes.count()}, so its batches differ. Start {saved['ranks']} ranks, or remove the folder."
                 )
+
+
+def check_same_data(what: str, saved: str, config: RunConfig, data: RetrievalData) -> None:
+    """Raise RunError unless the data has the fingerprint that was saved."""
+    if saved != fingerprints.of_data(data):
+        raise RunError(
+            f"{what}, and {config.data!r} has changed since it began. Restore the data, or remove the folder to begin "
+            "again."
+        )
 
 
 def _check_same(what: str, saved: dict[str, Any], config: RunConfig) -> None:

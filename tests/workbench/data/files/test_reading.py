@@ -357,10 +357,11 @@ def test_utf_16_without_a_byte_order_mark_is_refused_with_its_name(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (gzip.compress(b"query,positive\nq,a\n"), ".gz"),
+        (gzip.compress(b"query,positive\nq,a\n", mtime=0), ".gz"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\r", ".png"),
         (b"PK\x03\x04\0", ".zip"),
     ],
+    ids=[".gz", ".png", ".zip"],
 )
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes, kind: str):
     path = tmp_path / "a.csv"

@@ -27,6 +27,7 @@ _LISTS = ("positives", "negatives", "hard_negatives", "pos", "neg")  # names of 
 _ID = re.compile(r"|(.*_)?id(_?\d+)?|idx|index|[qp]id(_?\d+)?|docid|unnamed:_\d+")
 _BINARY = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _MOST_CHARS, _MOST_WORDS = 30, 3  # of a name
+_MOST_NAMES = 20  # in a message
 
 
 def normal(name: str) -> str:
@@ -147,8 +148,10 @@ def check_differ(names: list[str], place: str) -> list[str]:
 
 
 def quoted(names: Iterable[object]) -> str:
-    """Names in sorted order for messages."""
-    return ", ".join(sorted(repr(str(name)) for name in names))
+    """Names in sorted order for messages: all, or the first `_MOST_NAMES` and how many more there are."""
+    found = sorted(repr(str(name)) for name in names)
+    rest = f" and {len(found) - _MOST_NAMES:,} more" if len(found) > _MOST_NAMES else ""
+    return ", ".join(found[:_MOST_NAMES]) + rest
 
 
 def typed(name: str) -> str:

@@ -153,7 +153,9 @@ def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
             f"{place}: rows of an unknown form, with the columns {quoted(row)}. Name the columns of the query and of "
             f"the relevant documents with --query-column and --positive-column. Known forms: pairs, triplets, {forms}."
         )
-    return Columns(names[0], (names[1],), _negatives(row, names[2:], place, options), by_order=True)
+    is_labelled = options.label_column is not None or columns.first_of(columns.LABELS, row) is not None
+    negatives = _negatives(row, () if is_labelled else names[2:], place, options)
+    return Columns(names[0], (names[1],), negatives, by_order=True)
 
 
 def _negatives(row: dict[str, Any], usual: Sequence[str], place: str, options: DataOptions) -> tuple[str, ...]:
@@ -179,9 +181,10 @@ def _check_asked(option: str, name: str | None, row: Iterable[str], place: str) 
 
 
 def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str) -> DataError:
+    other = next((name for name in row if columns.has_text(name) and not columns.is_known(name)), "NAME")
     return DataError(
-        f"{place}: no column {' or '.join(usual[:4])}, only {quoted(row)}. Name the column with --{option}-column. The "
-        "first line of a .csv or .tsv file has the names of the columns."
+        f"{place}: no column {' or '.join(usual[:4])}, only {quoted(row)}. Name the column, for example: "
+        f"--{option}-column {columns.typed(other)}. The first line of a .csv or .tsv file has the names of the columns."
     )
 
 
