@@ -152,7 +152,8 @@ def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
     if changed := changed_options(record.configuration, length):
         raise RunError(
             f"{config.output!r} has a finished run of another length: {changed}. It cannot be prolonged, as its "
-            f"learning rate has reached its end. To train its model further, give --model {config.output} and another --output."
+            f"learning rate has reached its end. To train its model further, give --model {config.output} and another "
+            "--output."
         )
     _check_same(f"{config.output!r} has a finished run", record.configuration, config)
     return record
