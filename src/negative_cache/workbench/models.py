@@ -46,6 +46,11 @@ def learning_rate_of(name: str, has_adapters: bool = False) -> float:
     return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
 
 
+def is_from_scratch(name: str) -> bool:
+    """Whether a model starts with random weights."""
+    return name in LEARNING_RATES
+
+
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
     """Load or build a model to train.
 

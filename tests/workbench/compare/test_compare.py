@@ -51,13 +51,14 @@ def options(data: Path, output: Path, losses: str, *more: str) -> list[str]:
 
 def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     output = tmp_path / "out"
-    losses = "bm25,in-batch,gradcache:batch_size=24,memory-bank,negative-cache:num_samples=2,zero-shot"
+    losses = "bm25,in-batch,gradcache:batch_size=24,memory-bank,mined,negative-cache:num_samples=2,zero-shot"
     monkeypatch.setattr(sys, "argv", ["negative-cache", "compare", "--losses", losses])  # what the report names
     ended = invoke(*options(data, output, losses, "--seeds", "2"))
     assert ended.exit_code == 0, ended.output
     result = json.loads((output / "compare.json").read_text())
     assert list(result["losses"]) == list(parse_losses(losses))
-    steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "negative-cache:num_samples=2": 18}
+    steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "mined": 18}
+    steps["negative-cache:num_samples=2"] = 18
     trained = {name: loss for name, loss in result["losses"].items() if name in steps}
     assert result["losses"].keys() - trained.keys() == {"bm25", "zero-shot"}
     for name, loss in trained.items():
@@ -71,6 +72,10 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
         if name.startswith("negative-cache"):  # from the second step on, two more documents per query
             assert loss["runs"][0]["documents_encoded"] > 2 * 144
             assert loss["runs"][0]["documents_encoded"] <= 3 * 144
+        elif name == "mined":  # after an epoch, the corpus and the training queries, then up to one negative per query
+            assert 144 + 120 + 72 < loss["runs"][0]["documents_encoded"] <= 144 + 120 + 72 + 72
+            record = RunRecord.read(output / "runs" / loss["runs"][0]["folder"])
+            assert [found["step"] for found in record.mining] == [9]
         else:
             assert loss["runs"][0]["documents_encoded"] == 144
     text = (output / "compare.md").read_text()
@@ -110,12 +115,12 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     check_significance(output, result)
 
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
-    assert len(before) == 11
+    assert len(before) == 13
     again = invoke(*options(data, output, losses + ",negative-cache:shared=false", "--seeds", "2"))
     assert again.exit_code == 0, again.output
     after = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/queries.json")}
     assert {path: after[path] for path in before} == before  # what was there was not run again
-    assert len(after) == 13
+    assert len(after) == 15
     assert "bm25: MRR@10 test" in again.output
     changed = ["--scale", "10", "--learning-rates", "0.1,1", "--negatives", "ignore"]
     other = invoke(*options(data, output, losses), *changed)
@@ -135,7 +140,7 @@ def check_significance(output: Path, result: dict[str, Any]) -> None:
     for measure in ("MRR@10", "nDCG@10"):
         found = result["significance"][measure]
         assert found["num_queries"] == 24
-        assert len(found["differences"]) == 15
+        assert len(found["differences"]) == 21
         for name, system in found["systems"].items():
             assert system["mean"] == pytest.approx(result["losses"][name]["summary"][measure]["mean"])
     spec = "negative-cache:num_samples=2"

@@ -40,12 +40,17 @@ def test_documents_count_every_time_they_are_encoded_while_the_meter_runs(kind: 
     columns = [{"input_ids": torch.zeros(4, 3)}, {"input_ids": torch.zeros(4, 3)}]
     loss(columns, None)
     assert meter.documents == 0
-    with meter.running():
-        loss(columns, None)
-        with meter.paused():
-            model(columns[0])
-        model(columns[0])  # cached documents that are re-encoded
+    meter.start()
+    loss(columns, None)
+    with meter.paused():
+        model(columns[0])
+    model(columns[0])  # cached documents that are re-encoded
+    meter.stop()
+    loss(columns, None)
     assert meter.documents == passes * 4 + 4
+    meter.add(5.0, 7)  # a cost that was measured elsewhere
+    assert meter.documents == passes * 4 + 4 + 7
+    assert 5 < meter.seconds < 6
 
 
 def test_a_restored_meter_continues():
@@ -53,8 +58,8 @@ def test_a_restored_meter_continues():
     loss = Loss(model, 1)
     meter = Meter(model, loss)
     meter.load_state({"seconds": 10.0, "inputs": 8, "queries": 4})
-    with meter.running():
-        loss([{"offsets": torch.zeros(2)}, {"offsets": torch.zeros(2), "input_ids": torch.zeros(9)}], None)
+    meter.start()
+    loss([{"offsets": torch.zeros(2)}, {"offsets": torch.zeros(2), "input_ids": torch.zeros(9)}], None)
     assert meter.documents == 4 + 2
     assert 10 < meter.seconds < 11
     assert meter.state()["inputs"] == 12

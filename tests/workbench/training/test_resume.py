@@ -160,7 +160,9 @@ def test_resuming_a_finished_run_returns_its_record(folder: Path):
     with pytest.raises(RunError, match="--seed was 0, is 5"):
         run(other, read(folder), resume=True)
     longer = replace(configuration(folder, "whole"), max_steps=2 * STEPS)
-    with pytest.raises(RunError, match=r"length: --max-steps was 40, is 80\. It cannot be prolonged.* --model "):
+    with pytest.raises(
+        RunError, match=r"of another length: --max-steps was 40, is 80. It cannot be prolonged.* --model "
+    ):
         run(longer, read(folder), resume=True)
     with pytest.raises(RunError, match="exists"):
         run(configuration(folder, "whole"), read(folder))

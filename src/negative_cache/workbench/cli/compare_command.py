@@ -40,7 +40,9 @@ def compare(
     learning_rates: Annotated[
         str | None, typer.Option(help="Comma-separated. Default: 0.4, 1 and 2.5 times the default of the model.")
     ] = None,
-    gradcache_factor: Annotated[int, typer.Option(help="Factor that multiplies the batch size for gradcache.")] = 16,
+    gradcache_factor: Annotated[
+        int, typer.Option(help="Factor that multiplies the batch size for gradcache and cached-gist.")
+    ] = 16,
     *,
     settings: dict[str, Any],
     data_options: DataOptions,

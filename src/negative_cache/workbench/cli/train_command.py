@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 LOSS_HELP = (
     "negative-cache, in-batch, gradcache (in-batch with a large --batch-size in little memory; with a static model the "
-    "same as in-batch) or memory-bank (in-batch and a queue of --cache-size stale embeddings, without re-encoding)."
+    "same as in-batch), memory-bank (in-batch and a queue of --cache-size stale embeddings, without re-encoding), "
+    "mined (in-batch with negatives that the model finds in the corpus), gist (in-batch without negatives that a guide "
+    "finds more similar than the positive) or cached-gist (the same with a large --batch-size in little memory)."
 )
 
 
@@ -46,7 +48,8 @@ def train(
         float | None, typer.Option(help="Exclude documents whose similarity is above the positive's minus this.")
     ] = None,
     relative_margin: Annotated[
-        float | None, typer.Option(help="Exclude documents whose similarity is above (1 - this) times the positive's.")
+        float | None,
+        typer.Option(help="The same with this fraction of the positive's similarity. Default with mined: 0.05."),
     ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Average with the loss of documents against cached queries.")
@@ -61,6 +64,23 @@ def train(
     fill_from_corpus: Annotated[
         bool, typer.Option("--fill-from-corpus", help="Encode the whole corpus into the cache before training.")
     ] = False,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="Model that detects false negatives with gist. Default: the model before training."),
+    ] = None,
+    num_negatives: Annotated[int, typer.Option(help="Negatives to mine per query.")] = 1,
+    range_min: Annotated[int, typer.Option(help="Skip this number of the most similar documents in mining.")] = 0,
+    range_max: Annotated[int, typer.Option(help="Mine from this number of the most similar documents.")] = 50,
+    sampling_strategy: Annotated[
+        str, typer.Option(help="Mine the most similar documents (top), or a random choice of the range (random).")
+    ] = "top",
+    mining_rounds: Annotated[int, typer.Option(help="How often negatives are mined, evenly over training.")] = 1,
+    mining_start: Annotated[
+        float | None,
+        typer.Option(
+            help="Mine first after this fraction of the steps. Default: 0; 1 / (rounds + 1) with static and tiny."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the data order and the sampling.")] = 0,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not evaluate before and after training, such as on a huge corpus.")

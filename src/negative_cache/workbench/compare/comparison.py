@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import quote
 
 from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import DISTILLED, LEARNING_RATES, learning_rate_of
+from negative_cache.workbench.models import DISTILLED, is_from_scratch, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -18,6 +19,8 @@ from negative_cache.workbench.training.config import (
     has_effect,
     parse_num_samples,
 )
+from negative_cache.workbench.training.losses import check_guide
+from negative_cache.workbench.training.mining import mining_start
 
 RATE_FACTORS = (0.4, 1.0, 2.5)
 BASELINES = ("bm25", "zero-shot")
@@ -66,7 +69,7 @@ class Comparison(TrainingSettings):
         num_samples: Cached documents that the negative cache re-encodes per query.
         embedding_dtype: dtype of the negative cache's embeddings.
         learning_rates: In increasing order; None for 0.4, 1 and 2.5 times the default of the model.
-        gradcache_factor: Factor that multiplies the batch size for gradcache.
+        gradcache_factor: Factor that multiplies the batch size for gradcache and cached-gist.
         data_options: How the data is read.
     """
 
@@ -98,7 +101,7 @@ class Comparison(TrainingSettings):
             raise RunError(f"--losses is {list(self.losses)}; expected at least one loss, and none twice.")
         for spec in self.losses:
             if spec not in BASELINES:
-                self.config(spec)
+                check_guide(self.config(spec))
 
     def rates(self) -> list[float]:
         """The learning rates that the sweep starts with."""
@@ -117,7 +120,7 @@ class Comparison(TrainingSettings):
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
         max_steps = self.max_steps
-        if name == "gradcache":
+        if name in ("gradcache", "cached-gist"):
             shared["batch_size"] *= self.gradcache_factor
             max_steps = None if max_steps is None else math.ceil(max_steps / self.gradcache_factor)
         options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
@@ -135,19 +138,21 @@ class Comparison(TrainingSettings):
 
     def run_config(self, spec: str, rate: float, seed: int) -> RunConfig:
         """The configuration of one run."""
-        name = f"{spec.replace(':', '+')}_rate-{rate:g}_seed-{seed}"
+        name = f"{quote(spec.replace(':', '+'), safe='+=,')}_rate-{rate:g}_seed-{seed}"  # a guide may be a path
+        config = self.config(spec)
         return replace(
-            self.config(spec),
+            config,
             learning_rate=rate,
             seed=seed,
             output=str(Path(self.output) / "runs" / name),
             model=self.initial_model(seed),
+            mining_start=mining_start(config) if config.loss == "mined" else None,
         )
 
     @property
     def is_from_scratch(self) -> bool:
         """Whether the weights before training are random, so that each seed has an untrained model of its own."""
-        return self.model in LEARNING_RATES
+        return is_from_scratch(self.model)
 
     def initial_model(self, seed: int) -> str:
         """Name or path of the model before training."""

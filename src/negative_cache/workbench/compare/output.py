@@ -30,7 +30,8 @@ NOTE = (
     "Mean ± sample standard deviation over {seeds} seed(s) on the test split. The learning rate is the best of {rates} "
     "on the dev split with seed 0; if that was the lowest or highest one, up to {extensions} more were tried. Seconds "
     "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
-    "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). * marks "
+    "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). Both "
+    "include what a guide encodes, and mining, which encodes the corpus and the training queries. * marks "
     "losses that no other is significantly better than, in {tested}."
 )
 SIGNIFICANCE = (

@@ -14,8 +14,10 @@ import torch
 from negative_cache.sampling.config import check_num_samples
 from negative_cache.workbench.data import DataOptions
 
-LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank")
+LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank", "mined", "gist", "cached-gist")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
+SAMPLING_STRATEGIES = ("top", "random")
+GUIDED = ("gist", "cached-gist")
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -34,7 +36,17 @@ CACHE_FIELDS = {
     "num_samples", "in_batch", "shared", "absolute_margin", "relative_margin", "symmetric", "refresh_per_step",
     "use_lru", "embedding_dtype", "fill_from_corpus",
 }  # fmt: skip
-FIELDS_OF = {"negative-cache": {*CACHE_FIELDS, "cache_size"}, "memory-bank": {"cache_size"}}
+GUIDE_FIELDS = {"guide", "absolute_margin", "relative_margin"}
+MINING_FIELDS = {
+    "num_negatives", "range_min", "range_max", "relative_margin", "sampling_strategy", "mining_rounds", "mining_start",
+}  # fmt: skip
+FIELDS_OF = {
+    "negative-cache": {*CACHE_FIELDS, "cache_size"},
+    "memory-bank": {"cache_size"},
+    "mined": MINING_FIELDS,
+    "gist": GUIDE_FIELDS,
+    "cached-gist": GUIDE_FIELDS,
+}
 
 
 class RunError(ValueError):
@@ -47,7 +59,7 @@ class RunFailedError(RuntimeError):
 
 def has_effect(loss: str, field: str) -> bool:
     """Whether a loss uses a field of `RunConfig`."""
-    return field in FIELDS_OF.get(loss, ()) or field not in FIELDS_OF["negative-cache"]
+    return field in FIELDS_OF.get(loss, ()) or not any(field in of_loss for of_loss in FIELDS_OF.values())
 
 
 def flag_of(field: str) -> str:
@@ -173,13 +185,26 @@ class RunConfig(TrainingSettings):
         num_samples: See `NegativeCacheRankingLoss`.
         in_batch: See `NegativeCacheRankingLoss`.
         shared: See `NegativeCacheRankingLoss`; with in_batch=False, shared=False is the estimator of the paper.
-        absolute_margin: See `NegativeCacheRankingLoss`.
-        relative_margin: See `NegativeCacheRankingLoss`.
+        absolute_margin: A document is not a negative if its similarity is above that of the positive minus this
+            margin; None for no limit. By the similarity of the model, with gist and cached-gist by that of the guide.
+        relative_margin: The same with this fraction of the positive's similarity as the margin. With mined, None is
+            0.05: a query whose positives have the similarities 0.8 and 0.6 has no negatives above 0.57.
         symmetric: See `NegativeCacheRankingLoss`.
         refresh_per_step: See `NegativeCacheRankingLoss`.
         use_lru: See `NegativeCacheRankingLoss`.
         embedding_dtype: dtype of cached embeddings: float32, bfloat16, float16 or int8.
         fill_from_corpus: Encode the whole corpus into the cache before training, documents without a query included.
+        guide: Name or path of the model that detects false negatives with gist and cached-gist; None for a copy of the
+            model before training.
+        num_negatives: Negatives to mine per query. See `mine_hard_negatives` of sentence-transformers, as for the next
+            three.
+        range_min: Number of the most similar documents that are skipped, after the known positives and the documents
+            that the margin excludes.
+        range_max: Number of the most similar documents that negatives are chosen from.
+        sampling_strategy: top for the most similar ones, random for a random choice.
+        mining_rounds: How often negatives are mined, at equal distances in training.
+        mining_start: Fraction of the steps after which negatives are first mined; None for 0. For a model that is
+            trained from scratch, None is 1 / (mining_rounds + 1): it begins with in-batch negatives alone.
         seed: Seed of the weights, the data order and the sampling.
         eval_steps: Steps between evaluations on the dev split; None for no evaluation.
         load_best_model_at_end: Keep the weights of the evaluation with the best MRR@10, instead of the last ones.
@@ -211,6 +236,13 @@ class RunConfig(TrainingSettings):
     use_lru: bool = True
     embedding_dtype: str = "float32"
     fill_from_corpus: bool = False
+    guide: str | None = None
+    num_negatives: int = 1
+    range_min: int = 0
+    range_max: int = 50
+    sampling_strategy: str = "top"
+    mining_rounds: int = 1
+    mining_start: float | None = None
     seed: int = 0
     eval_steps: int | None = None
     load_best_model_at_end: bool = False
@@ -225,7 +257,8 @@ class RunConfig(TrainingSettings):
             self.check_static()
         check_choice("loss", self.loss, LOSSES)
         check_choice("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
-        check_positive(self, ("cache_size", "batch_size", "epochs", "scale"))
+        check_choice("sampling_strategy", self.sampling_strategy, SAMPLING_STRATEGIES)
+        check_positive(self, ("cache_size", "batch_size", "epochs", "scale", "num_negatives", "mining_rounds"))
         _checked_num_samples(self.num_samples, self.shared)
         optional = ("max_steps", "learning_rate", "eval_steps", "early_stopping_patience", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
@@ -251,8 +284,21 @@ class RunConfig(TrainingSettings):
                 "--early-stopping-patience needs --load-best-model-at-end: the last model would be one of the worse "
                 "ones."
             )
+        self._check_hard_negatives()
         if not 0 <= self.seed < 2**32:
             raise RunError(f"--seed is {self.seed}; it must be from 0 to 2**32 - 1.")
+
+    def _check_hard_negatives(self) -> None:
+        if not 0 <= self.range_min <= self.range_max - self.num_negatives:
+            raise RunError(
+                f"--range-min is {self.range_min} and --range-max {self.range_max}; expected a range that begins at 0 "
+                f"or later and has at least --num-negatives, {self.num_negatives}, documents."
+            )
+        for name in ("relative_margin", "mining_start"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise RunError(f"{flag_of(name)} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if self.loss in GUIDED and self.absolute_margin is not None and self.relative_margin is not None:
+            raise RunError(f"--loss {self.loss} takes one margin. Leave --absolute-margin or --relative-margin out.")
 
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import platform
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -26,10 +28,12 @@ from negative_cache.workbench.files import write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.best import BestWeights
-from negative_cache.workbench.training.config import RunConfig, RunError, RunFailedError, changed_options
+from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
+from negative_cache.workbench.training.losses import check_guide, load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
+from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.trainer import (
@@ -176,7 +180,8 @@ class _Run:
         return output.with_name(f"{output.name}.partial")
 
     def check(self) -> None:
-        """Raise DataError unless the data has the splits that the run needs."""
+        """Raise unless the loss has a guide, if it needs one, and the data has the splits that the run needs."""
+        check_guide(self.config)
         needed = {"train": True, "dev": self.options.measure_dev, "test": bool(self.options.curve)}
         for split in [split for split, is_needed in needed.items() if is_needed]:
             self.data.judged(split)
@@ -202,35 +207,57 @@ class _Run:
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
-        training_set = self.data.training_set()
         if is_first and not (self.folder / _BEFORE).exists():
             self._begin()
         processes.wait()
-        best = BestWeights(self.folder / _BEST, self.config.early_stopping_patience)
-        trainer = self._make_trainer(training_set, best, is_first)
-        curve = Curve(trainer, self.folder / _CURVE, self.options.curve)
-        trainer.add_callback(curve)
-        checkpoint = last_complete_checkpoint(self.folder)
-        failed = None
+        resumed_from = last_complete_checkpoint(self.folder)
+        mining = Mining(self.config, self.data, self.folder, self.on_progress)
+        trainer, failed = self._train_from(resumed_from, mining, is_first)
+        while failed is None and trainer.state.global_step in mining.steps(trainer.state.max_steps):
+            del trainer
+            gc.collect()  # it refers to itself, and its optimizer would stay in memory
+            trainer, failed = self._train_from(last_complete_checkpoint(self.folder), mining, is_first)
+        if is_first:
+            steps = trainer.state.global_step
+            found = {
+                "resumed_from_step": _step_of(resumed_from),
+                "training_pairs": len(trainer.train_dataset),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "mining": [mined.summary() for mined in mining.until(steps)],
+                "data_notes": [*self.data.notes, *mining.notes(steps)],
+            }
+            self._finish(trainer, found, failed)
+
+    def _train_from(self, checkpoint: str | None, mining: Mining, is_first: bool) -> tuple[RunTrainer, str | None]:
+        """Train from a checkpoint or from the beginning, to the end or until negatives are mined.
+
+        Returns:
+            The trainer; and why training failed, or None.
+        """
+        if checkpoint is None and mining.begins_before_training() and not mining.until(0):
+            mining.mine(self._load_initial(is_first=False), 0)
+        step = _step_of(checkpoint)
+        trainer = self._make_trainer(mining.data_with_negatives(step).training_set(), is_first)
+        if checkpoint is None:
+            for mined in mining.until(0):
+                trainer.meter.add(mined.seconds, mined.texts_encoded)
+        trainer.add_callback(Curve(trainer, self.folder / _CURVE, self.options.curve))
+        trainer.add_callback(StopToMine(mining, trainer.meter))
         try:
             train_to_the_end(trainer, checkpoint, begin=lambda: self._fill(trainer))
         except RunFailedError as error:
             if not self.options.record_failure:
                 raise
-            failed = str(error)
-        if is_first:
-            costs = {
-                "resumed_from_step": 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1]),
-                "training_pairs": len(training_set),
-                "peak_memory_bytes": peak_memory_bytes(),
-            }
-            self._finish(trainer, curve, best, costs, failed)
+            return trainer, str(error)
+        return trainer, None
 
     def _begin(self) -> None:
         """Create the folder with the untrained model and its metrics. `before.json` is written last."""
         shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was stopped in this function
         self.folder.mkdir(parents=True)
         model = load_model(self.config.model, self.data.training_texts(), self.config.seed)
+        if self.config.loss in GUIDED:
+            load_guide(self.config, model)  # an error is raised before the evaluation
         for note in prepare(model, self.config):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
@@ -249,7 +276,7 @@ class _Run:
         }
         write_json(self.folder / _BEFORE, {**content, **measured})
 
-    def _make_trainer(self, training_set: Dataset, best: BestWeights, is_first: bool) -> RunTrainer:
+    def _load_initial(self, is_first: bool) -> SentenceTransformer:
         model = load_trained(str(self.folder / _INITIAL))  # with the same tokenizer on all ranks and after a restart
         if self.config.lora is not None:
             note = add_lora(model, self.config.lora, self.config.seed)
@@ -261,6 +288,10 @@ class _Run:
             prompts = prompts_of(model)
             queries = (prompts.query + text for text in self.data.queries.values())
             cache_tokens(model, chain(queries, (prompts.document + text for text in self.data.corpus.values())))
+        return model
+
+    def _make_trainer(self, training_set: Dataset, is_first: bool) -> RunTrainer:
+        model = self._load_initial(is_first)
         return make_trainer(
             self.folder,
             self.config,
@@ -269,8 +300,11 @@ class _Run:
             on_step=self.on_step if is_first else None,
             evaluator=None if self.config.eval_steps is None else make_evaluator(model, self.data, "dev"),
             report_to=_programs(self.config) if self.options.keep_model else (),
-            best=best if self.config.load_best_model_at_end else None,
+            best=self._best() if self.config.load_best_model_at_end else None,
         )
+
+    def _best(self) -> BestWeights:
+        return BestWeights(self.folder / _BEST, self.config.early_stopping_patience)
 
     def _fill(self, trainer: RunTrainer) -> None:
         """Fill the cache from the corpus, if the configuration says so."""
@@ -286,16 +320,15 @@ class _Run:
             if self.on_progress is not None:
                 self.on_progress(start + len(part), len(positions))
 
-    def _finish(
-        self, trainer: RunTrainer, curve: Curve, best: BestWeights, costs: dict[str, Any], failed: str | None
-    ) -> None:
+    def _finish(self, trainer: RunTrainer, found: dict[str, Any], failed: str | None) -> None:
         """Evaluate, and write the model, the samples and, last, the record."""
         began = read_json(self.folder / _BEFORE)
-        quality = {} if failed else self._evaluate(trainer, best, began)
+        quality = {} if failed else self._evaluate(trainer, began)
         seconds, documents = round(trainer.meter.seconds, 3), trainer.meter.documents
         points = []
         if self.options.curve and not failed:
             last = {"step": trainer.state.global_step, "seconds": seconds, "documents_encoded": documents}
+            curve = Curve(trainer, self.folder / _CURVE)
             points = [*curve.measure(self.data), {**last, "test": quality["after"]}]
         RunRecord(
             configuration=_configuration(self.config),
@@ -310,20 +343,19 @@ class _Run:
             curve=points,
             failed=failed,
             data_fingerprint=began["data_fingerprint"],
-            data_notes=list(self.data.notes),
             history=trainer.state.log_history,
-            **costs,
+            **found,
             **quality,
         ).write(self.folder)
 
-    def _evaluate(self, trainer: RunTrainer, best: BestWeights, began: dict[str, Any]) -> dict[str, Any]:
+    def _evaluate(self, trainer: RunTrainer, began: dict[str, Any]) -> dict[str, Any]:
         """Quality of the trained model, as fields of the record. Also writes the model, and the results of queries."""
         model, hits, best_step = trainer.model, [], None
         if self.options.export_negatives is not None:
             write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
         of_cache = samples.of_cache(trainer.loss, model, self.data)  # with the last weights, as the cache
         if self.config.load_best_model_at_end:
-            best_step = best.load(model)
+            best_step = self._best().load(model)
         if self.options.keep_model:
             merge_lora(model)
             model.save_pretrained(str(self.folder))
@@ -363,11 +395,21 @@ def _check_ranks(task: _Run) -> None:
         raise RunError("--export-negatives runs in one process only: each rank has a part of the cache. Leave it out.")
     if loss == "memory-bank":
         raise RunError("--loss memory-bank runs in one process only: ranks do not share its queue.")
+    if loss == "mined":
+        raise RunError(
+            "--loss mined runs in one process only: ranks need equal numbers of negatives. Mine negatives with "
+            "mine_hard_negatives of sentence-transformers, and train with --loss negative-cache on that data."
+        )
     if loss != "negative-cache" and data.negatives:
         raise RunError(
             f"--loss {loss} uses the negatives of {data.name} in one process only: it needs equal numbers of them on "
             "all ranks. Start one process, use --loss negative-cache, or leave them out with --negatives ignore."
         )
+
+
+def _step_of(checkpoint: str | None) -> int:
+    """The step of a checkpoint; 0 if there is none."""
+    return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
 
 
 def _can_resume(folder: Path) -> bool:
@@ -379,7 +421,8 @@ def _clear(folder: Path) -> None:
     """Remove the files that only an unfinished run needs."""
     for path in (*folder.glob("checkpoint-*"), folder / _INITIAL, folder / _CURVE, folder / _BEST, folder / "eval"):
         shutil.rmtree(path, ignore_errors=True)
-    (folder / _BEFORE).unlink(missing_ok=True)
+    for path in (folder / _BEFORE, *folder.glob("mined-*.json")):
+        path.unlink(missing_ok=True)
 
 
 def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:

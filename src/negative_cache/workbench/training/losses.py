@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
+    GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import PreTrainedTokenizerBase
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
+from negative_cache.workbench.models import DISTILLED, is_from_scratch, load_trained
 from negative_cache.workbench.training import processes
-from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
 
 GRADCACHE_MINI_BATCH = 32
 
 
 def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
-    """The loss of a configuration.
+    """The loss of a configuration and of a model that is not trained yet.
 
     For a static model, `gradcache` is the in-batch loss of the large batch: static embeddings need no gradient cache.
+
+    Raises:
+        RunError: The loss does not take the model, or its guide.
     """
     has_ranks = processes.count() > 1
+    if config.loss in GUIDED:
+        return _guided_loss(config, model, has_ranks)
     if config.loss == "memory-bank":
         return MemoryBankLoss(model, config.cache_size, config.scale)
-    if config.loss == "in-batch" or (config.loss == "gradcache" and isinstance(model[0], StaticEmbedding)):
+    if config.loss in ("in-batch", "mined") or (config.loss == "gradcache" and isinstance(model[0], StaticEmbedding)):
         return MultipleNegativesRankingLoss(model, scale=config.scale, gather_across_devices=has_ranks)
     if config.loss == "gradcache":
         return CachedMultipleNegativesRankingLoss(
@@ -50,3 +60,50 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
         seed=config.seed,
         gather_across_devices=has_ranks,
     )
+
+
+def check_guide(config: RunConfig) -> None:
+    """Raise RunError if the loss needs a guide, and the name of the model shows that it cannot be trained with one."""
+    if config.loss not in GUIDED:
+        return
+    if config.model == "static" or config.model.startswith(DISTILLED):
+        raise _is_static(config, config.model)
+    if config.guide is None and is_from_scratch(config.model):
+        raise RunError(
+            f"--loss {config.loss} needs a trained model as its guide, and {config.model} starts with random weights. "
+            "Name one with --guide, such as all-MiniLM-L6-v2, or train a pretrained model."
+        )
+
+
+def load_guide(config: RunConfig, model: SentenceTransformer) -> SentenceTransformer:
+    """The frozen guide of a model that is not trained yet.
+
+    Raises:
+        ModelError: The guide cannot be loaded.
+        RunError: The model or the guide has no tokenizer of transformers, which the losses need.
+    """
+    guide = copy.deepcopy(model) if config.guide is None else load_trained(config.guide)
+    for name, used in ((config.model, model), (config.guide or config.model, guide)):
+        if not isinstance(used.tokenizer, PreTrainedTokenizerBase):
+            raise _is_static(config, name)
+    guide.requires_grad_(False)
+    return guide.eval()
+
+
+def _is_static(config: RunConfig, name: str) -> RunError:
+    return RunError(
+        f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a static "
+        "model. Use a transformer, or --loss in-batch."
+    )
+
+
+def _guided_loss(config: RunConfig, model: SentenceTransformer, has_ranks: bool) -> Any:
+    guide = load_guide(config, model)
+    options: dict[str, Any] = {"temperature": 1 / config.scale, "gather_across_devices": has_ranks}
+    if config.absolute_margin is not None:
+        options |= {"margin_strategy": "absolute", "margin": config.absolute_margin}
+    if config.relative_margin is not None:
+        options |= {"margin_strategy": "relative", "margin": config.relative_margin}
+    if config.loss == "gist":
+        return GISTEmbedLoss(model, guide, **options)
+    return CachedGISTEmbedLoss(model, guide, mini_batch_size=GRADCACHE_MINI_BATCH, **options)

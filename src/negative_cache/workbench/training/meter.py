@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CachedMultipleNegativesRankingLoss,
+    GISTEmbedLoss,
+)
 from torch import nn
 
 
@@ -20,6 +24,7 @@ class Meter:
     """Measures the training time and counts the documents that the model encodes.
 
     All inputs of the model except the queries count as documents. Gradient caching encodes queries and documents twice.
+    What the guide of a loss encodes counts, too.
 
     Args:
         model: The model to train.
@@ -31,8 +36,11 @@ class Meter:
         self._started: float | None = None
         self._num_inputs = 0
         self._num_queries = 0
-        self._passes = 2 if isinstance(loss, CachedMultipleNegativesRankingLoss) else 1
+        self._passes = 2 if isinstance(loss, (CachedMultipleNegativesRankingLoss, CachedGISTEmbedLoss)) else 1
         model.register_forward_pre_hook(self._count_inputs)
+        if isinstance(loss, (GISTEmbedLoss, CachedGISTEmbedLoss)):
+            self._passes += 1
+            loss.guide.register_forward_pre_hook(self._count_inputs)
         loss.register_forward_pre_hook(self._count_queries)
 
     @property
@@ -45,25 +53,30 @@ class Meter:
         """Documents that were encoded while the meter was running."""
         return self._num_inputs - self._passes * self._num_queries
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Run the meter inside this context."""
-        self._started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._stop()
+    def start(self) -> None:
+        """Start the meter, if it is not running."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the meter."""
+        self._seconds, self._started = self.seconds, None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Pause the meter inside this context."""
         is_running = self._started is not None
-        self._stop()
+        self.stop()
         try:
             yield
         finally:
             if is_running:
-                self._started = time.perf_counter()
+                self.start()
+
+    def add(self, seconds: float, documents: int) -> None:
+        """Add a cost that was measured elsewhere."""
+        self._seconds += seconds
+        self._num_inputs += documents
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint must contain."""
@@ -72,9 +85,6 @@ class Meter:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self._seconds, self._num_inputs, self._num_queries = state["seconds"], state["inputs"], state["queries"]
-
-    def _stop(self) -> None:
-        self._seconds, self._started = self.seconds, None
 
     def _count_inputs(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._started is not None:

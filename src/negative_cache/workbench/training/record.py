@@ -35,8 +35,9 @@ class RunRecord:
         best_step: Step of the weights that were kept as the best on the dev split; None if they are the last ones.
         resumed_from_step: Step of the checkpoint that the run was last resumed from; 0 if there was none.
         training_pairs: Judged pairs of the training split.
-        seconds: Training time, without evaluation.
-        documents_encoded: Documents that rank 0 encoded in training, counted each time.
+        seconds: Training time, with mining, without evaluation.
+        documents_encoded: Documents that rank 0 encoded in training, counted each time, with those that a guide encoded
+            and the documents and queries that were encoded in mining.
         peak_memory_bytes: Peak memory at the end of training.
         before: Metrics on the test split before training; None if not measured, or without a test split.
         after: Metrics on the test split after training; None if not measured, without a test split, or if training
@@ -46,6 +47,7 @@ class RunRecord:
         failed: Reason why training failed; None if it did not.
         data_fingerprint: Fingerprint of the data, see `fingerprints.of_data`.
         data_notes: What of the data was skipped or not used, see `RetrievalData`.
+        mining: For each round of mining: step, seconds, texts_encoded and pairs_with_fewer, see `Mined`.
         history: Logs of the trainer.
     """
 
@@ -68,6 +70,7 @@ class RunRecord:
     failed: str | None = None
     data_fingerprint: str
     data_notes: list[str] = field(default_factory=list)
+    mining: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]]
 
     def write(self, folder: Path) -> None:

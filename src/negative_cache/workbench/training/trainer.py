@@ -56,6 +56,10 @@ class RunTrainer(NegativeCacheTrainer):
         with self.meter.paused():
             return super().evaluate(*args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.meter.paused():  # the model card in a checkpoint has embeddings of some texts
+            super()._save_checkpoint(*args, **kwargs)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.is_world_process_zero():
@@ -107,7 +111,7 @@ def make_trainer(
 def train_to_the_end(
     trainer: RunTrainer, checkpoint: str | None = None, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Train, from a checkpoint if there is one, with the meter running.
+    """Train, from a checkpoint if there is one, with the meter running: with a checkpoint, from the first step on.
 
     Args:
         trainer: The trainer.
@@ -120,9 +124,11 @@ def train_to_the_end(
     stop = _StopBetweenSteps()
     trainer.add_callback(stop)
     trainer.add_callback(_LogLastStep())
+    trainer.add_callback(_StartMeter(trainer.meter))
     try:
-        with stop, trainer.meter.running():
+        with stop:
             if checkpoint is None:
+                trainer.meter.start()
                 begin()
             trainer.train(resume_from_checkpoint=checkpoint)
         # The trainer has wrapped the model's `forward`, which would go on to compute in half precision.
@@ -131,6 +137,8 @@ def train_to_the_end(
         raise
     except ValueError as error:
         raise RunFailedError(f"Training failed after step {trainer.state.global_step}: {error}") from error
+    finally:
+        trainer.meter.stop()
 
 
 def used_learning_rate(config: RunConfig) -> float:
@@ -195,6 +203,16 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.on_step(state.global_step, state.max_steps, self.latest)
+
+
+class _StartMeter(TrainerCallback):
+    """Starts the meter at the first step, after the batches before a checkpoint are read again and left out."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.meter.start()
 
 
 class _LogLastStep(TrainerCallback):
