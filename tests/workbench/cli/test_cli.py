@@ -219,6 +219,9 @@ def test_without_its_packages_the_command_says_what_to_install():
 def test_a_query_of_many_pages_is_answered_at_once(place: Path):
     """rich needs minutes for a heading of this length."""
     began = time.monotonic()
+    empty = invoke("search", " ", "--data", str(place / "pairs.jsonl"), "--model", str(place / "model"))
+    assert empty.exit_code == 2
+    assert "A query is empty" in empty.stderr
     ended = invoke("search", "ab " * 30_000, "--data", str(place / "pairs.jsonl"), "--model", str(place / "model"))
     assert ended.exit_code == 0, ended.output
     assert time.monotonic() - began < 20

@@ -124,6 +124,16 @@ def test_options_of_the_encoding_reach_the_model(place: Path):
     assert json.loads(ended.stdout)[0]["documents"][0]["score"] == pytest.approx(float(prompted.max()), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
+@pytest.mark.parametrize("option", ["--run-out", "--qrels-out", "--per-query"])
+def test_the_data_are_not_overwritten(option: str, name: str, place: Path):
+    before = (place / "set" / name).read_bytes()
+    ended = invoke("evaluate", "--model", "m", "--data", place / "set", option, place / "set" / name)
+    assert ended.exit_code == 2
+    assert "would be overwritten" in " ".join(ended.stderr.split())
+    assert (place / "set" / name).read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

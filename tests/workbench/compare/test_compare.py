@@ -127,6 +127,9 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     assert other.exit_code == 2
     said = "--scale was 20, is 10; --learning-rates was 0.05, is 0.1,1; --negatives was all, is ignore."
     assert f"has another comparison: {said} Give the same options" in " ".join(other.output.split())
+    fewer = invoke(*options(data, output, "bm25,in-batch", "--seeds", "3"))
+    assert fewer.exit_code == 2
+    assert "so that all have the same seeds" in " ".join(fewer.output.split())
     queries = (data / "queries.jsonl").read_text()
     (data / "queries.jsonl").write_text(queries.replace('"text": "', '"text": "other ', 1))
     other = invoke(*options(data, output, losses))

@@ -164,6 +164,9 @@ def test_resuming_a_finished_run_returns_its_record(folder: Path):
         RunError, match=r"of another length: --max-steps was 40, is 80. It cannot be prolonged.* --model "
     ):
         run(longer, read(folder), resume=True)
+    data = read(folder)
+    with pytest.raises(RunError, match=r"has a finished run, and .* has changed since it began"):
+        run(configuration(folder, "whole"), replace(data, negatives={next(iter(data.queries)): []}), resume=True)
     with pytest.raises(RunError, match="exists"):
         run(configuration(folder, "whole"), read(folder))
 

@@ -125,3 +125,15 @@ def test_only_the_first_thousand_rows_are_judged(tmp_path: Path):
     data = load_data(str(path))
     assert len(data.judged("all")) == 1001
     assert any("pairs that repeat an earlier one, and count once: 1." in note for note in data.notes)
+
+
+def test_a_table_with_labels_has_no_negatives_by_order(tmp_path: Path):
+    path = tmp_path / "log.csv"
+    rows = [f"{text},title {number},about {text},{number % 3}" for number, text in enumerate(TEXTS)]
+    path.write_text("\n".join(["search_term,product_title,product_description,relevance", *rows]))
+    data = load_data(str(path))
+    assert data.form == "labelled pairs"
+    given = {data.corpus[key] for keys in data.negatives.values() for key in keys}
+    assert all(text.startswith("title") for text in (*given, *data.corpus.values()))
+    graded = {grade for split in data.grades.values() for of in split.values() for grade in of.values()}
+    assert 2.0 in graded
