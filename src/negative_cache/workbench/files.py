@@ -31,13 +31,19 @@ def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
         raise
 
 
-def check_not_data(output: Path, sources: Iterable[str | None]) -> None:
-    """Raise ValueError if a file to write is a file of the data, or exists in a folder of the data.
+def check_output(option: str, output: Path, sources: Iterable[str | None]) -> None:
+    """Raise ValueError if a file cannot be written, is a file of the data, or exists in a folder of the data.
 
     Args:
+        option: The option that names the file.
         output: The file.
         sources: Names and paths of datasets; None for none.
     """
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(
+            f"{option} {output} cannot be written: it is a directory, or its directory does not exist. Give a file in "
+            "an existing directory."
+        )
     path = output.resolve()
     for source in filter(None, sources):
         data = Path(source).resolve()

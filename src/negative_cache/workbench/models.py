@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.util import batch_to_device
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
@@ -197,10 +198,7 @@ def freeze_unused(model: SentenceTransformer) -> None:
     total = torch.zeros((), device=model.device)
     with torch.enable_grad():
         for task in ("query", "document"):  # a Router has other parameters for each
-            features = model.preprocess(["text"], task=task)
-            features = {
-                name: value.to(model.device) if torch.is_tensor(value) else value for name, value in features.items()
-            }
+            features = batch_to_device(model.preprocess(["text"], task=task), model.device)
             total = total + model(features, task=task)["sentence_embedding"].float().sum()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = torch.autograd.grad(total, trained, allow_unused=True)

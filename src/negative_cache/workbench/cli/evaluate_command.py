@@ -14,7 +14,7 @@ from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.files import check_not_data
+from negative_cache.workbench.files import check_output
 from negative_cache.workbench.training.config import RunError, flag_of
 
 if TYPE_CHECKING:
@@ -147,19 +147,14 @@ def _check(given: Mapping[str, Any]) -> None:
     _check_files({name: given[name] for name in ("run", *_OUTPUTS) if given[name] is not None})
     for name in _OUTPUTS:
         if given[name] is not None:
-            check_not_data(given[name], (given["data"], *given["data_options"].sources()))
+            check_output(flag_of(name), given[name], (given["data"], *given["data_options"].sources()))
 
 
 def _check_files(files: Mapping[str, Path]) -> None:
-    """Raise RunError unless `--run` is a file, and the outputs are others that can be written."""
+    """Raise RunError unless `--run` is a file, and the outputs are others."""
     if "run" in files and not files["run"].is_file():
         raise RunError(f"--run {files['run']} is not a file. Give a TREC run, such as evaluate --run-out writes.")
     of_path: dict[Path, str] = {}
     for name, path in files.items():
         if (other := of_path.setdefault(path.resolve(), name)) != name:
             raise RunError(f"{flag_of(name)} and {flag_of(other)} are the same file, {path}. Give another one.")
-        if name in _OUTPUTS and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise RunError(
-                f"{flag_of(name)} {path} cannot be written: it is a directory, or its directory does not exist. Give a "
-                "file in an existing directory."
-            )

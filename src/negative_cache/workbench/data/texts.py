@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
@@ -122,8 +123,12 @@ class Texts(Mapping[str, str]):
     def first_of_equal(self) -> np.ndarray:
         """For each text, the position of the first text that is equal to it: int64 `[n]`.
 
-        Texts are compared by 64-bit hashes.
+        Texts are compared by 64-bit hashes. All calls return the same array, which must not be changed.
         """
+        return self._first_of_equal
+
+    @functools.cached_property
+    def _first_of_equal(self) -> np.ndarray:
         hashes = np.fromiter(map(hash, self.values()), dtype=np.int64, count=len(self))
         _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
         positions: np.ndarray = first[group].astype(np.int64)

@@ -24,7 +24,7 @@ from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
-from negative_cache.workbench.files import check_not_data, write_json
+from negative_cache.workbench.files import check_output, write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.best import BestWeights
@@ -113,7 +113,7 @@ def run(
         RunFailedError: Training failed.
     """
     if record := finished_run(config, resume):
-        check_same_data(f"{config.output!r} has a finished run", record.data_fingerprint, config, data)
+        _check_same_data(f"{config.output!r} has a finished run", record.data_fingerprint, config, data)
         return record
     task = _Run(config, data, options or RunOptions(), on_step, on_progress)
     task.check()
@@ -203,9 +203,7 @@ class _Run:
             return
         if self.config.loss != "negative-cache":
             raise RunError(f"--export-negatives has no effect with --loss {self.config.loss}, which has no cache.")
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise RunError(f"--export-negatives: {path} is a folder, or its folder does not exist. Give a file.")
-        check_not_data(path, (self.config.data, *self.config.data_options.sources()))
+        check_output("--export-negatives", path, (self.config.data, *self.config.data_options.sources()))
 
     def train(self, is_first: bool) -> None:
         """Train on all ranks; prepare, evaluate and write on the first one."""
@@ -431,12 +429,12 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
     """Raise unless the unfinished run in a folder may be continued with this configuration and this data."""
     if not resume:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
+    what = f"{str(folder)!r} has an unfinished run"
     for path in (folder / RECORD, folder / _BEFORE):
         if path.exists():
             saved = read_json(path)
-            _check_same(f"{str(folder)!r} has an unfinished run", saved["configuration"], task.config)
-            what = f"{str(folder)!r} has an unfinished run"
-            check_same_data(what, saved["data_fingerprint"], task.config, task.data)
+            _check_same(what, saved["configuration"], task.config)
+            _check_same_data(what, saved["data_fingerprint"], task.config, task.data)
             if saved["ranks"] != processes.count():
                 raise RunError(
                     f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "
@@ -444,7 +442,7 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
                 )
 
 
-def check_same_data(what: str, saved: str, config: RunConfig, data: RetrievalData) -> None:
+def _check_same_data(what: str, saved: str, config: RunConfig, data: RetrievalData) -> None:
     """Raise RunError unless the data has the fingerprint that was saved."""
     if saved != fingerprints.of_data(data):
         raise RunError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterable
@@ -70,6 +71,17 @@ def list_in(name: str, value: str) -> list[str] | None:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             return texts
     return None
+
+
+def number(value: object) -> float | None:
+    """A value that is a finite number, also as a text; None if it is another value."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def is_number(text: str) -> bool:

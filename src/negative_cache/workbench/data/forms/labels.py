@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +43,7 @@ class Labels:
         if other is not None and name in columns.RELEVANCE and not self._are_grades:
             raise self._no_relevance(*other)
         for place, value in self._known:
-            if self._are_scores and not isinstance(value, list) and _number(value) is None:
+            if self._are_scores and not isinstance(value, list) and columns.number(value) is None:
                 raise self._no_relevance(place, value)
             if self._are_grades:
                 self._grade(value, place)
@@ -92,7 +91,7 @@ class Labels:
 
     def _grade(self, value: object, place: str) -> float:
         relevance = columns.binary(value)
-        grade = _number(value) if relevance is None else float(relevance)
+        grade = columns.number(value) if relevance is None else float(relevance)
         if grade is None or grade < 0:
             raise DataError(
                 f"{place}: {self.column!r} is {value!r}; expected a grade: 0 for a negative, a higher number for a "
@@ -111,14 +110,3 @@ class Labels:
 def label_of(row: dict[str, Any], options: DataOptions) -> str | None:
     """The column of the labels of a row; None if there is none."""
     return options.label_column or columns.first_of(columns.LABELS, row)
-
-
-def _number(value: object) -> float | None:
-    """A value that is a finite number, also as a text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

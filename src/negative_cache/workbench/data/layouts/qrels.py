@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import lines
 from negative_cache.workbench.data.files.skipping import Skipped
@@ -74,7 +74,7 @@ def qrels_lines(path: Path, encoding: str | None, notes: list[str]) -> Iterator[
         is_wide = len(fields) == width and (width == 3 or is_trec)
         if is_wide and is_heading:
             continue
-        if not is_wide or _number(fields[-1]) is None:
+        if not is_wide or columns.number(fields[-1]) is None:
             raise DataError(
                 f"{place}: expected 3 columns (query id, document id, grade) or 4 (TREC: query id, 0 or Q0, "
                 "document id, grade), separated by tabs or blanks, the same number in every line, and a number as "
@@ -88,7 +88,7 @@ def _judgement(row: Any, place: str) -> tuple[str, str, float]:
         raise DataError(f"{place}: expected the columns {QUERY_ID}, {DOCUMENT_ID} and {GRADE}, got {row!r}.")
     query, document = (_key(row, names, place) for names in (_QUERY_IDS, _DOCUMENT_IDS))
     name = next((name for name in _GRADES if name in row), None)
-    grade = 1.0 if name is None else _number(row[name])
+    grade = 1.0 if name is None else columns.number(row[name])
     if grade is None:
         raise DataError(f"{place}: {name!r} is {row[name or GRADE]!r}; expected a number.")
     return query, document, grade
@@ -100,17 +100,6 @@ def _key(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
         if isinstance(value, str | int) and not isinstance(value, bool):
             return str(value)
     raise DataError(f"{place}: no id in a column {' or '.join(names)}; the columns are {quoted(row)}.")
-
-
-def _number(value: object) -> float | None:
-    """The finite number, or None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _reason_to_skip(query: str, document: str, corpus: Texts, queries: Texts) -> str | None:
