@@ -57,7 +57,8 @@ class RunOptions:
     """What a run measures and keeps, in addition to its configuration.
 
     Attributes:
-        measure_before: Evaluate the untrained model on the test split, if there is one.
+        measure_before: Evaluate the untrained model on the test split, if there is one, or take its quality from an
+            earlier run; see `quality_before`.
         measure_after: Evaluate the trained model on the test split, or on the dev split if there is no test split.
         measure_dev: Evaluate the trained model on the dev split, too.
         curve: Fractions of the steps after which the quality on the test split is measured.
