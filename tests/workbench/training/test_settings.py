@@ -23,8 +23,9 @@ from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation import evaluate
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import trainer
-from negative_cache.workbench.training.config import RunConfig, RunError
+from negative_cache.workbench.training.config import RunConfig, RunError, TrainingSettings
 from negative_cache.workbench.training.driver import RunOptions, run
+from negative_cache.workbench.training.preparation import prepare
 from negative_cache.workbench.training.record import RunRecord
 
 STEPS, RATE = 6, 1e-3
@@ -195,6 +196,25 @@ def test_the_saved_model_has_the_length_limit(start: Path, trained: Trained, tmp
     assert not list((tmp_path / "long").glob("*"))
 
 
+def test_without_dropout_a_text_has_one_embedding_in_training(start: Path, trained: Trained, tmp_path: Path):
+    def varies(model: SentenceTransformer) -> bool:
+        features = model.train().preprocess(["a text of some words"])
+        first, second = (model(dict(features))["sentence_embedding"] for _ in range(2))
+        return not torch.equal(first, second)
+
+    found = train(start, tmp_path, dropout=0.0)
+    assert varies(trained.model)
+    assert not varies(found.model)
+    assert found.record.history[1]["cache/staleness"] < trained.record.history[1]["cache/staleness"]
+    assert varies(train(tmp_path / "out", tmp_path / "again", dropout=0.5).model)
+
+
+def test_a_model_without_dropout_is_refused(tmp_path: Path):
+    model = SentenceTransformer(modules=[nn.Embedding(4, 2)])
+    with pytest.raises(RunError, match="--dropout has no effect: the model has no dropout"):
+        prepare(model, TrainingSettings(dropout=0.1))
+
+
 def test_a_model_of_the_kind_of_roberta_has_positions_for_fewer_tokens_than_its_configuration_says(tmp_path: Path):
     start = tmp_path / "start"
     tiny = load_model("tiny", DOCUMENTS.values(), seed=0)[0]
@@ -282,6 +302,8 @@ def test_logs_go_where_they_are_wanted(start: Path, trained: Trained, tmp_path: 
         ({"warmup_ratio": 1.0}, "--warmup-ratio is 1.0; it is a share of the steps"),
         ({"warmup_ratio": 0.3, "lr_scheduler_type": "constant"}, "Use constant_with_warmup"),
         ({"lr_scheduler_type": "cosin"}, "--lr-scheduler-type is 'cosin'; expected one of linear, cosine"),
+        ({"dropout": 1.0}, "--dropout is 1.0; it is a probability, from 0 to below 1"),
+        ({"dropout": 0.0}, "--dropout has no effect on static embeddings, which have none"),
         ({"weight_decay": -1.0}, "--weight-decay is -1.0; it must be 0 or positive"),
         ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps is 0; it must be positive"),
         ({"gradient_checkpointing": True}, "--gradient-checkpointing has no effect on static embeddings, which store"),

@@ -74,6 +74,9 @@ _SETTINGS: dict[str, Any] = {
     "max_seq_length": Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut. Default: the model's limit.")
     ],
+    "dropout": Annotated[
+        float | None, typer.Option(help="Probability of dropout in training. Default: the model's own.")
+    ],
     "warmup_ratio": Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")],
     "lr_scheduler_type": Annotated[
         str, typer.Option(help="linear, cosine, constant, constant_with_warmup or inverse_sqrt.")

@@ -24,6 +24,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 # Settings that have no effect on static embeddings, and why.
 NOT_STATIC = {
     "max_seq_length": "which have no limit",
+    "dropout": "which have none",
     "gradient_checkpointing": "which store no activations",
     "bf16": "which are looked up, not computed",
     "fp16": "which are looked up, not computed",
@@ -101,6 +102,7 @@ class TrainingSettings:
         query_prompt: Text before each query, also in the saved model; None for the model's own prompt.
         document_prompt: Text before each document, also in the saved model; None for the model's own prompt.
         max_seq_length: Tokens after which a text is cut, also in the saved model; None for the model's own limit.
+        dropout: Probability of all dropout layers, also in the saved model; None for the model's own.
         warmup_ratio: Share of the steps in which the learning rate rises linearly.
         lr_scheduler_type: One of `SCHEDULES`: the course of the learning rate after the warm-up.
         weight_decay: Of AdamW.
@@ -121,6 +123,7 @@ class TrainingSettings:
     query_prompt: str | None = None
     document_prompt: str | None = None
     max_seq_length: int | None = None
+    dropout: float | None = None
     warmup_ratio: float = 0.1
     lr_scheduler_type: str = "linear"
     weight_decay: float = 0.0
@@ -138,6 +141,8 @@ class TrainingSettings:
         check_positive(self, [name for name in ("max_seq_length", "lora") if getattr(self, name) is not None])
         if self.lora is not None and importlib.util.find_spec("peft") is None:
             raise RunError("--lora needs the package peft. Install it: pip install peft.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise RunError(f"--dropout is {self.dropout}; it is a probability, from 0 to below 1.")
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RunError(f"{flag_of(name)} is {getattr(self, name)}; it must be 0 or positive.")

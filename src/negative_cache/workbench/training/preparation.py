@@ -8,6 +8,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
+from transformers import PreTrainedConfig
 
 from negative_cache.workbench.models import freeze_unused, prepare_for_training, set_prompts
 from negative_cache.workbench.training.config import RunError, TrainingSettings
@@ -22,6 +23,8 @@ def prepare(model: SentenceTransformer, settings: TrainingSettings) -> list[str]
     if isinstance(model[0], StaticEmbedding):
         settings.check_static()
     set_inputs(model, settings)
+    if settings.dropout is not None:
+        _set_dropout(model, settings.dropout)
     return prepare_for_training(model)
 
 
@@ -41,6 +44,25 @@ def set_inputs(model: SentenceTransformer, settings: TrainingSettings) -> None:
             f"--max-seq-length is {length}; the model has positions for {positions} tokens. Use at most that."
         )
     model.max_seq_length = length
+
+
+def _set_dropout(model: SentenceTransformer, probability: float) -> None:
+    """Set the probability of all dropout: of layers, of attention, and in the configuration that is saved.
+
+    Raises:
+        RunError: The model has no dropout.
+    """
+    is_set = False
+    for module in model.modules():
+        configurations = [value for value in vars(module).values() if isinstance(value, PreTrainedConfig)]
+        for owner in (module, *configurations):
+            for name, value in list(vars(owner).items()):
+                is_dropout = "drop" in name or (name == "p" and isinstance(owner, nn.Dropout))
+                if is_dropout and isinstance(value, int | float) and not isinstance(value, bool):
+                    setattr(owner, name, probability)
+                    is_set = True
+    if not is_set:
+        raise RunError("--dropout has no effect: the model has no dropout. Leave it out.")
 
 
 def _num_positions(model: SentenceTransformer) -> int | None:
