@@ -6,13 +6,15 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import TrainerCallback
 
 from negative_cache.sampling.config import AUTO_SAMPLES, is_auto
@@ -20,7 +22,7 @@ from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, judge, parse_measures
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, encoding
-from negative_cache.workbench.evaluation.searching import search_corpus
+from negative_cache.workbench.evaluation.searching import BestDocuments
 from negative_cache.workbench.models import cache_tokens, load_trained
 from negative_cache.workbench.training.config import RunConfig
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
@@ -28,10 +30,12 @@ from negative_cache.workbench.training.mining import mining_start
 from negative_cache.workbench.training.preparation import add_lora, prepare
 from negative_cache.workbench.training.trainer import RunTrainer, make_trainer, train_to_the_end
 
-TRAINING_SECONDS, ENCODING_SECONDS = 9.0, 2.0  # of all losses together, and of the documents
+TRAINING_SECONDS, ENCODING_SECONDS = 10.0, 2.0  # of all losses together, and of the documents
 MAX_STEPS, MIN_STEPS = 12, 3  # of a loss, unless they take too long
-MIN_BATCH, MIN_DOCUMENTS, MAX_DOCUMENTS, MAX_QUERIES = 4, 64, 16_384, 512
+MIN_BATCH, MIN_TEXTS, MAX_DOCUMENTS, MAX_QUERIES = 8, 32, 16_384, 512
 FORWARD_PASSES = 6  # that a query and its document take, with the backward passes
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -113,41 +117,46 @@ def _load(config: RunConfig) -> SentenceTransformer:
 
 def _evaluation(model: SentenceTransformer, data: RetrievalData) -> dict[str, float]:
     """The fields of `Costs` that an evaluation on the test split has."""
-    part, measures = data.part("test"), parse_measures(DEFAULT_MEASURES)
-    documents = _sample(list(part.corpus), MAX_DOCUMENTS)
+    part, graded = data.part("test"), data.graded("test")
+    documents, queries = _sample(list(part.corpus), MAX_DOCUMENTS), _sample(list(graded), MAX_QUERIES)
+    texts, of_queries = [part.corpus[key] for key in documents], [part.queries[key] for key in queries]
     with encoding(model, EncodingOptions()) as encoder:
-
-        def encoded(keys: Sequence[str]) -> float:
-            texts, began = [part.corpus[key] for key in keys], time.perf_counter()
-            encoder.documents(texts, lambda _: None)
-            return time.perf_counter() - began
-
-        encoded(documents[:MIN_DOCUMENTS])  # the first call takes longer
-        per_document = encoded(documents[:MIN_DOCUMENTS]) / len(documents[:MIN_DOCUMENTS])
-        documents = documents[: max(MIN_DOCUMENTS, int(ENCODING_SECONDS / per_document))]
-        began = time.perf_counter()
-        cache_tokens(model, (part.corpus[key] for key in documents))
-        tokens = time.perf_counter() - began
-        seconds = encoded(documents)
-        graded = data.graded("test")
-        queries = {
-            key: part.queries[key] for key in _sample(list(graded), min(MAX_QUERIES, max(16, len(documents) // 8)))
-        }
-        began = time.perf_counter()
-        encoder.queries(list(queries.values()))
-        of_queries = time.perf_counter() - began
-    began = time.perf_counter()
-    run = search_corpus(model, {key: part.corpus[key] for key in documents}, queries, 100)
-    searching = max(0.0, time.perf_counter() - began - seconds - of_queries)
-    began = time.perf_counter()
-    judge({query: graded[query] for query in queries}, run, measures)
+        encoder.queries(of_queries[:MIN_TEXTS])  # the first call takes longer
+        _, seconds = _timed(lambda: encoder.documents(texts[:MIN_TEXTS], lambda _: None))
+        count = max(MIN_TEXTS, int(len(texts[:MIN_TEXTS]) * ENCODING_SECONDS / seconds))
+        texts, of_queries = texts[:count], of_queries[: max(MIN_TEXTS, count // 8)]
+        _, tokens = _timed(lambda: cache_tokens(model, texts))
+        embeddings, of_documents = _timed(lambda: encoder.documents(texts, lambda _: None))
+        embedded, of_query = _timed(lambda: encoder.queries(of_queries))
+    run = {query: {document: -float(rank) for rank, document in enumerate(documents[:100])} for query in queries}
+    judged = {query: graded[query] for query in queries}
+    _, judging = _timed(lambda: judge(judged, run, parse_measures(DEFAULT_MEASURES)))
     return {
-        "tokens": tokens / len(documents),
-        "document": seconds / len(documents),
-        "query": of_queries / len(queries),
-        "score": searching / (len(documents) * len(queries)),
-        "judgement": (time.perf_counter() - began) / len(queries),
+        "tokens": tokens / len(texts),
+        "document": of_documents / len(texts),
+        "query": of_query / len(of_queries),
+        "score": _searching(model, embedded, embeddings),
+        "judgement": judging / len(queries),
     }
+
+
+@torch.no_grad()
+def _searching(model: SentenceTransformer, queries: Tensor, documents: Tensor) -> float:
+    """Seconds to search a document for a query, measured with copies of these embeddings."""
+    queries, documents = (
+        every[torch.arange(count, device=every.device) % len(every)]
+        for every, count in ((queries, MAX_QUERIES), (documents, MAX_DOCUMENTS))
+    )
+    best = BestDocuments(queries, model.similarity, 100, torch.full((len(queries),), -1))
+    _, seconds = _timed(lambda: best.add(documents, torch.arange(len(documents)), 0))
+    return seconds / (len(queries) * len(documents))
+
+
+def _timed(work: Callable[[], _Result]) -> tuple[_Result, float]:
+    """The result of a piece of work, and its seconds."""
+    began = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - began
 
 
 def _training(config: RunConfig, data: RetrievalData, seconds: float, per_query: float) -> TrainingCost:

@@ -182,7 +182,7 @@ class _Runner:
         try:
             costs = run_isolated("estimate", Probe(self.comparison, losses), self.watcher.step)
         except RunFailedError as error:
-            self.watcher.plan([f"The time cannot be estimated: {error}"])
+            self.watcher.plan([f"The time cannot be estimated. {str(error).splitlines()[-1]}"])
             return
         predictor, last = Predictor(self.comparison, self.data, costs), self.comparison.seeds - 1
         runs = {spec: [predictor.run(spec, seed == last) for seed in self.left[spec]] for spec in losses}
