@@ -1,10 +1,17 @@
 """One thread per test process: pytest runs as many processes as there are cores."""
 
+import atexit
 import multiprocessing
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has that of the process that started it
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="negative-cache-tests-")  # not that of the user
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this program, which may not exist; raises RuntimeError if the user has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negative-cache"
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ def test_the_steps_and_documents_are_those_of_the_runs(data: Path, tmp_path: Pat
         sum(run["documents_encoded"] for run in runs.values()), rel=0.05
     )
     assert "for evaluation. It is extrapolated from a few steps and texts on this machine." in said
-    assert "To make it shorter: --max-train-pairs." in said  # one seed and one rate; a loss has its own epochs
+    (shorter,) = [part.split(".")[0] for part in said.split("To make it shorter: ")[1:]]
+    assert shorter.removeprefix("--eval-documents, ") == "--max-train-pairs"  # one seed and rate; a loss has own epochs
 
     again = invoke(*given_to(comparison, *LOSSES, "in-batch:scale=10"), "--seeds", "2")
     assert again.exit_code == 0, again.output
@@ -140,6 +141,8 @@ def test_the_estimate_says_how_many_runs_and_what_shortens_them():
     assert "without early stopping" in second
     assert third == "To make it shorter: --seeds 1, one rate as --learning-rates, --max-train-pairs, --max-steps."
     assert estimate.seconds_per_run() == {"in-batch": 80, "gradcache": 80}
+    slow = replace(cost, evaluation=90.0)
+    assert "--learning-rates, --eval-documents, --max" in Estimate(comparison, {"in-batch": [slow]}, {}).lines()[2]
 
 
 def test_the_time_that_is_left_is_that_of_the_runs_that_have_ended():

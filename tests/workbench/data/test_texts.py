@@ -47,6 +47,12 @@ def test_texts_are_found_by_id_and_by_position(expected: dict[str, str]):
         texts.position("no id")
 
 
+def test_some_of_the_texts_are_copied_in_the_order_of_the_positions(expected: dict[str, str]):
+    texts, positions = Texts.of(expected), [COUNT - 1, 0, ROWS_PER_BATCH]
+    assert list(texts.at(positions).items()) == [list(expected.items())[position] for position in positions]
+    assert len(texts.at([])) == 0
+
+
 def test_many_ids_are_found_at_once(expected: dict[str, str]):
     texts = Texts.of(expected)
     assert texts.positions(list(expected)[::-7]).tolist() == list(range(COUNT))[::-7]

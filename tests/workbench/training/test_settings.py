@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
+from transformers import RobertaConfig, RobertaModel
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from command_line import DOCUMENTS, invoke
@@ -191,6 +193,38 @@ def test_the_saved_model_has_the_length_limit(start: Path, trained: Trained, tmp
     with pytest.raises(RunError, match="--max-seq-length is 129; the model has positions for 128 tokens"):
         train(start, tmp_path / "long", max_seq_length=129)
     assert not list((tmp_path / "long").glob("*"))
+
+
+def test_a_model_of_the_kind_of_roberta_has_positions_for_fewer_tokens_than_its_configuration_says(tmp_path: Path):
+    start = tmp_path / "start"
+    tiny = load_model("tiny", DOCUMENTS.values(), seed=0)[0]
+    config = RobertaConfig(
+        vocab_size=len(tiny.tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=18, pad_token_id=tiny.tokenizer.pad_token_id,
+    )  # fmt: skip
+    for part in (RobertaModel(config), tiny.tokenizer):
+        part.save_pretrained(str(tmp_path / "parts"))
+    body = Transformer(str(tmp_path / "parts"))
+    model = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())], device="cpu")
+    model.save_pretrained(str(start), create_model_card=False)
+    text = " ".join(DOCUMENTS.values())
+    data = replace(DATA, corpus={**DOCUMENTS, "d0": text})
+    found = run(at(start, tmp_path, 17), data, RunOptions(measure_before=False))
+    assert found is not None
+    assert found.after == evaluate(SentenceTransformer(str(tmp_path / "out 17")), data, ("test",))["test"].metrics()
+    model.max_seq_length = 18
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        model.encode([text])
+    for length in (18, 19):
+        with pytest.raises(RunError, match=f"--max-seq-length is {length}; the model has positions for 17 tokens"):
+            run(at(start, tmp_path, length), data)
+
+
+def at(start: Path, folder: Path, length: int) -> RunConfig:
+    return RunConfig(
+        data="set", model=str(start), loss="in-batch", output=str(folder / f"out {length}"), batch_size=8, max_steps=2,
+        save_steps=None, max_seq_length=length,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", ["gradcache", "negative-cache"])

@@ -48,7 +48,7 @@ def evaluate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the retrieval quality of a model or of a TREC run, against the whole corpus."""
+    """Measure the retrieval quality of a model or of a TREC run, against the whole corpus or a sample of it."""
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():

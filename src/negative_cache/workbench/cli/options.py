@@ -51,6 +51,10 @@ _DATA_OPTIONS: dict[str, Any] = {
         str, typer.Option(help="Negatives of the data: all, ignore, or at most a number per query.")
     ],
     "max_train_pairs": Annotated[int | None, typer.Option(min=1, help="Train with this number of pairs.")],
+    "eval_documents": Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate on this number of documents: the judged ones and a sample. Default: all."),
+    ],
     "encoding": Annotated[str | None, typer.Option(help="Encoding of text files. Default: UTF-8, or as detected.")],
     "strict": Annotated[bool, typer.Option("--strict", help="Fail at an empty text, instead of skipping it.")],
     "ignore_identical_ids": Annotated[

@@ -137,15 +137,17 @@ class Estimate:
             f"{duration(sum(cost.evaluation for cost in costs))} for evaluation{up_to}. It is extrapolated from a few "
             f"steps and texts on this machine{is_longest}.",
         ]
-        if shorter := self._shorter():
+        if shorter := self._shorter(costs):
             lines.append(f"To make it shorter: {', '.join(shorter)}.")
         return lines
 
-    def _shorter(self) -> list[str]:
+    def _shorter(self, costs: Sequence[RunCost]) -> list[str]:
         comparison = self.comparison
+        is_mostly_evaluation = sum(cost.evaluation for cost in costs) > sum(cost.training for cost in costs)
         ways = {
             "--seeds 1": comparison.seeds > 1,
             "one rate as --learning-rates": len(comparison.rates()) > 1,
+            "--eval-documents": is_mostly_evaluation and comparison.data_options.eval_documents is None,
             "--max-train-pairs": comparison.data_options.max_train_pairs is None,
             "--max-steps": comparison.max_steps is None and not any(":epochs=" in spec for spec in comparison.losses),
         }

@@ -41,8 +41,9 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
         DataError: The data cannot be used; the message names the file and the line.
     """
     options = options or DataOptions()
-    if options.max_train_pairs is not None and options.max_train_pairs < 1:
-        raise DataError(f"--max-train-pairs is {options.max_train_pairs}; it must be at least 1.")
+    for name in ("max_train_pairs", "eval_documents"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise DataError(f"--{name.replace('_', '-')} is {number}; it must be at least 1.")
     most_negatives(options.negatives)  # raises an error before anything is read
     own = {split: given for split, given in (("dev", options.dev), ("test", options.test)) if given is not None}
     main, *others = found = [_find(given, options) for given in (source, *own.values())]
@@ -59,7 +60,9 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     if options.max_train_pairs is not None:
         data = data.with_train_pairs(options.max_train_pairs)
     data = replace(data, notes=(*notes, *data.notes))
-    return data.ignoring_identical_ids() if options.ignore_identical_ids else data
+    if options.ignore_identical_ids:
+        data = data.ignoring_identical_ids()
+    return data if options.eval_documents is None else data.with_eval_documents(options.eval_documents)
 
 
 def _find(source: str, options: DataOptions) -> Collection | RowTables | None:

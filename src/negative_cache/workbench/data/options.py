@@ -19,6 +19,8 @@ class DataOptions:
         label_column: Column of the relevance of the document of a row, 0 or a grade; None for the usual names.
         negatives: "all", "ignore", or the largest number of negatives of a query that are used, the first of the file.
         max_train_pairs: Use this number of training pairs; None for all.
+        eval_documents: Search this number of documents in evaluations: the judged ones of the split, and a sample of
+            the others. None for all documents.
         encoding: Encoding of text files; None for UTF-8, or what is detected if a file is not UTF-8.
         strict: Raise an error for an empty or missing text, instead of skipping and counting it.
         ignore_identical_ids: Whether a document with the id of a query is neither a result nor a negative of it.
@@ -33,6 +35,7 @@ class DataOptions:
     label_column: str | None = None
     negatives: str = "all"
     max_train_pairs: int | None = None
+    eval_documents: int | None = None
     encoding: str | None = None
     strict: bool = False
     ignore_identical_ids: bool = False

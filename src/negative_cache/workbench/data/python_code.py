@@ -28,7 +28,7 @@ from negative_cache.workbench.data import minhash
 from negative_cache.workbench.data import splits as splitting
 from negative_cache.workbench.data.retrieval_data import SPLITS, RetrievalData
 from negative_cache.workbench.data.texts import Texts
-from negative_cache.workbench.files import write_text
+from negative_cache.workbench.files import cache_folder, write_text
 
 NAME = "python-code"
 MAX_PAIRS = 25_000
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 def load() -> RetrievalData:
     """The dataset, which is built on first use and then kept in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "negative-cache"
+    folder = cache_folder()
     path = folder / f"{NAME}-{fingerprint()}.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ class RetrievalData:
         elsewhere: Split -> the dataset that has its queries and the documents they are searched in, for splits that
             are not searched in `corpus`.
         splits_by_hash: Whether the rows have no splits of their own and are split by a hash of the documents.
+        eval_documents: Number of documents that the queries of a split are searched in, see `part`; None for all.
     """
 
     name: str
@@ -58,18 +59,40 @@ class RetrievalData:
     skipped: dict[str, int] = field(default_factory=dict)
     elsewhere: dict[str, RetrievalData] = field(default_factory=dict)
     splits_by_hash: bool = False
+    eval_documents: int | None = None
+    _parts: dict[str, RetrievalData] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):
             object.__setattr__(self, name, Texts.of(getattr(self, name)))
 
     def part(self, split: str) -> RetrievalData:
-        """The dataset that has the queries of a split and the documents they are searched in."""
-        return self.elsewhere.get(split, self)
+        """The dataset that has the queries of a split and the documents they are searched in.
+
+        With `eval_documents`, these are the judged documents of the split, and the others with the lowest hashes of
+        their ids, in the order of the corpus. Then the dataset has the judgements of the split alone.
+
+        Raises:
+            DataError: The split has no judgements, and there are `eval_documents`.
+        """
+        part = self.elsewhere.get(split, self)
+        if self.eval_documents is None or self.eval_documents >= len(part.corpus):
+            return part
+        if split not in self._parts:
+            self._parts[split] = replace(
+                part,
+                corpus=_sample(part.corpus, part.judged_documents(split), self.eval_documents),
+                qrels={split: part.judged(split)},
+                grades={split: _with_other_grades(part.graded(split))},
+                negatives={},
+                elsewhere={},
+                eval_documents=None,
+            )
+        return self._parts[split]
 
     def has(self, split: str) -> bool:
         """Whether a split has judgements."""
-        return bool(self.part(split).qrels.get(split))
+        return bool(self.elsewhere.get(split, self).qrels.get(split))
 
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
@@ -144,7 +167,7 @@ class RetrievalData:
             f"{self.name} has no dev split: {number:,} of its {len(train):,} training queries are held out as one, "
             "chosen by the hash of their ids."
         )
-        return replace(
+        found = replace(
             self,
             qrels={**self.qrels, "train": _parted(train, dev, False), "dev": _parted(train, dev, True)},
             grades={
@@ -155,8 +178,8 @@ class RetrievalData:
                     if "train" in self.grades
                 },
             },
-            notes=(*self.notes, note),
         )
+        return replace(found, notes=(*self.notes, note, *found._notes_on_judged("dev")))
 
     def with_train_pairs(self, number: int) -> RetrievalData:
         """The same data with at most this number of judged pairs in the training split.
@@ -194,6 +217,38 @@ class RetrievalData:
             negatives={query: others for query, others in self.negatives.items() if query in kept},
             notes=(*self.notes, note),
         )
+
+    def with_eval_documents(self, number: int) -> RetrievalData:
+        """The same data with `eval_documents`, and notes on what is searched."""
+        found = replace(self, eval_documents=number)
+        notes = [
+            f"{part.name}: evaluations search {number:,} of the {len(part.corpus):,} documents, the judged ones of the "
+            "split and others that are chosen by the hash of their ids. The quality is higher than in all documents."
+            for part in (self, *self.elsewhere.values())
+            if number < len(part.corpus)
+        ]
+        if not notes:
+            notes.append(f"--eval-documents {number:,} has no effect: {self.name} has {len(self.corpus):,} documents.")
+        more = [note for split in ("dev", "test") if self.has(split) for note in found._notes_on_judged(split)]
+        return replace(found, notes=(*self.notes, *notes, *more))
+
+    def judged_documents(self, split: str) -> set[str]:
+        """The ids of the documents with a judgement in a split, whatever the grade.
+
+        Raises:
+            DataError: The split has no judgements.
+        """
+        return {document for grades in self.graded(split).values() for document in grades}
+
+    def _notes_on_judged(self, split: str) -> list[str]:
+        """A note if a split has more judged documents than `eval_documents`."""
+        judged = 0 if self.eval_documents is None else len(self.judged_documents(split))
+        if self.eval_documents is None or judged <= self.eval_documents:
+            return []
+        return [
+            f"{self.name}: the {split} split has {judged:,} judged documents, more than --eval-documents "
+            f"{self.eval_documents:,}. All of them are searched, and no others."
+        ]
 
     def ignored(self, query: str) -> str | None:
         """The document that is neither a result nor a negative of a query because it has its id; None if none is."""
@@ -280,6 +335,22 @@ def without_relevant(
         if known and (left := [document for document in others if document not in known]):
             kept[query] = left
     return kept
+
+
+def _sample(corpus: Texts, judged: set[str], number: int) -> Texts:
+    """The judged texts, and others up to a number in all: those with the lowest hashes of their ids."""
+    hashes = np.fromiter(map(hash_of, corpus), dtype=np.uint64, count=len(corpus))
+    is_chosen = np.zeros(len(corpus), dtype=bool)
+    is_chosen[[corpus.position(document) for document in judged]] = True
+    others = np.flatnonzero(~is_chosen)
+    in_order = others[hashes[others].argsort(kind="stable")]
+    is_chosen[in_order[: max(0, number - len(judged))]] = True
+    return corpus.at(np.flatnonzero(is_chosen).tolist())
+
+
+def _with_other_grades(graded: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The grades of the queries that have one other than 1."""
+    return {query: grades for query, grades in graded.items() if set(grades.values()) != {1.0}}
 
 
 def _parted(by_query: Mapping[str, _T], queries: set[str], is_in: bool) -> dict[str, _T]:

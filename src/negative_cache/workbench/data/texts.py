@@ -134,6 +134,10 @@ class Texts(Mapping[str, str]):
         positions: np.ndarray = first[group].astype(np.int64)
         return positions
 
+    def at(self, positions: Iterable[int]) -> Texts:
+        """A copy of the texts at these positions, in this order."""
+        return Texts.of((self.key(position), self.text(position)) for position in positions)
+
     def followed_by(self, others: Iterable[tuple[str, str]]) -> Texts:
         """These texts and others, without a copy of these; raises RepeatedIdError if an id occurs twice."""
         added = Texts.of(others)

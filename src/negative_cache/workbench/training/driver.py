@@ -27,6 +27,7 @@ from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import check_output, write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
 from negative_cache.workbench.training import processes, samples
+from negative_cache.workbench.training.before import quality_before
 from negative_cache.workbench.training.best import BestWeights
 from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import Curve
@@ -56,7 +57,8 @@ class RunOptions:
     """What a run measures and keeps, in addition to its configuration.
 
     Attributes:
-        measure_before: Evaluate the untrained model on the test split, if there is one.
+        measure_before: Evaluate the untrained model on the test split, if there is one, or take its quality from an
+            earlier run; see `quality_before`.
         measure_after: Evaluate the trained model on the test split, or on the dev split if there is no test split.
         measure_dev: Evaluate the trained model on the dev split, too.
         curve: Fractions of the steps after which the quality on the test split is measured.
@@ -266,9 +268,7 @@ class _Run:
             quality = "that of the dev split" if self.data.has("dev") else "none"
             logger.warning("%s has no test split. The quality that is measured is %s.", self.data.name, quality)
         elif self.data.has("test") and self.options.measure_before:
-            found = evaluate(model, self.data, ("test",), on_progress=self.on_progress)["test"]
-            hits = samples.hits(self.data, "test", found.run)
-            measured = {"before": found.metrics(), "per_query": found.per_query, "hits": hits}
+            measured = quality_before(model, self.folder / _INITIAL, self.data, self.on_progress)
         content = {
             "configuration": _configuration(self.config),
             "ranks": processes.count(),

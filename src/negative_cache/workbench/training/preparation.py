@@ -7,6 +7,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from torch import nn
 
 from negative_cache.workbench.models import freeze_unused, prepare_for_training, set_prompts
 from negative_cache.workbench.training.config import RunError, TrainingSettings
@@ -34,13 +35,24 @@ def set_inputs(model: SentenceTransformer, settings: TrainingSettings) -> None:
     length = settings.max_seq_length
     if length is None:
         return
-    config = getattr(model[0], "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = _num_positions(model)
     if positions is not None and length > positions:
         raise RunError(
             f"--max-seq-length is {length}; the model has positions for {positions} tokens. Use at most that."
         )
     model.max_seq_length = length
+
+
+def _num_positions(model: SentenceTransformer) -> int | None:
+    """The number of tokens that a model has positions for; None if it has no limit.
+
+    The limit of the tokenizer is not one of the model: sentence-transformers stores `max_seq_length` there.
+    """
+    for name, module in model[0].named_modules():
+        is_of_positions = isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings"
+        if is_of_positions and module.padding_idx is not None:  # positions begin after that of padding, as in RoBERTa
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
 
 
 def add_lora(model: SentenceTransformer, rank: int, seed: int) -> str:
