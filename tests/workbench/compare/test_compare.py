@@ -212,7 +212,11 @@ def test_the_documents_of_a_comparison_are_those_that_the_test_split_is_searched
         ("negative-cache:cache_sise=3", [], "field=value"),
         ("negative-cache:cache_size=many", [], "must be int"),
         ("negative-cache:shared=maybe", [], "must be bool"),
-        ("negative-cache:epochs=3", [], "field=value"),
+        ("negative-cache:learning_rate=3", [], "field=value"),
+        ("in-batch:epochs=0", [], "--epochs is 0.0; it must be positive"),
+        ("in-batch:epochs=3", ["--max-steps", "9"], "epochs have no effect with --max-steps"),
+        ("in-batch", ["--load-best-model-at-end"], "--load-best-model-at-end needs --eval-steps"),
+        ("in-batch", ["--early-stopping-patience", "2"], "needs --load-best-model-at-end"),
         ("in-batch", ["--seeds", "0"], "must be positive"),
         ("in-batch", ["--learning-rates", "0.1,fast"], "expected numbers"),
         ("in-batch", ["--learning-rates", "0.1,0.05"], "in increasing order"),
@@ -417,3 +421,43 @@ def test_the_number_of_steps_is_that_of_equally_many_queries_and_is_in_the_comma
     assert "--weight-decay 0.1" in command
     with pytest.raises(RunError, match="--max-steps is 0; it must be positive"):
         replace(comparison, max_steps=0)
+
+
+def test_a_loss_may_train_longer_than_the_others(data: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    ended = invoke(*options(data, output, "in-batch,in-batch:epochs=4,negative-cache", "--seeds", "1"), "--json")
+    assert ended.exit_code == 0, ended.output
+    losses = json.loads(ended.stdout)["losses"]
+    assert [loss["runs"][0]["steps"] for loss in losses.values()] == [18, 36, 18]
+    assert [loss["runs"][0]["documents_encoded"] for loss in losses.values()][:2] == [144, 288]
+    assert "| in-batch:epochs=4 | 0.05 |" in (output / "compare.md").read_text()
+    best = {"losses": {"in-batch:epochs=4": losses["in-batch:epochs=4"]}, "configuration": asdict(comparison_of(data))}
+    assert "--epochs 4" in command_of_best(best)
+
+
+def comparison_of(data: Path) -> Comparison:
+    return Comparison(str(data), "static", ("in-batch",), "out", batch_size=8, epochs=2, cache_size=64)
+
+
+def test_each_loss_keeps_its_best_model_and_stops_early(data: Path, tmp_path: Path):
+    given = ["--eval-steps", "2", "--load-best-model-at-end", "--early-stopping-patience", "2", "--seeds", "1"]
+    given += ["--gradcache-factor", "3"]
+    output = tmp_path / "out"
+    ended = invoke(*options(data, output, "in-batch,gradcache", *given), "--epochs", "40", "--json")
+    assert ended.exit_code == 0, ended.output
+    for loss, every in zip(json.loads(ended.stdout)["losses"].values(), (2, 1), strict=True):
+        (run,) = loss["runs"]
+        record = RunRecord.read(output / "runs" / run["folder"])
+        found = {row["step"]: row[key] for row in record.history for key in row if key == "eval_dev_cosine_mrr@10"}
+        assert list(found) == list(range(every, record.steps + 1, every))
+        assert record.best_step == max(found, key=found.get)
+        assert record.steps == record.best_step + 2 * every
+        assert record.steps < 40 * 3
+        assert record.dev["MRR@10"] == pytest.approx(found[record.best_step])
+        assert record.documents_encoded == record.steps * record.configuration["batch_size"]  # none in evaluations
+        steps = [point["step"] for point in loss["curve"]]
+        assert steps == sorted(set(steps))
+        assert loss["curve"][-1]["test"] == record.after
+    words = shlex.split(command_of_best(json.loads(ended.stdout)))
+    assert "--load-best-model-at-end" in words
+    assert words[words.index("--early-stopping-patience") + 1] == "2"

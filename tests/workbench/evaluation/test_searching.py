@@ -116,7 +116,7 @@ def test_the_best_documents_are_those_of_a_sort_in_bounded_memory(monkeypatch: p
     largest = max(2 * size, 10 * depth)
     monkeypatch.setattr(searching, "SCORES_PER_BLOCK", largest)
     model, recorder = Scores(scores), Recorder()
-    best = searching._Best(torch.arange(9), model.similarity, depth, ignored)
+    best = searching.BestDocuments(torch.arange(9), model.similarity, depth, ignored)
     with recorder:
         model.add(best, places, size)
     assert recorder.largest <= max(largest, 9 * num_documents)  # the latter is the table that this test looks up

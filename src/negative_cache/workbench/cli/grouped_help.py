@@ -10,16 +10,17 @@ from typer.core import TyperCommand
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.training.config import FIELDS_OF, TrainingSettings
 
-_TRAINING = {field.name for field in fields(TrainingSettings)} - {"query_prompt", "document_prompt"}
+_EVALUATION = {
+    "no_eval", "eval_documents", "eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps",
+    "resume", "export_negatives", "report_to",
+}  # fmt: skip
+_TRAINING = {field.name for field in fields(TrainingSettings)} - {"query_prompt", "document_prompt"} - _EVALUATION
 _GROUPS = {
-    "Data": {field.name for field in fields(DataOptions)} - {"eval_documents"},
+    "Data": {field.name for field in fields(DataOptions)} - _EVALUATION,
     "Loss": {"scale", "gradcache_factor"}.union(*FIELDS_OF.values()),
     "Training": {"epochs", "max_steps", "batch_size", "learning_rate", "learning_rates", "seed", "seeds", *_TRAINING},
-    "Evaluation and checkpoints": {
-        "no_eval", "eval_documents", "eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps",
-        "resume", "export_negatives", "report_to",
-    },
-}  # fmt: skip
+    "Evaluation and checkpoints": _EVALUATION,
+}
 
 
 class GroupedCommand(TyperCommand):

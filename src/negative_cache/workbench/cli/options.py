@@ -93,6 +93,14 @@ _SETTINGS: dict[str, Any] = {
     "fp16": Annotated[bool, typer.Option("--fp16", help="Compute in float16, with float32 weights. GPU only.")],
     "torch_compile": Annotated[bool, typer.Option("--torch-compile", help="Compile the model.")],
     "lora": Annotated[int | None, typer.Option(help="Train only LoRA adapters of this rank, such as 16. Needs peft.")],
+    "eval_steps": Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")],
+    "load_best_model_at_end": Annotated[
+        bool,
+        typer.Option("--load-best-model-at-end", help="Keep the model of the evaluation with the best MRR@10 on dev."),
+    ],
+    "early_stopping_patience": Annotated[
+        int | None, typer.Option(help="Stop after this number of evaluations in a row without a better one.")
+    ],
 }
 
 _ENCODING_OPTIONS: dict[str, Any] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,10 @@ class ComparisonBar:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar = _bar(console, TimeElapsedColumn(), is_transient=True)
-        self._task = self._bar.add_task("preparing", total=None)
+        self.is_shown = not console.quiet
+        self._bar = _bar(console, TimeElapsedColumn(), TextColumn("{task.fields[metrics]}"), is_transient=True)
+        self._task = self._bar.add_task("preparing", total=None, metrics="")
+        self._end_of_all: float | None = None
 
     def __enter__(self) -> ComparisonBar:
         self._bar.start()
@@ -78,13 +80,26 @@ class ComparisonBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def begin(self, name: str, num_left: int) -> None:
-        """A run begins; `num_left` runs are left, including this one."""
-        self._bar.reset(self._task, total=None, description=f"{num_left} runs left  {name}")
+    def plan(self, lines: Sequence[str]) -> None:
+        """Print what the comparison will cost."""
+        for line in lines:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, name: str, num_left: int, seconds_left: float | None) -> None:
+        """A run begins; `num_left` runs are left, including this one, which take `seconds_left`, if that is known."""
+        self._end_of_all = None if seconds_left is None else time.monotonic() + seconds_left
+        description = f"{num_left} runs left  {name}"
+        self._bar.reset(self._task, total=None, description=description, metrics=self._time_left())
 
     def step(self, step: int, steps: int) -> None:
         """A step is done, or `step` of `steps` documents are encoded."""
-        self._bar.update(self._task, completed=step, total=steps)
+        self._bar.update(self._task, completed=step, total=steps, metrics=self._time_left())
+
+    def _time_left(self) -> str:
+        """The time until all runs have ended."""
+        if self._end_of_all is None:
+            return ""
+        return f"about {timedelta(seconds=max(0, int(self._end_of_all - time.monotonic())))} for all"
 
     def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:
         """A run has ended, or a baseline is measured; with `is_old`, that was in an earlier call."""

@@ -85,14 +85,6 @@ def train(
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not evaluate before and after training, such as on a huge corpus.")
     ] = False,
-    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations on the dev split.")] = None,
-    load_best_model_at_end: Annotated[
-        bool,
-        typer.Option("--load-best-model-at-end", help="Keep the model of the evaluation with the best MRR@10 on dev."),
-    ] = False,
-    early_stopping_patience: Annotated[
-        int | None, typer.Option(help="Stop after this number of evaluations in a row without a better one.")
-    ] = None,
     save_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 for no checkpoints.")] = 500,
     report_to: Annotated[
         str, typer.Option(help="Programs that get the logs: tensorboard, wandb, mlflow ..., or none.")

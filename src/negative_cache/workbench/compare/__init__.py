@@ -1,4 +1,4 @@
 """Comparisons of losses: one configuration, a sweep of the learning rate for each loss, tables and plots.
 
-Imports `negative_cache.workbench` `training`, `data`, `models`, `figures` and `files`.
+Imports `negative_cache.workbench` `training`, `evaluation`, `data`, `models`, `figures` and `files`.
 """

@@ -28,8 +28,7 @@ BASELINES = ("bm25", "zero-shot")
 
 # Fields of `RunConfig` that all runs of a comparison share, or that the comparison sets.
 FIXED_FIELDS = {
-    "data", "model", "loss", "output", "epochs", "max_steps", "learning_rate", "seed", "eval_steps", "save_steps",
-    "load_best_model_at_end", "early_stopping_patience", "report_to", "data_options",
+    "data", "model", "loss", "output", "max_steps", "learning_rate", "seed", "save_steps", "report_to", "data_options",
 }  # fmt: skip
 _OPTIONS = {option.name for option in fields(RunConfig)} - FIXED_FIELDS
 
@@ -61,8 +60,8 @@ class Comparison(TrainingSettings):
         output: Folder of the results. The same comparison, also with more losses or seeds, is continued there.
         batch_size: Queries per step.
         epochs: Passes over the training pairs.
-        max_steps: Stop each run after this number of steps; for gradcache, divided by `gradcache_factor`. None for all
-            epochs.
+        max_steps: Stop each run after this number of steps; None for all epochs. For gradcache and cached-gist, it and
+            `eval_steps` are divided by `gradcache_factor`.
         seeds: Number of seeds. The learning rate is chosen with seed 0, and used with seeds 0 to `seeds - 1`.
         cache_size: Rows of the cache, or of the memory bank's queue.
         scale: Factor that multiplies the similarities.
@@ -119,18 +118,21 @@ class Comparison(TrainingSettings):
             raise RunError(f"--losses has {name!r}; expected {', '.join((*LOSSES, *BASELINES))}, separated by commas.")
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
-        max_steps = self.max_steps
+        shared["max_steps"] = self.max_steps
         if name in ("gradcache", "cached-gist"):
             shared["batch_size"] *= self.gradcache_factor
-            max_steps = None if max_steps is None else math.ceil(max_steps / self.gradcache_factor)
-        options = {**shared, **dict(_parsed(spec, setting) for setting in settings)}
+            for option in ("max_steps", "eval_steps"):
+                if shared[option] is not None:
+                    shared[option] = math.ceil(shared[option] / self.gradcache_factor)
+        own = dict(_parsed(spec, setting) for setting in settings)
+        if "epochs" in own and self.max_steps is not None:
+            raise RunError(f"--losses has {spec!r}; epochs have no effect with --max-steps. Leave one of them out.")
+        options = {**shared, **own}
         return RunConfig(
             data=self.data,
             model=self.model,
             loss=name,
             output=self.output,
-            epochs=self.epochs,
-            max_steps=max_steps,
             save_steps=None,
             data_options=self.data_options,
             **options,

@@ -102,7 +102,7 @@ def _run_and_send(sender: Connection, task: Task) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         message: tuple[str, Any] = ("result", task(on_progress))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFailedError) as error:
         message = ("error", str(error))
     except Exception:
         message = ("error", traceback.format_exc())

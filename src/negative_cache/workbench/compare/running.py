@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 
 from negative_cache.workbench.compare.baselines import Baseline
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison, rounded
+from negative_cache.workbench.compare.estimate import Estimate, Predictor, TimeLeft
 from negative_cache.workbench.compare.isolated import Job, run_isolated
+from negative_cache.workbench.compare.probe import Probe
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
@@ -34,10 +37,19 @@ _KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")
 
 
 class Watcher(Protocol):
-    """Receives the progress of a comparison."""
+    """Receives the progress of a comparison.
 
-    def begin(self, name: str, num_left: int) -> None:
-        """A run begins. As far as is known, `num_left` runs are left, including this one."""
+    Attributes:
+        is_shown: Whether a user sees it. If not, the time is not estimated.
+    """
+
+    is_shown: bool
+
+    def plan(self, lines: Sequence[str]) -> None:
+        """What the comparison will cost, in words."""
+
+    def begin(self, name: str, num_left: int, seconds_left: float | None) -> None:
+        """A run begins. As far as is known, `num_left` runs are left, including this one, which take `seconds_left`."""
 
     def step(self, step: int, steps: int) -> None:
         """A step is done; of a baseline, `step` of `steps` documents are encoded."""
@@ -70,7 +82,8 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     about |= {f"{split}_queries": len(data.graded(split)) for split in ("dev", "test")}
     about["fingerprint"] = fingerprints.of_data(data)
     result = _begin(comparison, about)
-    runner = _Runner(comparison, data, watcher)
+    runner = _Runner(comparison, data, watcher, result["losses"])
+    runner.plan()
     for spec in comparison.losses:
         result["losses"][spec] = runner.measure(spec) if spec in BASELINES else runner.run(spec)
         write_json(Path(comparison.output) / COMPARISON, result)
@@ -142,22 +155,50 @@ def extensions(sweep: dict[float, RunRecord]) -> Iterator[float]:
 
 
 class _Runner:
-    """Runs the losses one after another, and counts the runs that are left."""
+    """Runs the losses one after another, and counts the runs that are left.
 
-    def __init__(self, comparison: Comparison, data: RetrievalData, watcher: Watcher) -> None:
+    Args:
+        comparison: The comparison.
+        data: Its data.
+        watcher: Receives the progress.
+        finished: The entry `losses` of `compare.json`.
+    """
+
+    def __init__(self, comparison: Comparison, data: RetrievalData, watcher: Watcher, finished: dict[str, Any]) -> None:
         self.comparison = comparison
         self.data = data
         self.watcher = watcher
-        runs = len(comparison.rates()) + comparison.seeds - 1
-        self.num_left = sum(
-            len(Baseline.all_of(comparison, spec)) if spec in BASELINES else runs for spec in comparison.losses
-        )
+        self.left = {spec: self._left(spec, finished.get(spec, {})) for spec in comparison.losses}
+        self.num_left = {spec: len(seeds) for spec, seeds in self.left.items()}
+        self.time_left = TimeLeft({})
+
+    def plan(self) -> None:
+        """Estimate the time of the runs, if a user sees it and there are runs."""
+        losses = tuple(spec for spec, number in self.num_left.items() if number and spec not in BASELINES)
+        if not losses or not self.watcher.is_shown:
+            return
+        self.watcher.begin("estimating the time", sum(self.num_left.values()), None)
+        _make_untrained(self.comparison, self.data, 0)
+        try:
+            costs = run_isolated("estimate", Probe(self.comparison, losses), self.watcher.step)
+        except RunFailedError as error:
+            self.watcher.plan([f"The time cannot be estimated. {str(error).splitlines()[-1]}"])
+            return
+        predictor, last = Predictor(self.comparison, self.data, costs), self.comparison.seeds - 1
+        runs = {spec: [predictor.run(spec, seed == last) for seed in self.left[spec]] for spec in losses}
+        swept = [spec for spec in losses if 0 in self.left[spec] and len(self.comparison.rates()) > 1]
+        further = {spec: [predictor.run(spec, last == 0)] * MAX_EXTENSIONS for spec in swept}
+        if number := self.num_left.get("zero-shot"):
+            runs["zero-shot"] = [predictor.zero_shot()] * number
+        estimate = Estimate(self.comparison, runs, further)
+        self.time_left = TimeLeft(estimate.seconds_per_run())
+        self.watcher.plan(estimate.lines())
 
     def run(self, spec: str) -> dict[str, Any]:
         """Choose the learning rate of a loss, then train with the other seeds."""
         sweep = {rate: self._record(spec, rate, 0) for rate in self.comparison.rates()}
         for rate in extensions(sweep):
-            self.num_left += 1
+            self.num_left[spec] += 1
             sweep[rate] = self._record(spec, rate, 0)
         rate = best_rate(sweep)
         result: dict[str, Any] = {
@@ -185,14 +226,15 @@ class _Runner:
         runs: list[dict[str, Any]] = []
         for baseline in Baseline.all_of(self.comparison, name):
             title = name if baseline.seed is None else f"{name}, seed {baseline.seed}"
-            self.watcher.begin(title, self.num_left)
             is_old = baseline.is_measured()
+            self._begin(title)
+            began = time.monotonic()
             if not is_old:
                 if name != "bm25":
                     _make_untrained(self.comparison, self.data, baseline.seed or 0)
                 run_isolated(title, baseline, self.watcher.step)
             metrics = baseline.metrics()
-            self.num_left -= 1
+            self._end(name, is_old, time.monotonic() - began)
             self.watcher.end(title, metrics, is_old)
             runs.append({"folder": baseline.output.name, "seed": baseline.seed, "after": metrics})
         return {
@@ -205,30 +247,50 @@ class _Runner:
 
     def _record(self, spec: str, rate: float, seed: int) -> RunRecord:
         """Return the record of a run, and do the run if it is not complete."""
-        comparison = self.comparison
-        has_curve = seed == comparison.seeds - 1
-        job = Job(
-            comparison.run_config(spec, rate, seed),
-            replace(OPTIONS, curve=POINTS if has_curve else ()),
-        )
+        job = self._job(spec, rate, seed)
         name = f"{spec}, rate {rate:g}, seed {seed}"
-        self.watcher.begin(name, self.num_left)
-        saved = _saved_record(job)
+        self._begin(name)
+        began, saved = time.monotonic(), _saved_record(job)
         if saved is None:
-            _make_untrained(comparison, self.data, seed)
+            shutil.rmtree(job.config.output, ignore_errors=True)  # a run without the curve
+            _make_untrained(self.comparison, self.data, seed)
         record = saved or run_isolated(job.config.output, job, self.watcher.step)
-        self.num_left -= 1
+        self._end(spec, saved is not None, time.monotonic() - began)
         self.watcher.end(name, record, saved is not None)
         return record
+
+    def _job(self, spec: str, rate: float, seed: int) -> Job:
+        has_curve = seed == self.comparison.seeds - 1
+        return Job(self.comparison.run_config(spec, rate, seed), replace(OPTIONS, curve=POINTS if has_curve else ()))
+
+    def _left(self, spec: str, finished: dict[str, Any]) -> list[int]:
+        """The seeds of the runs of an entry that are not done, as far as is known."""
+        if spec in BASELINES:
+            return [
+                baseline.seed or 0 for baseline in Baseline.all_of(self.comparison, spec) if not baseline.is_measured()
+            ]
+        rates = self.comparison.rates()
+        left = [0 for rate in rates if _saved_record(self._job(spec, rate, 0)) is None]
+        chosen = {*rates, *([finished["learning_rate"]] if "learning_rate" in finished else [])}
+        for seed in range(1, self.comparison.seeds):
+            if all(_saved_record(self._job(spec, rate, seed)) is None for rate in chosen):
+                left.append(seed)
+        return left
+
+    def _begin(self, name: str) -> None:
+        self.watcher.begin(name, sum(self.num_left.values()), self.time_left.seconds(self.num_left))
+
+    def _end(self, spec: str, is_old: bool, seconds: float) -> None:
+        if not is_old:
+            self.num_left[spec] = max(0, self.num_left[spec] - 1)
+            self.time_left.add(spec, seconds)
 
 
 def _saved_record(job: Job) -> RunRecord | None:
     """The record of a finished run; None if there is none, or if it lacks a curve that is needed."""
     record = finished_run(job.config, resume=True)
-    if record is not None and job.options.curve and not record.curve and record.failed is None:
-        shutil.rmtree(job.config.output)
-        return None
-    return record
+    lacks_curve = record is not None and job.options.curve and not record.curve and record.failed is None
+    return None if lacks_curve else record
 
 
 def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:

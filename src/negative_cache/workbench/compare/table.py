@@ -105,7 +105,7 @@ def command_of_best(result: dict[str, Any]) -> str:
     words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]
     for field in fields(RunConfig):
         value, flag = options.get(field.name, field.default), flag_of(field.name)
-        if field.name in FIXED_FIELDS - {"epochs", "max_steps"} or value == field.default:
+        if field.name in FIXED_FIELDS - {"max_steps"} or value == field.default:
             continue
         if isinstance(field.default, bool):
             words.append(flag if value else f"--no-{flag[2:]}")

@@ -108,7 +108,7 @@ def search_corpus(
     with encoding(model, options or EncodingOptions()) as encoder:
         embedded = encoder.queries(list(queries.values()))
         places = torch.from_numpy(texts.places_of_ids())
-        best = _Best(embedded, model.similarity, min(depth, len(texts)), torch.tensor(positions))
+        best = BestDocuments(embedded, model.similarity, min(depth, len(texts)), torch.tensor(positions))
         start = 0
         for embeddings in _chunks(encoder, texts, on_progress):
             best.add(embeddings, places[start : start + len(embeddings)], start)
@@ -129,7 +129,7 @@ def _chunks(encoder: Encoder, texts: Texts, on_progress: OnProgress | None) -> I
         done += len(chunk)
 
 
-class _Best:
+class BestDocuments:
     """The best documents so far of each query, as keys.
 
     A key is an int64 that orders documents as results are ordered: the bits of the score, then those of the document's

@@ -115,6 +115,10 @@ class TrainingSettings:
         torch_compile: Compile the model.
         lora: Rank of LoRA adapters of all linear layers. Only they are trained; the saved model has them merged into
             its weights. None to train all weights.
+        eval_steps: Steps between evaluations on the dev split; None for no evaluation.
+        load_best_model_at_end: Keep the weights of the evaluation with the best MRR@10, instead of the last ones.
+        early_stopping_patience: Stop after this number of evaluations in a row without a better one; None to train to
+            the end.
 
     Raises:
         RunError: A value is out of range, or two do not go together.
@@ -134,11 +138,15 @@ class TrainingSettings:
     fp16: bool = False
     torch_compile: bool = False
     lora: int | None = None
+    eval_steps: int | None = None
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_positive(self, ("gradient_accumulation_steps",))
-        check_positive(self, [name for name in ("max_seq_length", "lora") if getattr(self, name) is not None])
+        optional = ("max_seq_length", "lora", "eval_steps", "early_stopping_patience")
+        check_positive(self, [name for name in optional if getattr(self, name) is not None])
         if self.lora is not None and importlib.util.find_spec("peft") is None:
             raise RunError("--lora needs the package peft. Install it: pip install peft.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -161,6 +169,13 @@ class TrainingSettings:
             raise RunError("--fp16 needs a GPU, and there is none. Use --bf16, or leave it out.")
         if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise RunError("--bf16 is not supported by this GPU. Use --fp16, or leave it out.")
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise RunError("--load-best-model-at-end needs --eval-steps: the number of steps between evaluations.")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise RunError(
+                "--early-stopping-patience needs --load-best-model-at-end: the last model would be one of the worse "
+                "ones."
+            )
 
     def check_static(self) -> None:
         """Raise RunError if a setting has no effect on static embeddings."""
@@ -211,10 +226,6 @@ class RunConfig(TrainingSettings):
         mining_start: Fraction of the steps after which negatives are first mined; None for 0. For a model that is
             trained from scratch, None is 1 / (mining_rounds + 1): it begins with in-batch negatives alone.
         seed: Seed of the weights, the data order and the sampling.
-        eval_steps: Steps between evaluations on the dev split; None for no evaluation.
-        load_best_model_at_end: Keep the weights of the evaluation with the best MRR@10, instead of the last ones.
-        early_stopping_patience: Stop after this number of evaluations in a row without a better one; None to train to
-            the end.
         save_steps: Steps between checkpoints; None for no checkpoints.
         report_to: Where the logs go: names of programs that transformers supports, separated by commas; "none" for
             nowhere but `run.json`.
@@ -249,9 +260,6 @@ class RunConfig(TrainingSettings):
     mining_rounds: int = 1
     mining_start: float | None = None
     seed: int = 0
-    eval_steps: int | None = None
-    load_best_model_at_end: bool = False
-    early_stopping_patience: int | None = None
     save_steps: int | None = 500
     report_to: str = "tensorboard"
     data_options: DataOptions = field(default_factory=DataOptions)
@@ -265,7 +273,7 @@ class RunConfig(TrainingSettings):
         check_choice("sampling_strategy", self.sampling_strategy, SAMPLING_STRATEGIES)
         check_positive(self, ("cache_size", "batch_size", "epochs", "scale", "num_negatives", "mining_rounds"))
         _checked_num_samples(self.num_samples, self.shared)
-        optional = ("max_steps", "learning_rate", "eval_steps", "early_stopping_patience", "save_steps")
+        optional = ("max_steps", "learning_rate", "save_steps")
         check_positive(self, [name for name in optional if getattr(self, name) is not None])
         for option in fields(self):
             if not has_effect(self.loss, option.name) and getattr(self, option.name) != option.default:
@@ -281,13 +289,6 @@ class RunConfig(TrainingSettings):
         if self.fill_from_corpus and self.symmetric:
             raise RunError(
                 "--fill-from-corpus fills the cache of documents, --symmetric has one of queries, too. Leave one out."
-            )
-        if self.load_best_model_at_end and self.eval_steps is None:
-            raise RunError("--load-best-model-at-end needs --eval-steps: the number of steps between evaluations.")
-        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
-            raise RunError(
-                "--early-stopping-patience needs --load-best-model-at-end: the last model would be one of the worse "
-                "ones."
             )
         self._check_hard_negatives()
         if not 0 <= self.seed < 2**32:

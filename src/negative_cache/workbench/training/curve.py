@@ -47,10 +47,14 @@ class Curve(TrainerCallback):
             save_model(self._trainer.model, str(self._folder / f"{state.global_step}.safetensors"))
             write_json(self._folder / f"{state.global_step}.json", costs)
 
-    def measure(self, data: RetrievalData) -> list[dict[str, Any]]:
-        """Metrics on the test split at each point, with the cost of training so far. Changes the model's weights."""
+    def measure(self, data: RetrievalData, end: int) -> list[dict[str, Any]]:
+        """Metrics on the test split at each point before the step `end`, with the cost of training so far.
+
+        Changes the model's weights.
+        """
         points = []
-        for path in sorted(self._folder.glob("*.json"), key=lambda path: int(path.stem)):
+        paths = {int(path.stem): path for path in self._folder.glob("*.json")}
+        for path in [paths[step] for step in sorted(paths) if step < end]:
             load_model(self._trainer.model, path.with_suffix(".safetensors"))
             quality = evaluate(self._trainer.model, data, ("test",))["test"]
             points.append({**read_json(path), "test": quality.metrics()})

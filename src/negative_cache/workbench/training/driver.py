@@ -327,9 +327,9 @@ class _Run:
         seconds, documents = round(trainer.meter.seconds, 3), trainer.meter.documents
         points = []
         if self.options.curve and not failed:
-            last = {"step": trainer.state.global_step, "seconds": seconds, "documents_encoded": documents}
-            curve = Curve(trainer, self.folder / _CURVE)
-            points = [*curve.measure(self.data), {**last, "test": quality["after"]}]
+            end = trainer.state.global_step
+            last = {"step": end, "seconds": seconds, "documents_encoded": documents, "test": quality["after"]}
+            points = [*Curve(trainer, self.folder / _CURVE).measure(self.data, end), last]
         RunRecord(
             configuration=_configuration(self.config),
             versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
