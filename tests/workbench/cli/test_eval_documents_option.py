@@ -83,6 +83,15 @@ def test_values_on_a_sample_and_on_all_documents_are_not_compared(place: Path, t
         assert f"is of a corpus of 25 documents, {tmp_path / name} of another one of {size}" in ended.stderr
 
 
+def test_the_run_of_a_search_in_all_documents_is_judged_on_the_sample(place: Path, tmp_path: Path):
+    shared = ["--data", place / "set", "--json"]
+    run("evaluate", "--model", place / "model", *shared, "--run-out", tmp_path / "whole.run")
+    expected = json.loads(run("evaluate", "--model", place / "model", *shared, "--eval-documents", 25).stdout)
+    ended = run("evaluate", "--run", tmp_path / "whole.run", *shared, "--eval-documents", 25)
+    assert json.loads(ended.stdout) == expected
+    assert "Documents of the run outside the sample: 55 of 80" in ended.stderr
+
+
 def test_a_run_is_not_continued_with_another_sample(place: Path):
     given = ["train", "--data", place / "set", "--output", place / "model", *OPTIONS, "--resume"]
     given += ["--eval-steps", 6, "--fill-from-corpus", "--cache-size", 80]

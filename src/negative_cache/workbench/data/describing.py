@@ -302,7 +302,7 @@ def _overlap(splits: dict[str, _Split]) -> Iterator[dict[str, Any]]:
 
 def _examples(data: RetrievalData, split: str) -> list[dict[str, str | None]]:
     """The first queries of a split, those with negatives first."""
-    part = data.elsewhere.get(split, data)
+    part = data.whole(split)
     qrels = part.qrels.get(split, {})
     in_order = chain((q for q in qrels if q in part.negatives), (q for q in qrels if q not in part.negatives))
     examples = []

@@ -75,7 +75,7 @@ class RetrievalData:
         Raises:
             DataError: The split has no judgements, and there are `eval_documents`.
         """
-        part = self.elsewhere.get(split, self)
+        part = self.whole(split)
         if self.eval_documents is None or self.eval_documents >= len(part.corpus):
             return part
         if split not in self._parts:
@@ -90,9 +90,13 @@ class RetrievalData:
             )
         return self._parts[split]
 
+    def whole(self, split: str) -> RetrievalData:
+        """The dataset of which `part` searches a sample."""
+        return self.elsewhere.get(split, self)
+
     def has(self, split: str) -> bool:
         """Whether a split has judgements."""
-        return bool(self.elsewhere.get(split, self).qrels.get(split))
+        return bool(self.whole(split).qrels.get(split))
 
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.

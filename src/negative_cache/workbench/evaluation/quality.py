@@ -83,18 +83,23 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
         run: Results of another program.
 
     Returns:
-        The results, and notes on queries without judgements or without results, and on unknown documents.
+        The results, and notes on queries without judgements or without results, on documents outside the sample that
+        is searched, and on unknown documents.
 
     Raises:
         DataError: The run has no judged query, or no document of the corpus.
     """
-    judged, part = data.graded(split), data.part(split)
+    judged, part, whole = data.graded(split), data.part(split), data.whole(split).corpus
     own = {query: _without(found, part.ignored(query)) for query, found in run.items() if query in judged}
     documents = dict.fromkeys(document for found in own.values() for document in found)
+    outside = [document for document in documents if document in whole and document not in part.corpus]
+    if outside:
+        left_out = set(outside)
+        own = {query: {key: found[key] for key in found if key not in left_out} for query, found in own.items()}
     unjudged = [query for query in run if query not in judged]
     missing = [query for query in judged if query not in own]
-    unknown = [document for document in documents if document not in part.corpus]
-    for kind, others, every, known in (("query", unjudged, run, judged), ("document", unknown, documents, part.corpus)):
+    unknown = [document for document in documents if document not in whole]
+    for kind, others, every, known in (("query", unjudged, run, judged), ("document", unknown, documents, whole)):
         if others and len(others) == len(every):
             raise DataError(
                 f"The run has no {kind} of {data.name}, {split}: it has ids such as {others[0]!r}, the data such as "
@@ -103,6 +108,7 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
     notes = (
         ("Queries of the run without judgements", unjudged, run, "They are not used."),
         ("Judged queries without results in the run", missing, judged, "They count 0."),
+        ("Documents of the run outside the sample", outside, documents, "They are left out."),
         ("Documents of the run that the corpus lacks", unknown, documents, "They count as not relevant."),
     )
     return own, [
