@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def _run_and_send(sender: Connection, task: Task) -> None:
             sender.send(("progress", done, total))
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process terminates this one
+    threading.Thread(target=_exit_with_the_parent, daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         message: tuple[str, Any] = ("result", task(on_progress))
@@ -108,3 +110,11 @@ def _run_and_send(sender: Connection, task: Task) -> None:
         message = ("error", traceback.format_exc())
     with contextlib.suppress(BrokenPipeError):  # the parent process was killed, so nothing reads the message
         sender.send(message)
+
+
+def _exit_with_the_parent() -> None:
+    """Exit when the parent process is killed. A call of `compare` that continues would write to the same folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
