@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,3 +55,11 @@ def static():
     torch.manual_seed(0)
     tokenizer = train_tokenizer([*ANCHORS, *POSITIVES, *HARD])
     return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=32)], device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def the_environment_stays_one_object() -> Iterator[None]:
+    """`datasets` replaces `os.environ` by a copy when it maps in several processes; rich keeps the original."""
+    environment = os.environ
+    yield
+    os.environ = environment  # noqa: B003
