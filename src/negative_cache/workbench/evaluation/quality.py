@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sentence_transformers import SentenceTransformer
@@ -90,12 +90,12 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
         DataError: The run has no judged query, or no document of the corpus.
     """
     judged, part, whole = data.graded(split), data.part(split), data.whole(split).corpus
-    own = {query: _without(found, part.ignored(query)) for query, found in run.items() if query in judged}
+    own = {query: _without(found, {part.ignored(query)}) for query, found in run.items() if query in judged}
     documents = dict.fromkeys(document for found in own.values() for document in found)
     outside = [document for document in documents if document in whole and document not in part.corpus]
     if outside:
         left_out = set(outside)
-        own = {query: {key: found[key] for key in found if key not in left_out} for query, found in own.items()}
+        own = {query: _without(found, left_out) for query, found in own.items()}
     unjudged = [query for query in run if query not in judged]
     missing = [query for query in judged if query not in own]
     unknown = [document for document in documents if document not in whole]
@@ -118,8 +118,8 @@ def matching_run(data: RetrievalData, split: str, run: Run) -> tuple[Run, list[s
     ]
 
 
-def _without(found: dict[str, float], ignored: str | None) -> dict[str, float]:
-    return {document: score for document, score in found.items() if document != ignored}
+def _without(found: dict[str, float], left_out: Collection[str | None]) -> dict[str, float]:
+    return {document: score for document, score in found.items() if document not in left_out}
 
 
 def make_evaluator(model: SentenceTransformer, data: RetrievalData, split: str) -> InformationRetrievalEvaluator:
