@@ -27,7 +27,8 @@ PAGE = ROOT / "docs" / "api" / "names.md"
 HEAD = """# All public names
 
 This page can be read without building the site. It says what each name is for, and shows its arguments and defaults.
-The links lead to the docstrings, which have shapes, types, gradients and errors. `python tests/surface.py` writes it."""
+The links lead to the docstrings, which have shapes, types, gradients and errors. `python tests/surface.py` writes it.
+"""
 
 # Public names of modules, beside those that `negative_cache` exports and all of the integrations.
 NAMES = {
