@@ -84,7 +84,8 @@ def draw_quality(lines: list[Row], path: Path) -> Path:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for at, line in enumerate(lines):
-        value, error = line["test_MRR@10"], line["test_MRR@10_std"]
+        value, deviation = markdown.number(line["test_MRR@10"]), line["test_MRR@10_std"]
+        error = None if deviation is None else markdown.number(deviation)
         is_ours = str(line["loss"]).startswith("negative cache")
         colour = COLOURS[1] if is_ours else COLOURS[0]
         axes.errorbar(value, at, xerr=error, color=colour, marker="s" if is_ours else "o", markersize=9, capsize=4)
@@ -106,7 +107,7 @@ def _best_measured(lines: list[Row]) -> list[Row]:
     measured = [line for line in lines if line["test_MRR@10_std"] is not None]
     if not measured:
         return []
-    data = max(measured, key=lambda line: int(line["seeds"]))["data"]
+    data = max(measured, key=lambda line: markdown.number(line["seeds"]))["data"]
     return [line for line in lines if line["data"] == data]
 
 
