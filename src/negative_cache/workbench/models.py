@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import math
 import tempfile
@@ -22,6 +21,8 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
+from negative_cache.workbench.model_names import DISTILLED
+
 VOCABULARY = 16_000
 STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
@@ -29,29 +30,9 @@ TINY_MAX_LENGTH = 128
 TEXTS_PER_CHUNK = 256
 HUB_TIMEOUT = 10.0  # seconds
 
-# Learning rates at which each kind of model trains well with AdamW.
-LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
-PRETRAINED_LEARNING_RATE, PRETRAINED_STATIC_LEARNING_RATE = 2e-5, 1e-2
-ADAPTER_LEARNING_RATE = 2e-4
-DISTILLED = "static:"  # before the name of a model
-
 
 class ModelError(ValueError):
     """A model that cannot be loaded."""
-
-
-def learning_rate_of(name: str, has_adapters: bool = False) -> float:
-    """The default learning rate of a model, or of its adapters alone."""
-    if has_adapters:
-        return ADAPTER_LEARNING_RATE
-    if name.startswith(DISTILLED) or _is_saved_static(name):
-        return PRETRAINED_STATIC_LEARNING_RATE
-    return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
-
-
-def is_from_scratch(name: str) -> bool:
-    """Whether a model starts with random weights."""
-    return name in LEARNING_RATES
 
 
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
@@ -115,12 +96,6 @@ def _distilled(name: str) -> SentenceTransformer:
         )
     weights = torch.as_tensor(found.embedding).contiguous()
     return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
-
-
-def _is_saved_static(name: str) -> bool:
-    """Whether a folder has a saved static model."""
-    path = Path(name) / "modules.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))[0]["type"].endswith("StaticEmbedding")
 
 
 def _ask_hub(name: str) -> None:

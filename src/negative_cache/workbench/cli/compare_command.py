@@ -10,7 +10,6 @@ import typer
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
-from negative_cache.workbench.cli.progress import ComparisonBar
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
@@ -55,6 +54,7 @@ def compare(
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: "Run the same command again to continue after the completed runs."):
         with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.cli.progress import ComparisonBar
             from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
             from negative_cache.workbench.compare.output import write_output
             from negative_cache.workbench.compare.running import compare as compare_losses

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from negative_cache.workbench.data.describing import Measure
 
 MAX_GRADES = 6  # in the table; --json has all
@@ -36,6 +36,7 @@ def data(
     with terminal.running():
         measure = None if model is None else _tokens_of(terminal, model)
         loaded = terminal.load_data(source, data_options)
+        from negative_cache.workbench.cli.progress import counting_bar
         from negative_cache.workbench.data.advice import advice
         from negative_cache.workbench.data.describing import WORDS, describe
 
@@ -120,6 +121,8 @@ def _findings_table(found: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", caption_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import bytes_table
 from negative_cache.workbench.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def doctor(
@@ -68,6 +70,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _devices_table(devices: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
     table = Table(title="Devices")
     for heading in ("device", "memory", "free"):
         table.add_column(heading, overflow="fold")

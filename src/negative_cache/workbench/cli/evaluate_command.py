@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
@@ -66,6 +65,7 @@ def _evaluate(
     terminal: Terminal, given: Mapping[str, Any], measures: dict[str, Any], encoding: EncodingOptions
 ) -> None:
     """Evaluate on a dataset."""
+    from negative_cache.workbench.cli.progress import counting_bar
     from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
     from negative_cache.workbench.evaluation.systems import corpus_of
     from negative_cache.workbench.files import write_json
@@ -101,6 +101,7 @@ def _evaluate(
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:
+    from negative_cache.workbench.cli.progress import counting_bar
     from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
 
     chosen = parse_names(names)

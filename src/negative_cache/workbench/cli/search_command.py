@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
 
@@ -34,6 +33,7 @@ def search(
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.cli.progress import counting_bar
             from negative_cache.workbench.evaluation import EncodingOptions
             from negative_cache.workbench.evaluation import search as search_corpus
         if any(not text.strip() for text in query):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.evaluate_command import split_of
@@ -16,6 +15,8 @@ from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from negative_cache.workbench.data import RetrievalData
     from negative_cache.workbench.evaluation.significance import Significance
     from negative_cache.workbench.evaluation.systems import JudgeRun, PerMeasure
@@ -103,6 +104,8 @@ def _show(terminal: Terminal, found: dict[str, Significance], alpha: float, base
 
 def _systems_table(found: dict[str, Significance]) -> Table:
     """The mean of each system ± the standard deviation over its seeds."""
+    from rich.table import Table
+
     table = Table(title=f"{next(iter(found.values())).num_queries:,} queries", title_justify="left")
     for name in ("system", "seeds", *found):
         table.add_column(name, justify="left" if name == "system" else "right")
@@ -114,6 +117,8 @@ def _systems_table(found: dict[str, Significance]) -> Table:
 
 
 def _pairs_table(measure: str, found: Significance, alpha: float) -> Table:
+    from rich.table import Table
+
     from negative_cache.workbench.evaluation.significance import COLUMNS
 
     table = Table(title=measure, title_justify="left")

@@ -12,7 +12,6 @@ import typer
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
-from negative_cache.workbench.cli.progress import training_bar
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
@@ -108,6 +107,7 @@ def train(
             from negative_cache.workbench.training.config import RunConfig
         config = opt.make(RunConfig, given, save_steps=save_steps or None)
         with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.cli.progress import training_bar
             from negative_cache.workbench.training.driver import RunOptions, finished_run, run
         is_finished = finished_run(config, resume) is not None
         loaded = terminal.load_data(data, data_options)

@@ -29,10 +29,17 @@ from negative_cache.workbench.models import cache_tokens, freeze_unused, load_mo
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.before import quality_before
 from negative_cache.workbench.training.best import BestWeights
-from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError, changed_options
+from negative_cache.workbench.training.config import (
+    GUIDED,
+    RunConfig,
+    RunError,
+    RunFailedError,
+    changed_options,
+    check_guide,
+)
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
-from negative_cache.workbench.training.losses import check_guide, load_guide
+from negative_cache.workbench.training.losses import load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
