@@ -31,7 +31,10 @@ def data(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show how a dataset is read, what it contains, and what is wrong with it."""
+    """Show how a dataset is read, and what is wrong with it.
+
+    Also its sizes, the lengths of its texts, and examples.
+    """
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         measure = None if model is None else _tokens_of(terminal, model)

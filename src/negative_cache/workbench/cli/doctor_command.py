@@ -9,6 +9,7 @@ import typer
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import bytes_table
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.training.config import RunConfig, parse_num_samples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,24 +18,26 @@ if TYPE_CHECKING:
 def doctor(
     dim: Annotated[int, typer.Option(help="Dimensions of an embedding.")] = 768,
     cache_size: opt.CacheSize = 131_072,
-    batch_size: Annotated[int, typer.Option(help="Queries per step, on all ranks together.")] = 64,
-    embedding_dtype: opt.EmbeddingDtype = "float32",
+    batch_size: Annotated[int, typer.Option(help="Queries per step, on all ranks together.")] = RunConfig.batch_size,
+    embedding_dtype: opt.EmbeddingDtype = RunConfig.embedding_dtype,
     mean_tokens: Annotated[float, typer.Option(help="Mean number of tokens of a document.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a document.")] = 512,
-    num_samples: opt.NumSamples = "auto",
-    shared: opt.Shared = True,
+    num_samples: opt.NumSamples = str(RunConfig.num_samples),
+    shared: opt.Shared = RunConfig.shared,
     guide_dim: Annotated[int, typer.Option(help="Dimensions of a guide's embeddings; 0 without a guide.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the cache.")] = 1,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show versions, missing packages, devices, and how a cache would be searched and how much memory it needs."""
+    """Check the installation, the devices and the memory.
+
+    Shows versions, missing packages, and how a cache would be searched and how much memory it needs.
+    """
     given = {name: value for name, value in locals().items() if name not in ("quiet", "as_json")}
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench import environment
-            from negative_cache.workbench.training.config import parse_num_samples
         with terminal.waiting("Examining the environment ..."):
             documents = parse_num_samples(num_samples, shared)
             sizes = environment.predict(**{**given, "num_samples": documents})

@@ -13,6 +13,7 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
 from negative_cache.workbench.training.config import RunError, flag_of
 
@@ -32,7 +33,7 @@ def evaluate(
         str | None, typer.Option(help="train, dev, test or all. Default: test; all for rows without splits.")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Default: MRR@10 nDCG@10 AP@100 R@1 R@10 R@100. Also AP, P@5, Success@5 ...")
+        str | None, typer.Option(help=f"Default: {DEFAULT_MEASURES}. Also AP, P@5, Success@5 ...")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Judge the search results in a TREC run, without a model.")] = None,
     run_out: Annotated[Path | None, typer.Option(help="Write the search results, as a TREC run.")] = None,
@@ -47,13 +48,16 @@ def evaluate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the retrieval quality of a model or of a TREC run, against the whole corpus or a sample of it."""
+    """Measure the quality of a model or of a TREC run.
+
+    Each query is searched in the whole corpus, or in a sample of it with --eval-documents.
+    """
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         _check(given)
         with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.evaluation import DEFAULT_MEASURES, EncodingOptions, parse_measures
+            from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
         encoding = EncodingOptions(**encoding_options)
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)

@@ -13,6 +13,7 @@ from negative_cache.workbench.cli.evaluate_command import split_of
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.evaluation.defaults import ALPHA
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,13 +37,16 @@ def significance(
     baseline: Annotated[
         str | None, typer.Option(help="Compare each system with this one only. Default: all pairs.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
+    alpha: Annotated[float, typer.Option(help="Significance level.")] = ALPHA,
     *,
     data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Test whether the differences between systems are more than chance, query by query."""
+    """Test whether systems differ by more than chance.
+
+    They are compared query by query, by a randomisation test with Holm's correction.
+    """
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
