@@ -15,18 +15,19 @@ from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.data_command import data
 from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.evaluate_command import evaluate
+from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.cli.grouped_help import GroupedCommand
 from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.search_command import search
 from negative_cache.workbench.cli.significance_command import significance
 from negative_cache.workbench.cli.train_command import train
 
-HELP = """Train retrieval models with a cache of negatives, evaluate them, and search with them.
+HELP = f"""Train retrieval models with a cache of negatives, evaluate them, and search with them.
 
 The commands are listed in the order of their use. A first model, without data of your own:
 
 \b
-  negative-cache train --data python-code --output first-model
+  {EXAMPLES["train"][0]}
 """
 
 app = typer.Typer(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal, escape
@@ -51,6 +52,7 @@ def data(
         _print(terminal, found)
         for warning in warnings[len(read) :]:  # the others are printed as notes of the data
             terminal.out.print(f"[bold yellow]Warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+        terminal.next_steps(next_steps.after_data(source, data_options, loaded, model))
 
 
 def _tokens_of(terminal: Terminal, name: str) -> Measure:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import bytes_table
 from negative_cache.workbench.cli.terminal import Terminal
@@ -49,6 +50,7 @@ def doctor(
         terminal.out.print(_devices_table(found["devices"]))
         title = f"Memory of {cache_size:,} documents, {dim} x {embedding_dtype}"
         terminal.out.print(bytes_table(title if ranks == 1 else f"{title}, on each of {ranks} ranks", sizes))
+        terminal.next_steps(next_steps.after_doctor(found["extras"]))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
@@ -102,6 +104,7 @@ def _evaluate(
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
         terminal.say(f"Written: {' '.join(written)}")
+    terminal.next_steps(next_steps.after_evaluate(given, split, OF_DOCUMENTS))
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:

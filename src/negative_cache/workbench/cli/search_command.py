@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
@@ -48,6 +49,8 @@ def search(
         for text, own in found:
             terminal.out.rule(f"[bold]{escape(_clip(text))}", align="left")
             _show(terminal, own)
+        if loaded.qrels:
+            terminal.next_steps(next_steps.after_search(model, data, data_options))
 
 
 def _show(terminal: Terminal, hits: list[Hit]) -> None:

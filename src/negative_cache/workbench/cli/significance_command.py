@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.evaluate_command import split_of
 from negative_cache.workbench.cli.tables import print_wide
@@ -74,6 +75,7 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
+        terminal.next_steps(next_steps.after_significance(runs))
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -103,6 +103,11 @@ class Terminal:
         kind = "Warning" if text.startswith("Warning: ") else "Note"
         text = escape(text.removeprefix("Warning: "))
         self.progress.print(f"[bold yellow]{kind}:[/] {text}", soft_wrap=True, highlight=False)
+
+    def next_steps(self, lines: Iterable[str]) -> None:
+        """Print what to do next, to stderr."""
+        for line in lines:
+            self.progress.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def result(self, content: Any) -> None:
         """Print the result as JSON, if --json is given."""

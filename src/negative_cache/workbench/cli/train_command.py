@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
+from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
@@ -142,6 +144,7 @@ def train(
             _show(terminal, record, output)
             if export_negatives is not None and not is_finished:
                 terminal.say(f"The training pairs with hard negatives are in {export_negatives}")
+            terminal.next_steps(next_steps.after_train(config, record, loaded, OF_DOCUMENTS))
 
 
 def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
