@@ -21,7 +21,8 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
-from negative_cache.workbench.model_names import DISTILLED
+from negative_cache.workbench.model_names import DISTILLED, LEARNING_RATES
+from negative_cache.workbench.suggestions import did_you_mean_path
 
 VOCABULARY = 16_000
 STATIC_DIM = 256
@@ -63,7 +64,10 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 def load_trained(name: str) -> SentenceTransformer:
     """Load a model by name or path; raises ModelError if it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ModelError(f"Cannot load the model {name!r}: the folder does not exist.")
+        raise ModelError(
+            f"Cannot load the model {name!r}: the folder does not exist.{did_you_mean_path(name)} Give the --output of "
+            "train, or the name of a model on the Hugging Face hub."
+        )
     if not Path(name).exists() and name.count("/") < 2:
         _ask_hub(name)
     try:
@@ -115,8 +119,8 @@ def _ask_hub(name: str) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}). Give a folder or the name of a model on the hub; train and "
-        "compare also take static and tiny."
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *LEARNING_RATES)} Give a folder or "
+        "the name of a model on the hub; train and compare also take static and tiny."
     )
 
 

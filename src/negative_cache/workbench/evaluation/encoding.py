@@ -125,7 +125,9 @@ def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[E
     """
     dim = model.get_embedding_dimension()
     if options.truncate_dim is not None and dim is not None and options.truncate_dim > dim:
-        raise EncodingError(f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions.")
+        raise EncodingError(
+            f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions. Use at most that."
+        )
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
     if len(options.devices) < 2:

@@ -132,6 +132,8 @@ def run(
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
+    elif is_first and resume:
+        logger.warning("There is no unfinished run in %s: training begins at step 0.", folder)
     is_trained = (folder / RECORD).exists()
     processes.wait()
     try:
@@ -160,7 +162,7 @@ def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
     if not output.exists():
         return None
     if not (resume and (output / RECORD).is_file()):
-        raise RunError(f"The output folder {config.output!r} exists. Choose another one, or remove it.")
+        raise RunError(f"The output folder {config.output!r} exists. Choose another --output, or remove the folder.")
     record = RunRecord.read(output)
     length = {name: getattr(config, name) for name in ("epochs", "max_steps")}
     if changed := changed_options(record.configuration, length):
@@ -392,7 +394,10 @@ def _check_programs(names: tuple[str, ...]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RunError(f"--report-to has {name!r}; expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
         if name not in get_available_reporting_integrations():
-            raise RunError(f"--report-to has {name!r}, whose package is not installed. Install it, or leave it out.")
+            raise RunError(
+                f"--report-to has {name!r}, whose package is not installed. Install it, for example with pip install "
+                f"{name}, or leave it out."
+            )
 
 
 def _check_ranks(task: _Run) -> None:
