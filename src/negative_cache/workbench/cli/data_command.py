@@ -52,7 +52,7 @@ def data(
         _print(terminal, found)
         for warning in warnings[len(read) :]:  # the others are printed as notes of the data
             terminal.out.print(f"[bold yellow]Warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
-        terminal.next_steps(next_steps.after_data(source, data_options, loaded, model))
+        terminal.inform(next_steps.after_data(source, data_options, loaded, model))
 
 
 def _tokens_of(terminal: Terminal, name: str) -> Measure:

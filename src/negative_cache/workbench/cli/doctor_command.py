@@ -50,7 +50,7 @@ def doctor(
         terminal.out.print(_devices_table(found["devices"]))
         title = f"Memory of {cache_size:,} documents, {dim} x {embedding_dtype}"
         terminal.out.print(bytes_table(title if ranks == 1 else f"{title}, on each of {ranks} ranks", sizes))
-        terminal.next_steps(next_steps.after_doctor(found["extras"]))
+        terminal.inform(next_steps.after_doctor(found["extras"]))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ import typer
 
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.plan import plan_of_evaluation
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
@@ -85,6 +86,7 @@ def _evaluate(
     if given["run_out"] is not None:
         trec.check_ids(chain(judged, data.part(split).corpus))
     if run is None:
+        terminal.inform([plan_of_evaluation(data, split)])
         model = terminal.load_model(given["model"])
         with counting_bar(terminal, "Encoding documents") as on_progress:
             run = search_splits(model, data, (split,), depth_of(measures), encoding, on_progress)[split]
@@ -104,7 +106,7 @@ def _evaluate(
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
         terminal.say(f"Written: {' '.join(written)}")
-    terminal.next_steps(next_steps.after_evaluate(given, split, OF_DOCUMENTS))
+    terminal.inform(next_steps.after_evaluate(given, split, OF_DOCUMENTS))
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:

@@ -28,4 +28,4 @@ def report(
         terminal.result({"output": str(written), "runs": [run.name for run in runs]})
         number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         terminal.say(f"{number} on one page: {written}")
-        terminal.next_steps(next_steps.after_report(written))
+        terminal.inform(next_steps.after_report(written))

@@ -50,7 +50,7 @@ def search(
             terminal.out.rule(f"[bold]{escape(_clip(text))}", align="left")
             _show(terminal, own)
         if loaded.qrels:
-            terminal.next_steps(next_steps.after_search(model, data, data_options))
+            terminal.inform(next_steps.after_search(model, data, data_options))
 
 
 def _show(terminal: Terminal, hits: list[Hit]) -> None:

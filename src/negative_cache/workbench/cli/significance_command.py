@@ -75,7 +75,7 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
-        terminal.next_steps(next_steps.after_significance(runs))
+        terminal.inform(next_steps.after_significance(runs))
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:

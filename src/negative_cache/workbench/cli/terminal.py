@@ -104,8 +104,8 @@ class Terminal:
         text = escape(text.removeprefix("Warning: "))
         self.progress.print(f"[bold yellow]{kind}:[/] {text}", soft_wrap=True, highlight=False)
 
-    def next_steps(self, lines: Iterable[str]) -> None:
-        """Print what to do next, to stderr."""
+    def inform(self, lines: Iterable[str]) -> None:
+        """Print lines to stderr as they are."""
         for line in lines:
             self.progress.print(line, soft_wrap=True, markup=False, highlight=False)
 

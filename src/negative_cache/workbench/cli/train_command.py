@@ -13,6 +13,7 @@ import typer
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
+from negative_cache.workbench.cli.plan import plan_of_training
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
@@ -137,6 +138,7 @@ def train(
             if export_negatives is not None:
                 terminal.note(f"{export_negatives} is not written: the run was finished before, without its cache.")
         else:
+            terminal.inform([plan_of_training(config, loaded, measures=not no_eval)])
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 options = RunOptions(not no_eval, not no_eval, export_negatives=export_negatives)
                 record = run(config, loaded, options, resume=resume, on_step=on_step, on_progress=on_progress)
@@ -144,7 +146,7 @@ def train(
             _show(terminal, record, output)
             if export_negatives is not None and not is_finished:
                 terminal.say(f"The training pairs with hard negatives are in {export_negatives}")
-            terminal.next_steps(next_steps.after_train(config, record, loaded, OF_DOCUMENTS))
+            terminal.inform(next_steps.after_train(config, record, loaded, OF_DOCUMENTS))
 
 
 def _show(terminal: Terminal, record: RunRecord, output: str) -> None:

@@ -312,6 +312,15 @@ class RunConfig(TrainingSettings):
             raise RunError(f"--loss {self.loss} takes one margin. Leave --absolute-margin or --relative-margin out.")
 
 
+def num_steps(config: RunConfig, num_pairs: int, num_ranks: int = 1) -> int:
+    """Optimizer steps of a run without early stopping; with several ranks, incomplete batches are left out."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = num_pairs / (config.batch_size * num_ranks)
+    batches = math.ceil(batches) if num_ranks == 1 else max(math.floor(batches), 1)
+    return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation_steps))
+
+
 def mining_start(config: RunConfig) -> float:
     """Fraction of the steps after which negatives are first mined."""
     if config.mining_start is not None:
