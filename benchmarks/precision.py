@@ -33,7 +33,8 @@ from negative_cache.retrieval import RowPool
 from negative_cache.retrieval.tile_scores import TileProduct, narrow_products
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import evaluate
-from negative_cache.workbench.models import learning_rate_of, load_model
+from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import EMBEDDING_DTYPES
 
 SCALE = 20.0

@@ -18,7 +18,8 @@ from negative_cache.cache.specs import NO_ID
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.data.texts import Texts as StoredTexts
-from negative_cache.workbench.models import learning_rate_of, load_model
+from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.models import load_model
 
 MODEL = "static"
 NUMBER = "number"

@@ -20,7 +20,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.data.python_code import Pair, extract
-from negative_cache.workbench.models import learning_rate_of, load_model
+from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.models import load_model
 
 
 def standard_library() -> list[Pair]:

@@ -12,7 +12,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from command_line import invoke
 from negative_cache.workbench.data import load_data
-from negative_cache.workbench.models import learning_rate_of, load_model, prepare_for_training, train_tokenizer
+from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.models import load_model, prepare_for_training, train_tokenizer
 from support import random_pairs
 
 

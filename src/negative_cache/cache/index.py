@@ -53,6 +53,8 @@ class RowsOfIds(nn.Module):
         places = torch.full((len(ids) + 1,), slots.numel() - 1, device=ids.device)
         self.register_buffer("slots", slots, persistent=False)
         self.register_buffer("places", places, persistent=False)
+        if ids.is_meta:  # has no values; these operations would import torch's compiler, which takes a second
+            return
         rows, bucket, rank = self._by_bucket(torch.arange(len(ids), device=ids.device), ids, ids < 0)
         self._put(rows, bucket, rank.clamp(max=_BUCKET))
 

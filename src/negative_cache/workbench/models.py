@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import math
 import tempfile
@@ -22,6 +21,9 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
+from negative_cache.workbench.model_names import DISTILLED, LEARNING_RATES
+from negative_cache.workbench.suggestions import did_you_mean_path
+
 VOCABULARY = 16_000
 STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
@@ -29,29 +31,9 @@ TINY_MAX_LENGTH = 128
 TEXTS_PER_CHUNK = 256
 HUB_TIMEOUT = 10.0  # seconds
 
-# Learning rates at which each kind of model trains well with AdamW.
-LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}
-PRETRAINED_LEARNING_RATE, PRETRAINED_STATIC_LEARNING_RATE = 2e-5, 1e-2
-ADAPTER_LEARNING_RATE = 2e-4
-DISTILLED = "static:"  # before the name of a model
-
 
 class ModelError(ValueError):
     """A model that cannot be loaded."""
-
-
-def learning_rate_of(name: str, has_adapters: bool = False) -> float:
-    """The default learning rate of a model, or of its adapters alone."""
-    if has_adapters:
-        return ADAPTER_LEARNING_RATE
-    if name.startswith(DISTILLED) or _is_saved_static(name):
-        return PRETRAINED_STATIC_LEARNING_RATE
-    return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
-
-
-def is_from_scratch(name: str) -> bool:
-    """Whether a model starts with random weights."""
-    return name in LEARNING_RATES
 
 
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
@@ -82,7 +64,10 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 def load_trained(name: str) -> SentenceTransformer:
     """Load a model by name or path; raises ModelError if it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ModelError(f"Cannot load the model {name!r}: the folder does not exist.")
+        raise ModelError(
+            f"Cannot load the model {name!r}: the folder does not exist.{did_you_mean_path(name)} Give the --output of "
+            "train, or the name of a model on the Hugging Face hub."
+        )
     if not Path(name).exists() and name.count("/") < 2:
         _ask_hub(name)
     try:
@@ -117,12 +102,6 @@ def _distilled(name: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
 
 
-def _is_saved_static(name: str) -> bool:
-    """Whether a folder has a saved static model."""
-    path = Path(name) / "modules.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))[0]["type"].endswith("StaticEmbedding")
-
-
 def _ask_hub(name: str) -> None:
     """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -140,8 +119,8 @@ def _ask_hub(name: str) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}). Give a folder or the name of a model on the hub; train and "
-        "compare also take static and tiny."
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *LEARNING_RATES)} Give a folder or "
+        "the name of a model on the hub; train and compare also take static and tiny."
     )
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from command_line import invoke
 from negative_cache.workbench.compare.comparison import Comparison
-from negative_cache.workbench.compare.estimate import Estimate, Predictor, RunCost, TimeLeft, duration, num_steps
+from negative_cache.workbench.compare.estimate import Estimate, Predictor, RunCost, TimeLeft, duration
 from negative_cache.workbench.compare.probe import Costs, TrainingCost
 from negative_cache.workbench.data import load_data
+from negative_cache.workbench.training.config import num_steps
 
 NUM_ROWS = 120
 

@@ -1,7 +1,7 @@
 """The command line: one module for each command, or for a few related ones.
 
-Imports everything in `negative_cache.workbench`. Importing sentence-transformers takes seconds, so commands import it,
-and the modules that need it, in their bodies: `--help` and invalid options do not import it.
+Imports everything in `negative_cache.workbench`. Importing torch takes a second and sentence-transformers several, so
+commands import what needs them in their bodies: `--help` and invalid options import neither, nor numpy or rich.
 """
 
 from __future__ import annotations
@@ -15,18 +15,26 @@ from negative_cache.workbench.cli.compare_command import compare
 from negative_cache.workbench.cli.data_command import data
 from negative_cache.workbench.cli.doctor_command import doctor
 from negative_cache.workbench.cli.evaluate_command import evaluate
+from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.cli.grouped_help import GroupedCommand
 from negative_cache.workbench.cli.report_command import report
 from negative_cache.workbench.cli.search_command import search
 from negative_cache.workbench.cli.significance_command import significance
 from negative_cache.workbench.cli.train_command import train
 
+HELP = f"""Train retrieval models with a cache of negatives, evaluate them, and search with them.
+
+The commands are listed in the order of their use. A first model, without data of your own:
+
+\b
+  {EXAMPLES["train"][0]}
+"""
+
 app = typer.Typer(
     rich_markup_mode=None,  # boxes leave too little room for option names
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train retrieval models with a cache of negatives, evaluate them, and search with them.",
 )
 
 
@@ -36,7 +44,7 @@ def _print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=HELP)
 def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
@@ -45,5 +53,5 @@ def main(
     """Train retrieval models with a cache of negatives, evaluate them, and search with them."""
 
 
-for command in (data, train, compare, evaluate, significance, search, report, doctor):
-    app.command(cls=GroupedCommand if command in (train, compare) else None)(command)
+for command in (doctor, data, train, evaluate, search, report, compare, significance):
+    app.command(cls=GroupedCommand)(command)

@@ -10,10 +10,13 @@ import typer
 
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
-from negative_cache.workbench.cli.progress import ComparisonBar
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.compare.comparison import RATE_FACTORS, Comparison, parse_losses, parse_rates
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.model_names import learning_rate_rule
+
+_FACTORS = opt.listed(f"{factor:g}" for factor in RATE_FACTORS)
 
 
 @opt.takes_data_options()
@@ -29,20 +32,23 @@ def compare(
             "model before training) are measured without training."
         ),
     ] = "bm25,zero-shot,in-batch,gradcache,memory-bank,negative-cache",
-    batch_size: opt.BatchSize = 64,
-    epochs: opt.Epochs = 3.0,
+    batch_size: opt.BatchSize = Comparison.batch_size,
+    epochs: opt.Epochs = Comparison.epochs,
     max_steps: opt.MaxSteps = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs of each loss with its best learning rate.")] = 3,
-    cache_size: opt.CacheSize = 16_384,
-    scale: opt.Scale = 20.0,
-    num_samples: opt.NumSamples = "auto",
-    embedding_dtype: opt.EmbeddingDtype = "float32",
+    seeds: Annotated[
+        int, typer.Option(help="Number of runs of each loss with its best learning rate.")
+    ] = Comparison.seeds,
+    cache_size: opt.CacheSize = Comparison.cache_size,
+    scale: opt.Scale = Comparison.scale,
+    num_samples: opt.NumSamples = str(Comparison.num_samples),
+    embedding_dtype: opt.EmbeddingDtype = Comparison.embedding_dtype,
     learning_rates: Annotated[
-        str | None, typer.Option(help="Comma-separated. Default: 0.4, 1 and 2.5 times the default of the model.")
+        str | None,
+        typer.Option(help=f"Comma-separated. Default: {_FACTORS} times that of the model: {learning_rate_rule()}."),
     ] = None,
     gradcache_factor: Annotated[
         int, typer.Option(help="Factor that multiplies the batch size for gradcache and cached-gist.")
-    ] = 16,
+    ] = Comparison.gradcache_factor,
     *,
     settings: dict[str, Any],
     data_options: DataOptions,
@@ -50,12 +56,15 @@ def compare(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare quality, time and memory of several losses, each with its best learning rate."""
+    """Find the loss that is best for your data.
+
+    Quality, time and memory of several losses are compared, each with its best learning rate.
+    """
     given = {**locals(), **settings}
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: "Run the same command again to continue after the completed runs."):
         with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.compare.comparison import Comparison, parse_losses, parse_rates
+            from negative_cache.workbench.cli.progress import ComparisonBar
             from negative_cache.workbench.compare.output import write_output
             from negative_cache.workbench.compare.running import compare as compare_losses
         comparison = opt.make(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from negative_cache.workbench.suggestions import did_you_mean
 from negative_cache.workbench.training.config import flag_of
 
 _NESTED = "data_options"  # of a configuration in run.json or compare.json
@@ -57,8 +57,7 @@ def _options(path: Path, names: list[str]) -> dict[str, Any]:
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]}?" if near else f" The options are {', '.join(names)}."
+            hint = did_you_mean(name, names) or f" The options are {', '.join(names)}."
             raise ValueError(f"{path} has {key!r}, which is not an option of this command.{hint}")
         if isinstance(value, Mapping):
             raise ValueError(f"{path}: the value of {key!r} is a mapping; expected that of {flag_of(name)}.")

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from negative_cache.workbench.data.describing import Measure
 
 MAX_GRADES = 6  # in the table; --json has all
@@ -31,11 +32,15 @@ def data(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show how a dataset is read, what it contains, and what is wrong with it."""
+    """Show how a dataset is read, and what is wrong with it.
+
+    Also its sizes, the lengths of its texts, and examples.
+    """
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         measure = None if model is None else _tokens_of(terminal, model)
         loaded = terminal.load_data(source, data_options)
+        from negative_cache.workbench.cli.progress import counting_bar
         from negative_cache.workbench.data.advice import advice
         from negative_cache.workbench.data.describing import WORDS, describe
 
@@ -47,6 +52,7 @@ def data(
         _print(terminal, found)
         for warning in warnings[len(read) :]:  # the others are printed as notes of the data
             terminal.out.print(f"[bold yellow]Warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
+        terminal.inform(next_steps.after_data(source, data_options, loaded, model))
 
 
 def _tokens_of(terminal: Terminal, name: str) -> Measure:
@@ -120,6 +126,8 @@ def _findings_table(found: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", caption_justify="left")
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import bytes_table
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.training.config import RunConfig, parse_num_samples
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def doctor(
     dim: Annotated[int, typer.Option(help="Dimensions of an embedding.")] = 768,
     cache_size: opt.CacheSize = 131_072,
-    batch_size: Annotated[int, typer.Option(help="Queries per step, on all ranks together.")] = 64,
-    embedding_dtype: opt.EmbeddingDtype = "float32",
+    batch_size: Annotated[int, typer.Option(help="Queries per step, on all ranks together.")] = RunConfig.batch_size,
+    embedding_dtype: opt.EmbeddingDtype = RunConfig.embedding_dtype,
     mean_tokens: Annotated[float, typer.Option(help="Mean number of tokens of a document.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a document.")] = 512,
-    num_samples: opt.NumSamples = "auto",
-    shared: opt.Shared = True,
+    num_samples: opt.NumSamples = str(RunConfig.num_samples),
+    shared: opt.Shared = RunConfig.shared,
     guide_dim: Annotated[int, typer.Option(help="Dimensions of a guide's embeddings; 0 without a guide.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the cache.")] = 1,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show versions, missing packages, devices, and how a cache would be searched and how much memory it needs."""
+    """Check the installation, the devices and the memory.
+
+    Shows versions, missing packages, and how a cache would be searched and how much memory it needs.
+    """
     given = {name: value for name, value in locals().items() if name not in ("quiet", "as_json")}
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench import environment
-            from negative_cache.workbench.training.config import parse_num_samples
         with terminal.waiting("Examining the environment ..."):
             documents = parse_num_samples(num_samples, shared)
             sizes = environment.predict(**{**given, "num_samples": documents})
@@ -44,6 +50,7 @@ def doctor(
         terminal.out.print(_devices_table(found["devices"]))
         title = f"Memory of {cache_size:,} documents, {dim} x {embedding_dtype}"
         terminal.out.print(bytes_table(title if ranks == 1 else f"{title}, on each of {ranks} ranks", sizes))
+        terminal.inform(next_steps.after_doctor(found["extras"]))
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -68,6 +75,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _devices_table(devices: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
     table = Table(title="Devices")
     for heading in ("device", "memory", "free"):
         table.add_column(heading, overflow="fold")

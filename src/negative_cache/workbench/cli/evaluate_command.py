@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
+from negative_cache.workbench.cli.plan import plan_of_evaluation
+from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
 from negative_cache.workbench.training.config import RunError, flag_of
 
@@ -33,7 +36,7 @@ def evaluate(
         str | None, typer.Option(help="train, dev, test or all. Default: test; all for rows without splits.")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Default: MRR@10 nDCG@10 AP@100 R@1 R@10 R@100. Also AP, P@5, Success@5 ...")
+        str | None, typer.Option(help=f"Default: {DEFAULT_MEASURES}. Also AP, P@5, Success@5 ...")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Judge the search results in a TREC run, without a model.")] = None,
     run_out: Annotated[Path | None, typer.Option(help="Write the search results, as a TREC run.")] = None,
@@ -48,13 +51,16 @@ def evaluate(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure the retrieval quality of a model or of a TREC run, against the whole corpus or a sample of it."""
+    """Measure the quality of a model or of a TREC run.
+
+    Each query is searched in the whole corpus, or in a sample of it with --eval-documents.
+    """
     given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         _check(given)
         with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.evaluation import DEFAULT_MEASURES, EncodingOptions, parse_measures
+            from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
         encoding = EncodingOptions(**encoding_options)
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
@@ -66,6 +72,7 @@ def _evaluate(
     terminal: Terminal, given: Mapping[str, Any], measures: dict[str, Any], encoding: EncodingOptions
 ) -> None:
     """Evaluate on a dataset."""
+    from negative_cache.workbench.cli.progress import counting_bar
     from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
     from negative_cache.workbench.evaluation.systems import corpus_of
     from negative_cache.workbench.files import write_json
@@ -79,6 +86,7 @@ def _evaluate(
     if given["run_out"] is not None:
         trec.check_ids(chain(judged, data.part(split).corpus))
     if run is None:
+        terminal.inform([plan_of_evaluation(data, split)])
         model = terminal.load_model(given["model"])
         with counting_bar(terminal, "Encoding documents") as on_progress:
             run = search_splits(model, data, (split,), depth_of(measures), encoding, on_progress)[split]
@@ -98,9 +106,11 @@ def _evaluate(
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
         terminal.say(f"Written: {' '.join(written)}")
+    terminal.inform(next_steps.after_evaluate(given, split, OF_DOCUMENTS))
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:
+    from negative_cache.workbench.cli.progress import counting_bar
     from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
 
     chosen = parse_names(names)

@@ -1,4 +1,4 @@
-"""The help of a command with many options, in groups."""
+"""The help of a command: its options in groups, and examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.training.config import FIELDS_OF, TrainingSettings
 
@@ -14,26 +15,40 @@ _EVALUATION = {
     "no_eval", "eval_documents", "eval_steps", "load_best_model_at_end", "early_stopping_patience", "save_steps",
     "resume", "export_negatives", "report_to",
 }  # fmt: skip
-_TRAINING = {field.name for field in fields(TrainingSettings)} - {"query_prompt", "document_prompt"} - _EVALUATION
+_PROMPTS = {"query_prompt", "document_prompt"}
+_TRAINING = {field.name for field in fields(TrainingSettings)} - _PROMPTS - _EVALUATION
 _GROUPS = {
     "Data": {field.name for field in fields(DataOptions)} - _EVALUATION,
     "Loss": {"scale", "gradcache_factor"}.union(*FIELDS_OF.values()),
     "Training": {"epochs", "max_steps", "batch_size", "learning_rate", "learning_rates", "seed", "seeds", *_TRAINING},
     "Evaluation and checkpoints": _EVALUATION,
 }
+_GROUPS_WITHOUT_TRAINING = {
+    "Data": {field.name for field in fields(DataOptions)},
+    "Encoding": {*_PROMPTS, "truncate_dim", "batch_size", "dtype", "device"},
+}
 
 
 class GroupedCommand(TyperCommand):
-    """A command that shows its options in groups, after those that are in none."""
+    """A command that shows its options in groups, after those that are in none, and ends with examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the options."""
-        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Options", *_GROUPS)}
-        for param in self.get_params(ctx):
-            name = next((group for group, names in _GROUPS.items() if param.name in names), "Options")
+        params = self.get_params(ctx)
+        names = {param.name for param in params}
+        groups = _GROUPS if "epochs" in names else _GROUPS_WITHOUT_TRAINING if "corpus" in names else {}
+        records: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *groups)}
+        for param in params:
+            name = next((group for group, names in groups.items() if param.name in names), "Options")
             if (record := param.get_help_record(ctx)) is not None:
-                groups[name].append(record)
-        for name, records in groups.items():
-            if records:
+                records["Arguments" if param.param_type_name == "argument" else name].append(record)
+        for name, own in records.items():
+            if own:
                 with formatter.section(name):
-                    formatter.write_dl(records)
+                    formatter.write_dl(own)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the examples, each on one line that can be copied."""
+        with formatter.section("Examples"):
+            for example in EXAMPLES[str(self.name)]:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.training.config import TrainingSettings, parse_num_samples
+from negative_cache.workbench.evaluation.defaults import BATCH_SIZE, DTYPES, STATIC_BATCH_SIZE
+from negative_cache.workbench.training.config import EMBEDDING_DTYPES, SCHEDULES, TrainingSettings, parse_num_samples
+
+
+def listed(words: Iterable[str], last: str = "and") -> str:
+    """Words as a list in a sentence: "a, b and c"."""
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end
+
 
 DATA_HELP = (
     "A file of pairs, triplets or lists (.jsonl, .csv, .parquet ...), a folder (BEIR, MS MARCO ...), hf:NAME[:CONFIG], "
@@ -23,14 +31,18 @@ Model = Annotated[
     str, typer.Option(help="static, tiny, static:NAME (a static model of another one), or a name or path to load.")
 ]
 TrainedModel = Annotated[str, typer.Option(help=TRAINED_MODEL_HELP)]
-EmbeddingDtype = Annotated[str, typer.Option(help="Dtype of cached embeddings: float32, bfloat16, float16 or int8.")]
+EmbeddingDtype = Annotated[str, typer.Option(help=f"Dtype of cached embeddings: {listed(EMBEDDING_DTYPES, 'or')}.")]
 CacheSize = Annotated[int, typer.Option(help="Number of documents in the cache or in the memory bank's queue.")]
 BatchSize = Annotated[int, typer.Option(help="Queries per batch, on each rank.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the training pairs.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after this number of steps.")]
 Scale = Annotated[float, typer.Option(help="Factor that multiplies the similarities (1 / temperature).")]
 NumSamples = Annotated[
-    str, typer.Option(help="Number of cached documents to re-encode per query, such as 1 or 0.25, or auto.")
+    str,
+    typer.Option(
+        help="Number of cached documents to re-encode per query, such as 1 or 0.25; auto for none while the batch "
+        "represents the cache, then a fraction."
+    ),
 ]
 Shared = Annotated[bool, typer.Option(help="Use each re-encoded document for all queries in the batch.")]
 
@@ -79,7 +91,7 @@ _SETTINGS: dict[str, Any] = {
     ],
     "warmup_ratio": Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")],
     "lr_scheduler_type": Annotated[
-        str, typer.Option(help="linear, cosine, constant, constant_with_warmup or inverse_sqrt.")
+        str, typer.Option(help=f"Learning rate after the warm-up: {listed(SCHEDULES, 'or')}.")
     ],
     "weight_decay": Annotated[float, typer.Option(help="Weight decay of AdamW.")],
     "max_grad_norm": Annotated[float, typer.Option(help="Scale gradients down to this norm; 0 for no limit.")],
@@ -106,8 +118,10 @@ _SETTINGS: dict[str, Any] = {
 _ENCODING_OPTIONS: dict[str, Any] = {
     **_PROMPTS,
     "truncate_dim": Annotated[int | None, typer.Option(help="Use the first dimensions of the embeddings.")],
-    "batch_size": Annotated[int | None, typer.Option(help="Texts per batch. Default: 32, or 256 if static.")],
-    "dtype": Annotated[str | None, typer.Option(help="Dtype of the weights: float32, bfloat16 or float16.")],
+    "batch_size": Annotated[
+        int | None, typer.Option(help=f"Texts per batch. Default: {BATCH_SIZE}, or {STATIC_BATCH_SIZE} if static.")
+    ],
+    "dtype": Annotated[str | None, typer.Option(help=f"Dtype of the weights: {listed(DTYPES, 'or')}.")],
     "device": Annotated[str | None, typer.Option(help="cpu, cuda:0 ..., or several, such as cuda:0,cuda:1.")],
 }
 

@@ -30,6 +30,7 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 BAR_WIDTH = 20  # columns
 SECONDS_PER_LINE = 30.0  # without a terminal
+FIRST_UPDATES = 6  # after which the time is estimated
 SHOWN = {"loss": "loss", "cache/staleness": "staleness", "cache/fill": "fill"}  # key of the logs -> name
 
 
@@ -115,19 +116,29 @@ def _bar(console: Console, *columns: ProgressColumn, is_transient: bool = False)
 
 
 class _BarOrLines(Progress):
-    """A progress bar; without a terminal, such as in a batch job, a line now and then."""
+    """A progress bar; without a terminal, such as in a batch job, a line now and then.
+
+    The first line of what takes long comes after a few updates, with the expected time.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._said = time.monotonic()
+        self._phase: tuple[str, float | None] | None = None
+        self._updates = 0  # in this phase
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         """See `Progress.update`."""
         super().update(task_id, **changes)
-        if self.console.is_terminal or time.monotonic() < self._said + SECONDS_PER_LINE:
+        if self.console.is_terminal:
+            return
+        task = next(task for task in self.tasks if task.id == task_id)
+        self._updates = self._updates + 1 if self._phase == (task.description, task.total) else 1
+        self._phase = (task.description, task.total)
+        is_estimate = self._updates == FIRST_UPDATES and (task.time_remaining or 0) > SECONDS_PER_LINE
+        if not is_estimate and time.monotonic() < self._said + SECONDS_PER_LINE:
             return
         self._said = time.monotonic()
-        task = next(task for task in self.tasks if task.id == task_id)
         parts = [f"{task.description} {task.completed:.0f}/{'?' if task.total is None else f'{task.total:.0f}'}"]
         parts += [task.fields["metrics"]] if task.fields.get("metrics") else []
         if task.time_remaining is not None:

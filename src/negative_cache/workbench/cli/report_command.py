@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.terminal import Terminal
 
@@ -27,3 +28,4 @@ def report(
         terminal.result({"output": str(written), "runs": [run.name for run in runs]})
         number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         terminal.say(f"{number} on one page: {written}")
+        terminal.inform(next_steps.after_report(written))

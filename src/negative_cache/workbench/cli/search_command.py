@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
-from negative_cache.workbench.cli.progress import counting_bar
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
 
@@ -34,6 +34,7 @@ def search(
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
+            from negative_cache.workbench.cli.progress import counting_bar
             from negative_cache.workbench.evaluation import EncodingOptions
             from negative_cache.workbench.evaluation import search as search_corpus
         if any(not text.strip() for text in query):
@@ -48,6 +49,8 @@ def search(
         for text, own in found:
             terminal.out.rule(f"[bold]{escape(_clip(text))}", align="left")
             _show(terminal, own)
+        if loaded.qrels:
+            terminal.inform(next_steps.after_search(model, data, data_options))
 
 
 def _show(terminal: Terminal, hits: list[Hit]) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.evaluate_command import split_of
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.evaluation.defaults import ALPHA
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from negative_cache.workbench.data import RetrievalData
     from negative_cache.workbench.evaluation.significance import Significance
     from negative_cache.workbench.evaluation.systems import JudgeRun, PerMeasure
@@ -35,13 +38,16 @@ def significance(
     baseline: Annotated[
         str | None, typer.Option(help="Compare each system with this one only. Default: all pairs.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
+    alpha: Annotated[float, typer.Option(help="Significance level.")] = ALPHA,
     *,
     data_options: DataOptions,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Test whether the differences between systems are more than chance, query by query."""
+    """Test whether systems differ by more than chance.
+
+    They are compared query by query, by a randomisation test with Holm's correction.
+    """
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         with terminal.waiting("Loading libraries ..."):
@@ -69,6 +75,7 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
+        terminal.inform(next_steps.after_significance(runs))
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:
@@ -103,6 +110,8 @@ def _show(terminal: Terminal, found: dict[str, Significance], alpha: float, base
 
 def _systems_table(found: dict[str, Significance]) -> Table:
     """The mean of each system ± the standard deviation over its seeds."""
+    from rich.table import Table
+
     table = Table(title=f"{next(iter(found.values())).num_queries:,} queries", title_justify="left")
     for name in ("system", "seeds", *found):
         table.add_column(name, justify="left" if name == "system" else "right")
@@ -114,6 +123,8 @@ def _systems_table(found: dict[str, Significance]) -> Table:
 
 
 def _pairs_table(measure: str, found: Significance, alpha: float) -> Table:
+    from rich.table import Table
+
     from negative_cache.workbench.evaluation.significance import COLUMNS
 
     table = Table(title=measure, title_justify="left")

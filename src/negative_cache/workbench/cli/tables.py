@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.training.record import measures_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH_OF_A_FILE = 160  # columns, if the output is not a terminal
 
 
 def metrics_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table with a row of metrics for each name."""
+    from rich.table import Table
+
     table = Table(title=title)
     measures = list(dict.fromkeys(name for metrics in rows.values() for name in measures_of(dict(metrics))))
     for name in ("", *measures):
@@ -26,6 +29,8 @@ def metrics_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def bytes_table(title: str, sizes: Mapping[str, int]) -> Table:
     """A table with the megabytes of each name."""
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("")
     table.add_column("MB", justify="right")
@@ -36,6 +41,8 @@ def bytes_table(title: str, sizes: Mapping[str, int]) -> Table:
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
     """Print the table of a comparison, the verdict, and the command to train with the best loss."""
+    from rich.table import Table
+
     from negative_cache.workbench.compare.table import COLUMNS, command_of_best, rows_of, title_of, verdict
 
     table = Table(title=title_of(result), title_justify="left")

@@ -8,14 +8,14 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.status import Status
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from negative_cache.workbench.data import DataOptions, RetrievalData
 
 INVALID, FAILURE, STOPPED = 2, 1, 130  # exit codes
@@ -44,6 +44,8 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+        from rich.console import Console
+
         # With several ranks, only rank 0 prints.
         is_first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
         self._is_quiet = quiet
@@ -102,6 +104,11 @@ class Terminal:
         text = escape(text.removeprefix("Warning: "))
         self.progress.print(f"[bold yellow]{kind}:[/] {text}", soft_wrap=True, highlight=False)
 
+    def inform(self, lines: Iterable[str]) -> None:
+        """Print lines to stderr as they are."""
+        for line in lines:
+            self.progress.print(line, soft_wrap=True, markup=False, highlight=False)
+
     def result(self, content: Any) -> None:
         """Print the result as JSON, if --json is given."""
         if self._is_json:
@@ -112,6 +119,8 @@ class Terminal:
         self.out.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _exit(self, code: int, message: str) -> typer.Exit:
+        from rich.console import Console
+
         Console(stderr=True).print(message, soft_wrap=True, highlight=False)
         return typer.Exit(code)
 

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 from urllib.parse import quote
 
-from negative_cache.workbench.data import DataOptions
-from negative_cache.workbench.models import DISTILLED, is_from_scratch, learning_rate_of
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.model_names import DISTILLED, is_from_scratch, learning_rate_of
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
     RunError,
     TrainingSettings,
+    check_guide,
     check_positive,
     has_effect,
+    mining_start,
     parse_num_samples,
 )
-from negative_cache.workbench.training.losses import check_guide
-from negative_cache.workbench.training.mining import mining_start
 
 RATE_FACTORS = (0.4, 1.0, 2.5)
 BASELINES = ("bm25", "zero-shot")
@@ -76,14 +76,14 @@ class Comparison(TrainingSettings):
     model: str
     losses: tuple[str, ...]
     output: str
-    batch_size: int = 64
-    epochs: float = 3.0
+    batch_size: int = RunConfig.batch_size
+    epochs: float = RunConfig.epochs
     max_steps: int | None = None
     seeds: int = 3
-    cache_size: int = 16_384
-    scale: float = 20.0
-    num_samples: float | Literal["auto"] = "auto"
-    embedding_dtype: str = "float32"
+    cache_size: int = RunConfig.cache_size
+    scale: float = RunConfig.scale
+    num_samples: float | Literal["auto"] = RunConfig.num_samples
+    embedding_dtype: str = RunConfig.embedding_dtype
     learning_rates: tuple[float, ...] | None = None
     gradcache_factor: int = 16
     data_options: DataOptions = field(default_factory=DataOptions)

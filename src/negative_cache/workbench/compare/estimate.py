@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison
 from negative_cache.workbench.compare.probe import Costs
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.config import num_steps
 from negative_cache.workbench.training.curve import POINTS
 
 
@@ -90,14 +89,6 @@ class Predictor:
             num_queries, num_documents = len(self._data.graded(split)), len(self._data.part(split).corpus)
             seconds += num_queries * (costs.query + costs.judgement + num_documents * costs.score)
         return seconds
-
-
-def num_steps(config: RunConfig, num_pairs: int) -> int:
-    """Optimizer steps of a run in one process, without early stopping."""
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(num_pairs / config.batch_size)
-    return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation_steps))
 
 
 @dataclass(frozen=True)

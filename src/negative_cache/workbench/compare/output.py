@@ -21,7 +21,7 @@ from negative_cache.workbench.compare.table import (
     verdict,
     with_spread,
 )
-from negative_cache.workbench.evaluation.significance import ALPHA
+from negative_cache.workbench.evaluation.defaults import ALPHA
 from negative_cache.workbench.evaluation.significance import COLUMNS as PAIR_COLUMNS
 from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
 from negative_cache.workbench.files import write_text

@@ -24,9 +24,8 @@ from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, ju
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, encoding
 from negative_cache.workbench.evaluation.searching import BestDocuments
 from negative_cache.workbench.models import cache_tokens, load_trained
-from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.config import RunConfig, mining_start
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
-from negative_cache.workbench.training.mining import mining_start
 from negative_cache.workbench.training.preparation import add_lora, prepare
 from negative_cache.workbench.training.trainer import RunTrainer, make_trainer, train_to_the_end
 

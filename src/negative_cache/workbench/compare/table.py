@@ -111,9 +111,7 @@ def command_of_best(result: dict[str, Any]) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
-    for field in fields(DataOptions):
-        if (value := comparison["data_options"][field.name]) != field.default:
-            words += [flag_of(field.name)] if value is True else [flag_of(field.name), str(value)]
+    words += DataOptions(**comparison["data_options"]).arguments()
     return shlex.join([*words, "--output", "MODEL"])
 
 

@@ -3,8 +3,18 @@
 Imports only `negative_cache.workbench.files` and packages that read files.
 """
 
-from negative_cache.workbench.data.loading import load_data
+from typing import TYPE_CHECKING
+
+from negative_cache._lazy import lazy_attributes
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.data.loading import load_data
+    from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 
 __all__ = ["DataError", "DataOptions", "RetrievalData", "load_data"]
+
+if not TYPE_CHECKING:  # the options of a command need `DataOptions` alone
+    __getattr__, __dir__ = lazy_attributes(
+        __name__, {"loading": ("load_data",), "retrieval_data": ("DataError", "RetrievalData")}
+    )

@@ -21,6 +21,7 @@ from negative_cache.workbench.data.retrieval_data import DataError, RetrievalDat
 from negative_cache.workbench.data.row_tables import read_rows
 from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
+from negative_cache.workbench.suggestions import did_you_mean_path
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
 
@@ -81,8 +82,9 @@ def _find(source: str, options: DataOptions) -> Collection | RowTables | None:
         table = Table(source, partial(file_rows, path, options.encoding, notes, options.columns()))
         return RowTables(path.name.split(".")[0], {None: [table]}, notes=notes)
     raise DataError(
-        f"{source!r} is not a file, not a folder and not 'python-code'. Give a file of rows ({ROW_FILES}), {LAYOUTS}, "
-        "hf:NAME or hf:NAME:CONFIGURATION for a dataset on the Hugging Face hub, or python-code."
+        f"{source!r} is not a file, not a folder and not 'python-code'.{did_you_mean_path(source, python_code.NAME)} "
+        f"Give a file of rows ({ROW_FILES}), {LAYOUTS}, hf:NAME or hf:NAME:CONFIGURATION for a dataset on the Hugging "
+        "Face hub, or python-code."
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,16 @@ class DataOptions:
         """The columns that are given."""
         given = (self.query_column, self.positive_column, self.negative_column, self.label_column)
         return [name for name in given if name is not None]
+
+    def arguments(self, names: Iterable[str] | None = None) -> list[str]:
+        """The command-line arguments that give these options, without those of defaults.
+
+        Args:
+            names: The options to give; None for all.
+        """
+        words = []
+        for option in fields(self):
+            value, flag = getattr(self, option.name), f"--{option.name.replace('_', '-')}"
+            if value != option.default and (names is None or option.name in names):
+                words += [flag] if value is True else [flag, str(value)]
+        return words

@@ -283,9 +283,13 @@ class RetrievalData:
                     together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
             return together
         if not self.qrels.get(split):
-            available = [*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]
-            given = f", or give it with --{split}" if split in ("dev", "test") else ""
-            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. Name one{given}.")
+            available = ", ".join([*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]) or "none"
+            advice = {
+                "train": "Give data with training pairs, such as qrels/train.tsv; evaluate and search need none",
+                "dev": "Name one, or give it with --dev",
+                "test": "Name one, or give it with --test",
+            }.get(split, "Name one")
+            raise DataError(f"{self.name} has no queries in the split {split!r}; it has {available}. {advice}.")
         return self.qrels[split]
 
     def labels(self) -> np.ndarray:

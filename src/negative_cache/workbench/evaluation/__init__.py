@@ -3,10 +3,16 @@
 Imports `negative_cache.workbench.data` and `files`.
 """
 
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
-from negative_cache.workbench.evaluation.measures import DEFAULT_MEASURES, Run, depth_of, judge, means, parse_measures
-from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator, matching_run
-from negative_cache.workbench.evaluation.searching import Hit, search, search_splits
+from typing import TYPE_CHECKING
+
+from negative_cache._lazy import lazy_attributes
+from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
+    from negative_cache.workbench.evaluation.measures import Run, depth_of, judge, means, parse_measures
+    from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator, matching_run
+    from negative_cache.workbench.evaluation.searching import Hit, search, search_splits
 
 __all__ = [
     "DEFAULT_MEASURES",
@@ -26,3 +32,14 @@ __all__ = [
     "search",
     "search_splits",
 ]
+
+if not TYPE_CHECKING:  # the options of a command need the defaults alone
+    __getattr__, __dir__ = lazy_attributes(
+        __name__,
+        {
+            "encoding": ("EncodingOptions", "OnProgress"),
+            "measures": ("Run", "depth_of", "judge", "means", "parse_measures"),
+            "quality": ("Quality", "evaluate", "judge_split", "make_evaluator", "matching_run"),
+            "searching": ("Hit", "search", "search_splits"),
+        },
+    )

@@ -12,8 +12,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import Tensor
 
+from negative_cache.workbench.evaluation.defaults import BATCH_SIZE, DTYPES, STATIC_BATCH_SIZE
+
 TEXTS_PER_CALL = 1024  # of the model's `encode`, on each device; progress is reported after each call
-DTYPES = ("float32", "bfloat16", "float16")
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -124,7 +125,9 @@ def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[E
     """
     dim = model.get_embedding_dimension()
     if options.truncate_dim is not None and dim is not None and options.truncate_dim > dim:
-        raise EncodingError(f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions.")
+        raise EncodingError(
+            f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions. Use at most that."
+        )
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
     if len(options.devices) < 2:
@@ -142,5 +145,5 @@ def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[E
 def encoding_arguments(model: SentenceTransformer, batch_size: int | None = None) -> dict[str, Any]:
     """Arguments of the model's `encode` methods."""
     is_static = isinstance(model[0], StaticEmbedding)
-    batch_size = batch_size or (256 if is_static else 32)
+    batch_size = batch_size or (STATIC_BATCH_SIZE if is_static else BATCH_SIZE)
     return {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}

@@ -19,8 +19,6 @@ Run = dict[str, dict[str, float]]
 Qrels = Mapping[str, Mapping[str, float]]
 """Relevance judgements: query id -> document id -> grade. A document with a grade above 0 is relevant."""
 
-DEFAULT_MEASURES = "MRR@10 nDCG@10 AP@100 R@1 R@10 R@100"
-
 MIN_DEPTH = 100  # results per query
 DEPTH_WITHOUT_CUTOFF = 1000
 

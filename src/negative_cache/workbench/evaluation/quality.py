@@ -9,9 +9,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
 from negative_cache.workbench.data import DataError, RetrievalData
+from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding_arguments
 from negative_cache.workbench.evaluation.measures import (
-    DEFAULT_MEASURES,
     Run,
     depth_of,
     judge,

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from negative_cache.workbench.evaluation.defaults import ALPHA
+
 Array = npt.NDArray[np.float64]
 PerQuery = Mapping[str, float]
 """Query id -> value of a measure."""
 
-ALPHA = 0.05
 CONFIDENCE = 0.95
 MAX_EXACT = 16  # queries that differ, up to which all sign flips are enumerated
 FLIPS = 100_000

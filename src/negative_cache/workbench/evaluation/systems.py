@@ -9,6 +9,7 @@ from typing import Any
 
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation.significance import PerQuery, check_same_queries
+from negative_cache.workbench.suggestions import did_you_mean_path
 
 PER_QUERY = "queries.json"
 """The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value; and
@@ -118,7 +119,10 @@ def _parse(text: str) -> dict[str, list[Path]]:
     paths = [Path(part.strip()) for part in rest.split(",")] if is_named else [Path(text)]
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{str(path)!r} does not exist. Give RUN, or NAME=RUN,RUN for several seeds.")
+            raise ValueError(
+                f"{str(path)!r} does not exist.{did_you_mean_path(str(path))} Give RUN, or NAME=RUN,RUN for several "
+                "seeds."
+            )
     if not is_named and (paths[0] / COMPARISON).is_file():
         systems = systems_of_comparison(paths[0], _read_json(paths[0] / COMPARISON).get("losses", {}))
         if len(systems) < 2:
@@ -168,7 +172,10 @@ def _values(
     found = {name: values for name, values in content.items() if name != _CORPUS}
     if found.keys() <= {_BEFORE, _AFTER}:
         if not found.get(when):
-            raise ValueError(f"{file} has no values of the model {when} training.")
+            raise ValueError(
+                f"{file} has no values of the model {when} training: train measured none. "
+                "Give another run to compare it with, or train without --no-eval."
+            )
         found = found[when]
     elif when == _BEFORE:
         raise ValueError(f"{file} has the values of one system. Give another one to compare it with.")

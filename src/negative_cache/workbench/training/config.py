@@ -9,15 +9,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import torch
-
-from negative_cache.sampling.config import check_num_samples
-from negative_cache.workbench.data import DataOptions
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.model_names import DISTILLED, is_from_scratch
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank", "mined", "gist", "cached-gist")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
 SAMPLING_STRATEGIES = ("top", "random")
 GUIDED = ("gist", "cached-gist")
+MINED_RELATIVE_MARGIN = 0.05  # which the documentation of `mine_hard_negatives` recommends
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -163,12 +162,8 @@ class TrainingSettings:
                 "--warmup-ratio has no effect with --lr-scheduler-type constant. Use constant_with_warmup, or leave it "
                 "out."
             )
-        if self.bf16 and self.fp16:
-            raise RunError("--bf16 and --fp16 are both given. Choose one; --bf16 needs no scaling of the loss.")
-        if self.fp16 and not torch.cuda.is_available():
-            raise RunError("--fp16 needs a GPU, and there is none. Use --bf16, or leave it out.")
-        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise RunError("--bf16 is not supported by this GPU. Use --fp16, or leave it out.")
+        if self.bf16 or self.fp16:
+            self._check_half_precision()
         if self.load_best_model_at_end and self.eval_steps is None:
             raise RunError("--load-best-model-at-end needs --eval-steps: the number of steps between evaluations.")
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
@@ -176,6 +171,16 @@ class TrainingSettings:
                 "--early-stopping-patience needs --load-best-model-at-end: the last model would be one of the worse "
                 "ones."
             )
+
+    def _check_half_precision(self) -> None:
+        import torch  # which takes more than a second
+
+        if self.bf16 and self.fp16:
+            raise RunError("--bf16 and --fp16 are both given. Choose one; --bf16 needs no scaling of the loss.")
+        if self.fp16 and not torch.cuda.is_available():
+            raise RunError("--fp16 needs a GPU, and there is none. Use --bf16, or leave it out.")
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RunError("--bf16 is not supported by this GPU. Use --fp16, or leave it out.")
 
     def check_static(self) -> None:
         """Raise RunError if a setting has no effect on static embeddings."""
@@ -307,6 +312,43 @@ class RunConfig(TrainingSettings):
             raise RunError(f"--loss {self.loss} takes one margin. Leave --absolute-margin or --relative-margin out.")
 
 
+def num_steps(config: RunConfig, num_pairs: int, num_ranks: int = 1) -> int:
+    """Optimizer steps of a run without early stopping; with several ranks, incomplete batches are left out."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = num_pairs / (config.batch_size * num_ranks)
+    batches = math.ceil(batches) if num_ranks == 1 else max(math.floor(batches), 1)
+    return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation_steps))
+
+
+def mining_start(config: RunConfig) -> float:
+    """Fraction of the steps after which negatives are first mined."""
+    if config.mining_start is not None:
+        return config.mining_start
+    return 1 / (config.mining_rounds + 1) if is_from_scratch(config.model) else 0.0
+
+
+def check_guide(config: RunConfig) -> None:
+    """Raise RunError if the loss needs a guide, and the name of the model shows that it cannot be trained with one."""
+    if config.loss not in GUIDED:
+        return
+    if config.model == "static" or config.model.startswith(DISTILLED):
+        raise not_for_static(config, config.model)
+    if config.guide is None and is_from_scratch(config.model):
+        raise RunError(
+            f"--loss {config.loss} needs a trained model as its guide, and {config.model} starts with random weights. "
+            "Name one with --guide, such as all-MiniLM-L6-v2, or train a pretrained model."
+        )
+
+
+def not_for_static(config: RunConfig, name: str) -> RunError:
+    """The error for a static model with a loss that has a guide."""
+    return RunError(
+        f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a static "
+        "model. Use a transformer, or --loss in-batch."
+    )
+
+
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise RunError unless a value is one of the choices."""
     if value not in choices:
@@ -323,6 +365,10 @@ def parse_num_samples(text: str, shared: bool = True) -> float | Literal["auto"]
 
 
 def _checked_num_samples(value: object, shared: bool) -> float | Literal["auto"]:
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    from negative_cache.sampling.config import check_num_samples  # imports torch
+
     try:
         return check_num_samples(value, shared)
     except (TypeError, ValueError) as error:

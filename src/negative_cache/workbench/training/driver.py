@@ -29,10 +29,17 @@ from negative_cache.workbench.models import cache_tokens, freeze_unused, load_mo
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.before import quality_before
 from negative_cache.workbench.training.best import BestWeights
-from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError, RunFailedError, changed_options
+from negative_cache.workbench.training.config import (
+    GUIDED,
+    RunConfig,
+    RunError,
+    RunFailedError,
+    changed_options,
+    check_guide,
+)
 from negative_cache.workbench.training.curve import Curve
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
-from negative_cache.workbench.training.losses import check_guide, load_guide
+from negative_cache.workbench.training.losses import load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
@@ -125,6 +132,8 @@ def run(
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
+    elif is_first and resume:
+        logger.warning("There is no unfinished run in %s: training begins at step 0.", folder)
     is_trained = (folder / RECORD).exists()
     processes.wait()
     try:
@@ -153,7 +162,7 @@ def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
     if not output.exists():
         return None
     if not (resume and (output / RECORD).is_file()):
-        raise RunError(f"The output folder {config.output!r} exists. Choose another one, or remove it.")
+        raise RunError(f"The output folder {config.output!r} exists. Choose another --output, or remove the folder.")
     record = RunRecord.read(output)
     length = {name: getattr(config, name) for name in ("epochs", "max_steps")}
     if changed := changed_options(record.configuration, length):
@@ -385,7 +394,10 @@ def _check_programs(names: tuple[str, ...]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RunError(f"--report-to has {name!r}; expected none, or some of {', '.join(INTEGRATION_TO_CALLBACK)}.")
         if name not in get_available_reporting_integrations():
-            raise RunError(f"--report-to has {name!r}, whose package is not installed. Install it, or leave it out.")
+            raise RunError(
+                f"--report-to has {name!r}, whose package is not installed. Install it, for example with pip install "
+                f"{name}, or leave it out."
+            )
 
 
 def _check_ranks(task: _Run) -> None:

@@ -17,9 +17,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import PreTrainedTokenizerBase
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
-from negative_cache.workbench.models import DISTILLED, is_from_scratch, load_trained
+from negative_cache.workbench.models import load_trained
 from negative_cache.workbench.training import processes
-from negative_cache.workbench.training.config import GUIDED, RunConfig, RunError
+from negative_cache.workbench.training.config import GUIDED, RunConfig, not_for_static
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
 
 GRADCACHE_MINI_BATCH = 32
@@ -62,19 +62,6 @@ def make_loss(config: RunConfig, model: SentenceTransformer) -> Any:
     )
 
 
-def check_guide(config: RunConfig) -> None:
-    """Raise RunError if the loss needs a guide, and the name of the model shows that it cannot be trained with one."""
-    if config.loss not in GUIDED:
-        return
-    if config.model == "static" or config.model.startswith(DISTILLED):
-        raise _is_static(config, config.model)
-    if config.guide is None and is_from_scratch(config.model):
-        raise RunError(
-            f"--loss {config.loss} needs a trained model as its guide, and {config.model} starts with random weights. "
-            "Name one with --guide, such as all-MiniLM-L6-v2, or train a pretrained model."
-        )
-
-
 def load_guide(config: RunConfig, model: SentenceTransformer) -> SentenceTransformer:
     """The frozen guide of a model that is not trained yet.
 
@@ -85,16 +72,9 @@ def load_guide(config: RunConfig, model: SentenceTransformer) -> SentenceTransfo
     guide = copy.deepcopy(model) if config.guide is None else load_trained(config.guide)
     for name, used in ((config.model, model), (config.guide or config.model, guide)):
         if not isinstance(used.tokenizer, PreTrainedTokenizerBase):
-            raise _is_static(config, name)
+            raise not_for_static(config, name)
     guide.requires_grad_(False)
     return guide.eval()
-
-
-def _is_static(config: RunConfig, name: str) -> RunError:
-    return RunError(
-        f"--loss {config.loss} needs a model and a guide with a tokenizer of transformers, and {name} is a static "
-        "model. Use a transformer, or --loss in-batch."
-    )
 
 
 def _guided_loss(config: RunConfig, model: SentenceTransformer, has_ranks: bool) -> Any:

@@ -24,14 +24,12 @@ from transformers import TrainerCallback
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import is_from_scratch
-from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig, mining_start
 from negative_cache.workbench.training.meter import Meter
 from negative_cache.workbench.training.record import read_json
 
 logger = logging.getLogger("negative_cache")
 
-RELATIVE_MARGIN = 0.05  # which the documentation of `mine_hard_negatives` recommends
 SCORES_PER_BLOCK = 1 << 24
 
 Negatives = dict[str, list[str]]
@@ -59,13 +57,6 @@ class Mined:
     def summary(self) -> dict[str, Any]:
         """All but the negatives."""
         return {key: value for key, value in asdict(self).items() if key != "negatives"}
-
-
-def mining_start(config: RunConfig) -> float:
-    """Fraction of the steps after which negatives are first mined."""
-    if config.mining_start is not None:
-        return config.mining_start
-    return 1 / (config.mining_rounds + 1) if is_from_scratch(config.model) else 0.0
 
 
 class Mining:
@@ -193,7 +184,7 @@ def mine(
             pairs["anchor"].append(data.queries[query])
             pairs["positive"].append(data.corpus[document])
     embedded = _Embedded(model, list(ids), list(dict.fromkeys(pairs["anchor"])), on_progress)
-    margin = RELATIVE_MARGIN if config.relative_margin is None else config.relative_margin
+    margin = MINED_RELATIVE_MARGIN if config.relative_margin is None else config.relative_margin
     with contextlib.redirect_stderr(io.StringIO()), _seeded(config.seed):  # its progress bar cannot be disabled
         found = mine_hard_negatives(
             Dataset.from_dict(pairs),

@@ -22,7 +22,8 @@ from transformers.trainer_callback import PrinterCallback
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.models import Prompts, learning_rate_of, prompts_of
+from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.models import Prompts, prompts_of
 from negative_cache.workbench.training import processes
 from negative_cache.workbench.training.best import BestWeights
 from negative_cache.workbench.training.config import RunConfig, RunFailedError

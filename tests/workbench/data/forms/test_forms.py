@@ -188,6 +188,25 @@ def test_a_column_that_is_asked_for_and_missing_is_reported(tmp_path: Path, opti
         reader_of(tmp_path / "a.csv", "a,b\nq,d\n", **{option: "typo"})
 
 
+def test_all_missing_columns_are_reported_in_one_error(tmp_path: Path):
+    asked = {"query_column": "serch", "positive_column": "paeg", "label_column": "nothing"}
+    with pytest.raises(DataError) as caught:
+        reader_of(tmp_path / "a.csv", "search,page\nq,d\n", **asked)
+    said = str(caught.value)
+    for flag, name in (
+        ("--query-column", "serch"),
+        ("--positive-column", "paeg"),
+        ("--label-column", "nothing"),
+    ):
+        assert f"no column {name!r}, which {flag} names" in said
+    assert said.endswith("the columns are 'page', 'search'. Did you mean --query-column search --positive-column page?")
+
+
+def test_the_column_that_is_proposed_is_not_one_that_is_used(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no column positive .* for example: --positive-column right\."):
+        reader_of(tmp_path / "a.csv", "left,right\nq,d\n", query_column="left")
+
+
 def test_the_right_case_of_a_column_is_proposed(tmp_path: Path):
     with pytest.raises(DataError, match=r"no column 'my query'.* Did you mean --query-column 'My query'\?"):
         reader_of(tmp_path / "a.csv", "My query,page\nq,d\n", query_column="my query", positive_column="page")

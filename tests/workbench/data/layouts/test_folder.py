@@ -156,7 +156,7 @@ def test_a_folder_with_training_rows_alone_is_a_training_split(tmp_path: Path):
     write(tmp_path / "data" / "train-00001-of-00002.parquet", [{"query": "c", "positive": "d"}])
     data = load_data(str(tmp_path))
     assert [len(qrels) for qrels in data.qrels.values()] == [2, 0, 0]
-    with pytest.raises(DataError, match=r"no queries in the split 'test'; it has \['train'\].*or give it with --test"):
+    with pytest.raises(DataError, match=r"no queries in the split 'test'; it has train.*or give it with --test"):
         data.judged("test")
 
 

@@ -10,6 +10,7 @@ from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError
+from negative_cache.workbench.suggestions import similar
 
 
 class Form(NamedTuple):
@@ -121,24 +122,22 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
     Raises:
         DataError: There are none.
     """
-    asked = (("query", options.query_column), ("positive", options.positive_column), ("label", options.label_column))
-    for option, name in asked:
-        _check_asked(option, name, row, place)
+    _check_asked(row, place, options)
     if form.positive:
         query = options.query_column or next((name for name in form.query if name in row), form.query[0])
-        return Columns(query, (form.positive,), _negatives(row, form.negatives, place, options))
+        return Columns(query, (form.positive,), _negatives(row, form.negatives, options))
     query_column = options.query_column or columns.first_of(columns.QUERY, row)
     positives = columns.positives_in(row) if options.positive_column is None else (options.positive_column,)
     if query_column is None and not positives:
         return _by_order(row, place, options)
     if query_column is None:
-        raise _no_column("query", columns.QUERY, row, place)
+        raise _no_column("query", columns.QUERY, row, place, options.positive_column)
     positives = tuple(name for name in positives if name != query_column)
     if not positives:
-        raise _no_column("positive", columns.POSITIVE, row, place)
+        raise _no_column("positive", columns.POSITIVE, row, place, query_column)
     used = (query_column, *positives, options.label_column)
     usual = tuple(name for name in columns.negatives_in(row, query_column) if name not in used)
-    return Columns(query_column, positives, _negatives(row, usual, place, options))
+    return Columns(query_column, positives, _negatives(row, usual, options))
 
 
 def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
@@ -154,37 +153,43 @@ def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
             f"the relevant documents with --query-column and --positive-column. Known forms: pairs, triplets, {forms}."
         )
     is_labelled = options.label_column is not None or columns.first_of(columns.LABELS, row) is not None
-    negatives = _negatives(row, () if is_labelled else names[2:], place, options)
+    negatives = _negatives(row, () if is_labelled else names[2:], options)
     return Columns(names[0], (names[1],), negatives, by_order=True)
 
 
-def _negatives(row: dict[str, Any], usual: Sequence[str], place: str, options: DataOptions) -> tuple[str, ...]:
+def _negatives(row: dict[str, Any], usual: Sequence[str], options: DataOptions) -> tuple[str, ...]:
     if options.negative_column is not None:
-        _check_asked("negative", options.negative_column, row, place)
         return (options.negative_column,)
     return tuple(name for name in usual if name in row)
 
 
-def _check_asked(option: str, name: str | None, row: Iterable[str], place: str) -> None:
-    if name is None or name in row:
+_NAMED = ("query", "positive", "negative", "label")
+
+
+def _check_asked(row: Iterable[str], place: str, options: DataOptions) -> None:
+    """Raise DataError if columns that are asked for are not there; one error names all of them."""
+    asked = {f"--{name}-column": getattr(options, f"{name}_column") for name in _NAMED}
+    missing = {flag: name for flag, name in asked.items() if name is not None and name not in row}
+    if not missing:
         return
     known = {columns.normal(other): other for other in row}
-    similar = known.get(columns.normal(name))
+    near = {flag: known.get(columns.normal(name)) or similar(name, row) for flag, name in missing.items()}
+    meant = [f"{flag} {columns.typed(name)}" for flag, name in near.items() if name is not None]
     advice = (
-        "The first line of a .csv or .tsv file has the names of the columns."
-        if similar is None
-        else f"Did you mean --{option}-column {columns.typed(similar)}?"
+        f"Did you mean {' '.join(meant)}?"
+        if meant
+        else "The first line of a .csv or .tsv file has the names of the columns."
     )
-    raise DataError(
-        f"{place}: there is no column {name!r}, which --{option}-column names; the columns are {quoted(row)}. {advice}"
-    )
+    found = ", and ".join(f"no column {name!r}, which {flag} names" for flag, name in missing.items())
+    raise DataError(f"{place}: there is {found}; the columns are {quoted(row)}. {advice}")
 
 
-def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str) -> DataError:
-    other = next((name for name in row if columns.has_text(name) and not columns.is_known(name)), "NAME")
+def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str, used: str | None) -> DataError:
+    free = (name for name in row if columns.has_text(name) and not columns.is_known(name) and name != used)
     return DataError(
         f"{place}: no column {' or '.join(usual[:4])}, only {quoted(row)}. Name the column, for example: "
-        f"--{option}-column {columns.typed(other)}. The first line of a .csv or .tsv file has the names of the columns."
+        f"--{option}-column {columns.typed(next(free, 'NAME'))}. The first line of a .csv or .tsv file has the "
+        "names of the columns."
     )
 
 

@@ -1,0 +1,103 @@
+"""What to do after a command: a line for each suggestion, which ends with a command to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from negative_cache.workbench.cli.examples import EXAMPLES
+from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.training.config import RunConfig, flag_of
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.data import RetrievalData
+    from negative_cache.workbench.training.record import RunRecord
+
+QUERY, NEW_MODEL = "your query", "my-model"
+PRETRAINED = "all-MiniLM-L6-v2"
+
+
+def command(name: str, *words: object, **options: object) -> str:
+    """A command as text; `options` that are None are left out."""
+    given = [word for option, value in options.items() if value is not None for word in (flag_of(option), value)]
+    return shlex.join(["negative-cache", name, *map(str, words), *map(str, given)])
+
+
+def after_data(source: str, options: DataOptions, data: RetrievalData, model: str | None) -> Iterator[str]:
+    """After `data`: train, or evaluate if there is nothing to train on."""
+    given = ("--data", source, *options.arguments())
+    if data.has("train"):
+        yield f"To train on it: {command('train', *given, model=model, output=NEW_MODEL)}"
+    elif data.has("test"):
+        yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
+
+
+def after_train(
+    config: RunConfig, record: RunRecord, data: RetrievalData, of_documents: Iterable[str]
+) -> Iterator[str]:
+    """After `train`.
+
+    Args:
+        config: The configuration.
+        record: The record of the run.
+        data: The data.
+        of_documents: The options of the data that `search` takes.
+    """
+    model, options = ("--model", config.output), config.data_options
+    split = next((split for split in ("test", "dev") if data.has(split)), None)
+    if record.before is not None and record.after is not None:
+        yield f"To test whether the gain is more than chance: {command('significance', config.output)}"
+    elif split is not None:
+        words = (*model, "--data", config.data, *options.arguments())
+        yield f"To evaluate it: {command('evaluate', *words, split=split)}"
+    search = command("search", QUERY, *model, "--data", config.data, *options.arguments(of_documents))
+    yield f"To use it: SentenceTransformer({config.output!r}) in Python, or {search}"
+
+
+def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[str]) -> Iterator[str]:
+    """After `evaluate` with --data.
+
+    Args:
+        given: The options of the command.
+        split: The split that was evaluated.
+        of_documents: The options of the data that `search` takes.
+    """
+    source, options = given["data"], given["data_options"]
+    if given["run"] is not None:
+        others = ("significance", given["run"], "OTHER.run", "--data", source, *options.arguments())
+        yield f"To test it against another run: {command(*others, split=split)}"
+        return
+    if given["per_query"] is not None:
+        yield f"To test it against another model: {command('significance', given['per_query'], 'OTHER.json')}"
+    search = command("search", QUERY, "--model", given["model"], "--data", source, *options.arguments(of_documents))
+    yield f"To search with it: {search}"
+
+
+def after_search(model: str, source: str, options: DataOptions) -> Iterator[str]:
+    """After `search`."""
+    evaluate = command("evaluate", "--model", model, "--data", source, *options.arguments())
+    yield f"To measure how good the results are: {evaluate}"
+
+
+def after_significance(runs: Iterable[str]) -> Iterator[str]:
+    """After `significance`: the report of the folders among the runs."""
+    paths = [path for run in runs for path in (run if Path(run).exists() else run.partition("=")[2]).split(",")]
+    folders = [path for path in paths if Path(path).is_dir()]
+    if folders:
+        output = "report.html" if len(folders) > 1 else None
+        yield f"To see curves and examples: {command('report', *folders, output=output)}"
+
+
+def after_report(written: Path) -> Iterator[str]:
+    """After `report`."""
+    yield f"To open it: {shlex.join(['python', '-m', 'webbrowser', written.resolve().as_uri()])}"
+
+
+def after_doctor(missing: Mapping[str, list[str]]) -> Iterator[str]:
+    """After `doctor`; `missing` has the missing packages of each extra."""
+    if missing.get("train"):
+        yield "To install what training needs: pip install 'negative-cache[train]'"
+    else:
+        yield f"To train a first model, on the functions of the installed packages: {EXAMPLES['train'][0]}"

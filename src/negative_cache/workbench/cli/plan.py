@@ -1,0 +1,54 @@
+"""What will take long, in one line before it starts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from negative_cache.workbench.training.config import RunConfig, num_steps
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.data import RetrievalData
+
+
+def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> str:
+    """The steps of a run, and the documents that are encoded beside them.
+
+    Args:
+        config: The configuration.
+        data: The data, which has a training split.
+        measures: Whether the quality is measured before and after training.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = num_steps(config, sum(map(len, data.judged("train").values())), num_ranks)
+    queries = config.batch_size * num_ranks * config.gradient_accumulation_steps
+    in_evaluation = _documents_in_evaluation(config, data, steps, measures)
+    documents = {
+        "for evaluation": in_evaluation,
+        "to mine negatives": len(data.corpus) * config.mining_rounds if config.loss == "mined" else 0,
+        "to fill the cache": len(data.corpus) if config.fill_from_corpus else 0,
+    }
+    sentences = [f"Training takes {steps:,} steps of {queries:,} queries."]
+    if any(documents.values()):
+        listed = ", ".join(f"{number:,} {purpose}" for purpose, number in documents.items() if number)
+        sentences.append(f"Documents to encode besides: {listed}.")
+    if in_evaluation > steps * queries:
+        sentences.append("--eval-documents N or --no-eval makes the evaluation shorter.")
+    return " ".join(sentences)
+
+
+def _documents_in_evaluation(config: RunConfig, data: RetrievalData, steps: int, measures: bool) -> int:
+    """Documents that are encoded in all evaluations, each time counted."""
+    num_documents = {split: len(data.part(split).corpus) for split in ("dev", "test") if data.has(split)}
+    total = 0
+    if measures:
+        total += 2 * num_documents["test"] if "test" in num_documents else num_documents.get("dev", 0)
+    if config.eval_steps is not None:
+        total += -(-steps // config.eval_steps) * num_documents.get("dev", 0)
+    return total
+
+
+def plan_of_evaluation(data: RetrievalData, split: str) -> str:
+    """The documents and queries that are encoded."""
+    queries, documents = len(data.graded(split)), len(data.part(split).corpus)
+    return f"Texts to encode: {documents:,} documents and {queries:,} queries."

@@ -1,0 +1,29 @@
+"""What the user may have meant by a name that does not exist."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def similar(given: str, names: Iterable[str]) -> str | None:
+    """The name that is most similar to the given one; None if none is similar."""
+    return next(iter(difflib.get_close_matches(given, names, n=1)), None)
+
+
+def did_you_mean(given: str, names: Iterable[str]) -> str:
+    """A sentence, after a blank, with the name that is most similar; empty if none is similar."""
+    near = similar(given, names)
+    return "" if near is None else f" Did you mean {near}?"
+
+
+def did_you_mean_path(given: str, *others: str) -> str:
+    """The same for a path, of the files and folders beside it and of other names."""
+    path = Path(given)
+    try:
+        beside = [str(path.with_name(name)) for name in os.listdir(path.parent) if not name.startswith(".")]
+    except (OSError, ValueError):  # no such folder, or no path, such as ".."
+        beside = []
+    return did_you_mean(str(path), [*others, *beside])

@@ -1,0 +1,98 @@
+"""The commands that a command names at its end: they run as they stand, on stderr only, and not with --quiet."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from command_line import invoke
+from negative_cache.workbench.cli import next_steps
+from negative_cache.workbench.data.options import DataOptions
+from support import random_pairs
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with pairs in columns of unusual names."""
+    monkeypatch.chdir(tmp_path)
+    random_pairs(tmp_path / "pairs.jsonl", 120)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    renamed = ({"My question": row["query"], "reply": row["positive"]} for row in rows)
+    (tmp_path / "my pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    return tmp_path
+
+
+COLUMNS = ["--query-column", "My question", "--positive-column", "reply"]
+SMALL = ["--batch-size", "8", "--cache-size", "64", "--max-steps", "3"]
+
+
+def succeed(*words: str) -> Result:
+    ended = invoke(*words)
+    assert ended.exit_code == 0, ended.output
+    return ended
+
+
+def suggested(ended: Result) -> dict[str, list[str]]:
+    """The words of each command that is named on stderr, by its name."""
+    lines = re.findall(r"^To .*?\b(negative-cache .*)$", ended.stderr, re.MULTILINE)
+    return {shlex.split(line)[1]: shlex.split(line)[1:] for line in lines}
+
+
+def test_every_command_names_commands_that_run(place: Path):
+    after_data = suggested(succeed("data", "my pairs.jsonl", *COLUMNS))
+    ended = succeed(*after_data["train"], *SMALL)
+    assert f"SentenceTransformer({next_steps.NEW_MODEL!r})" in ended.stderr
+    after_train = suggested(ended)
+    assert set(after_train) == {"significance", "search"}
+    after_search = suggested(succeed(*after_train["search"]))
+    after_evaluate = suggested(succeed(*after_search["evaluate"]))
+    succeed(*after_evaluate["search"])
+    after_significance = suggested(succeed(*after_train["significance"]))
+    ended = succeed(*after_significance["report"])
+    address = re.search(r"python -m webbrowser file://(\S+)$", ended.stderr, re.MULTILINE)
+    assert Path(address[1]).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert set(suggested(succeed("doctor"))) == {"train"}
+
+
+def test_search_results_and_values_are_compared_next(place: Path):
+    train = ["train", "--data", "pairs.jsonl", "--output", "model", *SMALL, "--no-eval"]
+    after_train = suggested(succeed(*train))
+    assert set(after_train) == {"evaluate", "search"}
+    evaluate = ["evaluate", "--model", "model", "--data", "pairs.jsonl", "--split", "test"]
+    after = suggested(succeed(*evaluate, "--per-query", "values.json", "--run-out", "results.run"))
+    succeed("evaluate", *after_train["evaluate"][1:], "--split", "test", "--per-query", "OTHER.json")
+    succeed(*after["significance"])
+    after = suggested(succeed("evaluate", "--run", "results.run", "--data", "pairs.jsonl", "--split", "test"))
+    Path("OTHER.run").write_bytes(Path("results.run").read_bytes())
+    succeed(*after["significance"])
+
+
+def test_data_without_a_training_split_is_evaluated_next(beir: Path):
+    (beir / "qrels" / "train.tsv").unlink()
+    assert set(suggested(succeed("data", str(beir)))) == {"evaluate"}
+
+
+def test_quiet_silences_them_and_json_stays_alone_on_stdout(place: Path):
+    assert succeed("data", "pairs.jsonl", "--quiet").output == ""
+    ended = succeed("data", "pairs.jsonl", "--json")
+    assert json.loads(ended.stdout)["documents"] == 120
+    assert suggested(ended)
+
+
+def test_missing_packages_come_before_training():
+    assert list(next_steps.after_doctor({"train": ["x>=1"], "docs": []})) == [
+        "To install what training needs: pip install 'negative-cache[train]'"
+    ]
+
+
+def test_the_options_of_the_data_are_given_again():
+    options = DataOptions(query_column="my query", strict=True, max_train_pairs=5, negatives="ignore")
+    given = ["--query-column", "my query", "--negatives", "ignore", "--max-train-pairs", "5", "--strict"]
+    assert options.arguments() == given
+    assert options.arguments(("strict", "corpus")) == ["--strict"]
+    assert DataOptions().arguments() == []

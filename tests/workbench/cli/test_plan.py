@@ -1,0 +1,79 @@
+"""What `train` and `evaluate` say before they start is what they do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from command_line import DOCUMENTS, invoke
+from negative_cache.workbench.cli.plan import plan_of_training
+from negative_cache.workbench.data import load_data
+from negative_cache.workbench.evaluation import encoding, searching
+from negative_cache.workbench.training.config import RunConfig, num_steps
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """The number of documents of each call that encodes a corpus; the quality before training is measured, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    numbers: list[int] = []
+    documents = encoding.Encoder.documents
+    monkeypatch.setattr(
+        encoding.Encoder,
+        "documents",
+        lambda self, texts, *args, **options: numbers.append(len(texts)) or documents(self, texts, *args, **options),
+    )
+    assert searching.Encoder is encoding.Encoder
+    return numbers
+
+
+def train(beir: Path, *options: object) -> str:
+    """What training says."""
+    output = beir.parent / "out"
+    ended = invoke("train", "--data", beir, "--output", output, "--batch-size", 8, "--cache-size", 64, *options)
+    assert ended.exit_code == 0, ended.output
+    return ended.stderr
+
+
+@pytest.mark.parametrize("options", [["--epochs", 2], ["--epochs", 3, "--eval-steps", 7], ["--eval-documents", 20]])
+def test_the_plan_of_training_has_the_steps_and_documents_of_the_run(
+    beir: Path, options: list[object], encoded: list[int]
+):
+    said = train(beir, *options)
+    steps, number = re.search(
+        r"Training takes (\d+) steps of 8 queries\. Documents to encode besides: (\d+) for evaluation", said
+    ).groups()
+    record = json.loads((beir.parent / "out" / "run.json").read_text())
+    assert int(steps) == record["steps"]
+    of_evaluator = sum(1 for entry in record["history"] if any("eval" in key for key in entry))
+    assert int(number) == sum(encoded) + of_evaluator * len(DOCUMENTS)
+    assert ("--no-eval makes" in said) == (int(number) > 8 * int(steps))
+
+
+def test_the_plan_names_mining_and_the_cache_and_no_evaluation_that_is_left_out(beir: Path):
+    data = load_data(str(beir))
+    mined = RunConfig(str(beir), "static", "mined", "out", mining_rounds=2, batch_size=8, epochs=1)
+    filled = RunConfig(str(beir), "static", "negative-cache", "out", fill_from_corpus=True, max_steps=3)
+    assert plan_of_training(mined, data, measures=False) == (
+        "Training takes 8 steps of 8 queries. Documents to encode besides: 160 to mine negatives."
+    )
+    assert plan_of_training(filled, data, measures=True).startswith(
+        "Training takes 3 steps of 64 queries. Documents to encode besides: 160 for evaluation, 80 to fill the cache."
+    )
+    bare = RunConfig(str(beir), "static", "in-batch", "out", max_steps=3)
+    assert plan_of_training(bare, data, measures=False) == "Training takes 3 steps of 64 queries."
+
+
+def test_ranks_share_the_queries_of_a_step():
+    config = RunConfig("data", "static", "in-batch", "out", batch_size=8, epochs=2)
+    assert [num_steps(config, 100, ranks) for ranks in (1, 2, 4, 100)] == [26, 12, 6, 2]
+
+
+def test_evaluate_says_how_many_texts_it_encodes(beir: Path):
+    train(beir, "--max-steps", 1)
+    ended = invoke("evaluate", "--data", beir, "--model", beir.parent / "out")
+    assert "Texts to encode: 80 documents and 10 queries." in ended.stderr
+    assert "Texts" not in invoke("evaluate", "--data", beir, "--model", beir.parent / "out", "--quiet").output

@@ -1,0 +1,60 @@
+"""What is proposed for a name that does not exist, and the errors that propose it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command_line import invoke, write_beir
+from negative_cache.workbench.suggestions import did_you_mean, did_you_mean_path
+
+
+def test_the_most_similar_name_is_proposed_and_nothing_if_none_is_similar():
+    assert did_you_mean("batch_sise", ["batch_size", "epochs"]) == " Did you mean batch_size?"
+    assert did_you_mean("xyz", ["batch_size", "epochs"]) == ""
+
+
+def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "my-pairs.csv").touch()
+    assert did_you_mean_path("data/my-pair.csv") == f" Did you mean {Path('data/my-pairs.csv')}?"
+    assert did_you_mean_path("dta") == " Did you mean data?"
+    assert did_you_mean_path("statc", "static") == " Did you mean static?"
+    for name in ("no/such/folder", "..", "", "\0"):
+        assert did_you_mean_path(name) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "sett"], "Did you mean set?"),
+        (["train", "--data", "set", "--model", "statc", "--output", "out"], "Did you mean static? Give a folder"),
+        (["evaluate", "--data", "set", "--model", "./sett"], "Did you mean set? Give the --output of train"),
+        (["significance", "sett", "other"], "Did you mean set? Give RUN"),
+        (["train", "--data", "set", "--output", "set"], "Choose another --output, or remove the folder."),
+        (["train", "--data", "test-only", "--output", "out"], "it has test. Give data with training pairs"),
+        (["train", "--data", "set", "--output", "out", "--report-to", "wandb"], "pip install wandb, or leave it out"),
+    ],
+)
+def test_errors_say_what_to_type(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_beir(tmp_path / "set")
+    other = write_beir(tmp_path / "test-only")
+    for split in ("train", "dev"):
+        (other / "qrels" / f"{split}.tsv").unlink()
+    ended = invoke(*words)
+    assert ended.exit_code == 2, ended.output
+    assert said in ended.stderr
+    assert not Path("out").exists()
+
+
+def test_resuming_without_an_unfinished_run_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    write_beir(tmp_path / "set")
+    ended = invoke("train", "--data", "set", "--output", "out", "--resume", "--max-steps", "2", "--batch-size", "8")
+    assert ended.exit_code == 0, ended.output
+    assert "There is no unfinished run in out.partial: training begins at step 0." in caplog.text
