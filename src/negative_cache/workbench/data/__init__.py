@@ -3,8 +3,8 @@
 Imports only `negative_cache.workbench.files` and packages that read files.
 """
 
-from negative_cache.workbench.data.loading import load_data
+from negative_cache.workbench.data.loading import load_data, load_documents
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError, RetrievalData
 
-__all__ = ["DataError", "DataOptions", "RetrievalData", "load_data"]
+__all__ = ["DataError", "DataOptions", "RetrievalData", "load_data", "load_documents"]

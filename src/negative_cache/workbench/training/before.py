@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, evaluate, parse_measures
-from negative_cache.workbench.files import cache_folder, write_text
+from negative_cache.workbench.files import cache_folder, fingerprint_of_folder, write_text
 from negative_cache.workbench.training import samples
 
 MAX_KEPT = 100  # files, those that were used last
@@ -24,7 +24,6 @@ SPLIT = "test"
 
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "tokenizers", "ir-measures")
 _FORMAT = 1  # to be raised when an evaluation has other results or other contents
-_BYTES_AT_ONCE = 1 << 20
 
 logger = logging.getLogger("negative_cache")
 
@@ -78,21 +77,10 @@ def _key(model: SentenceTransformer, folder: Path, data: RetrievalData) -> str:
         {name: version(name) for name in _PACKAGES},
         (device.type, kind, torch.get_num_threads()),
         list(parse_measures(DEFAULT_MEASURES)),
-        _fingerprint_of_files(folder),
+        fingerprint_of_folder(folder),
         fingerprints.of_split(data, SPLIT),
     ]
     return _digest(json.dumps(parts))
-
-
-def _fingerprint_of_files(folder: Path) -> str:
-    """A fingerprint of the names and the content of all files in a folder and its subfolders."""
-    digest = blake2b(digest_size=16)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(repr((path.relative_to(folder).as_posix(), path.stat().st_size)).encode())
-        with path.open("rb") as file:
-            while part := file.read(_BYTES_AT_ONCE):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:
