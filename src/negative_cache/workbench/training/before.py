@@ -23,7 +23,7 @@ MAX_KEPT = 100  # files, those that were used last
 SPLIT = "test"
 
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "tokenizers", "ir-measures")
-_FORMAT = 1  # to be raised when an evaluation has other results or other contents
+_FORMAT = 2  # to be raised when an evaluation has other results or other contents
 
 logger = logging.getLogger("negative_cache")
 
@@ -40,7 +40,8 @@ def quality_before(
         on_progress: Called with (done, total) documents while the corpus is encoded.
 
     Returns:
-        `before`, the metrics; `per_query`, see `Quality`; and `hits`, see `samples.hits`. All of it as JSON stores it.
+        `before`, the metrics; `per_query`, see `Quality`; and `results`, see `samples.results_of`. All of it as
+        JSON stores it.
     """
     path = _path(_key(model, folder, data))
     if (kept := _read(path)) is not None:
@@ -51,9 +52,9 @@ def quality_before(
         )
         return kept
     quality = evaluate(model, data, (SPLIT,), on_progress=on_progress)[SPLIT]
-    hits = samples.hits(data, SPLIT, quality.run)
+    results = samples.results_of(data, SPLIT, quality.run)
     measured: dict[str, Any] = json.loads(
-        json.dumps({"before": quality.metrics(), "per_query": quality.per_query, "hits": hits})
+        json.dumps({"before": quality.metrics(), "per_query": quality.per_query, "results": results})
     )
     _keep(path, measured)
     return measured
