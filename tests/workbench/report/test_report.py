@@ -120,7 +120,7 @@ def test_the_page_shows_differences_with_intervals(page: Path, folder: Path):
         "A \N{MINUS SIGN} B": means["nc", "after"] - means["ib", "after"],
     }
     for label, difference in rows.items():
-        assert re.search(rf"{label} {re.escape(f'{difference:+.4f}')} [+-]\d\.\d{{3}} to [+-]\d\.\d{{3}} ", words)
+        assert re.search(rf"{label} {re.escape(f'{difference:+.4f}')} [+-]\d\.\d{{4}} to [+-]\d\.\d{{4}} ", words)
     assert "B \N{MINUS SIGN} A" not in words
     assert "best" not in {attrs.get("class") for _, attrs in Reader(page).tags}
     for run in ("nc", "ib"):
