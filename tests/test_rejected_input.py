@@ -305,8 +305,9 @@ def test_a_re_encoded_document_that_overflows_is_refused():
     step(loss_fn)
     loss_fn.document_encoder = lambda features: 1e20 * encode(features)
     before = snapshot(loss_fn.cache)
+    others = {"document_features": {"words": WORDS + 50}}  # the cached documents are negatives of these queries
     with pytest.raises(ValueError, match=r"The document encoder's output, stored as .*, has values up to"):
-        step(loss_fn)
+        step(loss_fn, **others)
     assert_same_state(before, snapshot(loss_fn.cache))
 
 
