@@ -40,8 +40,9 @@ def hash_items(items: Items, device: torch.device) -> Tensor:
     for number, key in enumerate(sorted(items)):
         value, values = items[key], _matrix(items[key])
         positions = torch.arange(values.shape[1], device=values.device)
-        # Every position of every feature has an offset of its own, so that the sum depends on the order of the values.
-        mixed = mix(values.to(torch.int64) + mix(positions + (number << 32)))
+        # Every position of every feature has a random offset, so that the sum depends on the order of the values, and
+        # no value is the complement of another, which has the same mix.
+        mixed = mix(values.to(torch.int64) + mix(positions + ((number + 1) << 32)))
         if isinstance(value, RaggedRows):
             mixed = mixed * (positions < value.lengths[:, None])
         if is_token is not None and key in TOKEN_KEYS and is_token.shape == values.shape:
@@ -51,9 +52,9 @@ def hash_items(items: Items, device: torch.device) -> Tensor:
 
 
 def mix(values: Tensor) -> Tensor:
-    """Spread int64 values over all 64 bits: Stafford's finalizer Mix01 with arithmetic shifts, one to one.
+    """Spread int64 values over all 64 bits: Stafford's finalizer Mix01, with arithmetic shifts.
 
-    Integer arithmetic wraps around.
+    Integer arithmetic wraps around. Arithmetic shifts lose about 2 of the 64 bits.
     """
     values = (values ^ (values >> 31)) * 0x7FB5D329728EA185
     values = (values ^ (values >> 27)) * -0x7E25210B43D22BB3  # 0x81DADEF4BC2DD44D as int64
