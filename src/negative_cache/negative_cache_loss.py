@@ -220,6 +220,9 @@ class NegativeCacheLoss(CacheModule):
             document_ids: int `[batch]`, -1 for unknown. A query's own document in the cache is not its negative. A
                 document that already has a row is written to that row. Or int `[batch, k]`, for documents with several
                 ids in one name space: the first identifies a document, and a query's positives are recognized by all.
+                Without any ids and without `log_q`, a hash of the features takes their place, if all features are
+                integers, such as tokens, of at most 2**15 values per document. Padding does not matter. Otherwise
+                documents are unknown, with a warning.
             positive_ids: int `[batch, n]`, padded with -1: further documents that are not negatives of the query.
             negative_embeddings: `[m, dim]`, with gradient: documents that are negatives of every query of the batch,
                 except of queries whose known positives they are. Their gradients are exact.
@@ -292,7 +295,8 @@ class NegativeCacheLoss(CacheModule):
         Args:
             query_embeddings: `[batch, dim]`.
             document_embeddings: `[batch, dim]`: the positive of each query, a negative of the others.
-            document_ids, positive_ids: See `forward`.
+            document_ids, positive_ids: See `forward`. Without features, there is no hash of them: without ids, a
+                document that occurs twice in the batch is a negative of its own query.
             negative_embeddings, negative_ids: See `forward`.
             guide_queries, guide_documents: See `forward`.
 
@@ -330,7 +334,8 @@ class NegativeCacheLoss(CacheModule):
             `staleness` (mean relative squared distance between cached and new embeddings of re-encoded rows),
             `staleness_youngest` and `staleness_oldest` (over the youngest and oldest quarter of these rows), `age`
             (their mean age in steps), `effective_negatives` (the inverse of the mean sum of squares of the cache's
-            softmax), `near_duplicates` (softmax weight of cached documents that nearly equal the positive), `masked`
+            softmax), `near_duplicates` (softmax weight of cached documents that nearly equal the positive by their
+            embeddings or, in one process, have its integer features), `masked`
             (fraction of filled rows hidden by margins or the guide), `documents_per_query` (re-encoded documents),
             `in_batch_noise` (the noise that the gradient would have if in-batch negatives had to represent the cache,
             relative to that of the batch; with num_samples="auto", the cache counts once it exceeds 4),

@@ -116,8 +116,9 @@ class Diagnostics:
         if self._is_time_to_warn("near_duplicates", duplicates > DUPLICATED):
             logger.warning(
                 f"Queries are trained against copies of their own positive: near_duplicates {duplicates:.2f}, above "
-                f"{DUPLICATED}. Pass document_ids (with sentence-transformers, a label column of ids), or set "
-                "relative_margin=0.05. If documents differ, the encoder gives all of them nearly the same embedding."
+                f"{DUPLICATED}. Give each document one id in document_ids (with sentence-transformers, in the label "
+                "column), or set relative_margin=0.05. If documents differ, the encoder gives all of them nearly the "
+                "same embedding."
             )
 
         masked = numbers.get("masked", 0.0)
