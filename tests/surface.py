@@ -39,6 +39,7 @@ NAMES = {
         "load_full_state_dict",
         "save_checkpoint",
     ),
+    "negative_cache.data": ("DataError", "DataOptions", "RetrievalData", "load_data"),
     "negative_cache.losses": ("RetrievalReturn",),
     "negative_cache.memory": ("Bytes",),
     "negative_cache.retrieval": ("Ceilings", "Retrieved", "RowPool", "Scale", "Search", "retrieve"),
