@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}  # in the repository root -> on the site
+PAGES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "AGENTS.md": "agents.md",
+}  # in the repository root -> on the site
 LINK = re.compile(r"\]\(([\w./-]+)")
 SOURCE = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n# {name}\n\n````python\n{text}````\n"
 
@@ -36,6 +41,14 @@ def on_files(files: Any, config: Any) -> Any:
         )
         files.append(page)
     return files
+
+
+def on_post_build(config: Any) -> None:
+    """Copy the sources of the pages, to which llms.txt links."""
+    for source in (ROOT / "docs").rglob("*.md"):
+        target = Path(config["site_dir"]) / source.relative_to(ROOT / "docs")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from negative_cache.workbench.cli import app
 from negative_cache.workbench.models import load_model
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Names that a snippet takes from the page around it, and what has happened there before.
@@ -94,10 +95,13 @@ def small_model(tmp_path_factory):
 
 
 @pytest.fixture
-def sandbox(tmp_path, monkeypatch):
-    """A folder of its own, with a dataset of the reader; afterwards the log is as it was."""
+def sandbox(tmp_path, monkeypatch, small_model):
+    """A folder of its own, with a dataset, a file of pairs and a trained model; afterwards the log is as it was."""
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "my-dataset")
+    rows = [f"how do I open box {number},the key of number {number} opens it" for number in range(64)]
+    Path("my-pairs.csv").write_text("\n".join(["query,positive", *rows]), encoding="utf-8")
+    shutil.copytree(small_model, "my-model")
     root, own = logging.getLogger(), logging.getLogger("negative_cache")
     handlers, level = list(root.handlers), own.level
     yield
@@ -138,6 +142,14 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 20
     assert len(COMMANDS) >= 15
     assert len(INLINE) >= 8
+
+
+def test_llms_txt_lists_every_page_of_the_site():
+    listed = re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8"))
+    in_site = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    generated = {"contributing.md", "changelog.md", "agents.md"}
+    assert {page for page in in_site if not page.startswith("api/")} - generated <= set(listed)
+    assert all((ROOT / "docs" / page).is_file() for page in listed)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS + INLINE, ids=[page for page, _ in COMMANDS + INLINE])
