@@ -2,7 +2,7 @@
 
     python tests/surface.py
 
-regenerates tests/surface.txt; test_surface.py compares.
+regenerates tests/surface.txt and docs/api/names.md; test_surface.py compares.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from negative_cache import integrations
 from negative_cache.workbench.cli import app
 
 FILE = Path(__file__).with_name("surface.txt")
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "api" / "names.md"
+HEAD = """# All public names
+
+This page can be read without building the site. It says what each name is for, and shows its arguments and defaults.
+The links lead to the docstrings, which have shapes, types, gradients and errors. `python tests/surface.py` writes it.
+"""
 
 # Public names of modules, beside those that `negative_cache` exports and all of the integrations.
 NAMES = {
@@ -32,6 +39,7 @@ NAMES = {
         "load_full_state_dict",
         "save_checkpoint",
     ),
+    "negative_cache.data": ("DataError", "DataOptions", "RetrievalData", "load_data"),
     "negative_cache.losses": ("RetrievalReturn",),
     "negative_cache.memory": ("Bytes",),
     "negative_cache.retrieval": ("Ceilings", "Retrieved", "RowPool", "Scale", "Search", "retrieve"),
@@ -76,6 +84,24 @@ def lines() -> Iterator[str]:
             yield f"negative-cache {name} {flags}"
 
 
+def page() -> Iterator[str]:
+    """The lines of docs/api/names.md: a section per module."""
+    yield from HEAD.splitlines()
+    module = ""
+    for name, value in sorted(public_names().items(), key=lambda item: (item[0].rpartition(".")[0], item[0])):
+        above, _, own = name.rpartition(".")
+        if above != module:
+            module = above
+            yield from ("", f"## {module}", "")
+        source = Path(inspect.getsourcefile(inspect.unwrap(value)) or "").relative_to(ROOT)
+        yield f"- [`{own}{arguments(value)}`](../../{source}): {summary(value)}"
+
+
+def summary(value: Any) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join((inspect.getdoc(value) or "").partition("\n\n")[0].split())
+
+
 def arguments(value: Any) -> str:
     """Names and defaults, without types: `(scores, k=1)`."""
     parameters = inspect.signature(value).parameters.values() if takes_arguments(value) else ()
@@ -104,4 +130,5 @@ def shown(parameter: inspect.Parameter) -> Any:
 
 if __name__ == "__main__":
     FILE.write_text("".join(f"{line}\n" for line in lines()), encoding="utf-8")
-    print(f"Written: {FILE}")
+    PAGE.write_text("".join(f"{line}\n" for line in page()), encoding="utf-8")
+    print(f"Written: {FILE}, {PAGE}")

@@ -383,7 +383,7 @@ WRONG_BATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "larger than the cache": (
         {"queries": queries_of(17), "documents": queries_of(17), "features": batch_of([1] * 17)},
         ValueError,
-        "17 items, the cache only 16 rows",
+        "`cache_size` is 16; the batch has 17 documents",
     ),
     "other numbers": ({"queries": queries_of(3)}, ValueError, r"\[3, 4\].*\[2, 4\]"),
     "other dimension": (
@@ -744,7 +744,8 @@ def test_sampled_rows_are_padded_to_the_longest_of_them():
     for rows, expected in (([0], 3), ([1], 9), ([2], 5), ([0, 2], 5), ([1, 0], 9)):
         cache = copy.deepcopy(loss_fn.cache)
         one = {key: value[rows] for key, value in features.items()}
-        loss_fn(torch.eye(DIM)[rows], -torch.eye(DIM)[rows], one)
+        # with unknown ids, as those of other documents, the documents are negatives of their queries
+        loss_fn(torch.eye(DIM)[rows], -torch.eye(DIM)[rows], one, torch.full((len(rows),), -1))
         assert widths[-1] == expected
         loss_fn.cache = cache
 
@@ -794,7 +795,7 @@ def test_metrics_describe_the_last_step():
     assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
     train(loss_fn, [1, 2])
     first = loss_fn.metrics()
-    names = {"interpretable_loss", "positive_probability", "cache_share", "staleness", "near_duplicates", "fill"}
+    names = {"interpretable_loss", "positive_probability", "cache_share", "staleness", "fill"}
     assert set(first) == {*names, "documents_per_query"}
     assert (first["cache_share"], first["staleness"], first["fill"]) == (0, 0, 2 / SIZE)
     loss = train(loss_fn, [3, 4])

@@ -97,6 +97,26 @@ WRONG_SETTINGS: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
+def test_a_temperature_is_refused_with_its_scale():
+    with pytest.raises(TypeError, match=r"`temperature` is not an option. Use its inverse: scale=1 / 0.05"):
+        make_loss(temperature=0.05)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperatur'"):
+        make_loss(temperatur=0.05)
+
+
+def test_texts_are_refused_with_the_next_step():
+    with pytest.raises(TypeError, match=r"is list of str; .* Tokenize the texts first"):
+        step(make_loss(), document_features={"words": ["a text"] * BATCH})
+
+
+def test_a_cache_smaller_than_the_batch_is_named_with_both_sizes():
+    with pytest.raises(ValueError, match="`cache_size` is 3; the batch has 4 documents, with its given negatives"):
+        step(make_loss(cache_size=3))
+    negatives = {"negative_embeddings": encode({"words": WORDS[:1]}), "negative_features": {"words": WORDS[:1]}}
+    with pytest.raises(ValueError, match="`cache_size` is 4; the batch has 5 documents"):
+        step(make_loss(cache_size=4), **negatives)
+
+
 @pytest.mark.parametrize(("name", "value", "error", "message"), WRONG_SETTINGS)
 def test_wrong_settings_are_refused_at_construction(name: str, value: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
@@ -305,8 +325,9 @@ def test_a_re_encoded_document_that_overflows_is_refused():
     step(loss_fn)
     loss_fn.document_encoder = lambda features: 1e20 * encode(features)
     before = snapshot(loss_fn.cache)
+    others = {"document_features": {"words": WORDS + 50}}  # the cached documents are negatives of these queries
     with pytest.raises(ValueError, match=r"The document encoder's output, stored as .*, has values up to"):
-        step(loss_fn)
+        step(loss_fn, **others)
     assert_same_state(before, snapshot(loss_fn.cache))
 
 

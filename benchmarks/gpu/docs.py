@@ -41,9 +41,12 @@ def update(path: Path, docs: Path) -> list[Path]:
         if new != text:
             page.write_text(new, encoding="utf-8")
             changed.append(page)
-    passes = found["stages"].get("passes", {}).get("rows", [])
+    passes, quality = (found["stages"].get(stage, {}).get("rows", []) for stage in ("passes", "quality"))
     if changed and passes:
         changed.append(_draw(passes, docs / "images" / "gpu-pass.png"))
+    of_data = _best_measured(_summary(quality, path.parent)) if changed and quality else []
+    if of_data:
+        changed.append(draw_quality(of_data, docs / "images" / "gpu-quality.png"))
     return changed
 
 
@@ -69,6 +72,43 @@ def _draw(rows: list[Row], path: Path) -> Path:
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_figure(figure, path)
+
+
+def draw_quality(lines: list[Row], path: Path) -> Path:
+    """Draw a line per loss: its MRR@10, with the deviation over seeds where there is one, and what it encoded."""
+    from matplotlib.figure import Figure
+
+    from benchmarks.report import COLOURS, save_figure, style
+
+    lines = sorted(lines, key=lambda line: markdown.number(line["test_MRR@10"]))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for at, line in enumerate(lines):
+        value, deviation = markdown.number(line["test_MRR@10"]), line["test_MRR@10_std"]
+        error = None if deviation is None else markdown.number(deviation)
+        is_ours = str(line["loss"]).startswith("negative cache")
+        colour = COLOURS[1] if is_ours else COLOURS[0]
+        axes.errorbar(value, at, xerr=error, color=colour, marker="s" if is_ours else "o", markersize=9, capsize=4)
+        axes.annotate(f"{value:.3f}", (value, at), (0, 9), textcoords="offset points", ha="center", color=colour)
+    style(axes, f"all-MiniLM-L6-v2, fine-tuned on {lines[0]['data']}", "MRR@10 on the test split", "")
+    axes.set_yticks(range(len(lines)), [_label(line) for line in lines])
+    axes.set_ylim(-0.5, len(lines) - 0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(figure, path)
+
+
+def _label(line: Row) -> str:
+    count = int(markdown.number(line["documents_encoded"]))
+    return f"{line['loss']}\n{count:,} documents encoded" if count else "not fine-tuned"
+
+
+def _best_measured(lines: list[Row]) -> list[Row]:
+    """The lines of the data set with the most seeds; none if no loss has a deviation."""
+    measured = [line for line in lines if line["test_MRR@10_std"] is not None]
+    if not measured:
+        return []
+    data = max(measured, key=lambda line: markdown.number(line["seeds"]))["data"]
+    return [line for line in lines if line["data"] == data]
 
 
 def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:
@@ -107,13 +147,10 @@ def _step(rows: list[Row], _: Path) -> list[str]:
 
 def _quality(rows: list[Row], folder: Path) -> list[str]:
     """A table for each data set."""
-    from benchmarks.gpu.quality import RANKS_FILE
-    from benchmarks.gpu.summary import read_ranks, summary
-
     columns = {"loss": "loss", "documents": "documents encoded", "rate": "rate", "mrr": "MRR@10", "ndcg": "nDCG@10"}
     columns |= {"change": "MRR@10 / in-batch", "p": "p"}
     lines: list[str] = []
-    summarized = summary(rows, read_ranks(folder / RANKS_FILE))
+    summarized = _summary(rows, folder)
     for data in dict.fromkeys(str(line["data"]) for line in summarized):
         of_data = [line for line in summarized if line["data"] == data]
         seeds = max(int(line["seeds"] or 0) for line in of_data)
@@ -124,6 +161,13 @@ def _quality(rows: list[Row], folder: Path) -> list[str]:
             runs = [row for row in rows if row["data"] == data and "error" not in row]
             lines += [f"{data}, the first runs of the sweep, one seed:", "", *markdown.table(_SWEEP, runs)]
     return lines
+
+
+def _summary(rows: list[Row], folder: Path) -> list[Row]:
+    from benchmarks.gpu.quality import RANKS_FILE
+    from benchmarks.gpu.summary import read_ranks, summary
+
+    return summary(rows, read_ranks(folder / RANKS_FILE))
 
 
 _SWEEP = {"loss": "loss", "documents_encoded": "documents encoded", "rate": "rate", "dev_MRR@10": "dev MRR@10"}

@@ -14,19 +14,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from negative_cache import estimators
+from negative_cache.cache.hashing import features_without_hash, hash_items
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
 from negative_cache.cache.update import check_new_items, update_rows
-from negative_cache.cache.validation import check_integer, check_number
+from negative_cache.cache.validation import check_features, check_integer, check_number, refuse_temperature
 from negative_cache.distributed import separate
 from negative_cache.distributed import world as default_group
 from negative_cache.distributed.collectives import Ranks
 from negative_cache.distributed.handshake import NUM_INTEGERS, Handshake, summarize
 from negative_cache.distributed.many_ranks import ManyRanks
+from negative_cache.objective.advice import Advice, advise_on_settings
 from negative_cache.objective.batch import BIAS, EMBEDDING, GUIDE, SCORED, Batch, BatchInputs, make_batch
 from negative_cache.objective.cache_module import CacheModule
-from negative_cache.objective.diagnostics import Diagnostics, budget_numbers, hidden_numbers, record_updates
-from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, score_batch
+from negative_cache.objective.diagnostics import (
+    Diagnostics,
+    budget_numbers,
+    hidden_numbers,
+    record_updates,
+)
+from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, record_copies, score_batch
 from negative_cache.retrieval import Scale
 from negative_cache.retrieval.randomness import new_generator
 from negative_cache.sampling.config import (
@@ -111,6 +118,7 @@ class NegativeCacheLoss(CacheModule):
             integer, a flag, a dtype or specs.
     """
 
+    @refuse_temperature
     def __init__(
         self,
         document_encoder: DocumentEncoder,
@@ -160,6 +168,8 @@ class NegativeCacheLoss(CacheModule):
         self.log_scale = nn.Parameter(torch.full([1], math.log(self._fixed_scale))) if learnable_scale else None
         self.averages_scale = False  # over the ranks of the default group, if each of them has its own cache
         self.diagnostics = Diagnostics()
+        self.advice = Advice()
+        advise_on_settings(self._fixed_scale, self.limits.relative)
 
     def reset_parameters(self) -> None:
         """Set a learnable scale to its initial value, after `to_empty`. The cache is left unchanged."""
@@ -210,6 +220,9 @@ class NegativeCacheLoss(CacheModule):
             document_ids: int `[batch]`, -1 for unknown. A query's own document in the cache is not its negative. A
                 document that already has a row is written to that row. Or int `[batch, k]`, for documents with several
                 ids in one name space: the first identifies a document, and a query's positives are recognized by all.
+                Without any ids and without `log_q`, a hash of the features takes their place, if all features are
+                integers, such as tokens, of at most 2**15 values per document. Padding does not matter. Otherwise
+                documents are unknown, with a warning.
             positive_ids: int `[batch, n]`, padded with -1: further documents that are not negatives of the query.
             negative_embeddings: `[m, dim]`, with gradient: documents that are negatives of every query of the batch,
                 except of queries whose known positives they are. Their gradients are exact.
@@ -282,7 +295,8 @@ class NegativeCacheLoss(CacheModule):
         Args:
             query_embeddings: `[batch, dim]`.
             document_embeddings: `[batch, dim]`: the positive of each query, a negative of the others.
-            document_ids, positive_ids: See `forward`.
+            document_ids, positive_ids: See `forward`. Without features, there is no hash of them: without ids, a
+                document that occurs twice in the batch is a negative of its own query.
             negative_embeddings, negative_ids: See `forward`.
             guide_queries, guide_documents: See `forward`.
 
@@ -320,7 +334,8 @@ class NegativeCacheLoss(CacheModule):
             `staleness` (mean relative squared distance between cached and new embeddings of re-encoded rows),
             `staleness_youngest` and `staleness_oldest` (over the youngest and oldest quarter of these rows), `age`
             (their mean age in steps), `effective_negatives` (the inverse of the mean sum of squares of the cache's
-            softmax), `near_duplicates` (softmax weight of cached documents that nearly equal the positive), `masked`
+            softmax), `near_duplicates` (softmax weight of cached documents that nearly equal the positive by their
+            embeddings or, in one process, have its integer features), `masked`
             (fraction of filled rows hidden by margins or the guide), `documents_per_query` (re-encoded documents),
             `in_batch_noise` (the noise that the gradient would have if in-batch negatives had to represent the cache,
             relative to that of the batch; with num_samples="auto", the cache counts once it exceeds 4),
@@ -332,6 +347,7 @@ class NegativeCacheLoss(CacheModule):
         Raises:
             ValueError: Embeddings that were not finite were kept out of the cache since the last call.
         """
+        self.advice.catch_up()
         return self.diagnostics.read(self.cache)
 
     @torch.no_grad()
@@ -366,7 +382,7 @@ class NegativeCacheLoss(CacheModule):
         del self.cache
         self.generator.set_state(self._first_state)
         self.is_waiting = self._is_auto
-        self.diagnostics = Diagnostics()
+        self.diagnostics, self.advice = Diagnostics(), Advice()
         self.reset_parameters()
 
     def _scale_over(self, world: OneProcess | ManyRanks, device: torch.device) -> Tensor | float:
@@ -422,13 +438,38 @@ class NegativeCacheLoss(CacheModule):
             )
         batch.check_against(specs, self.matryoshka_dims, cache.document_ids[:1].numel())
         if is_writing:
+            if len(batch.embeddings) > cache.num_rows:
+                raise self._too_few_rows(len(batch.embeddings), cache.num_rows)
             embeddings = batch.new_items[EMBEDDING]  # checked in `make_batch`; a narrower dtype may overflow
             known_finite = (EMBEDDING,) if embeddings.dtype == specs[EMBEDDING].dtype else ()
             new_items = check_new_items(cache, specs, batch.new_items, known_finite=known_finite)
             batch = batch._replace(new_items=new_items)
+        if batch.new_ids is None and batch.positive_ids is None and batch.log_q is None and cache.num_ids == 1:
+            batch = self._identified(batch, specs, is_writing)
         in_batch = batch.in_batch(self.in_batch)
         sampling = self._sampling(batch, [key for key in specs if key not in SCORED], is_writing)
         return Step(batch, in_batch, cache, sampling, batch.request(len(in_batch.embeddings)))
+
+    def _too_few_rows(self, count: int, num_rows: int) -> ValueError:
+        """The error for a batch of `count` documents, more than the `num_rows` rows of this rank."""
+        share = "" if num_rows == self.cache_size else f", of which this rank has {num_rows} rows"
+        return ValueError(
+            f"`cache_size` is {self.cache_size}{share}; the batch has {count} documents, with its given negatives. Use "
+            "a cache that is at least as large as the batch, usually much larger."
+        )
+
+    def _identified(self, batch: Batch, specs: Specs, is_writing: bool) -> Batch:
+        """A batch without ids, with hashes of the features as ids, if all features have one."""
+        names = [key for key in specs if key not in SCORED]
+        if not set(names) <= set(batch.new_items):
+            return batch  # only in evaluation, which does not need the features
+        items = {key: batch.new_items[key] for key in names}
+        if not is_writing:
+            items = check_features("document_features", items, specs)
+        without_hash = features_without_hash(items)
+        if is_writing:
+            self.advice.describe_ids(names, without_hash)
+        return batch if without_hash else batch.with_hashes(hash_items(items, batch.queries.device))
 
     def _sampling(self, batch: Batch, data_keys: Sequence[str], is_writing: bool) -> SamplingConfig:
         """The sampling settings of this step; in evaluation nothing is drawn."""
@@ -458,11 +499,17 @@ class NegativeCacheLoss(CacheModule):
         if updates is not None and len(updates.rows):
             cached = sample.cached if len(sample.rows) else None  # over ranks, other rows than those of `updates`
             self.diagnostics.add(record_updates(cache, EMBEDDING, updates, cached))
+        if len(sample.rows) and not batch.has_hashes and batch.new_ids is not None:
+            documents = {key: batch.new_items[key] for key in sampling.data_keys}
+            if not features_without_hash(documents):
+                self.diagnostics.add(record_copies(documents, sample, cache.specs))
         if sample.num_hidden is not None:
             self.diagnostics.add(partial(hidden_numbers, sample.num_hidden, sample.num_filled))
         negatives = [] if batch.negatives is None else [batch.negatives]
         if not (batch.queries.requires_grad or batch.embeddings.requires_grad or self.log_scale is not None):
             self.diagnostics.warn_of_missing_gradients()
+        if self.advice.is_pending:
+            self.advice.look_at(batch, encoded.own, self.document_encoder, self._fixed_scale)
         self.diagnostics.watch(batch.queries, [batch.documents, *negatives, encoded.own])
         update_rows(
             cache,

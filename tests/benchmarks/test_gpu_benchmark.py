@@ -165,3 +165,18 @@ def test_pages_get_their_tables(tmp_path: Path):
     page.write_text("<!-- gpu: speed -->\n<!-- /gpu -->", encoding="utf-8")
     with pytest.raises(ValueError, match="'speed'"):
         docs.update(tmp_path / "gpu.json", page.parent)
+
+
+def test_quality_is_drawn_for_the_data_set_with_the_most_seeds(tmp_path: Path):
+    def line(data: str, loss: str, count: int, value: float, deviation: float | None, seeds: int):
+        made = {"data": data, "loss": loss, "documents_encoded": count, "seeds": seeds}
+        return made | {"test_MRR@10": value, "test_MRR@10_std": deviation}
+
+    few = [line("medquad", "in-batch", 100, 0.8, None, 1)]
+    many = [line("nl2bash", "untrained", 0, 0.5, None, 1), line("nl2bash", "negative cache", 200, 0.7, 0.01, 3)]
+    assert docs._best_measured(few) == []
+    assert docs._best_measured([*few, *many]) == many
+    drawn = docs.draw_quality(many, tmp_path / "images" / "gpu-quality.png")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert docs._label(many[0]) == "not fine-tuned"
+    assert docs._label(many[1]) == "negative cache\n200 documents encoded"

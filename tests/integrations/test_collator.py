@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
-from negative_cache.integrations.sentence_transformers.collator import list_columns
+from negative_cache.integrations.sentence_transformers.columns import list_columns
 from support import ANCHORS, HARD, POSITIVES, run_ranks
 from text_models import cached_texts, encode, make_static, make_tiny, make_trainer, train
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
 from negative_cache.cache.update import RowUpdates
 from negative_cache.objective import loss as objective
-from negative_cache.objective.diagnostics import PATIENCE, Diagnostics, record_updates
+from negative_cache.objective.diagnostics import LONG_PATIENCE, PATIENCE, Diagnostics, record_updates
 from support import as_on_a_gpu
 
 DIM, SCALE, NUM_ROWS, SIZE = 3, 2.0, 6, 10
@@ -186,7 +186,7 @@ def test_records_of_a_step_are_small_and_hold_no_graph():
     step(loss_fn)
     kept = kept_tensors(loss_fn)
     assert len(kept) > 10
-    assert len(loss_fn.diagnostics._records) == 5
+    assert len(loss_fn.diagnostics._records) == 6
     assert not any(value.requires_grad for value in kept)
     assert not any(SIZE in value.shape for value in kept)
 
@@ -325,17 +325,34 @@ def test_an_uneven_gradient_gives_one_warning_with_advice(
     assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
 
 
-def readings_of_training(has_ids: bool, distinct: int, **settings: Any) -> list[dict[str, float]]:
-    """The metrics of each of 12 steps, each with 8 of `distinct` documents in turn."""
+def readings_of_training(
+    ids: str | None, distinct: int, dropout: float = 0.0, key: str = "row", **settings: Any
+) -> list[dict[str, float]]:
+    """The metrics of each of 12 steps, each with 8 of `distinct` documents in turn.
+
+    Args:
+        ids: "right", "unknown", or "new" for a new id whenever a document occurs; None to pass none.
+        distinct: Number of distinct documents.
+        dropout: Dropout of the embeddings.
+        key: Name of the feature; "float" is a floating point one.
+        **settings: Of the loss.
+    """
     generator = torch.Generator().manual_seed(0)
     table = torch.nn.Parameter(torch.randn(distinct, 16, generator=generator))
-    loss_fn = NegativeCacheLoss(lambda f: normalize(table[f["row"]], dim=1), 64, seed=0, **settings)
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        kept = torch.bernoulli(torch.full((len(features[key]), 16), 1 - dropout), generator=generator)
+        return normalize(table[features[key].long()] * kept, dim=1)
+
+    loss_fn = NegativeCacheLoss(encode, 64, seed=0, **settings)
     optimizer, readings = torch.optim.SGD([table], 0.05), []
     for number in range(12):
         rows = (torch.arange(8) + 8 * number) % distinct
-        documents = normalize(table[rows], dim=1)
+        features = {key: rows.float() if key == "float" else rows}
+        documents = encode(features)
         queries = normalize(documents + 0.5 * torch.randn(8, 16, generator=generator), dim=1)
-        loss_fn(queries, documents, {"row": rows}, rows if has_ids else None).backward()
+        given = {"right": rows, "unknown": torch.full_like(rows, -1), "new": torch.arange(8) + 8 * number, None: None}
+        loss_fn(queries, documents, features, given[ids]).backward()
         readings.append(loss_fn.metrics())
         optimizer.step()
         optimizer.zero_grad()
@@ -343,7 +360,7 @@ def readings_of_training(has_ids: bool, distinct: int, **settings: Any) -> list[
 
 
 def test_copies_of_the_positives_give_one_warning_with_advice(caplog: pytest.LogCaptureFixture):
-    (message,) = warnings_of(caplog, lambda: readings_of_training(has_ids=False, distinct=16))
+    (message,) = warnings_of(caplog, lambda: readings_of_training("unknown", distinct=16))
     assert "near_duplicates" in message
     assert "above 0.05" in message
     assert "document_ids" in message
@@ -351,17 +368,64 @@ def test_copies_of_the_positives_give_one_warning_with_advice(caplog: pytest.Log
     assert "relative_margin" in message
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("ids", ["unknown", "new"])
+def test_copies_are_seen_through_dropout(ids: str, shared: bool, caplog: pytest.LogCaptureFixture):
+    """Documents with the features of the positive, whatever their embeddings; those without dropout are near, too."""
+    found: list[dict[str, float]] = []
+    options: dict[str, Any] = {"dropout": 0.15, "num_samples": 4, "shared": shared}
+    (message,) = warnings_of(caplog, lambda: found.extend(readings_of_training(ids, 16, **options)))
+    assert "near_duplicates" in message
+    without = readings_of_training(ids, 16, **{**options, "dropout": 0.0})
+    assert 0.1 < found[-1]["near_duplicates"] < without[-1]["near_duplicates"]
+
+
 @pytest.mark.parametrize(
-    ("has_ids", "distinct", "settings"),
-    [(False, 200, {}), (True, 16, {}), (False, 16, {"relative_margin": 0.05})],
-    ids=["distinct documents", "ids", "a margin"],
+    ("ids", "distinct", "settings"),
+    [
+        (None, 200, {}),
+        (None, 16, {}),
+        (None, 16, {"dropout": 0.15, "num_samples": 1}),
+        ("right", 16, {}),
+        ("right", 16, {"dropout": 0.15, "num_samples": 1}),
+        ("unknown", 16, {"relative_margin": 0.05}),
+    ],
+    ids=["distinct documents", "hashes", "hashes and dropout", "ids", "ids and dropout", "a margin"],
 )
 def test_training_without_copies_gives_no_warning(
-    has_ids: bool, distinct: int, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ids: str | None, distinct: int, settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
     readings: list[dict[str, float]] = []
-    assert warnings_of(caplog, lambda: readings.extend(readings_of_training(has_ids, distinct, **settings))) == []
+    assert warnings_of(caplog, lambda: readings.extend(readings_of_training(ids, distinct, **settings))) == []
     assert max(reading.get("near_duplicates", 0.0) for reading in readings) <= 0.05
+
+
+def test_what_cannot_be_seen_is_said(caplog: pytest.LogCaptureFixture):
+    """Floats have no hash, and with dropout, embeddings of a document are not near each other."""
+    (message,) = warnings_of(caplog, lambda: readings_of_training(None, 16, 0.15, key="float", num_samples=1))
+    assert "no hash of the features float" in message
+    assert "`near_duplicates` shows this only if the encoder has no dropout" in message
+    assert "Pass document_ids" in message
+
+
+def test_near_duplicates_are_no_number_before_documents_are_re_encoded():
+    assert "near_duplicates" not in readings_of_training(None, 200)[0]
+
+
+@pytest.mark.parametrize(("masked", "count"), [(0.49, 0), (0.51, 1)])
+def test_a_margin_that_hides_most_of_the_cache_for_long_gives_one_warning(
+    masked: float, count: int, caplog: pytest.LogCaptureFixture
+):
+    cache, diagnostics = make_cache([0])[0], Diagnostics()
+    diagnostics.begin([partial(dict, masked=torch.tensor(masked))])
+    for _ in range(LONG_PATIENCE - 1):
+        diagnostics.read(cache)
+    assert caplog.records == []
+    for _ in range(LONG_PATIENCE):
+        diagnostics.read(cache)
+    assert [record.getMessage()[:49] for record in caplog.records] == [
+        "Most of the cache is hidden as false negatives: m"
+    ] * count
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -94,13 +95,25 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
-    """A folder of its own; afterwards the log is as it was."""
+    """A folder of its own, with a dataset of the reader; afterwards the log is as it was."""
     monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "my-dataset")
     root, own = logging.getLogger(), logging.getLogger("negative_cache")
     handlers, level = list(root.handlers), own.level
     yield
     root.handlers[:] = handlers
     own.setLevel(level)
+
+
+def write_dataset(folder: Path) -> None:
+    """A few pairs in the layout of BEIR."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, text in (("corpus", "the key of number {} opens it"), ("queries", "how do I open box number {}")):
+        lines = [json.dumps({"_id": f"{name}_{i}", "text": text.format(i)}) for i in range(8)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for split, rows in (("train", range(6)), ("test", range(6, 8))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"queries_{i}\tcorpus_{i}\t1" for i in rows)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8")
 
 
 @pytest.mark.usefixtures("sandbox")
@@ -114,6 +127,11 @@ def test_snippet_runs(page, code, small_model):
     names: dict[str, object] = {"__name__": "__main__"}
     for part in (before, code):
         exec(compile(part.replace(MODEL, small_model), page, "exec"), names)
+
+
+def test_snippets_import_public_names_alone():
+    internal = re.compile(r"negative_cache\.(workbench|cache|objective|sampling|distributed)\b")
+    assert [(page, found[0]) for page, code in SNIPPETS if (found := internal.search(code))] == []
 
 
 def test_there_are_snippets():

@@ -19,7 +19,7 @@ from negative_cache import NegativeCacheLoss
 PACKAGE = Path(negative_cache.__file__).parent
 KERNELS = "retrieval/fused/kernels.py"  # in Triton's language, which has no records
 MOST_LINES, MOST_POSITIONAL, MOST_MODULES = 60, 6, 20
-MOST_FILES, MOST_FUNCTIONS = 20, 156  # that one step enters
+MOST_FILES, MOST_FUNCTIONS = 21, 160  # that one step enters
 COLLECTIVES = {
     "P2POp",
     "all_gather",

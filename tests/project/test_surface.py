@@ -23,6 +23,11 @@ def test_names_and_options_are_those_that_were_reviewed():
     assert list(surface.lines()) == surface.FILE.read_text(encoding="utf-8").splitlines()
 
 
+def test_the_page_of_names_is_current():
+    """`python tests/surface.py` writes it."""
+    assert list(surface.page()) == surface.PAGE.read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize("name", sorted(surface.public_names()))
 def test_public_name_has_a_docstring(name):
     value = surface.public_names()[name]

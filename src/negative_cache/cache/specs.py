@@ -88,7 +88,7 @@ _STORABLE = {
 }
 
 # Inputs of transformers whose width differs from batch to batch.
-_TOKEN_KEYS = ("input_ids", MASK, "token_type_ids")
+TOKEN_KEYS = ("input_ids", MASK, "token_type_ids")
 
 
 def embedding_spec(dim: int, dtype: torch.dtype) -> FixedLenFeature | QuantizedFeature:
@@ -118,7 +118,7 @@ def infer_specs(features: Features) -> dict[str, FeatureSpec]:
     specs: dict[str, FeatureSpec] = {}
     for key, value in features.items():
         check_feature(f"document_features[{key!r}]", value)
-        if isinstance(value, Tensor) and not (key in _TOKEN_KEYS and value.dim() == 2):
+        if isinstance(value, Tensor) and not (key in TOKEN_KEYS and value.dim() == 2):
             specs[key] = FixedLenFeature(list(value.shape[1:]), value.dtype)
         else:
             specs[key] = RaggedFeature(value.dtype if isinstance(value, Tensor) else value[0].dtype)
@@ -139,10 +139,10 @@ def check_feature(where: str, value: object) -> None:
     else:
         is_usable, got = isinstance(value, Tensor) and is_dense(value) and value.dim() > 0, kind_of(value)
     if not is_usable:
-        raise TypeError(
-            f"`{where}` is {got}; expected a tensor [batch, ...] or a list of tensors [length]. Convert values to "
-            "dense tensors, one per key. Keep constants in the encoder."
-        )
+        advice = "Convert values to dense tensors, one per key. Keep constants in the encoder."
+        if isinstance(value, list | tuple) and value and all(isinstance(row, str) for row in value):
+            advice = "Tokenize the texts first, and pass the tensors of the tokenizer."
+        raise TypeError(f"`{where}` is {got}; expected a tensor [batch, ...] or a list of tensors [length]. {advice}")
 
 
 def is_dense(value: Tensor) -> bool:

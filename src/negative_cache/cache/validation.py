@@ -6,8 +6,8 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from negative_cache.cache.specs import (
     kind_of,
     padding_value,
 )
+
+_P = ParamSpec("_P")
 
 # Integers whose values all fit int64, in which ids are compared.
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -116,6 +118,19 @@ def check_number(name: str, value: object, hint: str = "") -> float:
     if not math.isfinite(number):
         raise ValueError(f"`{name}` is {number}; it must be a finite number.")
     return number
+
+
+def refuse_temperature(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Decorate the constructor of a loss: a TypeError for `temperature` says which scale it is."""
+
+    @functools.wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        if "temperature" in kwargs:
+            given = kwargs["temperature"]
+            raise TypeError(f"`temperature` is not an option. Use its inverse: scale=1 / {given!r}.")
+        init(*args, **kwargs)
+
+    return checked
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
@@ -385,6 +400,17 @@ def pad_rows(rows: RaggedRows) -> Tensor:
     if isinstance(pads_left, Tensor):
         pads_left = bool(pads_left) if reads_without_sync(pads_left) else pads_left.to(values.device)
     return values if width == 0 or pads_left is False else roll_rows(values, (lengths - width) * pads_left)
+
+
+def copied(items: Items) -> dict[str, Tensor | RaggedRows]:
+    """Copies of validated items."""
+    copies: dict[str, Tensor | RaggedRows] = {}
+    for key, value in items.items():
+        if isinstance(value, RaggedRows):
+            copies[key] = value._replace(values=value.values.clone())
+        else:
+            copies[key] = value.clone()
+    return copies
 
 
 def select(items: Items, index: Tensor) -> dict[str, Tensor | RaggedRows]:

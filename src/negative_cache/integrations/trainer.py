@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -11,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
-from negative_cache.integrations.sentence_transformers.collator import list_columns
+from negative_cache.integrations.sentence_transformers.columns import check_dataset, list_columns
 from negative_cache.metrics import cache_losses
 
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
@@ -28,11 +29,23 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
 
     Batches are collated by `RaggedNegativesCollator`: a column of lists of texts has any number of negatives per row.
     Batch samplers without duplicates do not look at such columns.
+
+    Without a `loss`, it is `NegativeCacheRankingLoss(model)`, which a line of the log says.
+
+    Raises:
+        ValueError: A text of a dataset is missing or empty (the message names the row), or a column has something else.
+            Streamed datasets are checked batch by batch.
     """
 
     data_collator_class = RaggedNegativesCollator
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(SentenceTransformerTrainer).bind_partial(*args, **kwargs).arguments
+        for name in ("train_dataset", "eval_dataset"):
+            check_dataset(given.get(name), name)
+        if given.get("loss") is None:
+            kwargs["loss"] = NegativeCacheRankingLoss  # the trainer calls it with the model
+            logger.warning("No `loss` was given: it is NegativeCacheRankingLoss(model), with its default settings.")
         super().__init__(*args, **kwargs)
         if isinstance(self.data_collator, RaggedNegativesCollator):
             losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]

@@ -55,6 +55,7 @@ class Batch(NamedTuple):
         log_q: `[batch + m]`: log of the probability of each document, as in `forward`; or None.
         guide_queries: `[batch, guide_dim]`; or None.
         guide_documents: `[batch + m, guide_dim]`; or None.
+        has_hashes: Whether the ids are hashes of the features.
     """
 
     queries: Tensor
@@ -67,6 +68,11 @@ class Batch(NamedTuple):
     log_q: Tensor | None
     guide_queries: Tensor | None
     guide_documents: Tensor | None
+    has_hashes: bool = False
+
+    def with_hashes(self, hashes: Tensor) -> Batch:
+        """The batch with `hashes`, int64 `[batch + m]`, as the ids of its documents."""
+        return self._replace(new_ids=hashes, positive_ids=hashes[: len(self.queries), None], has_hashes=True)
 
     def scored_specs(self, embedding_dtype: torch.dtype) -> dict[str, FeatureSpec]:
         """Specs of the columns that every step scores."""

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from negative_cache import estimators
+from negative_cache.cache.hashing import hash_items
 from negative_cache.cache.rows import NegativeCache
+from negative_cache.cache.specs import Specs
 from negative_cache.cache.update import RowUpdates
+from negative_cache.cache.validation import Items, check_features
 from negative_cache.sampling.config import Noise
 
 # Unit vectors with a cosine of 0.75 have a relative squared distance of 0.5. The draws then no longer follow the
@@ -22,7 +25,9 @@ STALE, UNEVEN = 0.5, 10.0
 # The loss pulls a query to its positive and pushes it from the cached documents by their softmax weights. Copies of the
 # positive with a weight of 0.05 cancel a twentieth of the pull, as if 3 queries of 64 had only copies as negatives.
 DUPLICATED = 0.05
+MASKED = 0.5  # the fraction of hidden rows above which a margin hides more than false negatives
 PATIENCE = 3  # bad readings in a row until a warning: a model from scratch changes much in its first steps
+LONG_PATIENCE = 10  # for `masked`: at first, positives are no more similar to their queries than other documents
 NEAR_DUPLICATE = 0.99  # a document with at least this cosine to the positive counts as a copy of it
 MAX_KEPT = 2**18  # number of products that a step keeps until `read`; with more, values are computed at once
 
@@ -36,11 +41,7 @@ class Diagnostics:
     def __init__(self) -> None:
         self._records: list[Record] = []
         self._gradients: dict[str, list[Tensor]] = {}
-        self._num_bad = {
-            "staleness": 0,
-            "ratio": 0,
-            "near_duplicates": 0,
-        }  # bad readings in a row; PATIENCE of them log a warning
+        self._num_bad = dict.fromkeys(("staleness", "ratio", "near_duplicates", "masked"), 0)  # bad readings in a row
         self._has_warned_of_gradients = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +87,9 @@ class Diagnostics:
         raise_for_rejected(cache)
         with torch.no_grad():
             latest = {key: float(value) for record in self._records for key, value in record().items()}
-        numbers = {"staleness": 0.0, "near_duplicates": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
+        if "copies" in latest:  # with dropout, copies are not near each other
+            latest["near_duplicates"] = max(latest.get("near_duplicates", 0.0), latest.pop("copies"))
+        numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if all(self._gradients.get(side) for side in ("queries", "documents")):
             queries, documents = (math.hypot(*map(float, self._gradients[side])) for side in ("queries", "documents"))
             if documents > 0 and math.isfinite(queries + documents):  # else a GradScaler's scale was too high
@@ -113,16 +116,24 @@ class Diagnostics:
         if self._is_time_to_warn("near_duplicates", duplicates > DUPLICATED):
             logger.warning(
                 f"Queries are trained against copies of their own positive: near_duplicates {duplicates:.2f}, above "
-                f"{DUPLICATED}. Pass document_ids (with sentence-transformers, a label column of ids), or set "
-                "relative_margin=0.05. If documents differ, the encoder gives all of them nearly the same embedding."
+                f"{DUPLICATED}. Give each document one id in document_ids (with sentence-transformers, in the label "
+                "column), or set relative_margin=0.05. If documents differ, the encoder gives all of them nearly the "
+                "same embedding."
             )
 
-    def _is_time_to_warn(self, what: str, is_bad: bool) -> bool:
-        """Whether this reading is the last of PATIENCE bad readings in a row, for the first time."""
-        if self._num_bad[what] < PATIENCE:
+        masked = numbers.get("masked", 0.0)
+        if self._is_time_to_warn("masked", masked > MASKED, LONG_PATIENCE):
+            logger.warning(
+                f"Most of the cache is hidden as false negatives: masked {masked:.2f}, above {MASKED}. The margin or "
+                "the guide hides hard negatives, too. Set a smaller margin, such as relative_margin=0.05."
+            )
+
+    def _is_time_to_warn(self, what: str, is_bad: bool, patience: int = PATIENCE) -> bool:
+        """Whether this reading is the last of `patience` bad readings in a row, for the first time."""
+        if self._num_bad[what] < patience:
             count = self._num_bad[what] + 1 if is_bad else 0
             self._num_bad[what] = count
-            return count == PATIENCE
+            return count == patience
         return False
 
 
@@ -206,15 +217,37 @@ def document_numbers(
     values = {"near_duplicates": (cosines >= NEAR_DUPLICATE).to(weights.dtype)}
     if not is_corrected:  # the mean probability of a drawn row is the sum of squared probabilities
         values["concentration"] = (scale * products - lse[:, None]).clamp(max=0.0).exp()
-    has_negatives = lse > -torch.inf
-    numbers = {
-        name: torch.where(has_negatives, (weights * value).sum(dim=1), 0).sum() / has_negatives.sum().clamp(min=1)
-        for name, value in values.items()
-    }
+    numbers = {name: _mean_over_draws(weights, value, lse) for name, value in values.items()}
     concentration = numbers.pop("concentration", None)
     if concentration is not None:
         numbers["effective_negatives"] = 1 / concentration.clamp(min=torch.finfo(concentration.dtype).tiny)
     return numbers
+
+
+def copy_numbers(
+    *, documents: Items, encoded: dict[str, Tensor], specs: Specs, weights: Tensor | None, lse: Tensor
+) -> dict[str, Tensor]:
+    """The softmax weight of the documents with the features of the positive: `copies`.
+
+    Args:
+        documents: Validated features of the batch's documents, the positives first; they have hashes.
+        encoded: Features of the re-encoded documents, `[n, ...]`, or `[batch * n, ...]` where each query has its own.
+        specs: Spec per feature.
+        weights: `[batch, n]`: the weights of the documents; None for the mean over each query's own ones.
+        lse: `[batch]`: logsumexp over the cache; -inf for a query without negatives.
+    """
+    positives = hash_items(documents, lse.device)[: len(lse), None]
+    others = hash_items(check_features("document_features", encoded, specs), lse.device)
+    others = others.view(len(lse), -1) if weights is None else others
+    is_copy = positives == others
+    weights = torch.full_like(lse, 1 / is_copy.shape[1])[:, None] if weights is None else weights
+    return {"copies": _mean_over_draws(weights, is_copy.to(weights.dtype), lse)}
+
+
+def _mean_over_draws(weights: Tensor, values: Tensor, lse: Tensor) -> Tensor:
+    """The weighted sums of `values [batch, n]`, averaged over the queries that have negatives: `[]`."""
+    has_negatives = lse > -torch.inf
+    return torch.where(has_negatives, (weights * values).sum(dim=1), 0).sum() / has_negatives.sum().clamp(min=1)
 
 
 def record_updates(cache: NegativeCache, embedding_key: str, updates: RowUpdates, cached: Tensor | None) -> Record:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from negative_cache import estimators
 from negative_cache.cache.index import is_first_of_equal, is_in_row
-from negative_cache.cache.validation import check_number
+from negative_cache.cache.specs import Specs
+from negative_cache.cache.validation import Items, check_number, copied
 from negative_cache.objective.batch import Batch
-from negative_cache.objective.diagnostics import MAX_KEPT, Record, document_numbers, loss_numbers
+from negative_cache.objective.diagnostics import MAX_KEPT, Record, copy_numbers, document_numbers, loss_numbers
 from negative_cache.sampling.config import DocumentWeights, Encoded, InBatch, Sample, SamplingRequest
 
 
@@ -259,3 +260,21 @@ def _record_documents(batch: Batch, scores: Scores, sample: Sample, encoded: Ten
         is_corrected=batch.log_q is not None,
     )
     return record if is_small else partial(dict, record())
+
+
+def record_copies(documents: Items, sample: Sample, specs: Specs) -> Record:
+    """Record the features by which re-encoded documents are found that are copies of a query's positive.
+
+    Args:
+        documents: Validated features of the batch's documents, the positives first. They have hashes.
+        sample: The sample of one process.
+        specs: Spec per feature; may have further keys.
+    """
+    return partial(
+        copy_numbers,
+        documents=copied(documents),  # they may change in place later
+        encoded=sample.features,
+        specs=specs,
+        weights=sample.weights[0].weights if sample.weights else None,
+        lse=sample.lse,
+    )

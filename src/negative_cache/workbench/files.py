@@ -7,13 +7,27 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+_BYTES_AT_ONCE = 1 << 20
 
 
 def cache_folder() -> Path:
     """The user's cache folder of this program, which may not exist; raises RuntimeError if the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negative-cache"
+
+
+def fingerprint_of_folder(folder: Path) -> str:
+    """A fingerprint of the names and the content of all files in a folder and its subfolders: 32 hexadecimal digits."""
+    digest = blake2b(digest_size=16)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(repr((path.relative_to(folder).as_posix(), path.stat().st_size)).encode())
+        with path.open("rb") as file:
+            while part := file.read(_BYTES_AT_ONCE):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

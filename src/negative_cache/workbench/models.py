@@ -63,6 +63,9 @@ def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransforme
 
 def load_trained(name: str) -> SentenceTransformer:
     """Load a model by name or path; raises ModelError if it cannot be loaded."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ModelError(
             f"Cannot load the model {name!r}: the folder does not exist.{did_you_mean_path(name)} Give the --output of "

@@ -104,11 +104,54 @@ def test_rows_without_splits_are_all_evaluated_and_this_is_said(place: Path):
     given = ["--model", place / "model", "--data", place / "pairs.csv"]
     ended = invoke("evaluate", *given, "--json")
     assert json.loads(ended.stdout)["num_queries"] == 80
-    assert ended.stderr.count("pairs has no splits: all its queries are evaluated.") == 1
+    said = f"Measured on all 80 pairs of {place / 'pairs.csv'}. --split test measures the tenth that"
+    assert ended.stderr.count(said) == 1
     held_out = invoke("evaluate", *given, "--split", "test", "--json")
     assert 0 < json.loads(held_out.stdout)["num_queries"] < 40
-    assert "no splits" not in held_out.stderr
+    assert "Measured" not in held_out.stderr
     assert run("--model", place / "model", "--data", place / "set")["num_queries"] == 10
+
+
+def test_a_model_is_evaluated_on_what_its_training_held_out(place: Path, tmp_path: Path):
+    """Also if it was trained further with other data, if the file is a copy, or if rows were added to the file."""
+
+    def train(output: str, *args: object) -> Path:
+        steps = ["--max-steps", 1, "--batch-size", 8, "--loss", "in-batch", "--report-to", "none"]
+        ended = invoke("train", "--output", tmp_path / output, *steps, *args)
+        assert ended.exit_code == 0, ended.output
+        return tmp_path / output
+
+    def sizes(model: Path, data: Path) -> tuple[int, str]:
+        ended = invoke("evaluate", "--model", model, "--data", data, "--json")
+        return json.loads(ended.stdout)["num_queries"], ended.stderr
+
+    pairs, copied, longer = place / "pairs.csv", tmp_path / "copied.csv", tmp_path / "longer.csv"
+    for path in (copied, longer):
+        path.write_bytes(pairs.read_bytes())
+    held_out = run("--model", place / "model", "--data", pairs, "--split", "test")["num_queries"]
+    trained = train("trained", "--data", longer, "--model", place / "model")
+    further = train("further", "--data", place / "set", "--model", trained)
+    for model in (trained, further):
+        number, said = sizes(model, copied)
+        assert number == held_out
+        assert f"Measured on the test split of {copied}, {held_out} of its 80 pairs, because {model} was" in said
+    assert sizes(place / "model", copied)[0] == sizes(trained, place / "set")[0] + 70 == 80
+    with longer.open("a") as file:
+        file.write("".join(f"a new query {number},a new document {number}\n" for number in range(40)))
+    number, said = sizes(trained, longer)
+    assert held_out < number < 40
+    assert f"{number} of its 120 pairs" in said
+
+
+def test_a_file_whose_pairs_were_all_trained_with_gives_a_warning(place: Path, tmp_path: Path):
+    given = ["--data", place / "pairs.csv", "--test", place / "set", "--model", place / "model", "--max-steps", 1]
+    ended = invoke("train", *given, "--output", tmp_path / "trained", "--loss", "in-batch", "--report-to", "none")
+    assert ended.exit_code == 0, ended.output
+    given = ["--model", tmp_path / "trained", "--data", place / "pairs.csv"]
+    ended = invoke("evaluate", *given, "--json")
+    assert json.loads(ended.stdout)["num_queries"] == 80
+    assert "Warning: Measured on all 80 pairs of" in ended.stderr
+    assert "Measured" not in invoke("evaluate", *given, "--test", place / "set").stderr
 
 
 def test_options_of_the_encoding_reach_the_model(place: Path):

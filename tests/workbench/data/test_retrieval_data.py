@@ -58,6 +58,21 @@ def test_ignoring_ids_that_never_meet_or_always_do_is_refused(queries: dict, tra
         data(queries, train).ignoring_identical_ids()
 
 
+def test_a_query_with_many_documents_does_not_take_the_square_of_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Each names those after it, in a circle, so that all are named equally often; the ignored document always is."""
+    monkeypatch.setattr(retrieval_data, "MAX_LABELS", 3)
+    corpus = {str(number): f"text {number}" for number in range(6)} | {"x": "text x"}
+    train = {"x": ["0", "1", "2", "3", "4"], "y": ["5", "0", "1"]}
+    found = RetrievalData("set", corpus, {"x": "q", "y": "r"}, {"train": train}).ignoring_identical_ids()
+    assert found.training_set()["label"][:] == [
+        [0, 1, 2, 6], [1, 2, 3, 6], [2, 3, 4, 6], [3, 4, 0, 6], [4, 0, 1, 6], [5, 0, 1], [0, 5, 1], [1, 5, 0],
+    ]  # fmt: skip
+    (record,) = caplog.records
+    assert record.getMessage().startswith("set: 1 training queries have more than 3 relevant documents. Each of these")
+
+
 def test_documents_with_equal_texts_have_one_label():
     found = RetrievalData("set", CORPUS | {"d": "text b"}, {"x": "q"}, {"train": {"x": ["d", "a", "b"]}, "test": {}})
     columns = found.training_set()[:]

@@ -108,6 +108,57 @@ def test_the_page_shows_the_records_and_samples(page: Path, folder: Path):
     assert len(set(ids)) == len(ids)
 
 
+def test_the_page_shows_differences_with_intervals(page: Path, folder: Path):
+    words = " ".join(Reader(page).words.split())
+    means = {}
+    for run in ("nc", "ib"):
+        found = json.loads((folder / run / "queries.json").read_text())
+        for when in ("before", "after"):
+            means[run, when] = sum(found[when]["MRR@10"].values()) / len(found[when]["MRR@10"])
+    rows = {
+        "after \N{MINUS SIGN} before": means["nc", "after"] - means["nc", "before"],
+        "A \N{MINUS SIGN} B": means["nc", "after"] - means["ib", "after"],
+    }
+    for label, difference in rows.items():
+        assert re.search(rf"{label} {re.escape(f'{difference:+.4f}')} [+-]\d\.\d{{4}} to [+-]\d\.\d{{4}} ", words)
+    assert "B \N{MINUS SIGN} A" not in words
+    assert "best" not in {attrs.get("class") for _, attrs in Reader(page).tags}
+    for run in ("nc", "ib"):
+        assert f"{folder / run / 'queries.json'}" in words
+
+
+def test_the_page_shows_what_a_run_knows_of_the_queries_of_another_one(page: Path, folder: Path, tmp_path: Path):
+    """Here the in-batch run does not show a query of the other one."""
+    shutil.copytree(folder / "ib", tmp_path / "ib")
+    samples = json.loads((tmp_path / "ib" / "samples.json").read_text())
+    left_out = samples["after"].pop(0)["query"]
+    samples["changes"] = {"better": 1234, "worse": 5, "equal": 0}
+    (tmp_path / "ib" / "samples.json").write_text(json.dumps(samples))
+    values = json.loads((tmp_path / "ib" / "queries.json").read_text())
+    ended = report(folder / "nc", tmp_path / "ib", "--output", tmp_path / "page.html")
+    assert ended.exit_code == 0, ended.output
+    words = " ".join(Reader(tmp_path / "page.html").words.split())
+    reciprocal = values["after"]["MRR@10"][left_out]
+    assert f"B ib rank {round(1 / reciprocal) if reciprocal else '> 10'} after training" in words
+    assert "B ib: training improved the rank of the best relevant document for 1,234 queries" in words
+
+
+def test_likely_false_negatives_give_advice(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "nc", tmp_path / "nc")
+    samples = json.loads((tmp_path / "nc" / "samples.json").read_text())
+    for number, entry in enumerate(samples["negatives"]):
+        for row in entry["negatives"]:
+            row["similarity"] = entry["positive"]["similarity"] + (0.01 if number < 3 else -0.01)
+    for is_likely in (True, False):
+        (tmp_path / "nc" / "samples.json").write_text(json.dumps(samples))
+        assert report(tmp_path / "nc").exit_code == 0
+        words = " ".join(Reader(tmp_path / "nc" / "report.html").words.split())
+        assert ("for 3 of 10 queries, a document is more similar to the query than the positive" in words) == is_likely
+        assert ("hide them with --relative-margin 0.05" in words) == is_likely
+        for entry in samples["negatives"]:
+            entry["negatives"] = []
+
+
 def test_the_page_needs_no_other_file_and_texts_are_escaped(page: Path):
     read = Reader(page)
     assert not {"script", "img", "iframe"} & {tag for tag, _ in read.tags}
@@ -188,6 +239,13 @@ def test_long_curves_are_thinned_and_keep_their_end():
     assert 100 < len(long.x) <= MAX_POINTS
     assert long.x[-1] == long.y[-1] == 10_000
     assert len(draw([long], "name")) < 40_000
+
+
+@pytest.mark.parametrize("values", [(0.31, 0.48), (0.17, 0.36), (2.1, 4.9), (1e-3, 1e3), (5.0, 5.0), (101.0, 104.0)])
+def test_a_logarithmic_axis_has_several_ticks(values: tuple[float, float]):
+    svg = draw([Line(0, [0, 1], list(values))], "name", is_log=True)
+    labels = re.findall(r">([^<]*)</text>", svg.partition(">step</text>")[2])
+    assert len(set(labels)) >= 3, labels
 
 
 def test_short_numbers():

@@ -27,7 +27,8 @@ def test_ranks_of_hits_agree_with_a_sort(static: SentenceTransformer):
     embeddings = static.encode(POSITIVES)
     for depth in (len(POSITIVES), 1):
         run = search_splits(static, data, ("test",), depth)["test"]
-        for entry in samples.hits(data, "test", run):
+        results = samples.results_of(data, "test", run)
+        for entry in samples.hits(data, "test", results, list(run)):
             scores = static.similarity(static.encode([entry["text"]]), embeddings)[0]
             order = [f"d{at}" for at in scores.argsort(descending=True).tolist()]
             relevant = data.qrels["test"][entry["query"]]
@@ -35,6 +36,39 @@ def test_ranks_of_hits_agree_with_a_sort(static: SentenceTransformer):
             assert entry["rank"] == (rank if rank <= depth else None)
             assert [hit["document"] for hit in entry["found"]] == order[:5][:depth]
             assert entry["num_results"] == depth
+
+
+def test_the_queries_whose_rank_changed_most_are_shown():
+    ranks = {  # before and after; 0 for one that is not found
+        "q0": (1, 1), "q1": (0, 9), "q2": (8, 4), "q3": (2, 1), "q4": (9, 8), "q5": (7, 6), "q6": (5, 4), "q7": (1, 0),
+        "q8": (0, 0), "q9": (1, 2),
+    }  # fmt: skip
+    data = RetrievalData(
+        "data", {f"d{n}": f"text {n}" for n in range(1, 11)}, dict.fromkeys(ranks, "query"),
+        {"test": {query: ["d1"] for query in ranks}},
+    )  # fmt: skip
+
+    def searched(place: int) -> samples.Results:
+        run = {}
+        for query, found in ranks.items():
+            order = [f"d{n}" for n in range(2, 11)]
+            if found[place]:
+                order.insert(found[place] - 1, "d1")
+            run[query] = {document: 1 - rank / 100 for rank, document in enumerate(order)}
+        return samples.results_of(data, "test", run)
+
+    first, second = searched(0), searched(1)
+    shown = samples.before_and_after(data, "test", first, second)
+    order = [entry["query"] for entry in shown["after"]]
+    assert {*order[:2]} == {"q2", "q3"}  # both are halved
+    assert order[2:] == ["q6", "q5", "q4", "q7", "q9"]  # q1 improved least: it was below nine
+    assert [entry["rank"] for entry in shown["before"]] == [ranks[query][0] or None for query in order]
+    assert [entry["rank"] for entry in shown["after"]] == [ranks[query][1] or None for query in order]
+    assert shown["changes"] == {"better": 6, "worse": 2, "equal": 2}
+    for before in (None, first):
+        evenly = samples.before_and_after(data, "test", before, first)
+        assert [entry["query"] for entry in evenly["after"]] == list(ranks)
+        assert evenly["before"] == ([] if before is None else evenly["after"])
 
 
 def test_samples_of_a_cache_agree_with_the_dense_softmax(static: SentenceTransformer):

@@ -6,15 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow
 import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor
 
 from negative_cache.cache.specs import NO_ID
-
-LABEL_SUFFIX = "_label"  # of the column with the ids of the negatives
+from negative_cache.integrations.sentence_transformers.columns import LABEL_SUFFIX, check_row, text_columns
+from negative_cache.integrations.sentence_transformers.labels import number_of
 
 
 class RaggedNegativesCollator(SentenceTransformerDataCollator):
@@ -29,10 +28,11 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
     The ids of the negatives may be in a column of lists of integers, named like that of the texts with `_label` at the
     end. They need a `label` column. Then `label` has a further row for each negative: int64 `[batch + m, n]`.
 
-    Lists in the `label` column may have different lengths: they are padded with -1. Batches without columns of lists
-    are those of `SentenceTransformerDataCollator`. `NegativeCacheTrainer` uses this collator unless it is given
-    another one. For `SentenceTransformerTrainer`, pass `data_collator=RaggedNegativesCollator(model.preprocess)`, with
-    the `prompts` and the `router_mapping` of the training arguments, if there are any.
+    Lists in the `label` column may have different lengths: they are padded with -1. Labels, also those of negatives,
+    may be texts, such as "doc_17": a hash of 62 bits takes their place, the same in all processes. Other batches are
+    those of `SentenceTransformerDataCollator`. `NegativeCacheTrainer` uses this collator unless it is given another
+    one. For `SentenceTransformerTrainer`, pass `data_collator=RaggedNegativesCollator(model.preprocess)`, with the
+    `prompts` and the `router_mapping` of the training arguments, if there are any.
 
     Args:
         *args: See `SentenceTransformerDataCollator`, as for `**kwargs`.
@@ -41,9 +41,10 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
             sets it.
 
     Raises:
-        ValueError: A batch has several columns of lists of texts; lists of ids and of texts have different lengths;
-            there are several ranks and `varies_by_rank` is False.
-        TypeError: A negative is not a text.
+        ValueError: A text is missing or empty, or a column has something else; a batch has several columns of lists of
+            texts; lists of ids and of texts have different lengths; there are several ranks and `varies_by_rank` is
+            False.
+        TypeError: A negative in a list is not a text, or is empty.
     """
 
     def __init__(self, *args: Any, varies_by_rank: bool = False, **kwargs: Any) -> None:
@@ -55,11 +56,14 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
         if not features:
             return {}
         label = next((name for name in self.valid_label_columns if name in features[0]), None)
-        texts = [name for name in features[0] if name not in (*self.valid_label_columns, "dataset_name")]
+        texts = text_columns(list(features[0]), self.valid_label_columns)
         columns_of_ids = {name + LABEL_SUFFIX for name in texts}
         names = [name for name in texts[2:] if name not in columns_of_ids and _are_lists_of_texts(features, name)]
-        if label is not None and isinstance(features[0][label], list):
-            features = _with_equal_lengths(features, label)
+        if label is not None:
+            features = _with_numbers(features, label)
+        others = [name for name in texts if name not in names and name.removesuffix(LABEL_SUFFIX) not in names]
+        for row in features:
+            check_row(row, others)
         if not names:
             return super().__call__(features)
         name = self._only(names)
@@ -98,19 +102,6 @@ class RaggedNegativesCollator(SentenceTransformerDataCollator):
         return names[0]
 
 
-def list_columns(dataset: Any) -> list[str]:
-    """Names of the columns of negatives of a dataset that are lists, and of those with their ids."""
-    schema = dataset.features.arrow_schema
-    names = {field.name for field in schema if _has_lists_of_texts(field)} - set(dataset.column_names[:2])
-    return [name for name in dataset.column_names if name in names or name.removesuffix(LABEL_SUFFIX) in names]
-
-
-def _has_lists_of_texts(field: Any) -> bool:
-    """Whether the values of an Arrow field are lists of texts; polars and pandas write them as large ones."""
-    of = getattr(field.type, "value_type", None)
-    return of is not None and (pyarrow.types.is_string(of) or pyarrow.types.is_large_string(of))
-
-
 def _are_lists_of_texts(features: Sequence[dict[str, Any]], name: str) -> bool:
     """Whether the values of a column are lists of texts; None stands for an empty list, and for a missing text."""
     values = [[] if row[name] is None else row[name] for row in features]
@@ -125,23 +116,29 @@ def _negatives(
     found: dict[str, int] = {}
     for row in features:
         texts = row[name] or []
-        numbers = [NO_ID] * len(texts) if ids is None else row[ids] or []
+        numbers = [NO_ID] * len(texts) if ids is None else [number_of(each) for each in row[ids] or []]
         if len(numbers) != len(texts):
             raise ValueError(
                 f"A row has {len(texts)} texts in the column {name!r} and {len(numbers)} ids in {ids!r}; expected one "
                 "id per text, -1 for unknown."
             )
         for text, number in zip(texts, numbers, strict=True):
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not text:
                 raise TypeError(f"The column {name!r} has the value {text!r} in a list; expected texts. Remove it.")
             if text not in positives and number not in known:
                 found.setdefault(text, number)
     return found
 
 
-def _with_equal_lengths(features: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    width = max(len(row[name]) for row in features)
-    return [{**row, name: [*row[name], *[NO_ID] * (width - len(row[name]))]} for row in features]
+def _with_numbers(features: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows with integers in the label column; lists have equal lengths, padded with -1."""
+    if not any(isinstance(row[name], list) for row in features):
+        return [{**row, name: number_of(row[name])} for row in features]
+    lists = [[number_of(label) for label in row[name] or []] for row in features]
+    width = max(map(len, lists))
+    return [
+        {**row, name: [*labels, *[NO_ID] * (width - len(labels))]} for row, labels in zip(features, lists, strict=True)
+    ]
 
 
 def _appended(labels: Tensor, others: list[int]) -> Tensor:

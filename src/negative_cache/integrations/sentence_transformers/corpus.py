@@ -12,21 +12,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from negative_cache.distributed.collectives import Ranks
+from negative_cache.integrations.sentence_transformers.labels import number_of
 from negative_cache.integrations.sentence_transformers.text import CachedTexts
 from negative_cache.integrations.sentence_transformers.tokens import TOKENS, hash_tokens
 
 logger = logging.getLogger(__name__)
 
 
-def check_corpus_ids(ids: Sequence[int], documents: Sequence[str]) -> None:
+def check_corpus_ids(ids: Sequence[int | str], documents: Sequence[str]) -> None:
     """Raise ValueError unless there is one id per document and one text per id; warn of texts with several ids."""
     if len(ids) != len(documents):
         raise ValueError(f"`ids` has {len(ids)} ids for {len(documents)} documents; expected one for each.")
-    texts: dict[int, str] = {}
+    texts: dict[int | str, str] = {}
     for document_id, text in zip(ids, documents, strict=True):
         if texts.setdefault(document_id, text) != text:
             raise ValueError(
-                f"`ids` has the id {document_id} for two texts: {texts[document_id][:60]!r} and {text[:60]!r}. Give "
+                f"`ids` has the id {document_id!r} for two texts: {texts[document_id][:60]!r} and {text[:60]!r}. Give "
                 "each text an id of its own."
             )
     num_lost = len(texts) - len(set(texts.values()))
@@ -53,7 +54,7 @@ class Corpus(NamedTuple):
     """
 
     documents: Sequence[str]
-    ids: Sequence[int] | None
+    ids: Sequence[int | str] | None
     texts: CachedTexts
     model: Any
     batch_size: int
@@ -69,7 +70,7 @@ class Corpus(NamedTuple):
         for positions, features in self._tokenized(self._positions_of_rank(ranks), "Filling the cache"):
             ids = hash_tokens(features[TOKENS])
             if self.ids is not None:
-                labels = torch.tensor([self.ids[i] for i in positions], device=ids.device)
+                labels = torch.tensor([number_of(self.ids[i]) for i in positions], device=ids.device)
                 ids = torch.stack([ids, labels], dim=1)
             yield features, ids
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.cache.specs import NO_ID, FeatureSpec
-from negative_cache.cache.validation import reads_without_sync
+from negative_cache.cache.validation import reads_without_sync, refuse_temperature
 from negative_cache.integrations.sentence_transformers.anchors import (
     ANCHOR_IDS,
     ANCHOR_IDS_SPEC,
@@ -92,6 +92,7 @@ class NegativeCacheRankingLoss(nn.Module):
 
     Raises:
         ValueError: `similarity_fct` is not one of these functions, or an option is out of range.
+        TypeError: `model` or `guide` is something else, such as a name, or an option has the wrong type.
     """
 
     # With `uses_gradient_cache`, MatryoshkaLoss does not repeat the forward pass per dimension. It replaces
@@ -99,6 +100,7 @@ class NegativeCacheRankingLoss(nn.Module):
     uses_gradient_cache = True
     calculate_loss: Any = None
 
+    @refuse_temperature
     def __init__(
         self,
         model: SentenceTransformer,
@@ -129,10 +131,16 @@ class NegativeCacheRankingLoss(nn.Module):
             raise TypeError(
                 f"`model` is {type(model).__name__}; expected a SentenceTransformer, such as SentenceTransformer(name)."
             )
+        if guide is not None and not isinstance(guide, nn.Module):
+            raise TypeError(
+                f"`guide` is {guide!r}; expected a SentenceTransformer, such as SentenceTransformer(name), or None."
+            )
         self.model = model
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
-        self._guide = (guide,)  # in a tuple, so that it is not a submodule and not trained
+        self._guide: tuple[SentenceTransformer | None] = (
+            guide,
+        )  # in a tuple, so that it is not a submodule and not trained
         self._anchors = CachedTexts("anchors", self._unwrapped_model, self.embed)
         self._documents = CachedTexts("documents", self._unwrapped_model, self.embed)
         self._uses_labels = True
@@ -200,7 +208,7 @@ class NegativeCacheRankingLoss(nn.Module):
     def fill_from(
         self,
         documents: Sequence[str],
-        ids: Sequence[int] | None = None,
+        ids: Sequence[int | str] | None = None,
         batch_size: int = 256,
         show_progress_bar: bool = True,
         *,
@@ -321,7 +329,8 @@ class NegativeCacheRankingLoss(nn.Module):
             documents.
         """
         hashes, count = torch.cat(of_columns), len(of_columns[0])
-        check_labels(labels, count, len(hashes))
+        is_first = is_training and (self.cache_loss.cache is None or not self._has_checked_labels)
+        check_labels(labels, count, len(hashes), reads_values=is_first or reads_without_sync(labels))
         is_list = labels.dim() == 2 and labels.shape[1] > 1
         labels = labels.to(hashes.device, torch.int64).view(len(labels), -1)
         labels = nn.functional.pad(labels, (0, 0, 0, len(hashes) - len(labels)), value=NO_ID)

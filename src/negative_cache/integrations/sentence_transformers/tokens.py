@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from negative_cache.cache.hashing import mix
 from negative_cache.cache.specs import RaggedFeature
 from negative_cache.cache.validation import roll_rows
 
@@ -80,15 +81,8 @@ def concatenate_rows(parts: Sequence[Tensor]) -> Tensor:
 def hash_tokens(tokens: Tensor) -> Tensor:
     """Hash each text of `tokens [batch, length]`, independent of its padding: int64 `[batch]`, 62 bits.
 
-    The hash is the sum over all tokens of a mix of token and position. Integer arithmetic wraps around.
+    The hash is the sum over all tokens of a mix of token and position.
     """
     is_token = tokens > 0
     positions = is_token.cumsum(dim=1)
-    return (_mix(tokens + (positions << 32)) * is_token).sum(dim=1) & ((1 << 62) - 1)
-
-
-def _mix(values: Tensor) -> Tensor:
-    # Stafford's 64-bit finalizer Mix01 with arithmetic shifts; its second factor, 0x81DADEF4BC2DD44D, as int64.
-    values = (values ^ (values >> 31)) * 0x7FB5D329728EA185
-    values = (values ^ (values >> 27)) * -0x7E25210B43D22BB3
-    return values ^ (values >> 33)
+    return (mix(tokens + (positions << 32)) * is_token).sum(dim=1) & ((1 << 62) - 1)

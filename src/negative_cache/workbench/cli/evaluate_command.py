@@ -33,7 +33,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help=opt.TRAINED_MODEL_HELP)] = None,
     data: Annotated[str | None, typer.Option(help=opt.DATA_HELP)] = None,
     split: Annotated[
-        str | None, typer.Option(help="train, dev, test or all. Default: test; all for rows without splits.")
+        str | None, typer.Option(help="train, dev, test or all. Default: test; all for a file without splits.")
     ] = None,
     metrics: Annotated[
         str | None, typer.Option(help=f"Default: {DEFAULT_MEASURES}. Also AP, P@5, Success@5 ...")
@@ -79,7 +79,7 @@ def _evaluate(
 
     run = None if given["run"] is None else trec.read_run(given["run"])
     data = terminal.load_data(given["data"], given["data_options"])
-    split = split_of(terminal, data, given["split"])
+    split = split_of(terminal, data, given["data"], given["split"], given["model"])
     judged = data.graded(split)
     if given["qrels_out"] is not None:
         trec.write_qrels(given["qrels_out"], judged)
@@ -121,17 +121,47 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
     print_wide(metrics_table("NanoBEIR", result), terminal.out)
 
 
-def split_of(terminal: Terminal, data: RetrievalData, split: str | None) -> str:
-    """The split to evaluate on."""
+def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | None, model: str | None = None) -> str:
+    """The split to evaluate on.
+
+    Rows without splits of their own are all evaluated, unless the model was trained with them: then those that training
+    held out are.
+
+    Args:
+        terminal: Where a note says which of the rows are evaluated.
+        data: The dataset.
+        source: Its name or path.
+        split: The split that is given; None if none is.
+        model: Name or path of the model; None if there is none.
+    """
+    from negative_cache.workbench.training.provenance import configuration_of_run_with
+
     if split is not None:
         return split
     if not data.splits_by_hash:
         return "test"
+    run = None if model is None else configuration_of_run_with(model, source, data)
+    total = _num_pairs(data, "all")
+    if run is None:
+        terminal.note(
+            f"Measured on all {total:,} pairs of {source}. --split test measures the tenth that train holds out."
+        )
+        return "all"
+    if any(run.get("data_options", {}).get(name) is not None for name in ("dev", "test")):
+        terminal.note(
+            f"Warning: Measured on all {total:,} pairs of {source}, with which {model} was trained: the quality is too "
+            "high. Give other data."
+        )
+        return "all"
     terminal.note(
-        f"{data.name} has no splits: all its queries are evaluated. --split test evaluates only those that train would "
-        "hold out."
+        f"Measured on the test split of {source}, {_num_pairs(data, 'test'):,} of its {total:,} pairs, because {model} "
+        "was trained with others of them. --split all measures all."
     )
-    return "all"
+    return "test"
+
+
+def _num_pairs(data: RetrievalData, split: str) -> int:
+    return sum(map(len, data.judged(split).values()))
 
 
 def _check(given: Mapping[str, Any]) -> None:

@@ -112,7 +112,8 @@ class ComparisonBar:
 
 def _bar(console: Console, *columns: ProgressColumn, is_transient: bool = False) -> Progress:
     first = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_WIDTH), MofNCompleteColumn())
-    return _BarOrLines(*first, *columns, console=console, transient=is_transient)
+    is_invisible = is_transient and not console.is_terminal  # rich would print an empty line at the end
+    return _BarOrLines(*first, *columns, console=console, transient=is_transient, disable=is_invisible)
 
 
 class _BarOrLines(Progress):

@@ -66,7 +66,7 @@ def significance(
         judge_run = None
         if data is not None:
             loaded = terminal.load_data(data, data_options)
-            judge_run = _judge_of(terminal, loaded, split_of(terminal, loaded, split), measures)
+            judge_run = _judge_of(terminal, loaded, split_of(terminal, loaded, data, split), measures)
         with terminal.waiting("Comparing ..."):
             values = read_systems(systems, measures, judge_run)
             found = {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from negative_cache.workbench.data import DataOptions, RetrievalData
+    from negative_cache.workbench.data.texts import Texts
 
 INVALID, FAILURE, STOPPED = 2, 1, 130  # exit codes
 
@@ -90,6 +91,16 @@ class Terminal:
             for note in data.notes:
                 self.note(note)
         return data
+
+    def load_documents(self, source: str, options: DataOptions) -> Texts:
+        """Load documents without queries, and print the notes on them."""
+        with self.waiting("Loading libraries ..."):
+            from negative_cache.workbench.data import load_documents
+        with self.waiting(f"Reading {source} ..."):
+            corpus, notes = load_documents(source, options)
+            for note in notes:
+                self.note(note)
+        return corpus
 
     def load_model(self, name: str) -> Any:
         """Load a trained model."""

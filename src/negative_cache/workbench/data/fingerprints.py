@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
 from negative_cache.workbench.data.retrieval_data import RetrievalData
@@ -16,6 +16,16 @@ def of_texts(texts: Texts) -> str:
     hashes = (blake2b(text.encode(), digest_size=_SIZE).digest() for text in texts.values())
     total = sum(int.from_bytes(found, "big") for found in hashes)
     return (total % (1 << 8 * _SIZE)).to_bytes(_SIZE, "big").hex()
+
+
+def of_sequence(texts: Iterable[str]) -> str:
+    """A fingerprint of texts in their order: 32 hexadecimal digits."""
+    digest = blake2b(digest_size=_SIZE)
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "big"))
+        digest.update(encoded)
+    return digest.hexdigest()
 
 
 def of_split(data: RetrievalData, split: str) -> str:

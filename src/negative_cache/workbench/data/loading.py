@@ -14,6 +14,7 @@ from negative_cache.workbench.data.files.skipping import Skipped
 from negative_cache.workbench.data.layouts.beir import read_collection, read_texts
 from negative_cache.workbench.data.layouts.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
 from negative_cache.workbench.data.layouts.hub import find_on_hub, find_saved, is_saved
+from negative_cache.workbench.data.layouts.plain import read_documents
 from negative_cache.workbench.data.layouts.sources import Collection, RowTables, Table
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.own_splits import only_split, with_own_corpus, with_rows
@@ -64,6 +65,20 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     if options.ignore_identical_ids:
         data = data.ignoring_identical_ids()
     return data if options.eval_documents is None else data.with_eval_documents(options.eval_documents)
+
+
+def load_documents(source: str, options: DataOptions | None = None) -> tuple[Texts, list[str]]:
+    """Load documents to search in, without queries and judgements; see `read_documents`.
+
+    Returns:
+        The documents, and notes on how they were read and what was skipped.
+
+    Raises:
+        DataError: The documents cannot be read; the message names the file and the line.
+    """
+    notes: list[str] = []
+    corpus = read_documents(source, options or DataOptions(), notes)
+    return corpus, list(dict.fromkeys(notes))
 
 
 def _find(source: str, options: DataOptions) -> Collection | RowTables | None:

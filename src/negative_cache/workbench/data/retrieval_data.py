@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "dev", "test")
+MAX_LABELS = 1_000  # ids of relevant documents in a row of the training set
 MAX_TRAINING_TEXTS = 400_000  # of a tokenizer, up to which all are used
 _T = TypeVar("_T")
+
+logger = logging.getLogger("negative_cache")
 
 
 class DataError(ValueError):
@@ -301,7 +305,12 @@ class RetrievalData:
 
         The columns are anchor and positive, and label: the `labels` of the documents that are not negatives of the
         query, the positive of the row first. If a query of the split has negatives, there are also negative, a list of
-        texts, and negative_label, a list of their `labels`. Lists have different lengths.
+        texts, and negative_label, a list of their `labels`. Lists have different lengths: `RaggedNegativesCollator`,
+        which `NegativeCacheTrainer` uses, pads them batch by batch. A label has at most `MAX_LABELS` ids, so that a
+        query with n documents does not take n^2 of them; a warning says for how many queries this matters.
+
+        Raises:
+            DataError: There is no training split.
         """
         import datasets  # takes seconds to import
 
@@ -310,15 +319,23 @@ class RetrievalData:
         columns = {"anchor": pyarrow.string(), "positive": pyarrow.string(), "label": pyarrow.list_(pyarrow.int64())}
         if has_negatives:
             columns |= {"negative": pyarrow.list_(pyarrow.string()), "negative_label": pyarrow.list_(pyarrow.int64())}
-        writer = ArrowWriter(columns)
+        writer, num_cut = ArrowWriter(columns), 0
         for query, relevant in train.items():
-            others = [documents.position(other) for other in self.negatives.get(query, ())]
-            negatives = [documents.text(other) for other in others], labels[others].tolist()
+            num_cut += len(relevant) > MAX_LABELS
+            given = [documents.position(other) for other in self.negatives.get(query, ())]
+            negatives = [documents.text(other) for other in given], labels[given].tolist()
             known = [documents.position(other) for other in self.never_negative(query, relevant)]
             of_known, anchor = labels[known].tolist(), self.queries[query]
+            of_relevant, of_ignored = of_known[: len(relevant)], of_known[len(relevant) :]
             for at in range(len(relevant)):
-                ids = list(dict.fromkeys([of_known[at], *of_known]))
+                others = of_relevant if len(relevant) <= MAX_LABELS else _window(of_relevant, at, MAX_LABELS)
+                ids = list(dict.fromkeys([of_relevant[at], *others, *of_ignored]))
                 writer.add(anchor, documents.text(known[at]), ids, *(negatives if has_negatives else ()))
+        if num_cut:
+            logger.warning(
+                f"{self.name}: {num_cut:,} training queries have more than {MAX_LABELS:,} relevant documents. Each of "
+                f"these names {MAX_LABELS - 1:,} others; the rest may be negatives of their own query."
+            )
         return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
     def training_texts(self) -> Iterator[str]:
@@ -331,6 +348,11 @@ class RetrievalData:
         for texts, keys in ((self.queries, train), (self.corpus, documents)):
             step = max(1, len(keys) // (MAX_TRAINING_TEXTS // 2))
             yield from (texts[key] for key in itertools.islice(keys, 0, None, step))
+
+
+def _window(values: list[int], start: int, count: int) -> list[int]:
+    """`count` values from `start` on; after the last value, the first one follows."""
+    return values[start : start + count] + values[: max(0, start + count - len(values))]
 
 
 def without_relevant(

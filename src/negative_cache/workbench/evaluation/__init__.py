@@ -10,6 +10,7 @@ from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 
 if TYPE_CHECKING:
     from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
+    from negative_cache.workbench.evaluation.index import Index, index_of
     from negative_cache.workbench.evaluation.measures import Run, depth_of, judge, means, parse_measures
     from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator, matching_run
     from negative_cache.workbench.evaluation.searching import Hit, search, search_splits
@@ -18,11 +19,13 @@ __all__ = [
     "DEFAULT_MEASURES",
     "EncodingOptions",
     "Hit",
+    "Index",
     "OnProgress",
     "Quality",
     "Run",
     "depth_of",
     "evaluate",
+    "index_of",
     "judge",
     "judge_split",
     "make_evaluator",
@@ -38,6 +41,7 @@ if not TYPE_CHECKING:  # the options of a command need the defaults alone
         __name__,
         {
             "encoding": ("EncodingOptions", "OnProgress"),
+            "index": ("Index", "index_of"),
             "measures": ("Run", "depth_of", "judge", "means", "parse_measures"),
             "quality": ("Quality", "evaluate", "judge_split", "make_evaluator", "matching_run"),
             "searching": ("Hit", "search", "search_splits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation.encoding import Encoder, EncodingOptions, OnProgress, encoding
+from negative_cache.workbench.evaluation.index import Index
 from negative_cache.workbench.evaluation.measures import Run
 
 DOCUMENTS_PER_CHUNK = 16_384  # whose embeddings are in memory at the same time
@@ -20,6 +22,8 @@ SCORES_PER_BLOCK = 1 << 22
 
 _LOW = (1 << 32) - 1
 _NONE = -(1 << 63)  # below the key of any score
+
+logger = logging.getLogger("negative_cache")
 
 
 class Hit(NamedTuple):
@@ -32,16 +36,21 @@ class Hit(NamedTuple):
 
 def search(
     model: SentenceTransformer,
-    data: RetrievalData,
+    corpus: Texts,
     queries: Sequence[str],
     count: int,
+    *,
     options: EncodingOptions | None = None,
     on_progress: OnProgress | None = None,
+    index: Index | None = None,
 ) -> list[list[Hit]]:
-    """The `count` best documents of the corpus for each query, by the model's similarity, the best first."""
+    """The `count` best documents of a corpus for each query, by the model's similarity, the best first.
+
+    See `search_corpus` for the arguments.
+    """
     numbered = {str(number): text for number, text in enumerate(queries)}
-    run = search_corpus(model, data.corpus, numbered, count, options=options, on_progress=on_progress)
-    return [[Hit(document, score, data.corpus[document]) for document, score in run[key].items()] for key in numbered]
+    run = search_corpus(model, corpus, numbered, count, options=options, on_progress=on_progress, index=index)
+    return [[Hit(document, score, corpus[document]) for document, score in run[key].items()] for key in numbered]
 
 
 def search_splits(
@@ -85,6 +94,7 @@ def search_corpus(
     ignored: Mapping[str, str] | None = None,
     options: EncodingOptions | None = None,
     on_progress: OnProgress | None = None,
+    index: Index | None = None,
 ) -> Run:
     """The best documents of each query, by the model's similarity.
 
@@ -98,7 +108,8 @@ def search_corpus(
         depth: Number of documents per query.
         ignored: Query id -> id of a document that is not a result of the query.
         options: How to encode; None for the defaults.
-        on_progress: Called with (done, total) documents.
+        on_progress: Called with (done, total) documents, unless their embeddings are in the index.
+        index: Where the embeddings of the corpus are kept, see `index_of`; None to keep none.
 
     Returns:
         Query id -> document id -> score, the best first.
@@ -110,10 +121,25 @@ def search_corpus(
         places = torch.from_numpy(texts.places_of_ids())
         best = BestDocuments(embedded, model.similarity, min(depth, len(texts)), torch.tensor(positions))
         start = 0
-        for embeddings in _chunks(encoder, texts, on_progress):
+        for embeddings in _embeddings(encoder, texts, on_progress, index):
+            embeddings = embeddings.to(embedded.device)
             best.add(embeddings, places[start : start + len(embeddings)], start)
             start += len(embeddings)
     return best.run(list(queries), texts, places)
+
+
+def _embeddings(
+    encoder: Encoder, texts: Texts, on_progress: OnProgress | None, index: Index | None
+) -> Iterator[Tensor]:
+    """The embeddings of the texts, chunk by chunk; those of the index, which is written before if it is empty."""
+    if index is not None and not index.is_kept:
+        try:
+            index.keep(_chunks(encoder, texts, on_progress))
+        except OSError as error:
+            logger.warning("The embeddings cannot be kept for later searches: %s.", error)
+    if index is not None and index.is_kept:
+        return index.read(DOCUMENTS_PER_CHUNK)
+    return _chunks(encoder, texts, on_progress)
 
 
 def _chunks(encoder: Encoder, texts: Texts, on_progress: OnProgress | None) -> Iterator[Tensor]:

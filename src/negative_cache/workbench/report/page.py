@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from negative_cache.version import __version__
 from negative_cache.workbench.compare.table import gigabytes
+from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import write_text
 from negative_cache.workbench.report.charts import charts_of
+from negative_cache.workbench.report.differences import Difference, baseline_of, differences_of, pairs_of
 from negative_cache.workbench.report.runs import Run, Table, read_folders
 from negative_cache.workbench.report.svg import short
 from negative_cache.workbench.training.config import RunError
 from negative_cache.workbench.training.record import measures_of
 
 REPORT = "report.html"
+MAX_FILES = 4  # that are named
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, list[Run]]:
@@ -56,17 +58,22 @@ def render(runs: Sequence[Run], tables: Sequence[Table] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    best = _best(runs)
+    measures = _measures(runs)
+    baseline = baseline_of([run.loss for run in runs])
     environment.filters |= {"short": short, "gigabytes": gigabytes}
     return environment.get_template("report.html").render(
         runs=runs,
         tables=tables,
-        metrics=list(best),
-        best=best,
+        measures=measures,
+        baseline=baseline,
+        differences=_differences(runs, measures, baseline),
+        values_in=_files_of_values(runs),
         charts=charts_of(runs),
         options=_options(runs),
-        hits=_by_query(runs, "after"),
+        hits=_with_ranks(_by_query(runs, "after"), runs),
+        changes=[(run, found) for run in runs if (found := run.samples.get("changes"))],
         negatives=_by_query(runs, "negatives"),
+        likely_false=[(run, *found) for run in runs if (found := _likely_false(run))[0]],
         are_of_one_data=len({_sizes(run) for run in runs if run.record.after}) <= 1,
         version=__version__,
     )
@@ -76,11 +83,36 @@ def _sizes(run: Run) -> tuple[Any, ...]:
     return tuple((run.record.after or {}).get(key) for key in ("num_queries", "num_documents"))
 
 
-def _best(runs: Sequence[Run]) -> dict[str, float]:
-    """The best value of each metric; infinity if there is only one run with metrics."""
-    found = [run.record.after for run in runs if run.record.after]
-    names = dict.fromkeys(name for metrics in found for name in measures_of(metrics))
-    return {name: max(metrics[name] for metrics in found) if len(found) > 1 else math.inf for name in names}
+def _measures(runs: Sequence[Run]) -> list[str]:
+    """The names of the measures of all runs."""
+    return list(dict.fromkeys(name for run in runs if run.record.after for name in measures_of(run.record.after)))
+
+
+def _differences(
+    runs: Sequence[Run], measures: Sequence[str], baseline: int
+) -> dict[int, list[tuple[Run | None, dict[str, Difference]]]]:
+    """For each run, by its number: what it is compared with (None for itself before training), and the differences."""
+    pairs = pairs_of([run.values for run in runs], baseline)
+    found: dict[int, list[tuple[Run | None, dict[str, Difference]]]] = {run.number: [] for run in runs}
+    for pair, differences in zip(pairs, differences_of(pairs, measures), strict=True):
+        found[pair.run].append((None if pair.baseline is None else runs[pair.baseline], differences))
+    return found
+
+
+def _files_of_values(runs: Sequence[Run]) -> str:
+    """The files with the values of queries; the first ones if there are many."""
+    files = [str(folder / PER_QUERY) for run in runs if run.values is not None for folder in run.folders]
+    others = f" and {len(files) - MAX_FILES} more files" if len(files) > MAX_FILES else ""
+    return ", ".join(files[:MAX_FILES]) + others
+
+
+def _likely_false(run: Run) -> tuple[int, int]:
+    """The number of shown training queries with a negative that is more similar than the positive, and of all."""
+    entries = run.samples.get("negatives", [])
+    is_above = [
+        any(row["similarity"] > entry["positive"]["similarity"] for row in entry["negatives"]) for entry in entries
+    ]
+    return sum(is_above), len(entries)
 
 
 def _options(runs: Sequence[Run]) -> list[tuple[str, list[Any], bool]]:
@@ -106,3 +138,22 @@ def _by_query(runs: Sequence[Run], key: str) -> list[dict[str, Any]]:
             query = queries.setdefault((entry["query"], entry["text"]), {**entry, "of_runs": []})
             query["of_runs"].append({"run": run, "entry": entry, "before": before.get(entry["query"])})
     return list(queries.values())
+
+
+def _with_ranks(queries: list[dict[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The queries, each with the ranks in those runs that show other queries, as far as they are known."""
+    corpora = {run.values.corpus for run in runs if run.values is not None}
+    for query in queries:
+        shown = [found["run"] for found in query["of_runs"]]
+        query["other_ranks"] = [
+            (run, _rank(run.values.after[-1], query["query"]))
+            for run in runs
+            if len(corpora) == 1 and run not in shown and run.values is not None
+        ]
+    return queries
+
+
+def _rank(values: Mapping[str, Mapping[str, float]], query: str) -> str:
+    """The rank of the best relevant document, from the reciprocal rank."""
+    reciprocal = values["MRR@10"][query]
+    return str(round(1 / reciprocal)) if reciprocal else "> 10"

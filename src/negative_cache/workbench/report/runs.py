@@ -10,6 +10,7 @@ from typing import Any
 from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 from negative_cache.workbench.evaluation.systems import COMPARISON
+from negative_cache.workbench.report.differences import Values, read_values
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
 from negative_cache.workbench.training.config import RunError, has_effect
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
@@ -23,13 +24,17 @@ class Run:
     Attributes:
         name: Its name on the page.
         record: The content of its `run.json`.
+        folders: Its folder; in a comparison, those of all seeds, of which this run is the last one.
         samples: The content of its `samples.json`; empty if there is none.
+        values: The values of its test queries, of all seeds; None if there are none.
         number: Its position on the page.
     """
 
     name: str
     record: RunRecord
+    folders: list[Path] = field(default_factory=list)
     samples: dict[str, Any] = field(default_factory=dict)
+    values: Values | None = None
     number: int = 0
 
     @property
@@ -100,7 +105,7 @@ def _read_folder(folder: Path) -> tuple[list[Run], Table | None]:
     if (folder / COMPARISON).is_file():
         return _read_comparison(folder)
     if (folder / RECORD).is_file():
-        return [_read_run(folder, folder.resolve().name)], None
+        return [_read_run([folder], folder.resolve().name)], None
     if not folder.is_dir():
         raise RunError(f"{folder} is not a directory. Give the --output of train or compare.")
     raise RunError(
@@ -109,9 +114,11 @@ def _read_folder(folder: Path) -> tuple[list[Run], Table | None]:
     )
 
 
-def _read_run(folder: Path, name: str) -> Run:
-    samples = read_json(folder / SAMPLES) if (folder / SAMPLES).is_file() else {}
-    return Run(name, RunRecord.read(folder), samples)
+def _read_run(folders: list[Path], name: str) -> Run:
+    """A run, from the folders of its seeds."""
+    last = folders[-1]
+    samples = read_json(last / SAMPLES) if (last / SAMPLES).is_file() else {}
+    return Run(name, RunRecord.read(last), folders, samples, read_values(folders))
 
 
 def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
@@ -119,11 +126,11 @@ def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
     try:
         table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
         trained = {spec: loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES}
-        last_runs = {spec: runs[-1]["folder"] for spec, runs in trained.items() if runs}
+        names = {spec: [run["folder"] for run in runs] for spec, runs in trained.items() if runs}
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder / COMPARISON} is not the result of a comparison: {error!r}.") from error
-    if not last_runs:
+    if not names:
         raise RunError(
             f"{folder / COMPARISON} has no finished run. Continue the comparison, or try other learning rates."
         )
-    return [_read_run(folder / "runs" / name, spec) for spec, name in last_runs.items()], table
+    return [_read_run([folder / "runs" / name for name in own], spec) for spec, own in names.items()], table

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 
 from negative_cache.workbench.figures import MARKERS, style
 
@@ -23,6 +23,7 @@ GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖")
 MAX_RUNS = NUM_COLOURS * len(DASHES)  # all distinct, because the numbers of colours and dashes are coprime
 MAX_POINTS = 300
 NUM_MARKERS = 5
+MIN_TICKS = 3  # of a logarithmic axis
 
 # Unique placeholder colours, and the variables of the style sheet that replace them, for light and dark mode.
 _INK, _GRID = "#0a0b0c", "#0d0e0f"
@@ -81,7 +82,7 @@ def draw(lines: Sequence[Line], name: str, x_label: str = "step", is_log: bool =
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         if is_log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.yaxis.set_major_locator(_log_locator(*axes.get_ylim()))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -106,6 +107,13 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _log_locator(low: float, high: float) -> Locator:
+    """Where a logarithmic axis has ticks: at 1, 2 and 5 times the powers of ten, or evenly if these are too few."""
+    locator = LogLocator(subs=(1, 2, 5), numticks=8)
+    inside = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
+    return locator if len(inside) >= MIN_TICKS else MaxNLocator(5)
 
 
 def _plot(axes: Axes, line: Line, as_points: bool) -> None:

@@ -16,15 +16,14 @@ from sentence_transformers import SentenceTransformer
 
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, evaluate, parse_measures
-from negative_cache.workbench.files import cache_folder, write_text
+from negative_cache.workbench.files import cache_folder, fingerprint_of_folder, write_text
 from negative_cache.workbench.training import samples
 
 MAX_KEPT = 100  # files, those that were used last
 SPLIT = "test"
 
 _PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "tokenizers", "ir-measures")
-_FORMAT = 1  # to be raised when an evaluation has other results or other contents
-_BYTES_AT_ONCE = 1 << 20
+_FORMAT = 2  # to be raised when an evaluation has other results or other contents
 
 logger = logging.getLogger("negative_cache")
 
@@ -41,7 +40,8 @@ def quality_before(
         on_progress: Called with (done, total) documents while the corpus is encoded.
 
     Returns:
-        `before`, the metrics; `per_query`, see `Quality`; and `hits`, see `samples.hits`. All of it as JSON stores it.
+        `before`, the metrics; `per_query`, see `Quality`; and `results`, see `samples.results_of`. All of it as
+        JSON stores it.
     """
     path = _path(_key(model, folder, data))
     if (kept := _read(path)) is not None:
@@ -52,9 +52,9 @@ def quality_before(
         )
         return kept
     quality = evaluate(model, data, (SPLIT,), on_progress=on_progress)[SPLIT]
-    hits = samples.hits(data, SPLIT, quality.run)
+    results = samples.results_of(data, SPLIT, quality.run)
     measured: dict[str, Any] = json.loads(
-        json.dumps({"before": quality.metrics(), "per_query": quality.per_query, "hits": hits})
+        json.dumps({"before": quality.metrics(), "per_query": quality.per_query, "results": results})
     )
     _keep(path, measured)
     return measured
@@ -78,21 +78,10 @@ def _key(model: SentenceTransformer, folder: Path, data: RetrievalData) -> str:
         {name: version(name) for name in _PACKAGES},
         (device.type, kind, torch.get_num_threads()),
         list(parse_measures(DEFAULT_MEASURES)),
-        _fingerprint_of_files(folder),
+        fingerprint_of_folder(folder),
         fingerprints.of_split(data, SPLIT),
     ]
     return _digest(json.dumps(parts))
-
-
-def _fingerprint_of_files(folder: Path) -> str:
-    """A fingerprint of the names and the content of all files in a folder and its subfolders."""
-    digest = blake2b(digest_size=16)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(repr((path.relative_to(folder).as_posix(), path.stat().st_size)).encode())
-        with path.open("rb") as file:
-            while part := file.read(_BYTES_AT_ONCE):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:

@@ -272,7 +272,7 @@ class _Run:
         for note in prepare(model, self.config):
             logger.warning("%s: %s", self.config.model, note)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
-        measured: dict[str, Any] = {"before": None, "per_query": None, "hits": []}
+        measured: dict[str, Any] = {"before": None, "per_query": None, "results": None}
         if not self.data.has("test") and self.options.measure_after:
             quality = "that of the dev split" if self.data.has("dev") else "none"
             logger.warning("%s has no test split. The quality that is measured is %s.", self.data.name, quality)
@@ -359,7 +359,8 @@ class _Run:
 
     def _evaluate(self, trainer: RunTrainer, began: dict[str, Any]) -> dict[str, Any]:
         """Quality of the trained model, as fields of the record. Also writes the model, and the results of queries."""
-        model, hits, best_step = trainer.model, [], None
+        model, best_step = trainer.model, None
+        shown: dict[str, Any] = {"before": [], "after": [], "changes": None}
         if self.options.export_negatives is not None:
             write_hard_negatives(self.options.export_negatives, trainer.loss, model, self.data)
         of_cache = samples.of_cache(trainer.loss, model, self.data)  # with the last weights, as the cache
@@ -374,10 +375,10 @@ class _Run:
         fields = {**({"test": "after"} if has_test else {}), **({"dev": "dev"} if needs_dev else {})}
         found = evaluate(model, self.data, tuple(fields), on_progress=self.on_progress)
         if has_test:
-            hits = samples.hits(self.data, "test", found["test"].run)
+            results = samples.results_of(self.data, "test", found["test"].run)
+            shown = samples.before_and_after(self.data, "test", began["results"], results)
             values = {"before": began["per_query"], "after": found["test"].per_query}
             write_json(self.folder / PER_QUERY, {"corpus": corpus_of(self.data, "test"), **values})
-        shown = {"before": began["hits"], "after": hits}
         write_json(self.folder / samples.SAMPLES, {**shown, **of_cache})
         return {"best_step": best_step, **{fields[split]: quality.metrics() for split, quality in found.items()}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,20 @@ from negative_cache.cache.rows import NegativeCache
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss
 from negative_cache.objective.batch import EMBEDDING
 from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data.splits import hash_of
 from negative_cache.workbench.evaluation import Run
 from negative_cache.workbench.training.hard_negatives import embed_documents, positions_of, search_cache
 
 SAMPLES = "samples.json"
-NUM_QUERIES, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 6, 512
+NUM_QUERIES, NUM_CHANGED, NUM_HITS, NUM_NEGATIVES, NUM_ROWS = 10, 5, 5, 6, 512
 MAX_CHARS = 500
 
+Results = dict[str, dict[str, Any]]
+"""See `results_of`."""
 
-def hits(data: RetrievalData, split: str, run: Run) -> list[dict[str, Any]]:
-    """Search results of some queries of a split. The queries depend only on the data.
+
+def results_of(data: RetrievalData, split: str, run: Run) -> Results:
+    """What is shown of the search results of a split.
 
     Args:
         data: The dataset.
@@ -31,29 +36,73 @@ def hits(data: RetrievalData, split: str, run: Run) -> list[dict[str, Any]]:
         run: The results of its queries, the best first.
 
     Returns:
+        Query id -> `rank` (of the best relevant document; None if it was not found), `num_results`, and `found`: pairs
+        of a document id and a score, the best ones.
+    """
+    results: Results = {}
+    for query, relevant in data.judged(split).items():
+        found = list(run[query].items())
+        rank = next((rank for rank, (document, _) in enumerate(found, 1) if document in relevant), None)
+        results[query] = {"rank": rank, "num_results": len(found), "found": [list(hit) for hit in found[:NUM_HITS]]}
+    return results
+
+
+def before_and_after(data: RetrievalData, split: str, before: Results | None, after: Results) -> dict[str, Any]:
+    """Search results of some queries before and after training.
+
+    The queries are those whose rank has changed most, up to `NUM_CHANGED` in each direction; of equal changes, those
+    with the lowest hashes of their ids. If no rank is known to have changed, they are evenly spread over the split.
+
+    Args:
+        data: The dataset.
+        split: The split.
+        before: See `results_of`; None if not measured.
+        after: See `results_of`.
+
+    Returns:
+        `before` and `after`: see `hits`; `changes`: the number of queries whose rank is `better`, `worse` and `equal`
+        after training, or None if not measured.
+    """
+    if before is None:
+        queries, changes = spread(list(after), NUM_QUERIES), None
+        return {"before": [], "after": hits(data, split, after, queries), "changes": changes}
+    change = {query: _octaves(before[query]) - _octaves(after[query]) for query in after}
+    order = sorted(change, key=lambda query: (-abs(change[query]), hash_of(query)))
+    better = [query for query in order if change[query] > 0]
+    worse = [query for query in order if change[query] < 0]
+    queries = [*better[:NUM_CHANGED], *worse[:NUM_CHANGED]] or spread(list(after), NUM_QUERIES)
+    counts = {"better": len(better), "worse": len(worse), "equal": len(change) - len(better) - len(worse)}
+    shown = {"before": hits(data, split, before, queries), "after": hits(data, split, after, queries)}
+    return {**shown, "changes": counts}
+
+
+def _octaves(result: dict[str, Any]) -> float:
+    """The logarithm of a rank: from 2 to 1 is as much as from 20 to 10. One that was not found is below the last."""
+    return math.log2(result["rank"] or result["num_results"] + 1)
+
+
+def hits(data: RetrievalData, split: str, results: Results, queries: Sequence[str]) -> list[dict[str, Any]]:
+    """Search results of some queries of a split, with texts.
+
+    Returns:
         For each query: `query` (its id), `text`, `relevant` (documents), `rank` (of the best relevant document; None if
         it was not found), `num_results`, and `found` (`document`, `score`, `is_relevant` and `text` of the best
         documents).
     """
     part, judged = data.part(split), data.judged(split)
-    result = []
-    for query in spread(list(judged), NUM_QUERIES):
-        relevant, found = judged[query], list(run[query].items())
-        ranks = [rank for rank, (document, _) in enumerate(found, 1) if document in relevant]
-        result.append(
-            {
-                "query": query,
-                "text": clip(part.queries[query]),
-                "relevant": [_document(part, document) for document in relevant[:NUM_HITS]],
-                "rank": ranks[0] if ranks else None,
-                "num_results": len(found),
-                "found": [
-                    {**_document(part, document), "score": score, "is_relevant": document in relevant}
-                    for document, score in found[:NUM_HITS]
-                ],
-            }
-        )
-    return result
+    return [
+        {
+            "query": query,
+            "text": clip(part.queries[query]),
+            "relevant": [_document(part, document) for document in judged[query][:NUM_HITS]],
+            **results[query],
+            "found": [
+                {**_document(part, document), "score": score, "is_relevant": document in judged[query]}
+                for document, score in results[query]["found"]
+            ],
+        }
+        for query in queries
+    ]
 
 
 @torch.no_grad()

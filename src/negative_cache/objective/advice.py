@@ -1,0 +1,157 @@
+"""Advice on settings and inputs that are valid but probably mistakes; each is logged once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from negative_cache.cache.validation import reads_without_sync
+from negative_cache.objective.batch import Batch
+from negative_cache.sampling.encode import DocumentEncoder
+
+# Above this scale, the loss of embeddings that are no unit vectors saturates or vanishes. The product of the mean norms
+# of queries and documents, 1 for unit vectors, may differ by this factor.
+LARGE_SCALE, FACTOR = 5.0, 4.0
+UNIT = 0.01  # the largest deviation of the norm of a normalized embedding, also in half precision
+WIDE_MARGIN = 0.5  # a relative margin above it hides all but documents with half the similarity of the positive
+
+logger = logging.getLogger("negative_cache")
+
+
+def advise_on_settings(scale: float, relative_margin: float | None) -> None:
+    """Warn of a scale that looks like a temperature, and of a margin that looks like what remains of the similarity."""
+    if scale < 1:
+        logger.warning(
+            "`scale` is %g. It multiplies the similarities; a temperature divides them. If %g is a temperature, set "
+            "scale=%g.",
+            scale,
+            scale,
+            1 / scale,
+        )
+    if relative_margin is not None and relative_margin > WIDE_MARGIN:
+        rest = 1 - relative_margin
+        logger.warning(
+            "`relative_margin` is %g: documents above %.0f %% of the positive's similarity are hidden, among them most "
+            "hard negatives. To hide those above %.0f %%, set relative_margin=%.3g.",
+            relative_margin,
+            100 * rest,
+            100 * relative_margin,
+            rest,
+        )
+
+
+class Advice:
+    """Warnings about the inputs of the first steps.
+
+    Values that the host cannot read without synchronizing the device are kept until `catch_up`.
+
+    Attributes:
+        is_pending: Whether there is something left to look at: True until a step has re-encoded documents.
+    """
+
+    def __init__(self) -> None:
+        self.is_pending = True
+        self._has_seen_a_batch = False
+        self._has_warned_of_detached = False
+        self._has_described_ids = False
+        self._deferred: list[Callable[[], None]] = []
+
+    def look_at(self, batch: Batch, encoded: Tensor, encoder: DocumentEncoder, scale: float) -> None:
+        """Warn of mistakes in a training step.
+
+        Args:
+            batch: The batch.
+            encoded: `[n, dim]`, with gradient: the documents that the step re-encoded.
+            encoder: The document encoder.
+            scale: The initial scale.
+        """
+        if torch.compiler.is_compiling():
+            return
+        documents = batch.documents
+        if not self._has_seen_a_batch and scale > LARGE_SCALE:
+            self._when_known(partial(_warn_of_norms, scale), [_norms(batch.queries), _norms(documents)])
+        if len(encoded):
+            self._when_known(_warn_of_other_norms, [_norms(documents), _norms(encoded)])
+        is_detached = batch.queries.requires_grad and not documents.requires_grad
+        if is_detached and not self._has_warned_of_detached and (encoded.requires_grad or _is_trained(encoder)):
+            self._has_warned_of_detached = True
+            logger.warning(
+                "`document_embeddings` have no gradient, but the document encoder is trained: only re-encoded "
+                "documents train it, and they are negatives. Encode the batch's documents without detach or no_grad, "
+                "or freeze the encoder with requires_grad_(False)."
+            )
+        self._has_seen_a_batch, self.is_pending = True, not len(encoded)
+
+    def describe_ids(self, names: Sequence[str], without_hash: Sequence[str]) -> None:
+        """Say how documents are identified that have no ids.
+
+        Args:
+            names: The features of a document.
+            without_hash: Those for which there is no hash.
+        """
+        if self._has_described_ids or torch.compiler.is_compiling():
+            return
+        self._has_described_ids = True
+        if not without_hash:
+            logger.info("`document_ids` are not given: documents are identified by a hash of %s.", ", ".join(names))
+            return
+        logger.warning(
+            "Documents have no ids, and there is no hash of the features %s, which are floats or have many values. A "
+            "document that occurs again is then a negative of its own query; `near_duplicates` shows this only if the "
+            "encoder has no dropout. Pass document_ids, unless each document occurs once.",
+            ", ".join(without_hash),
+        )
+
+    def catch_up(self) -> None:
+        """Look at the values that were kept; synchronizes the device if there are any."""
+        deferred, self._deferred = self._deferred, []
+        for check in deferred:
+            check()
+
+    def _when_known(self, warn: Callable[[list[list[float]]], None], values: list[Tensor]) -> None:
+        self._deferred.append(lambda: warn([value.tolist() for value in values]))
+        if all(reads_without_sync(value) for value in values):
+            self.catch_up()
+
+
+def _norms(embeddings: Tensor) -> Tensor:
+    """The smallest, the mean and the largest norm of `embeddings [n, dim]`: float32 `[3]`."""
+    norms = embeddings.detach().float().norm(dim=1)
+    return torch.stack([norms.amin(), norms.mean(), norms.amax()])
+
+
+def _warn_of_norms(scale: float, norms: list[list[float]]) -> None:
+    (_, queries, _), (_, documents, _) = norms
+    product = queries * documents
+    if product > FACTOR or product < 1 / FACTOR:
+        logger.warning(
+            "Embeddings are not normalized: the mean norm is %.3g for queries and %.3g for documents, and scale=%g "
+            "assumes 1. Normalize them, in `document_encoder` too, or set another scale, such as %.2g.",
+            queries,
+            documents,
+            scale,
+            scale / max(product, 1e-30),
+        )
+
+
+def _warn_of_other_norms(norms: list[list[float]]) -> None:
+    (lowest, given, highest), (_, encoded, _) = norms
+    is_unit = abs(lowest - 1) < UNIT and abs(highest - 1) < UNIT
+    is_other = abs(encoded - 1) > 5 * UNIT if is_unit else not 1 / FACTOR < encoded / max(given, 1e-30) < FACTOR
+    if is_other:
+        logger.warning(
+            "`document_encoder` returned embeddings with a mean norm of %.3g; that of `document_embeddings` is %.3g. "
+            "Encode both in the same way. Is one of them normalized and the other not?",
+            encoded,
+            given,
+        )
+
+
+def _is_trained(encoder: DocumentEncoder) -> bool:
+    """Whether the encoder is a module, or a method of one, with parameters that are trained; False if unknown."""
+    module = getattr(encoder, "__self__", encoder)
+    return isinstance(module, nn.Module) and any(parameter.requires_grad for parameter in module.parameters())

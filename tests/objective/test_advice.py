@@ -1,0 +1,136 @@
+"""Inputs that are valid but probably mistakes: one warning that says what to do, and none for usual inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from negative_cache import NegativeCacheLoss
+from support import as_on_a_gpu
+
+WORDS = torch.arange(64 * 5).view(64, 5) % 97
+
+
+class Tower(nn.Module):
+    """The sum of word vectors, whose mean norm is about 9; normalized or not."""
+
+    def __init__(self, is_normalized: bool = True) -> None:
+        super().__init__()
+        self.words = nn.Parameter(torch.randn(97, 16, generator=torch.Generator().manual_seed(0)))
+        self.is_normalized = is_normalized
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        embeddings = self.words[features["words"]].sum(dim=1)
+        return normalize(embeddings, dim=-1) if self.is_normalized else embeddings
+
+
+def train(
+    encoder: Any = None,
+    documents: Callable[[Tower, dict[str, Tensor]], Tensor] = lambda tower, features: tower(features),
+    is_normalized: bool = True,
+    reads: bool = True,
+    **settings: Any,
+) -> NegativeCacheLoss:
+    """Some steps. The default encoder is the tower that encodes the batch, too."""
+    tower = Tower(is_normalized)
+    loss_fn = NegativeCacheLoss(encoder or tower, 64, **{"num_samples": 1, "seed": 0, **settings})
+    for step in range(4):
+        features = {"words": WORDS[16 * step : 16 * step + 16]}
+        loss_fn(tower({"words": features["words"][:, :3]}), documents(tower, features), features).backward()
+    if reads:
+        loss_fn.metrics()
+    return loss_fn
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a temperature": ({"scale": 0.05}, ["`scale` is 0.05", "set scale=20"]),
+    "what remains of the similarity": (
+        {"relative_margin": 0.95},
+        ["`relative_margin` is 0.95", "above 5 %", "above 95 %", "set relative_margin=0.05"],
+    ),
+    "not normalized": ({"is_normalized": False}, ["are not normalized", "norm is", "scale=20", "such as 0."]),
+    "the encoder does not normalize": (
+        {"encoder": Tower(is_normalized=False)},
+        ["`document_encoder` returned embeddings with a mean norm of", "`document_embeddings` is 1.", "normalized"],
+    ),
+    "the encoder alone normalizes": (
+        {"encoder": Tower(), "is_normalized": False, "scale": 1.0},
+        ["`document_encoder` returned embeddings with a mean norm of 1;"],
+    ),
+    "detached documents": (
+        {"documents": lambda tower, features: tower(features).detach()},
+        ["`document_embeddings` have no gradient", "without detach or no_grad", "requires_grad_(False)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_warning_with_advice(mistake: str, on_gpu: bool, caplog: pytest.LogCaptureFixture):
+    given, parts = MISTAKES[mistake]
+    if on_gpu:
+        with as_on_a_gpu():
+            train(**given)
+    else:
+        train(**given)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert [part for part in parts if part not in record.getMessage()] == []
+
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    "a cache that waits": {"num_samples": "auto"},
+    "dot products": {"is_normalized": False, "scale": 1.0},
+    "a scale of 1": {"scale": 1.0},
+    "a usual margin": {"relative_margin": 0.05},
+    "a frozen encoder": {
+        "encoder": Tower().requires_grad_(False),
+        "documents": lambda tower, features: tower(features).detach(),
+    },
+    "bfloat16": {"embedding_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_usual_inputs_give_no_warning(case: str, caplog: pytest.LogCaptureFixture):
+    train(**RIGHT[case])
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("encoder", ["module", "method", "function"])
+def test_detached_documents_are_seen_in_the_first_step_of_a_module(encoder: str, caplog: pytest.LogCaptureFixture):
+    """Of a function, it is known only from what it returns: in the first step that re-encodes documents."""
+    tower = Tower()
+    encoders = {"module": tower, "method": tower.forward, "function": lambda features: tower(features)}
+    loss_fn = NegativeCacheLoss(encoders[encoder], 64, num_samples=1, seed=0)
+    counts = []
+    for step in range(2):
+        features = {"words": WORDS[16 * step : 16 * step + 16]}
+        loss_fn(tower(features), tower(features).detach(), features).backward()
+        counts.append(len(caplog.records))
+    assert counts == [0 if encoder == "function" else 1, 1]
+
+
+def test_norms_are_read_with_the_metrics_where_that_synchronizes(caplog: pytest.LogCaptureFixture):
+    with as_on_a_gpu():
+        loss_fn = train(is_normalized=False, reads=False)
+        assert caplog.records == []
+        loss_fn.metrics()
+        assert len(caplog.records) == 1
+        loss_fn.metrics()
+        assert len(caplog.records) == 1
+
+
+def test_evaluation_gives_no_advice(caplog: pytest.LogCaptureFixture):
+    tower = Tower(is_normalized=False)
+    loss_fn = NegativeCacheLoss(tower, 64, num_samples=1, seed=0).eval()
+    with torch.no_grad():
+        loss_fn(tower({"words": WORDS[:8]}), tower({"words": WORDS[:8]}), {"words": WORDS[:8]})
+    assert caplog.records == []
