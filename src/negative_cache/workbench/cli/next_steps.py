@@ -71,8 +71,8 @@ def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[
         return
     if given["per_query"] is not None:
         yield f"To test it against another model: {command('significance', given['per_query'], 'OTHER.json')}"
-    search = command("search", QUERY, "--model", given["model"], "--data", source, *options.arguments(of_documents))
-    yield f"To search with it: {search}"
+    words = ("--model", given["model"], "--data", source, *options.arguments(of_documents))
+    yield f"To search with it: {command('search', QUERY, *words)}"
 
 
 def after_search(model: str, source: str, options: DataOptions) -> Iterator[str]:
