@@ -81,8 +81,10 @@ def make_step(options: argparse.Namespace, rank: int, world_size: int) -> Callab
     queries = torch.nn.functional.normalize(torch.randn(options.batch_size, options.dim), dim=1).requires_grad_()
     documents, features = table[: options.batch_size].clone(), items(torch.arange(options.batch_size))
 
+    unknown = torch.full((options.batch_size,), -1)  # otherwise, each document would be found in its row
+
     def step() -> Tensor:
-        loss: Tensor = loss_fn(queries, documents, features)
+        loss: Tensor = loss_fn(queries, documents, features, unknown)
         return loss
 
     return step

@@ -50,8 +50,8 @@ def train(items: Tensor, users: Tensor, taken: Tensor, is_corrected: bool) -> tu
     for _ in range(STEPS):
         pairs = torch.randint(len(users), (BATCH,))
         ids = taken[pairs]
-        correction = {"log_q": log_q[ids]} if is_corrected else {}
-        # No document_ids: an item occurs in the cache as often as it was taken, which log_q corrects.
+        # Items without ids (-1: unknown) occur in the cache as often as they were taken, which log_q corrects.
+        correction = {"log_q": log_q[ids]} if is_corrected else {"document_ids": torch.full_like(ids, -1)}
         loss = loss_fn(user_tower(users[pairs]), item_tower(items[ids], ids), {"id": ids}, **correction)
         optimizer.zero_grad()
         loss.backward()

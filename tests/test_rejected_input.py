@@ -110,7 +110,7 @@ def test_texts_are_refused_with_the_next_step():
 
 
 def test_a_cache_smaller_than_the_batch_is_named_with_both_sizes():
-    with pytest.raises(ValueError, match="`cache_size` is 3; the batch has 4 documents, with its given negatives"):
+    with pytest.raises(ValueError, match="`cache_size` is 3; the batch has 4 documents, given negatives included"):
         step(make_loss(cache_size=3))
     negatives = {"negative_embeddings": encode({"words": WORDS[:1]}), "negative_features": {"words": WORDS[:1]}}
     with pytest.raises(ValueError, match="`cache_size` is 4; the batch has 5 documents"):

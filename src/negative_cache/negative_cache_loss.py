@@ -454,8 +454,8 @@ class NegativeCacheLoss(CacheModule):
         """The error for a batch of `count` documents, more than the `num_rows` rows of this rank."""
         share = "" if num_rows == self.cache_size else f", of which this rank has {num_rows} rows"
         return ValueError(
-            f"`cache_size` is {self.cache_size}{share}; the batch has {count} documents, with its given negatives. Use "
-            "a cache that is at least as large as the batch, usually much larger."
+            f"`cache_size` is {self.cache_size}{share}; the batch has {count} documents, given negatives included. "
+            "Use a cache that is at least as large as the batch, usually much larger."
         )
 
     def _identified(self, batch: Batch, specs: Specs, is_writing: bool) -> Batch:

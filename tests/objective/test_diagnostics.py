@@ -403,7 +403,7 @@ def test_training_without_copies_gives_no_warning(
 def test_what_cannot_be_seen_is_said(caplog: pytest.LogCaptureFixture):
     """Floats have no hash, and with dropout, embeddings of a document are not near each other."""
     (message,) = warnings_of(caplog, lambda: readings_of_training(None, 16, 0.15, key="float", num_samples=1))
-    assert "no hash of the features float" in message
+    assert "no hash of the features `float`" in message
     assert "`near_duplicates` shows this only if the encoder has no dropout" in message
     assert "Pass document_ids" in message
 

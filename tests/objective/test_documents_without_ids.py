@@ -130,7 +130,7 @@ def test_floats_are_not_hashed_which_one_warning_says(caplog: pytest.LogCaptureF
         loss_fn(embeddings, embeddings, {"image": images}).backward()
     assert int(loss_fn.cache.num_filled) == 18
     (record,) = caplog.records
-    assert "no hash of the features image" in record.getMessage()
+    assert "no hash of the features `image`" in record.getMessage()
 
 
 def train_on_ranks(rank: int, world_size: int, folder: Any) -> None:

@@ -262,7 +262,7 @@ def test_more_documents_than_rows_are_refused():
     assert loss_fn.fill_from([documents(0, 1), documents(3, 7, 8), documents(7)]) == 6
     assert sorted(loss_fn.cache.document_ids.tolist()) == [0, 1, 2, 3, 7, 8]
     small = make_loss(Encoder(), cache_size=2)
-    with pytest.raises(ValueError, match="3 items, the cache only 2 rows"):
+    with pytest.raises(ValueError, match="`cache_size` is 2; the batch has 3 documents"):
         small.fill_from([documents(0, 1, 2)])
     assert small.cache is None
 

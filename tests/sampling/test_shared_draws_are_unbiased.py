@@ -57,9 +57,14 @@ def filled_loss(
     loss_fn = NegativeCacheLoss(encoder, CACHE_SIZE, 2.0, **settings)
     loss_fn.num_candidates = loss_fn.num_candidates if num_candidates is None else num_candidates
     rows = torch.arange(NUM_ROWS)
-    log_q = None if log_q is None else log_q[rows]
-    loss_fn(STALE, STALE, {"row": rows}, rows if with_ids else None, log_q=log_q)
+    ids = rows if with_ids else unknown(rows, log_q)
+    loss_fn(STALE, STALE, {"row": rows}, ids, log_q=None if log_q is None else log_q[rows])
     return loss_fn
+
+
+def unknown(rows: Tensor, log_q: Tensor | None) -> Tensor | None:
+    """Unknown ids, so that features are not hashed; None with corrections, with which they are not either."""
+    return torch.full_like(rows, -1) if log_q is None else None
 
 
 def collect(passes: int = PASSES, with_ids: bool = True, log_q: Tensor | None = None, **settings: Any) -> Found:
@@ -74,11 +79,11 @@ def collect(passes: int = PASSES, with_ids: bool = True, log_q: Tensor | None = 
         loss = loss_fn(
             *leaves[:2],
             {"row": DOCUMENTS},
-            DOCUMENTS if with_ids else None,
+            DOCUMENTS if with_ids else unknown(DOCUMENTS, log_q),
             POSITIVES if with_ids else None,
             negative_embeddings=leaves[2],
             negative_features={"row": GIVEN},
-            negative_ids=GIVEN if with_ids else None,
+            negative_ids=GIVEN if with_ids else unknown(GIVEN, log_q),
             log_q=new_log_q,
         )
         loss_fn.log_scale.grad = None

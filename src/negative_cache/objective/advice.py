@@ -100,10 +100,10 @@ class Advice:
             logger.info("`document_ids` are not given: documents are identified by a hash of %s.", ", ".join(names))
             return
         logger.warning(
-            "Documents have no ids, and there is no hash of the features %s, which are floats or have many values. A "
+            "Documents have no ids, and there is no hash of the features `%s`, which are floats or have many values. A "
             "document that occurs again is then a negative of its own query; `near_duplicates` shows this only if the "
             "encoder has no dropout. Pass document_ids, unless each document occurs once.",
-            ", ".join(without_hash),
+            "`, `".join(without_hash),
         )
 
     def catch_up(self) -> None:
