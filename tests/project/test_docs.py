@@ -190,6 +190,8 @@ def check(words: list[str]) -> None:
 def check_cli(words: list[str]) -> None:
     """Parse as the command line does, which may lack what must be given: a sentence names a few options only."""
     name, *options = words
+    if words == ["--help"]:
+        return
     command = typer.main.get_command(app).commands[name]
     for param in command.params:
         param.required = False
