@@ -12,8 +12,11 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from negative_cache.data import RetrievalData
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
+from negative_cache.integrations.sentence_transformers.columns import check_dataset
 from negative_cache.integrations.sentence_transformers.labels import number_of
+from negative_cache.workbench.data.texts import Texts
 from support import ANCHORS, HARD, POSITIVES, as_on_a_gpu, columns
 from text_models import cached_texts, make_static, make_trainer, train
 
@@ -209,3 +212,9 @@ def test_a_cache_smaller_than_the_batch_is_named(model: SentenceTransformer):
     loss = NegativeCacheRankingLoss(model, 8)
     with pytest.raises(ValueError, match="`cache_size` is 8; the batch has 12 documents"):
         loss(columns(model, ANCHORS, POSITIVES))
+
+
+def test_the_data_of_files_is_told_to_give_its_rows():
+    data = RetrievalData("pairs", Texts.of({"d": "a text"}), Texts.of({"q": "a query"}), {"train": {"q": ["d"]}})
+    with pytest.raises(TypeError, match=r"train_dataset is RetrievalData.*training_set\(\)"):
+        check_dataset(data, "train_dataset")

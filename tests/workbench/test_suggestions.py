@@ -58,3 +58,14 @@ def test_resuming_without_an_unfinished_run_is_said(
     ended = invoke("train", "--data", "set", "--output", "out", "--resume", "--max-steps", "2", "--batch-size", "8")
     assert ended.exit_code == 0, ended.output
     assert "There is no unfinished run in out.partial: training begins at step 0." in caplog.text
+
+
+def test_resuming_a_run_without_a_checkpoint_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    write_beir(tmp_path / "set")
+    Path("out.partial").mkdir()
+    ended = invoke("train", "--data", "set", "--output", "out", "--resume", "--max-steps", "2", "--batch-size", "8")
+    assert ended.exit_code == 0, ended.output
+    assert "The run in out.partial has no checkpoint yet: training begins at step 0." in caplog.text

@@ -17,6 +17,8 @@ _DATASET_NAME = "dataset_name"  # a column that the trainer adds
 def check_dataset(dataset: Any, name: str) -> None:
     """Raise ValueError unless the columns of a dataset, or of a dict of datasets, have texts or labels.
 
+    `RetrievalData` is a TypeError.
+
     The texts of a streamed dataset, or of one with a transform, are not read.
 
     Args:
@@ -27,6 +29,8 @@ def check_dataset(dataset: Any, name: str) -> None:
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
         return
+    if hasattr(dataset, "training_set"):
+        raise TypeError(f"{name} is {type(dataset).__name__}; expected a dataset. Give its training_set().")
     if getattr(dataset, "features", None) is None or getattr(dataset, "format", {}).get("type") == "custom":
         return
     schema, lists = dataset.features.arrow_schema, list_columns(dataset)

@@ -132,6 +132,8 @@ def run(
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
         _check_unfinished(folder, task, resume)
+        if not _can_resume(folder):
+            logger.warning("The run in %s has no checkpoint yet: training begins at step 0. See --save-steps.", folder)
     elif is_first and resume:
         logger.warning("There is no unfinished run in %s: training begins at step 0.", folder)
     is_trained = (folder / RECORD).exists()

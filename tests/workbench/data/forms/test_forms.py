@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from negative_cache.workbench.data import DataError, DataOptions
+from negative_cache.workbench.data import DataError, DataOptions, load_data
 from negative_cache.workbench.data.files.reading import file_rows
 from negative_cache.workbench.data.forms.reader import RowReader
 from negative_cache.workbench.data.rows import Row
@@ -205,6 +205,13 @@ def test_all_missing_columns_are_reported_in_one_error(tmp_path: Path):
 def test_the_column_that_is_proposed_is_not_one_that_is_used(tmp_path: Path):
     with pytest.raises(DataError, match=r"no column positive .* for example: --positive-column right\."):
         reader_of(tmp_path / "a.csv", "left,right\nq,d\n", query_column="left")
+
+
+def test_a_column_cannot_be_query_and_document(tmp_path: Path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("query,answer\na,b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"'query' is the column of the queries and.*--positive-column answer"):
+        load_data(str(path), DataOptions(positive_column="query"))
 
 
 def test_the_right_case_of_a_column_is_proposed(tmp_path: Path):

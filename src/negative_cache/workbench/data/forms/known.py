@@ -132,6 +132,12 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
         return _by_order(row, place, options)
     if query_column is None:
         raise _no_column("query", columns.QUERY, row, place, options.positive_column)
+    if options.positive_column == query_column:
+        other = next((name for name in row if columns.has_text(name) and name != query_column), "NAME")
+        raise DataError(
+            f"{place}: {query_column!r} is the column of the queries and, by --positive-column, of the documents. Name "
+            f"another one, for example: --positive-column {columns.typed(other)}."
+        )
     positives = tuple(name for name in positives if name != query_column)
     if not positives:
         raise _no_column("positive", columns.POSITIVE, row, place, query_column)
