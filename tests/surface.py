@@ -72,16 +72,20 @@ def lines() -> Iterator[str]:
     """One line for each name, member of a class, and option of a command."""
     for name, value in sorted(public_names().items()):
         yield name + arguments(value)
-        for member, function in sorted(vars(value).items()) if inspect.isclass(value) else ():
-            if member == "__call__" or not member.startswith("_"):
-                function = function.__func__ if isinstance(function, classmethod | staticmethod) else function
-                if inspect.isfunction(function):
-                    yield f"{name}.{member}{arguments(function)}"
-                elif isinstance(function, property):
-                    yield f"{name}.{member}"
+        for member, function in members(value):
+            yield f"{name}.{member}{'' if isinstance(function, property) else arguments(function)}"
     for name, command in sorted(typer.main.get_command(app).commands.items()):
         for flags in sorted("/".join([*param.opts, *param.secondary_opts]) for param in command.params):
             yield f"negative-cache {name} {flags}"
+
+
+def members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Name and function, or property, of the public members that a class defines itself."""
+    for member, function in sorted(vars(value).items()) if inspect.isclass(value) else ():
+        function = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+        is_public = member == "__call__" or not member.startswith("_")
+        if is_public and (inspect.isfunction(function) or isinstance(function, property)):
+            yield member, function
 
 
 def page() -> Iterator[str]:
@@ -95,6 +99,13 @@ def page() -> Iterator[str]:
             yield from ("", f"## {module}", "")
         source = Path(inspect.getsourcefile(inspect.unwrap(value)) or "").relative_to(ROOT)
         yield f"- [`{own}{arguments(value)}`](../../{source}): {summary(value)}"
+        for member, function in members(value):
+            given = (
+                ""
+                if isinstance(function, property)
+                else arguments(function).replace("(self, ", "(").replace("(self)", "()")
+            )
+            yield f"    - `{member}{given}`: {summary(function)}"
 
 
 def summary(value: Any) -> str:

@@ -65,15 +65,15 @@ class Step(NamedTuple):
 
 
 class NegativeCacheLoss(CacheModule):
-    """Cross-entropy of each query's positive against all cached documents, at the cost of one extra encoding per query.
+    """Cross-entropy of each query's positive against all cached documents, at the cost of re-encoding a few of them.
 
     With `s(q, d) = scale * <q, d>`, the loss is `-s(q, positive) + logsumexp(s(q, positive), {s(q, document)})`. The
     documents are those in filled rows and the batch's other documents, each counted once, without known positives of
-    the query. The value is computed from the cached embeddings. The gradient equals the exact gradient in expectation
-    over the sampled rows. By default, the batch's documents have exact gradients, and a re-encoded document is shared
-    by all queries (see docs/how-it-works.md). `in_batch=False, shared=False` is the method of Lindgren et al. (NeurIPS
-    2021). After the loss is computed, re-encoded documents update their rows, and the batch's documents replace the
-    oldest rows.
+    the query. The value is computed from the cached embeddings. If `num_samples` is a number, the gradient equals the
+    exact gradient in expectation over the sampled rows. By default, the batch's documents have exact gradients, and a
+    re-encoded document is shared by all queries (see docs/how-it-works.md). `in_batch=False, shared=False` is the
+    method of Lindgren et al. (NeurIPS 2021). After the loss is computed, re-encoded documents update their rows, and
+    the batch's documents replace the oldest rows.
 
     In eval mode, or with gradients disabled, nothing is written or re-encoded. In eval mode with gradients, those of
     the queries and of the scale are exact, with cached rows as constants. The value grows while the cache fills:
@@ -82,7 +82,8 @@ class NegativeCacheLoss(CacheModule):
     `state_dict` holds the cache, a learnable scale and the state of the generator, but not the encoder.
 
     Args:
-        document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`. It is called with sampled documents.
+        document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`. It is called with sampled documents; with
+            `num_samples="auto"`, first after the waiting. To test a new encoder at once, set `num_samples=1`.
         cache_size: Number of rows.
         scale: Factor of the dot products (inverse temperature). The default assumes normalized embeddings.
         learnable_scale: Whether to learn the scale. The parameter is its logarithm, `log_scale`.
