@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from model2vec.distill import distill_from_model
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import cos_sim
 
 from command_line import invoke
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.model_names import learning_rate_of
-from negative_cache.workbench.models import load_model, prepare_for_training, train_tokenizer
+from negative_cache.workbench.models import ModelError, load_model, load_trained, prepare_for_training, train_tokenizer
 from support import random_pairs
 
 
@@ -54,10 +57,23 @@ def test_a_static_model_is_made_of_a_transformer_or_loaded(tmp_path: Path):
     assert torch.equal(first[0].embedding.weight, again[0].embedding.weight)
     assert first.encode("word7 is number 7").shape == (128,)  # the width of the transformer, which is below 256
     first.save_pretrained(str(tmp_path / "made"))
+    with pytest.raises(ModelError, match="Give the --output of train"):
+        load_trained(f"static:{tmp_path / 'tiny'}")
     loaded = load_model(f"static:{tmp_path / 'made'}", [], seed=0)
     assert torch.equal(loaded[0].embedding.weight, first[0].embedding.weight)
     names = (f"static:{tmp_path / 'tiny'}", str(tmp_path / "made"), str(tmp_path / "tiny"), "static")
     assert [learning_rate_of(name) for name in names] == [1e-2, 1e-2, 2e-5, 5e-2]
+
+
+def test_a_static_model_weighs_tokens_as_model2vec_does(tmp_path: Path):
+    texts = [f"word{number} is number {number}" for number in range(100)]
+    load_model("tiny", texts, seed=0).save_pretrained(str(tmp_path / "tiny"))
+    source = SentenceTransformer(str(tmp_path / "tiny"))
+    expected = distill_from_model(source[0].model, source[0].tokenizer, pca_dims=256, quantize_to="float32")
+    made, wanted = load_model(f"static:{tmp_path / 'tiny'}", [], seed=0), expected.encode(texts[:8]).astype("float32")
+    assert cos_sim(made.encode(texts[:8]), wanted).diagonal().min() > 0.9999
+    plain = SentenceTransformer(modules=[StaticEmbedding(expected.tokenizer, embedding_weights=expected.embedding)])
+    assert cos_sim(plain.encode(texts[:8]), wanted).diagonal().min() < 0.999  # the test can fail
 
 
 def test_a_comparison_makes_a_static_model_once(tmp_path: Path):

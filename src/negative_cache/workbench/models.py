@@ -66,6 +66,8 @@ def load_trained(name: str) -> SentenceTransformer:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if name in LEARNING_RATES or name.startswith(DISTILLED):
+        raise ModelError(f"{name!r} is a model that train and compare make. Give the --output of train.")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ModelError(
             f"Cannot load the model {name!r}: the folder does not exist.{did_you_mean_path(name)} Give the --output of "
@@ -101,7 +103,10 @@ def _distilled(name: str) -> SentenceTransformer:
         found = distill_from_model(
             body.model, body.tokenizer, device=str(model.device), pca_dims=STATIC_DIM, quantize_to="float32"
         )
-    weights = torch.as_tensor(found.embedding).contiguous()
+    weights = torch.as_tensor(found.embedding)
+    if found.weights is not None:  # those of the tokens' frequency, which model2vec may keep apart
+        weights = weights * torch.as_tensor(found.weights, dtype=weights.dtype)[:, None]
+    weights = weights.contiguous()
     return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
 
 

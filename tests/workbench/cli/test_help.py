@@ -98,6 +98,7 @@ def test_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [f"how do I open box {i} {word},box {i} opens with the {word}" for i in range(60) for word in ("key", "pin")]
     for name, columns in (("my-pairs.csv", "query,positive"), ("questions.csv", "question,answer")):
         Path(name).write_text("\n".join([columns, *rows]) + "\n", encoding="utf-8")
+    Path("notes.txt").write_text("a note\nanother note\n", encoding="utf-8")
     num_run = 0
     for name, lines in EXAMPLES.items():
         for line in lines:

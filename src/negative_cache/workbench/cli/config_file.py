@@ -32,7 +32,7 @@ ConfigFile = Annotated[
         "--config",
         callback=_use,
         is_eager=True,
-        help="YAML file of options, or run.json or compare.json of an earlier call. Options of the command precede.",
+        help="YAML file of options, or run.json or compare.json of an earlier call. The command overrides it.",
     ),
 ]
 

@@ -19,7 +19,10 @@ EXAMPLES = {
         "negative-cache evaluate --model my-model --data my-pairs.csv --run-out my-model.run",
         "negative-cache evaluate --run my-model.run --data my-pairs.csv",
     ),
-    "search": ('negative-cache search "how do I open it" --model my-model --data my-pairs.csv',),
+    "search": (
+        'negative-cache search "how do I open it" --model my-model --data my-pairs.csv',
+        'negative-cache search "how do I open it" --model my-model --corpus notes.txt',
+    ),
     "report": (
         "negative-cache report my-model",
         "negative-cache report my-model other-model --output report.html",

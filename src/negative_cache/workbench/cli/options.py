@@ -50,7 +50,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, a
 Json = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON, on stdout.")]
 
 _DATA_OPTIONS: dict[str, Any] = {
-    "corpus": Annotated[str | None, typer.Option(help="File or folder of documents that rows refer to by id.")],
+    "corpus": Annotated[
+        str | None,
+        typer.Option(
+            help="Documents that rows refer to by id, or that are searched: .txt (one per line), .csv, .jsonl ..."
+        ),
+    ],
     "dev": Annotated[str | None, typer.Option(help="File or dataset of the dev split.")],
     "test": Annotated[str | None, typer.Option(help="File or dataset of the test split.")],
     "query_column": Annotated[str | None, typer.Option(help="Column of the queries.")],

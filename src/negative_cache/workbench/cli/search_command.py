@@ -29,7 +29,8 @@ def search(
     model: opt.TrainedModel,
     query: Annotated[list[str] | None, typer.Argument(help="One or more queries.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Search the documents of this dataset, or of --corpus alone. " + opt.DATA_HELP)
+        str | None,
+        typer.Option(help="Dataset whose documents are searched; not needed with --corpus. " + opt.DATA_HELP),
     ] = None,
     queries: Annotated[
         str | None, typer.Option(help=f"File with a query per line, or {STDIN} for standard input.")

@@ -11,6 +11,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 from negative_cache.workbench.data import load_data
@@ -46,7 +47,11 @@ class Job:
         """Train, or continue the run, and return its record."""
         data = load_data(self.config.data, self.config.data_options).with_dev()
         return run(
-            self.config, data, self.options, resume=True, on_step=lambda step, steps, _: on_progress(step, steps)
+            self.config,
+            data,
+            self.options,
+            resume=any(Path(f"{self.config.output}{end}").exists() for end in ("", ".partial")),
+            on_step=lambda step, steps, _: on_progress(step, steps),
         )
 
 

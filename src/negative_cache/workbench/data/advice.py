@@ -62,7 +62,7 @@ def _about_texts(found: Mapping[str, Any]) -> Iterator[str]:
     if near["sample"] and (share := near["documents"] / near["sample"]) >= MANY_ALIKE:
         yield (
             f"{_percent(share)} of {near['sample']:,} examined documents resemble another one: they are likely false "
-            "negatives. Remove them, or train with --relative-margin."
+            "negatives. Remove them, or train with --relative-margin 0.05."
         )
     lengths = found["lengths"]
     num_pairs = sum(split["positives"] for split in found["splits"].values())
