@@ -241,6 +241,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         f"how do I open box {i} {word},box {i} opens with the {word}" for i in range(60) for word in ("key", "code")
     ]
     Path("my-pairs.csv").write_text("\n".join(["query,positive", *pairs]) + "\n", encoding="utf-8")
+    Path("notes.txt").write_text("the key of box 1\nthe key of box 2\n", encoding="utf-8")
     lines = [command for page, command in COMMANDS if page == "README.md" and command.startswith("negative-cache ")]
     lines = [line for line in lines if "compare" not in line]
     assert len(lines) >= 3
