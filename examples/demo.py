@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--model", help="one model instead of the two")
     parser.add_argument("--output", default="demo", help="folder that is emptied first")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--cache-size", type=int, default=16_384)
     parser.add_argument("--num-samples", type=int, default=8, help="number of cached documents to re-encode per query")
     parser.add_argument("--learning-rate", type=float)
