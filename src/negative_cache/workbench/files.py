@@ -19,6 +19,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negative-cache"
 
 
+def kept_file(kind: str, parts: Any, ending: str) -> Path | None:
+    """The file of the user's cache folder for what depends on `parts`; None if the user has no home folder.
+
+    Args:
+        kind: The subfolder.
+        parts: All that the content depends on, as JSON stores it.
+        ending: The ending of the name, with its dot.
+    """
+    try:
+        return cache_folder() / kind / f"{digest_of(json.dumps(parts))}{ending}"
+    except RuntimeError:
+        return None
+
+
+def digest_of(text: str) -> str:
+    """A fingerprint of a text: 32 hexadecimal digits."""
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def fingerprint_of_folder(folder: Path) -> str:
     """A fingerprint of the names and the content of all files in a folder and its subfolders: 32 hexadecimal digits."""
     digest = blake2b(digest_size=16)

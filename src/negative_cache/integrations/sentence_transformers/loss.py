@@ -138,9 +138,8 @@ class NegativeCacheRankingLoss(nn.Module):
         self.model = model
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices
-        self._guide: tuple[SentenceTransformer | None] = (
-            guide,
-        )  # in a tuple, so that it is not a submodule and not trained
+        # In a tuple, it is not a submodule and not trained.
+        self._guide: tuple[SentenceTransformer | None] = (guide,)
         self._anchors = CachedTexts("anchors", self._unwrapped_model, self.embed)
         self._documents = CachedTexts("documents", self._unwrapped_model, self.embed)
         self._uses_labels = True

@@ -141,7 +141,7 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
     if not data.splits_by_hash:
         return "test"
     run = None if model is None else configuration_of_run_with(model, source, data)
-    total = _num_pairs(data, "all")
+    total = data.num_pairs("all")
     if run is None:
         terminal.note(
             f"Measured on all {total:,} pairs of {source}. --split test measures the tenth that train holds out."
@@ -154,14 +154,10 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
         )
         return "all"
     terminal.note(
-        f"Measured on the test split of {source}, {_num_pairs(data, 'test'):,} of its {total:,} pairs, because {model} "
+        f"Measured on the test split of {source}, {data.num_pairs('test'):,} of its {total:,} pairs, because {model} "
         "was trained with others of them. --split all measures all."
     )
     return "test"
-
-
-def _num_pairs(data: RetrievalData, split: str) -> int:
-    return sum(map(len, data.judged(split).values()))
 
 
 def _check(given: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> 
         measures: Whether the quality is measured before and after training.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = num_steps(config, sum(map(len, data.judged("train").values())), num_ranks)
+    steps = num_steps(config, data.num_pairs("train"), num_ranks)
     queries = config.batch_size * num_ranks * config.gradient_accumulation_steps
     in_evaluation = _documents_in_evaluation(config, data, steps, measures)
     documents = {

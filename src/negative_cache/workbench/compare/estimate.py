@@ -49,7 +49,7 @@ class Predictor:
         self._comparison = comparison
         self._data = data
         self._costs = costs
-        self._num_pairs = sum(map(len, data.judged("train").values()))
+        self._num_pairs = data.num_pairs("train")
 
     def run(self, spec: str, has_curve: bool) -> RunCost:
         """The cost of a run of a loss, to the end of its steps."""

@@ -78,7 +78,7 @@ def compare(comparison: Comparison, data: RetrievalData, watcher: Watcher) -> di
     data = data.with_dev()
     train, searched = data.judged("train"), data.part("test").corpus
     about: dict[str, Any] = {"name": data.name, "notes": list(data.notes), "documents": len(searched)}
-    about |= {"pairs": sum(map(len, train.values())), "train_queries": len(train)}
+    about |= {"pairs": data.num_pairs("train"), "train_queries": len(train)}
     about |= {f"{split}_queries": len(data.graded(split)) for split in ("dev", "test")}
     about["fingerprint"] = fingerprints.of_data(data)
     result = _begin(comparison, about)

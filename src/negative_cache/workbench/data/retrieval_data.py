@@ -102,6 +102,10 @@ class RetrievalData:
         """Whether a split has judgements."""
         return bool(self.whole(split).qrels.get(split))
 
+    def num_pairs(self, split: str) -> int:
+        """The number of pairs of a query and a relevant document in a split, or in all splits for "all"."""
+        return sum(map(len, self.judged(split).values()))
+
     def graded(self, split: str) -> dict[str, dict[str, float]]:
         """All judgements of a split, or of all splits for "all": query id -> document id -> grade.
 

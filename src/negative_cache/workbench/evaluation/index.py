@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
-from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from negative_cache.workbench.data import fingerprints
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation.encoding import EncodingOptions
-from negative_cache.workbench.files import cache_folder, fingerprint_of_folder, replacing
+from negative_cache.workbench.files import fingerprint_of_folder, kept_file, replacing
 
 MAX_BYTES = 10 * 10**9  # of all files, of which those that were used last are kept
 
@@ -111,10 +109,6 @@ def index_of(model: SentenceTransformer, corpus: Texts, options: EncodingOptions
     dim = options.truncate_dim or model.get_embedding_dimension() or 0
     if 4 * dim * len(corpus) > MAX_BYTES:
         return None
-    try:
-        folder = cache_folder() / "index"
-    except RuntimeError:
-        return None
     devices = [torch.device(name) for name in options.devices] or [model.device]
     parts = [
         _FORMAT,
@@ -124,7 +118,8 @@ def index_of(model: SentenceTransformer, corpus: Texts, options: EncodingOptions
         _fingerprint(model),
         fingerprints.of_sequence(corpus.values()),
     ]
-    return Index(folder / f"{blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}.npy", len(corpus))
+    path = kept_file("index", parts, ".npy")
+    return None if path is None else Index(path, len(corpus))
 
 
 def _fingerprint(model: SentenceTransformer) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, evaluate, parse_measures
-from negative_cache.workbench.files import cache_folder, fingerprint_of_folder, write_text
+from negative_cache.workbench.files import digest_of, fingerprint_of_folder, kept_file, write_text
 from negative_cache.workbench.training import samples
 
 MAX_KEPT = 100  # files, those that were used last
@@ -43,7 +42,7 @@ def quality_before(
         `before`, the metrics; `per_query`, see `Quality`; and `results`, see `samples.results_of`. All of it as
         JSON stores it.
     """
-    path = _path(_key(model, folder, data))
+    path = kept_file("before", _parts(model, folder, data), ".json")
     if (kept := _read(path)) is not None:
         logger.warning(
             "The quality before training is that of an earlier run with the same model and data, from %s. Remove the "
@@ -60,20 +59,12 @@ def quality_before(
     return measured
 
 
-def _path(key: str) -> Path | None:
-    """The file for a key; None if the user has no home folder."""
-    try:
-        return cache_folder() / "before" / f"{key}.json"
-    except RuntimeError:
-        return None
-
-
-def _key(model: SentenceTransformer, folder: Path, data: RetrievalData) -> str:
-    """A fingerprint of all that the quality depends on."""
+def _parts(model: SentenceTransformer, folder: Path, data: RetrievalData) -> list[Any]:
+    """All that the quality depends on."""
     device = model.device
     is_gpu = device.type == "cuda"
     kind = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
-    parts = [
+    return [
         _FORMAT,
         {name: version(name) for name in _PACKAGES},
         (device.type, kind, torch.get_num_threads()),
@@ -81,7 +72,6 @@ def _key(model: SentenceTransformer, folder: Path, data: RetrievalData) -> str:
         fingerprint_of_folder(folder),
         fingerprints.of_split(data, SPLIT),
     ]
-    return _digest(json.dumps(parts))
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:
@@ -91,7 +81,7 @@ def _read(path: Path | None) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         measured: dict[str, Any] = content["measured"]
-        is_whole = content["digest"] == _digest(json.dumps(measured))
+        is_whole = content["digest"] == digest_of(json.dumps(measured))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if is_whole:
@@ -104,14 +94,10 @@ def _keep(path: Path | None, measured: dict[str, Any]) -> None:
     """Write a file, and remove those that were not used for the longest time. Without effect if that is impossible."""
     if path is None:
         return
-    content = {"digest": _digest(json.dumps(measured)), "measured": measured}
+    content = {"digest": digest_of(json.dumps(measured)), "measured": measured}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content), suffix=f".{os.getpid()}.tmp")
         kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
         for old in kept[MAX_KEPT:]:
             old.unlink(missing_ok=True)
-
-
-def _digest(text: str) -> str:
-    return blake2b(text.encode(), digest_size=16).hexdigest()

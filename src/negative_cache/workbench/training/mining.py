@@ -123,7 +123,7 @@ class Mining:
         return notes
 
     def _note(self, mined: Mined) -> str:
-        pairs = sum(map(len, self._data.judged("train").values()))
+        pairs = self._data.num_pairs("train")
         return (
             f"{self._data.name}: mining after step {mined.step:,} found fewer negatives than --num-negatives, "
             f"{self._config.num_negatives}, for {mined.pairs_with_fewer:,} of {pairs:,} pairs. They are trained with "
