@@ -1,11 +1,12 @@
 """Fine-tuning of a pretrained encoder with each loss on the same pairs, and its evaluation.
 
 With the same seed, every loss gets the same pairs in the same batches for the same number of epochs, unless its name
-says otherwise. No two pairs of a batch share a query, a document or a mined negative.
+says otherwise. No two pairs of a batch share a query, a document or the first mined negative.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
+    GISTEmbedLoss,
     MultipleNegativesRankingLoss,
 )
 from torch import Tensor, nn
@@ -29,10 +31,12 @@ from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts as StoredTexts
 
 UNTRAINED, BASELINE = "untrained", "in-batch"
-EPOCHS, MAX_TOKENS = {"nl2bash": 2}, {"squad": 128}  # 1 and 64 for other data sets
+EPOCHS, MAX_TOKENS = {"nl2bash": 2, "medquad": 2}, {"squad": 128}  # 1 and 64 for other data sets
+# Rates that were best on the dev split among 2e-5, 6e-5, 2e-4 and 6e-4: of all losses, and of the gradient cache.
+SWEPT = {"nl2bash": (2e-4, 6e-4), "medquad": (2e-4, 6e-4)}
 SCALE, MAX_NORM, WARM_UP = 20.0, 1.0, 0.1
 MAX_CACHE = 131_072
-MINED_RANKS = (10, 50)
+MINED_RANKS, NUM_MINED = (10, 50), 4
 HELD_OUT = 10  # without a dev split, one of this many training queries is a dev query
 ENCODED_AT_ONCE, QUERIES_AT_ONCE = 512, 256
 METRICS = ("MRR@10", "nDCG@10", "R@100")
@@ -57,7 +61,7 @@ class Plan:
     rates: tuple[float, ...] = (6e-5, 2e-5, 2e-4)
     seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 64
-    processes: int = 8
+    processes: int = 12
     is_bf16: bool = True
     max_tokens: int = 512
     max_pairs: int | None = None
@@ -77,28 +81,72 @@ REHEARSAL = Plan(
     num_trained=1,
 )
 
-MakeLoss = Callable[[SentenceTransformer, Plan, int, int], nn.Module]
-"""Model, plan, rows of the cache, seed -> loss."""
+
+class Encoder:
+    """A model that counts the texts it encodes, and that may train under autocast to bfloat16.
+
+    As in transformers' trainer, autocast covers only the model, so that losses are computed in float32.
+
+    Attributes:
+        model: The model.
+        untrained: A frozen copy of the model as it was given.
+        num_texts: Texts that the model has encoded.
+    """
+
+    def __init__(self, model: SentenceTransformer, is_bf16: bool) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.num_texts = 0
+        self.untrained = copy.deepcopy(model).requires_grad_(False).eval()
+        self._is_bf16 = is_bf16
+        self._forward = model.forward
+        model.forward = self._counting_forward
+
+    def _counting_forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
+        self.num_texts += len(features["input_ids"])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16 and self.model.training):
+            result: dict[str, Any] = self._forward(features, **options)
+        result["sentence_embedding"] = result["sentence_embedding"].float()
+        return result
+
+    @torch.no_grad()
+    def embed(self, texts: Texts, rows: Tensor | None = None) -> Tensor:
+        """Embeddings `[n, dim]` of the texts `rows [n]`, or of all: float32, of unit length."""
+        self.model.eval()
+        rows = torch.arange(len(texts.lengths)) if rows is None else rows
+        order = texts.lengths[rows].argsort(descending=True)  # texts of similar length need little padding
+        chunks = [rows[order[part]] for part in _slices(len(rows), ENCODED_AT_ONCE)]
+        parts = [self.model(texts.features(chunk, self.device))["sentence_embedding"] for chunk in chunks]
+        return normalize(torch.cat(parts), dim=-1)[order.argsort().to(self.device)]
 
 
-def _in_batch(model: SentenceTransformer, plan: Plan, cache_size: int, seed: int) -> nn.Module:
-    return MultipleNegativesRankingLoss(model, scale=SCALE)
+MakeLoss = Callable[[Encoder, Plan, int, int], nn.Module]
+"""Encoder, plan, rows of the cache, seed -> loss."""
 
 
-def _gradient_cache(model: SentenceTransformer, plan: Plan, cache_size: int, seed: int) -> nn.Module:
-    return CachedMultipleNegativesRankingLoss(model, scale=SCALE, mini_batch_size=plan.batch)
+def _in_batch(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    return MultipleNegativesRankingLoss(encoder.model, scale=SCALE)
 
 
-def _paper(model: SentenceTransformer, plan: Plan, cache_size: int, seed: int) -> nn.Module:
-    return NegativeCacheRankingLoss(model, cache_size, SCALE, num_samples=1, in_batch=False, shared=False, seed=seed)
+def _gist(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    return GISTEmbedLoss(encoder.model, encoder.untrained, temperature=1 / SCALE)
 
 
-def _negative_cache(model: SentenceTransformer, plan: Plan, cache_size: int, seed: int) -> nn.Module:
-    return NegativeCacheRankingLoss(model, cache_size, SCALE, seed=seed)
+def _gradient_cache(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    return CachedMultipleNegativesRankingLoss(encoder.model, scale=SCALE, mini_batch_size=plan.batch)
 
 
-def _one_per_query(model: SentenceTransformer, plan: Plan, cache_size: int, seed: int) -> nn.Module:
-    return NegativeCacheRankingLoss(model, cache_size, SCALE, num_samples=1, seed=seed)
+def _paper(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    options: dict[str, Any] = {"num_samples": 1, "in_batch": False, "shared": False}
+    return NegativeCacheRankingLoss(encoder.model, cache_size, SCALE, **options, seed=seed)
+
+
+def _negative_cache(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    return NegativeCacheRankingLoss(encoder.model, cache_size, SCALE, seed=seed)
+
+
+def _one_per_query(encoder: Encoder, plan: Plan, cache_size: int, seed: int) -> nn.Module:
+    return NegativeCacheRankingLoss(encoder.model, cache_size, SCALE, num_samples=1, seed=seed)
 
 
 class Kind(NamedTuple):
@@ -108,28 +156,41 @@ class Kind(NamedTuple):
         make: Creates it.
         epochs: Multiple of the epochs of the other losses.
         batches: Batches of the plan per step.
-        has_mined: Whether the mined negative is a third column.
+        num_mined: Mined negatives per pair, each in a column of its own.
         passes: How often it encodes each text.
         cost: Work per pair in encodings with gradient, for estimates of time.
+        is_extra: Whether it runs after the other losses of all data sets.
     """
 
     make: MakeLoss
-    epochs: int = 1
+    epochs: float = 1
     batches: int = 1
-    has_mined: bool = False
+    num_mined: int = 0
     passes: int = 1
     cost: float = 2.0
+    is_extra: bool = False
 
 
+GRADIENT_CACHE = "gradient cache 16x"
 KINDS = {
     BASELINE: Kind(_in_batch),
     "negative cache": Kind(_negative_cache, cost=2.5),
-    "negative cache, 1 per query": Kind(_one_per_query, cost=3.5),
-    "in-batch + mined negative": Kind(_in_batch, has_mined=True, cost=3.0),
-    "in-batch, twice the epochs": Kind(_in_batch, epochs=2, cost=4.0),
-    "gradient cache 16x": Kind(_gradient_cache, batches=16, passes=2, cost=3.0),
-    "negative cache, paper": Kind(_paper, cost=3.5),
+    "in-batch, 1.25 times the epochs": Kind(_in_batch, epochs=1.25, cost=2.5),
+    "in-batch + mined negative": Kind(_in_batch, num_mined=1, cost=3.0),
+    "GIST, guided by the untrained model": Kind(_gist, cost=3.0),
+    "negative cache, 1 per query": Kind(_one_per_query, cost=3.5, is_extra=True),
+    "in-batch, twice the epochs": Kind(_in_batch, epochs=2, cost=4.0, is_extra=True),
+    "in-batch + 4 mined negatives": Kind(_in_batch, num_mined=NUM_MINED, cost=6.0, is_extra=True),
+    GRADIENT_CACHE: Kind(_gradient_cache, batches=16, passes=2, cost=3.0, is_extra=True),
+    "negative cache, paper": Kind(_paper, cost=3.5, is_extra=True),
 }
+
+
+def rates_of(data: str, loss: str, plan: Plan) -> tuple[float, ...]:
+    """The learning rates to sweep; a single one where an earlier sweep of four has chosen it."""
+    if data not in SWEPT:
+        return plan.rates
+    return (SWEPT[data][loss == GRADIENT_CACHE],)
 
 
 class Job(NamedTuple):
@@ -182,7 +243,7 @@ class Dataset(NamedTuple):
     """A data set in the form that runs use.
 
     Attributes:
-        pairs: int64 `[n, 3]`: rows of the query, its positive and its mined negative.
+        pairs: int64 `[n, 2 + NUM_MINED]`: rows of the query, its positive and its mined negatives.
         labels: int64 `[n, w]`: identities of the positive and the query's other positives, padded with -1.
     """
 
@@ -209,7 +270,7 @@ def epochs_of(name: str, plan: Plan) -> int:
 
 
 def make_dataset(data: RetrievalData, encoder: Encoder, plan: Plan) -> Dataset:
-    """Tokenize all texts, and mine a negative for each training pair with the untrained encoder."""
+    """Tokenize all texts, and mine negatives of each training pair with the untrained encoder."""
     data = _with_dev(data)
     if plan.max_pairs is not None:
         data = _cut(data, plan.max_pairs)
@@ -225,7 +286,7 @@ def make_dataset(data: RetrievalData, encoder: Encoder, plan: Plan) -> Dataset:
         name=data.name,
         queries=queries,
         documents=documents,
-        pairs=torch.cat([pairs, mined[:, None]], dim=1),
+        pairs=torch.cat([pairs, mined], dim=1),
         labels=labels,
         dev=dev,
         test=test,
@@ -297,7 +358,7 @@ def _pairs(
 
 
 def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, labels: Tensor) -> Tensor:
-    """A negative for each pair, drawn from ranks 10 to 50 of the documents that are not positives of its query.
+    """Negatives of each pair, drawn from ranks 10 to 50 of the documents that are not positives of its query.
 
     Args:
         queries: Embeddings `[q, dim]`.
@@ -307,7 +368,7 @@ def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, la
         labels: int64 `[n, w]`.
 
     Returns:
-        int64 `[n]`: rows of documents.
+        int64 `[n, NUM_MINED]`: rows of documents, different ones if there are as many.
 
     Raises:
         ValueError: All documents are positives of a query.
@@ -323,8 +384,10 @@ def mine(queries: Tensor, documents: Tensor, identity: Tensor, pairs: Tensor, la
         count = int(found.values.isfinite().sum(dim=1).min())
         if count == 0:
             raise ValueError("All documents are judged relevant to a query; expected others, too. Add documents.")
-        at = torch.randint(min(MINED_RANKS[0], count) - 1, count, (len(scores), 1), generator=generator)
-        mined.append(found.indices.cpu().gather(1, at).squeeze(1))
+        first = min(MINED_RANKS[0], count) - 1
+        order = torch.rand(len(scores), count - first, generator=generator).argsort(dim=1)
+        at = first + order[:, torch.arange(NUM_MINED) % (count - first)]
+        mined.append(found.indices.cpu().gather(1, at))
     return torch.cat(mined)
 
 
@@ -365,38 +428,6 @@ def make_batches(identities: Tensor, size: int, seed: int, epoch: int) -> list[T
     return batches
 
 
-class Encoder:
-    """A model that counts the texts it encodes, and that may train under autocast to bfloat16.
-
-    As in transformers' trainer, autocast covers only the model, so that losses are computed in float32.
-    """
-
-    def __init__(self, model: SentenceTransformer, is_bf16: bool) -> None:
-        self.model = model
-        self.device: torch.device = model.device
-        self.num_texts = 0
-        self._is_bf16 = is_bf16
-        self._forward = model.forward
-        model.forward = self._counting_forward
-
-    def _counting_forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
-        self.num_texts += len(features["input_ids"])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_bf16 and self.model.training):
-            result: dict[str, Any] = self._forward(features, **options)
-        result["sentence_embedding"] = result["sentence_embedding"].float()
-        return result
-
-    @torch.no_grad()
-    def embed(self, texts: Texts, rows: Tensor | None = None) -> Tensor:
-        """Embeddings `[n, dim]` of the texts `rows [n]`, or of all: float32, of unit length."""
-        self.model.eval()
-        rows = torch.arange(len(texts.lengths)) if rows is None else rows
-        order = texts.lengths[rows].argsort(descending=True)  # texts of similar length need little padding
-        chunks = [rows[order[part]] for part in _slices(len(rows), ENCODED_AT_ONCE)]
-        parts = [self.model(texts.features(chunk, self.device))["sentence_embedding"] for chunk in chunks]
-        return normalize(torch.cat(parts), dim=-1)[order.argsort().to(self.device)]
-
-
 def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
     """Train the encoder in place, and return the cost of the training."""
     kind, rate, seed = KINDS[job.loss], job.rate, job.seed
@@ -405,15 +436,18 @@ def train(encoder: Encoder, dataset: Dataset, job: Job, plan: Plan) -> Row:
     torch.manual_seed(seed)
     model, device = encoder.model.train(), encoder.device
     epochs = kind.epochs * epochs_of(dataset.name, plan)
-    batches = [rows for epoch in range(epochs) for rows in _batches(dataset, plan.batch, kind.batches, seed, epoch)]
-    loss_fn = kind.make(model, plan, dataset.cache_size, seed).to(device).train()
+    batches: list[Tensor] = []
+    for epoch in range(math.ceil(epochs)):
+        of_epoch = _batches(dataset, plan.batch, kind.batches, seed, epoch)
+        batches += of_epoch[: math.ceil(min(1.0, epochs - epoch) * len(of_epoch))]
+    loss_fn = kind.make(encoder, plan, dataset.cache_size, seed).to(device).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, len(batches)))
     encoder.num_texts = 0
     began = time.monotonic()
     for rows in batches:
-        loss = loss_fn(_columns(dataset, rows, kind.has_mined, device), to_device(dataset.labels[rows], device))
+        loss = loss_fn(_columns(dataset, rows, kind.num_mined, device), to_device(dataset.labels[rows], device))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
@@ -440,10 +474,10 @@ def _batches(dataset: Dataset, size: int, factor: int, seed: int, epoch: int) ->
     return make_batches(torch.cat([queries, documents], dim=1)[:, :columns], factor * size, seed, epoch)
 
 
-def _columns(dataset: Dataset, rows: Tensor, has_mined: bool, device: torch.device) -> list[dict[str, Tensor]]:
+def _columns(dataset: Dataset, rows: Tensor, num_mined: int, device: torch.device) -> list[dict[str, Tensor]]:
     """Model inputs of the queries, positives and, if asked, mined negatives of the pairs `rows [m]`."""
     query, *documents = dataset.pairs[rows].T
-    texts = [dataset.documents.features(at, device) for at in documents[: 2 if has_mined else 1]]
+    texts = [dataset.documents.features(at, device) for at in documents[: 1 + num_mined]]
     return [dataset.queries.features(query, device), *texts]
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from benchmarks.gpu.finetuning import (
     Plan,
     evaluate,
     make_dataset,
+    rates_of,
     train,
 )
 from benchmarks.gpu.machine import DATA, MODEL
@@ -126,9 +128,9 @@ class _Schedule:
     def waiting(self) -> list[Job]:
         """Jobs that may start now, in order of importance."""
         jobs = [Job(name, UNTRAINED) for name in self._names]
-        jobs += [
-            job for name in self._names[: self._plan.num_trained] if name in self._work for job in self._runs(name)
-        ]
+        trained = [name for name in self._names[: self._plan.num_trained] if name in self._work]
+        runs = [job for name in trained for job in self._runs(name)]
+        jobs += sorted(runs, key=lambda job: KINDS[job.loss].is_extra)
         return [job for job in jobs if job not in self.started]
 
     def estimate(self, job: Job) -> float:
@@ -160,12 +162,13 @@ class _Schedule:
 
     def _runs(self, data: str) -> Iterator[Job]:
         first, *others = self._plan.seeds
-        sweep = {loss: [Job(data, loss, rate, first, True) for rate in self._plan.rates] for loss in KINDS}
-        for at in range(len(self._plan.rates)):
-            yield from (jobs[at] for jobs in sweep.values())
+        rates = {loss: rates_of(data, loss, self._plan) for loss in KINDS}
+        sweep = {loss: [Job(data, loss, rate, first, True) for rate in rates[loss]] for loss in KINDS}
+        for of_loss in zip_longest(*sweep.values()):
+            yield from (job for job in of_loss if job is not None)
         for loss, jobs in sweep.items():
             if len(jobs) > 1 and self._ended.issuperset(jobs):
-                best = chosen_rate([row for row in self._results.rows if row["rate"] in self._plan.rates], data, loss)
+                best = chosen_rate([row for row in self._results.rows if row["rate"] in rates[loss]], data, loss)
                 beyond = [Job(data, loss, BEYOND[best], first, True)] if best in BEYOND else []
                 yield from beyond
                 jobs += beyond
@@ -294,11 +297,10 @@ class _Worker:
         self._prepared, self._folder, self._plan = prepared, work, plan
         model = SentenceTransformer(str(prepared / MODEL), device=str(device)).float()
         self._encoder = Encoder(model, plan.is_bf16)
-        self._untrained = {name: value.clone() for name, value in model.state_dict().items()}
         self._dataset: Dataset | None = None
 
     def run(self, job: Job) -> Outcome:
-        self._encoder.model.load_state_dict(self._untrained)
+        self._encoder.model.load_state_dict(self._encoder.untrained.state_dict())
         path = self._folder / f"{job.data}.pt"
         if job.loss == UNTRAINED:
             dataset = make_dataset(load_data(str(self._prepared / DATA / job.data)), self._encoder, self._plan)

@@ -15,8 +15,10 @@ from benchmarks.gpu import finetuning, quality
 from benchmarks.gpu import prepare as preparing
 from benchmarks.gpu.finetuning import (
     BASELINE,
+    GRADIENT_CACHE,
     KINDS,
     METRICS,
+    NUM_MINED,
     UNTRAINED,
     Encoder,
     Job,
@@ -27,6 +29,7 @@ from benchmarks.gpu.finetuning import (
     mine,
     ranks_of,
     rate_factor,
+    rates_of,
 )
 from benchmarks.gpu.prepare import prepare
 from benchmarks.gpu.quality import RANKS_FILE, run
@@ -129,7 +132,7 @@ def test_a_rehearsal_runs_every_loss_and_seed(prepared: Path, tmp_path: Path):
     assert not [row for row in rows if "error" in row], rows
     assert (rows[0]["loss"], rows[0]["rate"], rows[0]["steps"]) == (UNTRAINED, None, 0)
     assert [(row["loss"], row["seed"], row["is_sweep"]) for row in rows[1:]] == [
-        (loss, seed, seed == 0) for seed in (0, 1) for loss in KINDS
+        (loss, seed, seed == 0) for loss, seed in in_order([0, 1])
     ]
     for row in rows:
         assert row["runs_at_once"] == 1
@@ -138,16 +141,21 @@ def test_a_rehearsal_runs_every_loss_and_seed(prepared: Path, tmp_path: Path):
     check_ranks(rows, tmp_path)
 
 
+def in_order(seeds: list[int]) -> list[tuple[str, int]]:
+    """Losses and seeds in the order of their runs, where one runs at a time."""
+    losses = [[loss for loss, kind in KINDS.items() if kind.is_extra == is_extra] for is_extra in (False, True)]
+    return [(loss, seed) for group in losses for seed in seeds for loss in group]
+
+
 def check_documents_encoded(rows: list[dict[str, Any]]) -> None:
     num_pairs, batch = quality.REHEARSAL.max_pairs, quality.REHEARSAL.batch
     for row in rows:
         loss, seen, encoded = row["loss"], row["pairs_seen"], row["documents_encoded"]
-        assert row["epochs"] == 1 + (loss == "in-batch, twice the epochs")
-        assert num_pairs * row["epochs"] - 4 <= seen <= num_pairs * row["epochs"]  # a few pairs may find no batch
-        if loss in (BASELINE, "in-batch, twice the epochs"):
-            assert encoded == seen
-        elif loss in ("in-batch + mined negative", "gradient cache 16x"):
-            assert encoded == 2 * seen
+        assert row["epochs"] == KINDS[loss].epochs
+        num_batches = math.ceil(num_pairs / batch * row["epochs"])
+        assert batch * num_batches - 4 <= seen <= batch * num_batches  # a few pairs may find no batch
+        if loss.startswith((BASELINE, "GIST", "gradient cache")):
+            assert encoded == (KINDS[loss].num_mined + KINDS[loss].passes) * seen
         elif loss == "negative cache, paper":
             assert 0 < 2 * seen - encoded <= batch  # the cache is empty at first
         elif loss == "negative cache":
@@ -179,14 +187,14 @@ def test_nothing_starts_after_the_deadline(prepared: Path, tmp_path: Path, secon
 
 
 def test_what_cannot_end_in_time_is_not_started(tmp_path: Path):
-    schedule = quality._Schedule(Results(tmp_path / "quality.json"), ["nl2bash", "squad"], Plan())
-    untrained = [Job("nl2bash", UNTRAINED), Job("squad", UNTRAINED)]
+    schedule = quality._Schedule(Results(tmp_path / "quality.json"), ["data", "squad"], Plan())
+    untrained = [Job("data", UNTRAINED), Job("squad", UNTRAINED)]
     assert schedule.waiting() == untrained
     schedule.started.update(untrained)
     for job, work in zip(untrained, (1000.0, 3000.0), strict=True):
         schedule.record(job, quality.Outcome(metrics(0.1), [], work), 1.0, 1)
     first = schedule.waiting()[0]
-    assert (first.data, first.loss, first.rate, first.seed) == ("nl2bash", BASELINE, 6e-5, 0)
+    assert (first.data, first.loss, first.rate, first.seed) == ("data", BASELINE, 6e-5, 0)
     assert schedule.estimate(first) == 0  # nothing is known yet
     schedule.record(first, quality.Outcome(metrics(0.2), []), 8.0, 1)
     assert schedule.estimate(first) == 8
@@ -283,9 +291,19 @@ def test_mined_negatives_are_hard_and_no_positives():
     identity[1] = 0  # an equal text
     pairs = torch.tensor([[0, 0]] * 400)
     labels = torch.tensor([[0, 7]] * 400)
-    mined = set(mine(documents[:1], documents, identity, pairs, labels).tolist())
+    mined = mine(documents[:1], documents, identity, pairs, labels)
     order = [at for at in (documents @ documents[0]).argsort(descending=True).tolist() if at not in (0, 1, 7)]
-    assert mined == set(order[9:50])
+    for column in mined.T:
+        assert set(column.tolist()) == set(order[9:50])
+    assert all(len(set(row)) == NUM_MINED for row in mined.tolist())
+    few = mine(documents[:1], documents[:5], identity[:5], pairs, labels)
+    assert set(few.flatten().tolist()) <= {2, 3, 4}
+
+
+def test_rates_are_swept_where_none_was_chosen():
+    plan = Plan(rates=(1e-5, 1e-4))
+    assert [rates_of("nl2bash", loss, plan) for loss in (BASELINE, GRADIENT_CACHE)] == [(2e-4,), (6e-4,)]
+    assert rates_of("other", GRADIENT_CACHE, plan) == (1e-5, 1e-4)
 
 
 def test_no_value_occurs_twice_in_a_batch():
