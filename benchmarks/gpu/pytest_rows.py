@@ -17,11 +17,22 @@ _results = None if "PYTEST_XDIST_WORKER" in os.environ else Results(Path(os.envi
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Called with the outcome of each part of a test."""
-    if _results is None or (report.when != "call" and report.passed):
+    if report.when == "call" or not report.passed:
+        _add(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Called for each file whose tests were collected."""
+    if report.failed:
+        _add(report)
+
+
+def _add(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if _results is None:
         return
     _results.add(
         test=report.nodeid.removeprefix("tests/"),
         outcome=report.outcome,
-        seconds=round(report.duration, 2),
+        seconds=round(getattr(report, "duration", 0.0), 2),
         message="" if report.passed else report.longreprtext[-LONGEST_MESSAGE:].strip(),
     )

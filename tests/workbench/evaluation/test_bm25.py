@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +83,22 @@ def test_chinese_and_japanese_are_searched_by_character():
     assert list(run["q"]) == ["a"]
     assert list(run["r"]) == ["b"]
     assert list(run["s"]) == ["c"]
+
+
+@pytest.mark.parametrize("first", ["", "import jax.lax; ", "from bm25s import selection; "])
+def test_jax_is_left_alone(tmp_path: Path, first: str):
+    """bm25s starts JAX, which takes most of the memory of a GPU."""
+    lax = tmp_path / "jax" / "lax.py"
+    lax.parent.mkdir()
+    (lax.parent / "__init__.py").write_text("")
+    lax.write_text("def top_k(*_):\n    print('JAX has started')\n")
+    use = "import negative_cache.workbench.evaluation.bm25; import jax.lax; print(jax.lax.__name__)"
+    ran = subprocess.run(
+        [sys.executable, "-c", first + use],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    started = ["JAX has started"] if "bm25s" in first else []  # without us: the test can fail
+    assert ran.stdout.split("\n") == [*started, "jax.lax", ""]

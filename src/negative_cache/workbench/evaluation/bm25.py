@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-import bm25s
+import contextlib
+import sys
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
-from bm25s.tokenization import Tokenizer
 
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation.measures import Run
+
+
+@contextlib.contextmanager
+def _without_jax() -> Iterator[None]:
+    """Hide JAX: bm25s starts it where it is installed, and it then takes three quarters of the memory of a GPU."""
+    before = sys.modules.get("jax")
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["jax"]
+        if before is not None:
+            sys.modules["jax"] = before
+
+
+with _without_jax():
+    import bm25s
+    from bm25s.tokenization import Tokenizer
 
 # A word is a run of letters, digits and underscores. An ideograph or a Hiragana character is a word of its own, because
 # Chinese and Japanese are written without spaces.
