@@ -140,13 +140,17 @@ def test_draws_from_many_rows_follow_the_softmax(dtype: torch.dtype):
 
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
-    """Against the dense loss in float64; a wrong temperature is rejected."""
+    """Against the dense loss in float64; a wrong temperature is rejected.
+
+    A query draws each document in at least a seventh of the passes. With rare draws, of which some seeds have too few,
+    the mean of the gradients has no t-distribution.
+    """
     rng = torch.Generator().manual_seed(3)
-    dim, documents, passes = 4, torch.tensor([0, 12, 13]), 200
+    dim, documents, passes = 4, torch.tensor([0, 12, 13]), 400
     queries, table = torch.randn(3, dim, generator=rng), 0.8 * torch.randn(14, dim, generator=rng)
     stale = table[:12] + 0.4 * torch.randn(12, dim, generator=rng)
     nothing = torch.empty(0, dtype=torch.int64)
-    scale = torch.tensor(2.0).double()
+    scale = torch.tensor(0.5).double()
     problem = Problem(
         queries=queries.double(),
         table=table.double(),
@@ -163,7 +167,7 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
         return outputs[-1][1]
 
     specs = {"row": FixedLenFeature([], torch.int64)}
-    loss_fn = NegativeCacheLoss(encode, 20, 2.0, num_samples=1, shared=is_shared, specs=specs, seed=0)
+    loss_fn = NegativeCacheLoss(encode, 20, float(scale), num_samples=1, shared=is_shared, specs=specs, seed=0)
     rows = torch.arange(12, device=DEVICE)
     loss_fn(stale.to(DEVICE), stale.to(DEVICE), {"row": rows}, rows)
     cache, gradients = loss_fn.cache, []
@@ -180,8 +184,8 @@ def test_the_loss_is_exact_and_its_gradient_unbiased(is_shared: bool):
         gradients.append(torch.cat([*(leaf.grad.flatten() for leaf in leaves), of_table.flatten()]))
         torch.testing.assert_close(loss.detach().double().cpu(), truth.value, rtol=1e-5, atol=1e-5)
     found = torch.stack(gradients).double().cpu()
-    # Constant components (the batch's own documents) are equal but for rounding: scores up to 7 in three TF32 products
-    # have errors up to 6e-7. Noise of 1e-5, whose mean over the passes varies by 7e-7, covers it.
+    # Constant components (the batch's own documents) are equal but for rounding: scores up to 2 in three TF32 products
+    # have errors up to 2e-7. Noise of 1e-5, whose mean over the passes varies by 5e-7, covers it.
     assert mean_gradient(found + 1e-5 * torch.randn(found.shape, generator=rng), truth.gradient[:-1]) > ALPHA
     wrong = exact(problem._replace(scale=1.1 * scale)).gradient[:-1]
     assert mean_gradient(found + 1e-5 * torch.randn(found.shape, generator=rng), wrong) < ALPHA

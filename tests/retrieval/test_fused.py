@@ -123,7 +123,9 @@ def test_copied_tiles_give_the_same_numbers(dtype: torch.dtype):
         loaded = retrieve_fused(search, tiling=loading)
         copied = retrieve_fused(search, tiling=loading._replace(is_copied=True))
         for a, b in zip(loaded, copied, strict=True):
-            assert torch.equal(a, b) if a is not None else b is None
+            assert (a is None) == (b is None)
+            if a is not None:  # the interpreter's product may add up in another order: some units in the last place
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -287,7 +289,7 @@ def test_other_devices_are_named(monkeypatch: pytest.MonkeyPatch):
     search = Search(torch.ones(2, 4), pool_of(torch.ones(6, 4)))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "not an NVIDIA GPU" in fused.reason_against(search)
-    monkeypatch.setattr(fused, "_has_triton", lambda: False)
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
     assert "not installed" in fused.reason_against(search)
 
 

@@ -87,8 +87,8 @@ def test_the_reason_against_the_fused_kernel_is_named(monkeypatch: pytest.Monkey
     unsupported = "the fused kernel supports no margins, guide or log_q."
     assert explain(search._replace(ceilings=Ceilings(torch.ones(2)))) == tiled + unsupported
     assert explain(search._replace(pool=pool._replace(biases=torch.ones(4)))) == tiled + unsupported
-    monkeypatch.setattr(launch, "_has_triton", lambda: False)
+    monkeypatch.setattr(launch, "HAS_TRITON", False)
     assert explain(search) == tiled + "Triton is not installed."
-    monkeypatch.setattr(launch, "_has_triton", lambda: True)
+    monkeypatch.setattr(launch, "HAS_TRITON", True)
     many = "it draws at most 16 samples per query, whose state is in registers."
     assert explain(search._replace(num_samples=17, score_transform=Scale(2.0))) == tiled + many

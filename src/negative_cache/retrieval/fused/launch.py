@@ -29,6 +29,7 @@ MAX_HIDDEN = 16  # excluded rows per query that are held in registers; more of t
 MAX_SAMPLES = 16  # per query; the state of more samples does not fit the registers, and the tiled pass runs
 PICKED_ELEMENTS = 8192  # elements of rows that the kernels after the scan hold at once
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # not in a function: torch.compile cannot trace the call
 
 
 class _Segments(NamedTuple):
@@ -84,16 +85,11 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def reason_against(search: Search) -> str | None:
     """Why `retrieve_fused` cannot run a search, or should not because of its many samples; None if it can."""
     queries, rows, scales = search.queries, search.pool.embeddings, search.pool.scales
     device = queries.device
-    if not _has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed"
     if search.ceilings is not None or search.pool.biases is not None:
         return "the fused kernel supports no margins, guide or log_q"

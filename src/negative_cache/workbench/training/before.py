@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, evaluate, parse_measures
 from negative_cache.workbench.files import digest_of, fingerprint_of_folder, kept_file, write_text
 from negative_cache.workbench.training import samples
+from negative_cache.workbench.training.record import versions_of
 
 MAX_KEPT = 100  # files, those that were used last
 SPLIT = "test"
 
-_PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "tokenizers", "ir-measures")
+_PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "ir-measures")
 _FORMAT = 2  # to be raised when an evaluation has other results or other contents
 
 logger = logging.getLogger("negative_cache")
@@ -66,7 +66,7 @@ def _parts(model: SentenceTransformer, folder: Path, data: RetrievalData) -> lis
     kind = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
     return [
         _FORMAT,
-        {name: version(name) for name in _PACKAGES},
+        versions_of(_PACKAGES),
         (device.type, kind, torch.get_num_threads()),
         list(parse_measures(DEFAULT_MEASURES)),
         fingerprint_of_folder(folder),

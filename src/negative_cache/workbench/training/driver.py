@@ -7,7 +7,6 @@ import logging
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from negative_cache.workbench.training.losses import load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
-from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
+from negative_cache.workbench.training.record import RECORD, RunRecord, read_json, versions_of
 from negative_cache.workbench.training.trainer import (
     OnStep,
     RunTrainer,
@@ -54,7 +53,7 @@ from negative_cache.workbench.training.trainer import (
 
 _INITIAL, _BEFORE, _CURVE, _BEST = "initial", "before.json", "curve", "best"  # in the folder of an unfinished run
 DOCUMENTS_AT_ONCE = 4096  # when a cache is filled, between two reports of progress
-_PACKAGES = ("negative-cache", "torch", "sentence-transformers", "transformers", "datasets")
+_PACKAGES = ("torch", "sentence-transformers", "transformers", "datasets")
 
 logger = logging.getLogger("negative_cache")
 
@@ -343,7 +342,7 @@ class _Run:
             points = [*Curve(trainer, self.folder / _CURVE).measure(self.data, end), last]
         RunRecord(
             configuration=_configuration(self.config),
-            versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            versions={"python": platform.python_version(), **versions_of(_PACKAGES)},
             device=str(trainer.model.device),
             threads=torch.get_num_threads(),
             ranks=processes.count(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from negative_cache.version import __version__
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.training.config import RunError
 
@@ -19,6 +22,11 @@ Metrics = dict[str, Any]
 def measures_of(metrics: Metrics) -> list[str]:
     """The names of the measures in metrics."""
     return [name for name in metrics if name not in ("num_queries", "num_documents")]
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of this package, which need not be installed, and of others."""
+    return {"negative-cache": __version__, **{name: version(name) for name in packages}}
 
 
 @dataclass(frozen=True, kw_only=True)
