@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.gpu import markdown
 from benchmarks.gpu.results import Row, load
 
+OURS = "negative cache"
 MARKED = re.compile(r"(<!-- gpu: (\S+) -->\n).*?(<!-- /gpu -->)", re.DOTALL)
 
 
@@ -44,7 +45,7 @@ def update(path: Path, docs: Path) -> list[Path]:
     passes, quality = (found["stages"].get(stage, {}).get("rows", []) for stage in ("passes", "quality"))
     if changed and passes:
         changed.append(_draw(passes, docs / "images" / "gpu-pass.png"))
-    of_data = _best_measured(_summary(quality, path.parent)) if changed and quality else []
+    of_data = _measured_often(_summary(quality, path.parent)) if changed and quality else []
     if of_data:
         changed.append(draw_quality(of_data, docs / "images" / "gpu-quality.png"))
     return changed
@@ -75,40 +76,55 @@ def _draw(rows: list[Row], path: Path) -> Path:
 
 
 def draw_quality(lines: list[Row], path: Path) -> Path:
-    """Draw a line per loss: its MRR@10, with the deviation over seeds where there is one, and what it encoded."""
+    """Draw a panel per data set, and in it each loss in the order of the documents that it encodes.
+
+    Bars are the deviations over seeds. The untrained model, far below the others, is named in the title.
+    """
     from matplotlib.figure import Figure
 
-    from benchmarks.report import COLOURS, save_figure, style
+    from benchmarks.report import save_figure
 
-    lines = sorted(lines, key=lambda line: markdown.number(line["test_MRR@10"]))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for at, line in enumerate(lines):
-        value, deviation = markdown.number(line["test_MRR@10"]), line["test_MRR@10_std"]
-        error = None if deviation is None else markdown.number(deviation)
-        is_ours = str(line["loss"]).startswith("negative cache")
-        colour = COLOURS[1] if is_ours else COLOURS[0]
-        axes.errorbar(value, at, xerr=error, color=colour, marker="s" if is_ours else "o", markersize=9, capsize=4)
-        axes.annotate(f"{value:.3f}", (value, at), (0, 9), textcoords="offset points", ha="center", color=colour)
-    style(axes, f"all-MiniLM-L6-v2, fine-tuned on {lines[0]['data']}", "MRR@10 on the test split", "")
-    axes.set_yticks(range(len(lines)), [_label(line) for line in lines])
-    axes.set_ylim(-0.5, len(lines) - 0.2)
+    panels: dict[str, list[Row]] = {}
+    for line in sorted(lines, key=lambda line: markdown.number(line["documents_encoded"])):
+        panels.setdefault(str(line["data"]), []).append(line)
+    most = max(len(panel) for panel in panels.values())
+    figure = Figure(figsize=(4.5 * len(panels) + 2.5, 0.5 * most + 1), layout="constrained")
+    for axes, (data, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_panel(axes, data, panel)
+    figure.suptitle("all-MiniLM-L6-v2, fine-tuned with each loss")
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_figure(figure, path)
 
 
-def _label(line: Row) -> str:
-    count = int(markdown.number(line["documents_encoded"]))
-    return f"{line['loss']}\n{count:,} documents encoded" if count else "not fine-tuned"
+def _draw_panel(axes: Any, data: str, lines: list[Row]) -> None:
+    from benchmarks.report import COLOURS, style
+
+    trained = [line for line in lines if line["documents_encoded"]]
+    for at, line in enumerate(trained):
+        value, deviation = markdown.number(line["test_MRR@10"]), line["test_MRR@10_std"]
+        error = None if deviation is None else markdown.number(deviation)
+        is_ours = str(line["loss"]).startswith(OURS)
+        colour = COLOURS[1] if is_ours else COLOURS[0]
+        axes.errorbar(value, at, xerr=error, color=colour, marker="s" if is_ours else "o", markersize=8, capsize=4)
+        axes.annotate(f"{value:.3f}", (value, at), (0, 7), textcoords="offset points", ha="center", color=colour)
+    before = [f"{line['test_MRR@10']:.3f}" for line in lines if not line["documents_encoded"]]
+    title = f"{data} (not fine-tuned: {before[0]})" if before else data
+    style(axes, title, "MRR@10 on the test split", "")
+    least = min((markdown.number(line["documents_encoded"]) for line in trained), default=1.0)
+    axes.set_yticks(range(len(trained)), [_label(line, least) for line in trained], fontsize="small")
+    axes.set_ylim(-0.5, len(trained) - 0.2)
 
 
-def _best_measured(lines: list[Row]) -> list[Row]:
-    """The lines of the data set with the most seeds; none if no loss has a deviation."""
-    measured = [line for line in lines if line["test_MRR@10_std"] is not None]
-    if not measured:
-        return []
-    data = max(measured, key=lambda line: markdown.number(line["seeds"]))["data"]
-    return [line for line in lines if line["data"] == data]
+def _label(line: Row, least: float) -> str:
+    """The loss, and how many times the documents of the loss that encodes fewest it encodes."""
+    loss = f"{OURS} (default)" if line["loss"] == OURS else line["loss"]
+    return f"{loss}\n{markdown.number(line['documents_encoded']) / least:.1f} times the documents"
+
+
+def _measured_often(lines: list[Row]) -> list[Row]:
+    """The lines of the data sets where a loss has a deviation."""
+    data = {line["data"] for line in lines if line["test_MRR@10_std"] is not None}
+    return [line for line in lines if line["data"] in data]
 
 
 def _replaced(page: Path, found: dict[str, Any], folder: Path, mark: re.Match[str]) -> str:

@@ -174,9 +174,8 @@ def test_quality_is_drawn_for_the_data_set_with_the_most_seeds(tmp_path: Path):
 
     few = [line("medquad", "in-batch", 100, 0.8, None, 1)]
     many = [line("nl2bash", "untrained", 0, 0.5, None, 1), line("nl2bash", "negative cache", 200, 0.7, 0.01, 3)]
-    assert docs._best_measured(few) == []
-    assert docs._best_measured([*few, *many]) == many
+    assert docs._measured_often(few) == []
+    assert docs._measured_often([*few, *many]) == many
     drawn = docs.draw_quality(many, tmp_path / "images" / "gpu-quality.png")
     assert drawn.read_bytes().startswith(b"\x89PNG")
-    assert docs._label(many[0]) == "not fine-tuned"
-    assert docs._label(many[1]) == "negative cache\n200 documents encoded"
+    assert docs._label(many[1], 160.0) == "negative cache (default)\n1.2 times the documents"
