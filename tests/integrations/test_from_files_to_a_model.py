@@ -55,3 +55,17 @@ def test_options_and_errors_are_public(folder: Path):
     assert load_data(str(folder), DataOptions(max_train_pairs=5)).training_set().num_rows <= 5
     with pytest.raises(DataError, match="is not a file, not a folder"):
         load_data(str(folder / "nothing"))
+
+
+def test_errors_name_the_fields_of_the_options(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("page,day,answer\na,2024-05-01,b\n")
+    for options, message in (
+        (DataOptions(encoding="no-such"), "--encoding: there is no .* In Python: DataOptions\\(encoding=\\.\\.\\.\\)"),
+        (None, "--query-column .* In Python: DataOptions\\(query_column=\\.\\.\\.\\)"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_data(str(path), options)
+    with pytest.raises(DataError) as raised:
+        load_data(str(tmp_path / "nothing"))
+    assert "In Python" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""What the user may have meant by a name that does not exist."""
+"""What to suggest to the user: names that may have been meant, and a command for documents without queries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+DOCUMENTS_ALONE = (
+    "Documents without queries can be searched without training: negative-cache search 'your query' --model MODEL "
+    "--corpus PATH, where PATH is a .txt file with a document per line, a table with a column of texts, or a folder of "
+    ".txt and .md files, each a document."
+)
 
 
 def similar(given: str, names: Iterable[str]) -> str | None:

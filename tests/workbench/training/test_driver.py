@@ -78,7 +78,7 @@ def test_identical_ids_are_ignored_and_what_is_not_used_is_said_and_recorded(bei
     trained = invoke("train", *given, "--output", output, "--cache-size", 64)
     assert trained.exit_code == 0, trained.output
     notes = [
-        f"{beir / 'corpus.jsonl'}: keys that are not used: 'url'.",
+        f"{beir / 'corpus.jsonl'}: columns that are not used: 'url'.",
         "set: skipped judgements of documents that are not in the corpus: 1 (first: "
         f"{beir / 'qrels' / 'test.tsv'}, line 12).",
         "set: for 80 of 80 queries, the document with the same id is ignored.",

@@ -53,7 +53,7 @@ _DATA_OPTIONS: dict[str, Any] = {
     "corpus": Annotated[
         str | None,
         typer.Option(
-            help="Documents that rows refer to by id, or that are searched: .txt (one per line), .csv, .jsonl ..."
+            help="Documents that rows refer to by id, or that are searched: .txt (one per line), .csv ..., or a folder."
         ),
     ],
     "dev": Annotated[str | None, typer.Option(help="File or dataset of the dev split.")],

@@ -84,7 +84,9 @@ def _corpus(terminal: Terminal, data: str | None, options: DataOptions) -> tuple
         loaded = terminal.load_data(data, options)
         return loaded.corpus, bool(loaded.qrels)
     if options.corpus is None:
-        raise ValueError("Give the documents to search in: --corpus FILE (.txt, .csv, .jsonl ...), or --data.")
+        raise ValueError(
+            "Give the documents to search in: --corpus FILE (.txt, .csv, .jsonl ...) or FOLDER, or --data."
+        )
     for name in ("query_column", "negative_column", "label_column"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect without --data. Leave it out.")

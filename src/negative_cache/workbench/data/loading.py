@@ -28,20 +28,7 @@ _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "la
 
 
 def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
-    """Load a retrieval dataset.
-
-    Args:
-        source: `python-code`; a folder in the layout of BEIR, MS MARCO or the hub, with files of rows for each split,
-            or saved by the datasets library; a file of rows; or `hf:NAME` or `hf:NAME:CONFIGURATION`, which the
-            datasets library loads.
-        options: How to read it; None for the defaults.
-
-    Returns:
-        The dataset. Its `notes` say how it was read, what was skipped and what is not used.
-
-    Raises:
-        DataError: The data cannot be used; the message names the file and the line.
-    """
+    """As `negative_cache.data.load_data`, with messages for the command line alone."""
     options = options or DataOptions()
     for name in ("max_train_pairs", "eval_documents"):
         if (number := getattr(options, name)) is not None and number < 1:

@@ -308,6 +308,45 @@ def test_rows_without_a_text_are_skipped_and_counted(tmp_path: Path):
     }
 
 
+MARKED = "query,positive,label,more\nq,NaN,1,NaN\nnull,a,1,NaN\nr,b,NULL,NaN\nnan or none,NaN is no number,1,NaN\n"
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_markers_of_missing_values_in_a_table_are_skipped_as_empty_cells_are(tmp_path: Path, delimiter: str):
+    reader = reader_of(tmp_path / ("a.csv" if delimiter == "," else "a.tsv"), MARKED.replace(",", delimiter))
+    assert [texts(row) for row in reader] == [("nan or none", ["NaN is no number"], [])]
+    assert reader.skipped == {
+        "rows without a relevant document (the cell is 'NaN')": 1,
+        "rows with an empty query (the cell is 'null')": 1,
+        "rows without a label (the cell is 'NULL')": 1,
+    }
+    with pytest.raises(DataError, match=r"line 2: 'positive' is empty \(the cell is 'NaN'\); expected a text"):
+        list(reader_of(tmp_path / "b.csv", MARKED, strict=True))
+
+
+def test_markers_of_missing_values_in_json_are_texts(tmp_path: Path):
+    (row,) = reader_of(tmp_path / "a.jsonl", [{"query": "what is falsy", "positive": "None"}])
+    assert texts(row) == ("what is falsy", ["None"], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text\na text of three words\n", "line 2: only one column may have texts; the columns are 'text'"),
+        ("a.csv", "document,label\nsome text,1\n", "line 2: only one column may have texts"),
+        ("a.csv", "id,question\n1,who\n", "line 2: only one column may have texts"),
+        ("a.csv", "a text of 3 words\nanother text\n", "line 1: expected a list of a query"),
+        ("a.txt", "a text of three words\nanother text\n", "line 1: there is no tab"),
+        ("a.md", "a text\n", "unknown file type"),
+    ],
+)
+def test_a_file_of_documents_alone_is_refused_with_the_command_to_search_in_it(
+    tmp_path: Path, name: str, content: str, message: str
+):
+    with pytest.raises(DataError, match=message + ".* Documents without queries can be searched .*: negative-cache se"):
+        reader_of(tmp_path / name, content)
+
+
 @pytest.mark.parametrize("row", [*MISSING, {"query": "q", "positive": "a", "negative": ""}])
 def test_a_missing_text_is_an_error_with_its_place_in_strict_reading(tmp_path: Path, row: dict[str, Any]):
     first = {"query": "q", "positive": "a", "negative": "c"}

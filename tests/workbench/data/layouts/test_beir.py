@@ -104,7 +104,7 @@ def test_files_and_keys_that_are_not_read_are_named(tmp_path: Path):
     folder = write(tmp_path, "100\t3\t1\n", documents=[*DOCUMENTS, {"id": 9, "text": "a", "url": "b", "metadata": {}}])
     (tmp_path / "qrels" / "run.sh").write_text("")
     qrels, corpus = load_data(folder).notes
-    assert corpus.endswith("corpus.jsonl: keys that are not used: 'url'.")
+    assert corpus.endswith("corpus.jsonl: columns that are not used: 'url'.")
     assert qrels.endswith("files that are not read: 'qrels/run.sh'.")
 
 

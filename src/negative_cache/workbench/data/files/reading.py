@@ -16,8 +16,9 @@ from negative_cache.workbench.data.files.opening import (
     read_errors,
     uncompressed_name,
 )
-from negative_cache.workbench.data.files.tables import table_rows
+from negative_cache.workbench.data.files.tables import MissingCell, table_rows
 from negative_cache.workbench.data.retrieval_data import DataError
+from negative_cache.workbench.suggestions import DOCUMENTS_ALONE
 
 RawRows = Iterator[tuple[str, Any]]
 """Pairs of a place such as "FILE, line 3", for messages, and the row: a dict of its columns, or a list."""
@@ -57,7 +58,7 @@ def file_rows(
         return _parquet_rows(path)
     if kind == "arrow":
         return _arrow_rows(path)
-    raise DataError(f"{path}: unknown file type; expected {ROW_FILES}.")
+    raise DataError(f"{path}: unknown file type; expected {ROW_FILES}. {DOCUMENTS_ALONE}")
 
 
 def text_in(row: dict[str, Any], key: str, place: str) -> str:
@@ -75,11 +76,15 @@ def checked_text(text: object, key: str, place: str) -> str:
     """A value that is a text.
 
     Raises:
-        DataError: It is null, blank, not a text, or not valid Unicode.
+        DataError: It is null, a missing value, blank, not a text, or not valid Unicode.
     """
     if not isinstance(text, str):
         found = "null" if text is None else f"of type {type(text).__name__}"
         raise DataError(f"{place}: {key!r} is {found}; expected a text.")
+    if isinstance(text, MissingCell):
+        raise DataError(
+            f"{place}: {key!r} is {str(text)!r}, a missing value; expected a text. Remove the row, or fill it in."
+        )
     if not text.strip():
         raise DataError(f"{place}: {key!r} is empty; expected a text. Remove the row, or fill it in.")
     if not text.isascii():

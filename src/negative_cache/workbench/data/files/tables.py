@@ -1,4 +1,4 @@
-"""Rows of .csv, .tsv and .txt files: the delimiter, the heading, and quotes."""
+"""Rows of .csv, .tsv and .txt files: the delimiter, the heading, quotes, and missing values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.opening import encoding_of, open_text, read_errors
 from negative_cache.workbench.data.retrieval_data import DataError
+from negative_cache.workbench.suggestions import DOCUMENTS_ALONE
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE, _SAMPLE_ROWS = 1 << 16, 20
@@ -18,6 +19,13 @@ _ADVICE = {
     True: "Write a value that has a {}, a quote or a line break in quotes, and each quote inside it twice.",
     False: "Quotes are plain characters in .tsv; use .csv or .jsonl for values with tabs or line breaks.",
 }
+_MARKERS = {  # of missing values, as pandas, R, spreadsheets and databases write them
+    "nan", "NaN", "NAN", "<NA>", "NA", "N/A", "n/a", "#N/A", "None", "null", "NULL", "Null", "\\N",
+}  # fmt: skip
+
+
+class MissingCell(str):
+    """A cell of a table that stands for a missing value, such as "NaN"."""
 
 
 def table_rows(
@@ -25,7 +33,8 @@ def table_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Rows of a table: column -> value, or the list of the values if the first line is not a heading.
 
-    Only CSV has quoted values; in TSV, quotes are characters like any other.
+    Only CSV has quoted values; in TSV, quotes are characters like any other. A marker of a missing value is a
+    `MissingCell`.
 
     Args:
         path: The file.
@@ -48,7 +57,7 @@ def table_rows(
     if not is_csv and len(first) == 1:
         raise DataError(
             f"{path}, line 1: there is no tab, which separates the columns of a .tsv or .txt file: {first[0][:60]!r}. "
-            "If another character separates them, name the file .csv."
+            f"If another character separates them, name the file .csv. {DOCUMENTS_ALONE}"
         )
     has_heading = columns.is_heading(first, asked)
     values = ", ".join(repr(value[:40]) for value in first)
@@ -92,7 +101,8 @@ def _rows(path: Path, encoding: str, dialect: dict[str, Any], has_heading: bool)
                             f"{place}: the first line has no name for the column of {beyond[:40]!r}. Add a name, or "
                             "remove the value."
                         )
-                    yield place, dict(zip(names, values, strict=False)) if names else values
+                    cells = [MissingCell(value) if value in _MARKERS else value for value in values]
+                    yield place, dict(zip(names, cells, strict=False)) if names else cells
             except csv.Error as error:
                 raise DataError(f"{path}, after line {reader.line_num}: {error}. {advice}") from error
 

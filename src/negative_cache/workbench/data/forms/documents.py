@@ -7,6 +7,7 @@ from typing import Any
 
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import checked_text
+from negative_cache.workbench.data.files.tables import MissingCell
 from negative_cache.workbench.data.retrieval_data import DataError
 from negative_cache.workbench.data.rows import Document
 
@@ -15,8 +16,15 @@ _ID = ("docid", "passage_id", "psg_id", "doc_id", "id", "_id", "pid")
 
 
 def is_missing(value: object) -> bool:
-    """Whether there is no text: null, blank, or the NaN that pandas writes for a missing value."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+    """Whether there is no text: null, blank, a NaN of pandas, or a cell that stands for a missing value."""
+    if isinstance(value, str):
+        return isinstance(value, MissingCell) or not value.strip()
+    return value is None or value != value
+
+
+def with_marker(reason: str, value: object) -> str:
+    """Why something is skipped, with the cell that stands for the missing value if there is one."""
+    return f"{reason} (the cell is {str(value)!r})" if isinstance(value, MissingCell) else reason
 
 
 def documents_in(value: object, key: str, place: str, by_id: bool = False) -> Iterator[Document | None]:
@@ -50,7 +58,8 @@ def documents_in(value: object, key: str, place: str, by_id: bool = False) -> It
 
 def id_in(value: object, key: str, place: str) -> str:
     """A value that is an id: a text, or an integer, which is converted to a text."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else checked_text(value, key, place)
+    is_id = isinstance(value, int | MissingCell) and not isinstance(value, bool)  # an id may be "NA"
+    return str(value) if is_id else checked_text(value, key, place)
 
 
 def is_conversation(value: object) -> bool:

@@ -10,7 +10,7 @@ from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError
-from negative_cache.workbench.suggestions import similar
+from negative_cache.workbench.suggestions import DOCUMENTS_ALONE, similar
 
 
 class Form(NamedTuple):
@@ -99,8 +99,9 @@ def with_names(form: Form, row: Any, place: str) -> dict[str, Any]:
     """
     if form == LISTS:
         if not isinstance(row, list) or len(row) < 2:
+            advice = f" {DOCUMENTS_ALONE}" if isinstance(row, list) and len(row) == 1 else ""
             raise DataError(
-                f"{place}: expected a list of a query, a positive and any negatives, got {str(row)[:60]!r}."
+                f"{place}: expected a list of a query, a positive and any negatives, got {str(row)[:60]!r}.{advice}"
             )
         names = itertools.chain(("query", _POSITIVE), (f"{_NEGATIVE}_{number}" for number in itertools.count(1)))
         return dict(zip(names, row, strict=False))
@@ -152,6 +153,8 @@ def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
         name for name, value in row.items()
         if columns.has_text(name) and name not in asked and not isinstance(value, dict | bytes)
     ]  # fmt: skip
+    if len(names) == 1 and asked == (None, None) and isinstance(row[names[0]], str):
+        raise _no_pairs(row, place)
     if len(names) < 2:
         forms = ", ".join(form.name for form in FORMS)
         raise DataError(
@@ -191,11 +194,21 @@ def _check_asked(row: Iterable[str], place: str, options: DataOptions) -> None:
 
 
 def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str, used: str | None) -> DataError:
-    free = (name for name in row if columns.has_text(name) and not columns.is_known(name) and name != used)
+    texts = [name for name in row if columns.has_text(name)]
+    if len(texts) == 1:
+        return _no_pairs(row, place)
+    free = (name for name in texts if not columns.is_known(name) and name != used)
     return DataError(
         f"{place}: no column {' or '.join(usual[:4])}, only {quoted(row)}. Name the column, for example: "
         f"--{option}-column {columns.typed(next(free, 'NAME'))}. The first line of a .csv or .tsv file has the "
         "names of the columns."
+    )
+
+
+def _no_pairs(row: Iterable[str], place: str) -> DataError:
+    return DataError(
+        f"{place}: only one column may have texts; the columns are {quoted(row)}. Training and evaluation need "
+        f"pairs of a query and a document. {DOCUMENTS_ALONE}"
     )
 
 

@@ -10,7 +10,14 @@ from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import RawRows, checked_text
 from negative_cache.workbench.data.forms.by_order import check_are_texts
-from negative_cache.workbench.data.forms.documents import contents, documents_in, id_in, is_conversation, is_missing
+from negative_cache.workbench.data.forms.documents import (
+    contents,
+    documents_in,
+    id_in,
+    is_conversation,
+    is_missing,
+    with_marker,
+)
 from negative_cache.workbench.data.forms.known import (
     ANY_NAMES,
     LABELLED_LISTS,
@@ -200,9 +207,11 @@ class RowReader:
     def _skip(self, reason: str, row: dict[str, Any], name: str, place: str) -> None:
         if self._options.strict:
             found = "null" if row.get(name, "") is None else "empty" if name in row else "missing"
+            found = with_marker(found, row.get(name))
             raise DataError(
                 f"{place}: {name!r} is {found}; expected a text. Fill it in, or leave out --strict to skip it."
             )
+        reason = with_marker(reason, row.get(name))
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
 
     def _label_of(self, row: dict[str, Any], place: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.reading import text_in
 from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.forms.documents import id_in, is_missing
+from negative_cache.workbench.data.forms.documents import id_in, is_missing, with_marker
 from negative_cache.workbench.data.layouts.qrels import read_qrels
 from negative_cache.workbench.data.layouts.sources import Collection, Table
 from negative_cache.workbench.data.layouts.triples import read_triples
@@ -66,7 +66,7 @@ def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: 
                 unused.update(row.keys() - _KEYS)
                 key, text = _id(row, place), _text(row, place, options.strict)
                 if text is None:
-                    skipped.add(f"{what} without a text", place)
+                    skipped.add(with_marker(f"{what} without a text", row.get(_text_name(row))), place)
                 else:
                     yield place, key, text
 
@@ -78,7 +78,7 @@ def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: 
         raise DataError(f"{second}: the id {error.key!r} occurs twice, first in {first}. Remove one.") from None
     if unused:
         others = f" and {len(tables) - 1:,} more" if len(tables) > 1 else ""
-        notes.append(f"{tables[0].name}{others}: keys that are not used: {quoted(unused)}.")
+        notes.append(f"{tables[0].name}{others}: columns that are not used: {quoted(unused)}.")
     return texts
 
 
@@ -128,9 +128,13 @@ def _id(row: dict[str, Any], place: str) -> str:
     return text_in(row, _IDS[0], place) if name is None else id_in(row[name], name, place)
 
 
+def _text_name(row: dict[str, Any]) -> str:
+    return next((name for name in _TEXTS if name in row), _TEXTS[0])
+
+
 def _text(row: dict[str, Any], place: str, is_strict: bool) -> str | None:
     """The title, if there is one, and the text, which may be empty if there is a title; None if both are empty."""
-    name = next((name for name in _TEXTS if name in row), _TEXTS[0])
+    name = _text_name(row)
     title = None if is_missing(row.get("title")) else text_in(row, "title", place)
     if is_missing(row.get(name)) and (title is not None or (name in row and not is_strict)):
         return title

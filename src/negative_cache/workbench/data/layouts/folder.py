@@ -26,9 +26,11 @@ from negative_cache.workbench.data.layouts.sources import (
 )
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError
+from negative_cache.workbench.suggestions import DOCUMENTS_ALONE
 
 _KINDS = ("jsonl", "json", "ndjson", "csv", "tsv", "parquet", "arrow")
 _TEXT_QRELS = ("tsv", "txt", "trec")
+TEXT_FILES = (".txt", ".md")  # each of which may be a document
 _ONLY_SPLIT = "test"  # of judgements in a file without the name of a split
 _SHARD = re.compile(r"-\d+-of-\d+$")
 LAYOUTS = (
@@ -93,11 +95,23 @@ def find_documents(path: Path, options: DataOptions, notes: list[str]) -> list[T
     if not path.is_dir():
         raise DataError(f"The corpus {str(path)!r} is not a file or folder.")
     entries = _entries(path)
-    rows = [file for files in entries.values() for file in files if _kind(file) in _KINDS]
+    rows = _files_of_rows(entries)
     paths = entries.get(CORPUS) or [file for file in rows if not file.stem.endswith("metadata")]  # as NeMo writes it
     if not paths:
         raise DataError(f"The corpus {str(path)!r} has no files of documents, such as corpus.jsonl.")
     return _tables(paths, options, notes)
+
+
+def find_text_files(folder: Path) -> list[Path]:
+    """The .txt and .md files of a folder and its subfolders, without hidden ones; none if it has files of rows."""
+    if _files_of_rows(_entries(folder)):
+        return []
+    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TEXT_FILES and path.is_file())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _files_of_rows(entries: dict[str, list[Path]]) -> list[Path]:
+    return [path for paths in entries.values() for path in paths if _kind(path) in _KINDS]
 
 
 def _stem(path: Path) -> str:
@@ -193,11 +207,13 @@ def _unread(folder: Path, paths: Iterable[Path]) -> list[str]:
 def _advice(folder: Path, entries: dict[str, list[Path]]) -> str:
     """Why a folder has nothing to read, and what to give instead."""
     below = [path for path in sorted(folder.iterdir()) if path.is_dir() and _is_readable(path)]
-    rows = [path for paths in entries.values() for path in paths if path.parent == folder and _kind(path) in _KINDS]
+    rows = [path for path in _files_of_rows(entries) if path.parent == folder]
     advice = f"{folder} holds no dataset. Expected {LAYOUTS}. It has: {quoted(entries) or 'nothing'}."
     if below:
         return f"{advice} Did you mean {below[0]}?"
-    return f"{advice} Give one of the files: {rows[0]}." if rows else advice
+    if rows:
+        return f"{advice} Give one of the files: {rows[0]}."
+    return f"{advice} {DOCUMENTS_ALONE}" if find_text_files(folder) else advice
 
 
 def _is_readable(folder: Path) -> bool:
