@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
 from negative_cache.workbench.cli.tables import print_comparison
@@ -67,6 +68,7 @@ def compare(
             from negative_cache.workbench.cli.progress import ComparisonBar
             from negative_cache.workbench.compare.output import write_output
             from negative_cache.workbench.compare.running import compare as compare_losses
+            from negative_cache.workbench.compare.table import best_loss, command_of_best
         comparison = opt.make(
             Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
         )
@@ -80,3 +82,4 @@ def compare(
         terminal.result(result)
         print_comparison(result, terminal.out)
         terminal.out.print("Written:", *written, soft_wrap=True)
+        terminal.inform(next_steps.after_compare(output, best_loss(result), command_of_best(result)))

@@ -15,6 +15,7 @@ from negative_cache.workbench.cli.plan import plan_of_evaluation
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
@@ -101,7 +102,7 @@ def _evaluate(
         trec.write_run(given["run_out"], run)
     metrics = quality.metrics()
     terminal.result(metrics)
-    sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
+    sizes = f"{counted_queries(metrics['num_queries'])}, {counted(metrics['num_documents'], 'document')}"
     print_wide(metrics_table(f"{data.name}, {split}: {sizes}", {split: metrics}), terminal.out)
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
@@ -144,13 +145,14 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
     total = data.num_pairs("all")
     if run is None:
         terminal.note(
-            f"Measured on all {total:,} pairs of {source}. --split test measures the tenth that train holds out."
+            f"Measured on all {counted(total, 'pair')} of {source}. --split test measures the tenth that train holds "
+            "out."
         )
         return "all"
     if any(run.get("data_options", {}).get(name) is not None for name in ("dev", "test")):
         terminal.note(
-            f"Warning: Measured on all {total:,} pairs of {source}, with which {model} was trained: the quality is too "
-            "high. Give other data."
+            f"Warning: Measured on all {counted(total, 'pair')} of {source}, with which {model} was trained: the "
+            "quality is too high. Give other data."
         )
         return "all"
     terminal.note(

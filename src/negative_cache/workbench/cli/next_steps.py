@@ -95,6 +95,19 @@ def after_report(written: Path) -> Iterator[str]:
     yield f"To open it: {shlex.join(['python', '-m', 'webbrowser', written.resolve().as_uri()])}"
 
 
+def after_compare(output: str, best: str, training: str) -> Iterator[str]:
+    """After `compare`.
+
+    Args:
+        output: Folder of the comparison.
+        best: The best of the losses; empty if none was trained.
+        training: The command that trains with it.
+    """
+    if best:
+        yield f"To train with {best}, the best of the losses: {training}"
+        yield f"To see curves and examples: {command('report', output)}"
+
+
 def after_doctor(missing: Mapping[str, list[str]]) -> Iterator[str]:
     """After `doctor`; `missing` has the missing packages of each extra."""
     if missing.get("train"):

@@ -13,6 +13,7 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.evaluate_command import split_of
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import ALPHA
 
@@ -112,7 +113,7 @@ def _systems_table(found: dict[str, Significance]) -> Table:
     """The mean of each system ± the standard deviation over its seeds."""
     from rich.table import Table
 
-    table = Table(title=f"{next(iter(found.values())).num_queries:,} queries", title_justify="left")
+    table = Table(title=counted_queries(next(iter(found.values())).num_queries), title_justify="left")
     for name in ("system", "seeds", *found):
         table.add_column(name, justify="left" if name == "system" else "right")
     for name, system in next(iter(found.values())).systems.items():

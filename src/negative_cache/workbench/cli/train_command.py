@@ -17,6 +17,7 @@ from negative_cache.workbench.cli.plan import plan_of_training
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import LEARNING_RATES, learning_rate_rule
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig
@@ -157,9 +158,11 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
     ):
         if rows := {when: metrics for when, metrics in measured.items() if metrics is not None}:
             sizes = rows["after"]
-            title = f"{split} split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
+            title = (
+                f"{split} split: {counted_queries(sizes['num_queries'])}, {counted(sizes['num_documents'], 'document')}"
+            )
             print_wide(metrics_table(title, rows), terminal.out)
-    terminal.say(f"{record.steps} steps in {record.seconds:.1f} s. The model and run.json are in {output}")
+    terminal.say(f"{counted(record.steps, 'step')} in {record.seconds:.1f} s. The model and run.json are in {output}")
     if record.best_step is not None:
         terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")
     terminal.say(f"Make a report of the run: negative-cache report {output}")

@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
@@ -450,9 +451,10 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
             _check_same(what, saved["configuration"], task.config)
             _check_same_data(what, saved["data_fingerprint"], task.config, task.data)
             if saved["ranks"] != processes.count():
+                ranks = counted(saved["ranks"], "rank")
                 raise RunError(
-                    f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "
-                    f"{processes.count()}, so its batches differ. Start {saved['ranks']} ranks, or remove the folder."
+                    f"{str(folder)!r} has an unfinished run on {ranks}, and this run has {processes.count()}, so its "
+                    f"batches differ. Start {ranks}, or remove the folder."
                 )
 
 
