@@ -19,6 +19,7 @@ from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
+from negative_cache.workbench.model_names import check_trained
 from negative_cache.workbench.training.config import RunError, flag_of
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def evaluate(
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         _check(given)
-        with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
+        from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
+
         encoding = EncodingOptions(**encoding_options)
+        if model is not None:
+            check_trained(model)
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
         else:
@@ -73,13 +76,15 @@ def _evaluate(
     terminal: Terminal, given: Mapping[str, Any], measures: dict[str, Any], encoding: EncodingOptions
 ) -> None:
     """Evaluate on a dataset."""
-    from negative_cache.workbench.cli.progress import counting_bar
-    from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
-    from negative_cache.workbench.evaluation.systems import corpus_of
-    from negative_cache.workbench.files import write_json
+    from negative_cache.workbench.evaluation import trec
 
     run = None if given["run"] is None else trec.read_run(given["run"])
     data = terminal.load_data(given["data"], given["data_options"])
+    with terminal.waiting("Loading libraries ..."):
+        from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits
+        from negative_cache.workbench.evaluation.systems import corpus_of
+        from negative_cache.workbench.files import write_json
     split = split_of(terminal, data, given["data"], given["split"], given["model"])
     judged = data.graded(split)
     if given["qrels_out"] is not None:
@@ -111,8 +116,9 @@ def _evaluate(
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:
-    from negative_cache.workbench.cli.progress import counting_bar
-    from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
+    with terminal.waiting("Loading libraries ..."):
+        from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
 
     chosen = parse_names(names)
     trained = terminal.load_model(model)
@@ -120,6 +126,7 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
         result = evaluate_nanobeir(trained, chosen, encoding, on_progress)
     terminal.result(result)
     print_wide(metrics_table("NanoBEIR", result), terminal.out)
+    terminal.inform(next_steps.after_nanobeir(model))
 
 
 def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | None, model: str | None = None) -> str:

@@ -76,7 +76,9 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
-        terminal.inform(next_steps.after_significance(runs))
+        of_data = [] if data is None else ["--data", data, *data_options.arguments()]
+        of_data += [] if split is None else ["--split", split]
+        terminal.inform(next_steps.after_significance(runs, of_data))
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:

@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding import OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig, mining_start
 from negative_cache.workbench.training.meter import Meter
