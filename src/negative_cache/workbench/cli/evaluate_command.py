@@ -64,12 +64,13 @@ def evaluate(
         from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
 
         encoding = EncodingOptions(**encoding_options)
-        if model is not None:
-            check_trained(model)
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
-        else:
-            _evaluate(terminal, given, parse_measures(DEFAULT_MEASURES if metrics is None else metrics), encoding)
+            return
+        measures = parse_measures(DEFAULT_MEASURES if metrics is None else metrics)
+        if model is not None:
+            check_trained(model)
+        _evaluate(terminal, given, measures, encoding)
 
 
 def _evaluate(
