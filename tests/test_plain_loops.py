@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.tensorboard import SummaryWriter
 
-from negative_cache import NegativeCacheLoss, tagged_metrics, write_metrics
+from negative_cache import NegativeCacheLoss, metrics, tagged_metrics, write_metrics
 from support import assert_same_state, needs_compiling_of_whole_steps, run_ranks, snapshot
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -133,7 +133,14 @@ def test_metrics_are_written_to_tensorboard_under_the_handlers_tags(tmp_path: Pa
     assert (staleness.step, staleness.value) == (10, pytest.approx(expected["cache/staleness"]))
     two = nn.ModuleDict({"a": loop.loss_fn, "b": Loop().loss_fn})
     assert {"cache/a/fill", "cache/b/fill"} <= set(tagged_metrics(two))
-    assert tagged_metrics(nn.Linear(1, 1)) == {}
+
+
+def test_no_metrics_without_a_loss_are_explained_once(caplog: pytest.LogCaptureFixture):
+    metrics._warn_of_no_loss.cache_clear()
+    for _ in range(2):
+        assert tagged_metrics(nn.Linear(1, 1)) == {}
+    (record,) = caplog.records
+    assert "there is no NegativeCacheLoss" in record.getMessage()
 
 
 def test_accelerate_saves_and_resumes_a_registered_loss(tmp_path: Path):

@@ -104,6 +104,15 @@ def test_a_temperature_is_refused_with_its_scale():
         make_loss(temperatur=0.05)
 
 
+def test_top_k_is_refused_with_the_loss_that_has_it():
+    with pytest.raises(TypeError, match=r"`top_k` is not an option.*CacheClassificationLoss"):
+        make_loss(top_k=8)
+
+
+def test_settings_are_printed():
+    assert "cache_size=64, scale=20, num_samples='auto'" in repr(NegativeCacheLoss(torch.nn.Linear(2, 2), 64))
+
+
 def test_texts_are_refused_with_the_next_step():
     with pytest.raises(TypeError, match=r"is list of str; .* Tokenize the texts first"):
         step(make_loss(), document_features={"words": ["a text"] * BATCH})

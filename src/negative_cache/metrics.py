@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -46,17 +47,28 @@ def tagged_metrics(module: nn.Module | Mapping[str, nn.Module]) -> dict[str, flo
 
     Returns:
         `cache/interpretable_prediction_loss`, `cache/staleness`, `cache/fill` and the other metrics of
-        `NegativeCacheLoss.metrics`; with several caches, `cache/PATH/staleness` and so on. Empty if there is no cache.
+        `NegativeCacheLoss.metrics`; with several caches, `cache/PATH/staleness` and so on. Empty, with one warning, if
+        there is no such loss.
 
     Raises:
         ValueError: Embeddings that were not finite were kept out of a cache since the last call.
     """
     losses = cache_losses(module)
+    if not losses:
+        _warn_of_no_loss()
     return {
         f"{'cache' if len(losses) == 1 else f'cache/{name}'}/{_TAGS.get(metric, metric)}": value
         for name, loss in losses.items()
         for metric, value in loss.metrics().items()
     }
+
+
+@functools.cache
+def _warn_of_no_loss() -> None:
+    logger.warning(
+        "There are no metrics, because there is no NegativeCacheLoss. Pass the loss, or a module that contains it. "
+        "Handlers, such as CacheLossHandler, write their metrics themselves: pass `writer`."
+    )
 
 
 def warn_of_selection(metrics: Sequence[str], advice: str) -> None:

@@ -18,7 +18,7 @@ from negative_cache.cache.hashing import features_without_hash, hash_items
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
 from negative_cache.cache.update import check_new_items, update_rows
-from negative_cache.cache.validation import check_features, check_integer, check_number, refuse_temperature
+from negative_cache.cache.validation import check_features, check_integer, check_number, refuse_other_options
 from negative_cache.distributed import separate
 from negative_cache.distributed import world as default_group
 from negative_cache.distributed.collectives import Ranks
@@ -48,7 +48,7 @@ from negative_cache.sampling.config import (
     draws_per_query,
     is_auto,
 )
-from negative_cache.sampling.encode import DocumentEncoder, check_room, encode_for_filling, refresh
+from negative_cache.sampling.encode import DocumentEncoder, check_room, encode_for_filling, refresh, try_encoder
 from negative_cache.sampling.one_process import OneProcess
 
 logger = logging.getLogger("negative_cache")
@@ -82,8 +82,8 @@ class NegativeCacheLoss(CacheModule):
     `state_dict` holds the cache, a learnable scale and the state of the generator, but not the encoder.
 
     Args:
-        document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`. It is called with sampled documents; with
-            `num_samples="auto"`, first after the waiting. To test a new encoder at once, set `num_samples=1`.
+        document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`. It is called with sampled documents. With
+            `num_samples="auto"`, the first step tries it, without gradient, with two documents of the batch.
         cache_size: Number of rows.
         scale: Factor of the dot products (inverse temperature). The default assumes normalized embeddings.
         learnable_scale: Whether to learn the scale. The parameter is its logarithm, `log_scale`.
@@ -119,7 +119,7 @@ class NegativeCacheLoss(CacheModule):
             integer, a flag, a dtype or specs.
     """
 
-    @refuse_temperature
+    @refuse_other_options
     def __init__(
         self,
         document_encoder: DocumentEncoder,
@@ -171,6 +171,13 @@ class NegativeCacheLoss(CacheModule):
         self.diagnostics = Diagnostics()
         self.advice = Advice()
         advise_on_settings(self._fixed_scale, self.limits.relative)
+
+    def extra_repr(self) -> str:
+        """The settings that `print` shows."""
+        return (
+            f"cache_size={self.cache_size}, scale={self._fixed_scale:g}, num_samples={self.num_samples!r}, "
+            f"in_batch={self.in_batch}, shared={self.shared}, embedding_dtype={self.embedding_dtype}"
+        )
 
     def reset_parameters(self) -> None:
         """Set a learnable scale to its initial value, after `to_empty`. The cache is left unchanged."""
@@ -451,6 +458,11 @@ class NegativeCacheLoss(CacheModule):
         sampling = self._sampling(batch, [key for key in specs if key not in SCORED], is_writing)
         return Step(batch, in_batch, cache, sampling, batch.request(len(in_batch.embeddings)))
 
+    def _try_encoder(self, cache: NegativeCache, sampling: SamplingConfig, batch: Batch) -> Tensor:
+        """Embeddings of some documents of the batch, from the encoder that is first needed when the waiting ends."""
+        documents = {key: batch.new_items[key] for key in sampling.data_keys}
+        return try_encoder(self.document_encoder, documents, cache.stored(EMBEDDING)[0][:0])
+
     def _too_few_rows(self, count: int, num_rows: int) -> ValueError:
         """The error for a batch of `count` documents, more than the `num_rows` rows of this rank."""
         share = "" if num_rows == self.cache_size else f", of which this rank has {num_rows} rows"
@@ -510,7 +522,9 @@ class NegativeCacheLoss(CacheModule):
         if not (batch.queries.requires_grad or batch.embeddings.requires_grad or self.log_scale is not None):
             self.diagnostics.warn_of_missing_gradients()
         if self.advice.is_pending:
-            self.advice.look_at(batch, encoded.own, self.document_encoder, self._fixed_scale)
+            is_first_wait = sampling.is_waiting and self.cache is None and not len(encoded.own)
+            tried = self._try_encoder(cache, sampling, batch) if is_first_wait else encoded.own
+            self.advice.look_at(batch, tried, self.document_encoder, self._fixed_scale)
         self.diagnostics.watch(batch.queries, [batch.documents, *negatives, encoded.own])
         update_rows(
             cache,

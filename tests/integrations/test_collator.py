@@ -199,7 +199,7 @@ def test_a_cached_negative_does_not_count_for_a_query_that_it_is_a_positive_of()
 def test_labels_of_negatives_contradict_those_of_other_texts():
     model = make_static()
     rows = [{**ROWS[0], "negative_label": [100, 100, 102]}]
-    with pytest.raises(ValueError, match="label 100 has the text 'an essay that mentions bread once' and another one"):
+    with pytest.raises(ValueError, match="the label of 'an essay that mentions bread once' names another text"):
         NegativeCacheRankingLoss(model, cache_size=64)(*features_of(model, rows))
     columns, labels = features_of(model, ROWS)
     message = r"`labels` has shape \[5, 2\]; expected \[4\] or \[4, n\], or with the labels of the negatives \[7, n\]"

@@ -99,7 +99,7 @@ def test_labels_that_are_no_ids_are_ignored_with_a_warning(
     assert int(loss.cache_loss.cache.num_filled) == 8
     assert len(caplog.records) == 1
     assert (
-        f"label {labels[3]} has the text {POSITIVES[1 if labels[0] == labels[1] else 3][:60].lower()!r}" in caplog.text
+        f"the label of {POSITIVES[1 if labels[0] == labels[1] else 3][:60].lower()!r} names another text" in caplog.text
     )
     assert "remove it or rename it" in caplog.text
 
@@ -114,7 +114,7 @@ def test_a_label_whose_text_changes_in_a_later_batch(model: SentenceTransformer,
     loss = make_loss(model)
     step(loss, POSITIVES[:4], [[10, 11], [11, -1], [12, -1], [13, -1]])
     before = checkpoint.full_state_dict(loss.cache_loss)["cache.written"].clone()
-    with pytest.raises(ValueError, match=r"label 13 has the text .* Give each text an id of its own"):
+    with pytest.raises(ValueError, match=r"the label of .* names another text, too.* Give each text an id of its own"):
         step(loss, POSITIVES[:4], [[13, -1], [11, -1], [12, -1], [10, -1]])
     assert torch.equal(loss.cache_loss.cache.written, before)
 

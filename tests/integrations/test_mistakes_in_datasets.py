@@ -196,6 +196,7 @@ def test_another_loss_is_left_as_it_is(model: SentenceTransformer, tmp_path: Pat
         ({"model": "all-MiniLM-L6-v2"}, "`model` is str; expected a SentenceTransformer, such as SentenceTransformer"),
         ({"model": 131_072}, "`model` is int"),
         ({"model": None}, "`model` is NoneType"),
+        ({"model": torch.nn.Linear(2, 2)}, "`model` is Linear; expected a SentenceTransformer.*use NegativeCacheLoss"),
         ({"guide": "a-guide"}, "`guide` is 'a-guide'; expected a SentenceTransformer, such as SentenceTransformer"),
         ({"temperature": 0.05}, "Use its inverse: scale=1 / 0.05"),
         ({"cache_size": "1024"}, "`cache_size` is '1024'"),

@@ -341,8 +341,10 @@ def readings_of_training(
     table = torch.nn.Parameter(torch.randn(distinct, 16, generator=generator))
 
     def encode(features: dict[str, Tensor]) -> Tensor:
-        kept = torch.bernoulli(torch.full((len(features[key]), 16), 1 - dropout), generator=generator)
-        return normalize(table[features[key].long()] * kept, dim=1)
+        embeddings = table[features[key].long()]
+        if dropout:
+            embeddings = embeddings * torch.bernoulli(torch.full_like(embeddings, 1 - dropout), generator=generator)
+        return normalize(embeddings, dim=1)
 
     loss_fn = NegativeCacheLoss(encode, 64, seed=0, **settings)
     optimizer, readings = torch.optim.SGD([table], 0.05), []

@@ -1,4 +1,4 @@
-"""Every example of the page "Your data" is written to files and read by the command that is shown below it."""
+"""Every example of the pages "Your data" is written to files and read by the command that is shown below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from command_line import invoke
 
-PAGE = Path(__file__).parents[2] / "docs/your-data.md"
+PAGES = sorted((Path(__file__).parents[2] / "docs").glob("your-data*.md"))
 
 
 class Example(NamedTuple):
@@ -26,7 +26,8 @@ def examples() -> dict[str, Example]:
     """Each command that follows one or more files, by its first argument."""
     found: dict[str, Example] = {}
     files: dict[str, str] = {}
-    for heading, text in re.findall(r"^```(.+)\n((?:.*\n)*?)```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for heading, text in re.findall(r"^```(.+)\n((?:.*\n)*?)```$", pages, re.MULTILINE):
         if title := re.search(r'title="(.+)"', heading):
             files[title[1]] = text
         elif heading == "console" and files:
@@ -59,7 +60,7 @@ EXPECTED = {
 
 
 def test_all_examples_are_tested():
-    assert list(examples()) == list(EXPECTED)
+    assert examples().keys() == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -235,7 +235,7 @@ def test_while_it_waits_the_loss_is_that_of_the_batch():
         numbers = list(range(20 * step, 20 * step + 20))
         loss = call(loss_fn, numbers)
         encoder = loss_fn.document_encoder
-        assert encoder.calls == []
+        assert num_encoded(loss_fn) == (2 if step == 0 else 0)  # the first step tries the encoder
         gradient = torch.autograd.grad(loss, list(encoder.parameters()))
         documents = encoder(features_of(numbers))
         noise = torch.randn(documents.shape, generator=torch.Generator().manual_seed(1))
@@ -266,7 +266,9 @@ def test_it_counts_the_cache_once_the_batch_represents_it_badly(caplog: pytest.L
     assert opened > 1
     for number, (is_waiting, metrics, count) in enumerate(readings):
         assert is_waiting == (number < opened)  # it never goes back
-        assert count == (0 if is_waiting else AUTO_SAMPLES * 12)
+        assert count == (
+            2 if number == 0 else 0 if is_waiting else AUTO_SAMPLES * 12
+        )  # the first step tries the encoder
         assert ("sampling_noise" in metrics) == (not is_waiting)
     assert readings[opened][1]["in_batch_noise"] > PAYS_ABOVE > readings[opened - 1][1]["in_batch_noise"]
     assert readings[opened][1]["sampling_noise"] < readings[opened][1]["in_batch_noise"]
@@ -334,3 +336,42 @@ def test_a_number_counts_from_the_first_step_on():
     call(loss_fn, list(range(20, 40)))
     assert num_encoded(loss_fn) == 5
     assert loss_fn.metrics()["cache_share"] > 0
+
+
+# The encoder is tried in the first step
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda features: torch.ones(1, 8), "returned shape"),
+        (lambda features: torch.full((len(features["a"]), 16), torch.nan), "NaN or infinity"),
+        (lambda features: features["words"], "words"),
+    ],
+    ids=["shape", "not finite", "key"],
+)
+def test_a_wrong_encoder_is_found_in_the_first_step_of_the_waiting(wrong: Any, message: str):
+    loss_fn, encoder = hard_loss(), Encoder(50, 16)
+    loss_fn.document_encoder = wrong
+    documents = normalize(encoder(features_of(list(range(12)))), dim=1)
+    with pytest.raises((ValueError, KeyError), match=message):
+        loss_fn(documents.detach().requires_grad_(), documents, features_of(list(range(12))))
+    assert loss_fn.cache is None  # nothing was written
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_trying_the_encoder_draws_no_random_numbers(count: int):
+    loss_fn, tried = hard_loss(), []
+    encoder, numbers = loss_fn.document_encoder, list(range(count))
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        tried.append(len(features["a"]))
+        return torch.dropout(encoder(features), 0.1, train=True)
+
+    loss_fn.document_encoder = encode
+    documents = encoder(features_of(numbers))
+    before = torch.get_rng_state()
+    for _ in range(2):
+        loss_fn(documents.detach().requires_grad_(), documents, features_of(numbers), torch.tensor(numbers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tried == [2]  # a single document twice, which BatchNorm needs

@@ -120,14 +120,19 @@ def check_number(name: str, value: object, hint: str = "") -> float:
     return number
 
 
-def refuse_temperature(init: Callable[_P, None]) -> Callable[_P, None]:
-    """Decorate the constructor of a loss: a TypeError for `temperature` says which scale it is."""
+def refuse_other_options(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Decorate the constructor of a loss: a TypeError for options of other losses says what takes their place."""
 
     @functools.wraps(init)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
         if "temperature" in kwargs:
             given = kwargs["temperature"]
             raise TypeError(f"`temperature` is not an option. Use its inverse: scale=1 / {given!r}.")
+        if "top_k" in kwargs:
+            raise TypeError(
+                "`top_k` is not an option: documents are sampled from the softmax over all rows. Remove it, or use "
+                "CacheClassificationLoss, which has it."
+            )
         init(*args, **kwargs)
 
     return checked

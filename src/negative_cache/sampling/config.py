@@ -15,8 +15,8 @@ from negative_cache.cache.update import RowUpdates
 from negative_cache.cache.validation import RaggedRows, check_number
 from negative_cache.retrieval import ScoreTransform
 
-# The default budget, measured in docs/how-good-is-it.md: in-batch negatives alone until they represent the cache badly,
-# then a quarter of a document per query, with weights for a gradient that is averaged over 32 steps.
+# The default budget, measured in docs/how-good-static-models.md: in-batch negatives alone until they represent the
+# cache badly, then a quarter of a document per query, with weights for a gradient that is averaged over 32 steps.
 AUTO_SAMPLES, AUTO_STEPS, PAYS_ABOVE = 0.25, 32, 4.0
 
 

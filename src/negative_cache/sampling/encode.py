@@ -10,7 +10,7 @@ from torch import Tensor
 
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, check_feature
-from negative_cache.cache.validation import RaggedRows, check_finite, check_ids, padded, to_device
+from negative_cache.cache.validation import Items, RaggedRows, check_finite, check_ids, padded, to_device
 from negative_cache.sampling.config import RowSource
 
 DocumentEncoder = Callable[[dict[str, Tensor]], Tensor]
@@ -62,6 +62,33 @@ def encode(
     stored = embeddings.detach().to(stored_dtype)
     check_finite(f"The document encoder's output, stored as {stored_dtype},", stored, is_embedding=True)
     return embeddings
+
+
+@torch.no_grad()
+def try_encoder(document_encoder: DocumentEncoder, items: Items, rows: Tensor) -> Tensor:
+    """Encode up to two documents of a batch, to find a wrong encoder before the first draw.
+
+    Random numbers of the CPU and of CUDA devices are left as they are. A layer with state, such as BatchNorm, sees
+    these documents once more.
+
+    Args:
+        document_encoder: Features -> embeddings.
+        items: Validated features of the batch's documents.
+        rows: `[n, dim]`: stored embeddings, whose device, dtype and dim the output must have.
+
+    Returns:
+        `[count, dim]`, without gradient; count is 0 if there are no features.
+
+    Raises:
+        TypeError, ValueError: See `encode`.
+    """
+    features = padded({key: to_device(value, rows.device) for key, value in items.items()})
+    features = {key: value[:2] for key, value in features.items()}
+    count = max(map(len, features.values()), default=0)
+    if not count:
+        return rows[:0]
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        return encode(document_encoder, features, (count, rows.shape[1]), rows.dtype, batch=2)
 
 
 def twice(features: Features) -> dict[str, Any]:

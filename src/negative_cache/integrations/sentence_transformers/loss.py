@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from negative_cache.cache.specs import NO_ID, FeatureSpec
-from negative_cache.cache.validation import reads_without_sync, refuse_temperature
+from negative_cache.cache.validation import reads_without_sync, refuse_other_options
 from negative_cache.integrations.sentence_transformers.anchors import (
     ANCHOR_IDS,
     ANCHOR_IDS_SPEC,
@@ -100,7 +100,7 @@ class NegativeCacheRankingLoss(nn.Module):
     uses_gradient_cache = True
     calculate_loss: Any = None
 
-    @refuse_temperature
+    @refuse_other_options
     def __init__(
         self,
         model: SentenceTransformer,
@@ -127,9 +127,10 @@ class NegativeCacheRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_similarity(similarity_fct)
-        if not isinstance(model, nn.Module):
+        if not isinstance(unwrap(model), SentenceTransformer):
             raise TypeError(
-                f"`model` is {type(model).__name__}; expected a SentenceTransformer, such as SentenceTransformer(name)."
+                f"`model` is {type(model).__name__}; expected a SentenceTransformer, such as "
+                "SentenceTransformer(name). For another module, use NegativeCacheLoss."
             )
         if guide is not None and not isinstance(guide, nn.Module):
             raise TypeError(
@@ -355,7 +356,7 @@ class NegativeCacheRankingLoss(nn.Module):
             if bool(is_bad.any()):
                 at = int(is_bad.to(torch.uint8).argmax())
                 text = [string for column in documents for string in self._documents.to_strings(column)][at]
-                self._reject_labels(f"label {int(own[at])} has the text {text[:60]!r} and another one", is_list)
+                self._reject_labels(f"the label of {text[:60]!r} names another text, too", is_list)
         else:
             self._num_contradictions += is_bad.sum()
             self._num_unchecked += 1
