@@ -15,8 +15,8 @@ from sentence_transformers.util import cos_sim
 
 from command_line import invoke
 from negative_cache.workbench.data import load_data
-from negative_cache.workbench.model_names import learning_rate_of
-from negative_cache.workbench.models import ModelError, load_model, load_trained, prepare_for_training, train_tokenizer
+from negative_cache.workbench.model_names import ModelError, learning_rate_of
+from negative_cache.workbench.models import load_model, load_trained, prepare_for_training, train_tokenizer
 from support import random_pairs
 
 

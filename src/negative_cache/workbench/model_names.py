@@ -1,9 +1,12 @@
-"""What the name of a model says, without loading it: how its weights begin, and its default learning rate."""
+"""What the name of a model says, without loading it: how its weights begin, its default learning rate, and whether it
+can be loaded."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from negative_cache.workbench.suggestions import did_you_mean_path
 
 DISTILLED = "static:"  # before the name of a model
 
@@ -11,6 +14,12 @@ DISTILLED = "static:"  # before the name of a model
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}  # of models with random weights
 PRETRAINED_LEARNING_RATE, PRETRAINED_STATIC_LEARNING_RATE = 2e-5, 1e-2
 ADAPTER_LEARNING_RATE = 2e-4
+
+HUB_TIMEOUT = 10.0  # seconds
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded."""
 
 
 def learning_rate_of(name: str, has_adapters: bool = False) -> float:
@@ -36,7 +45,50 @@ def is_from_scratch(name: str) -> bool:
     return name in LEARNING_RATES
 
 
+def check_model(name: str) -> None:
+    """Raise ModelError if there is no such model to train; see `load_model`."""
+    if not is_from_scratch(name):
+        check_trained(name.removeprefix(DISTILLED))
+
+
+def check_trained(name: str) -> None:
+    """Raise ModelError if there is no such trained model: no folder, and no model in the local cache or on the hub."""
+    if is_from_scratch(name) or name.startswith(DISTILLED):
+        raise ModelError(f"{name!r} is a model that train and compare make. Give the --output of train.")
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"Cannot load the model {name!r}: it is not a directory.{did_you_mean_path(name)} Give the --output of "
+            "train, or the name of a model on the Hugging Face hub."
+        )
+    _ask_hub(name)
+
+
 def _is_saved_static(name: str) -> bool:
     """Whether a folder has a saved static model."""
     path = Path(name) / "modules.json"
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))[0]["type"].endswith("StaticEmbedding")
+
+
+def _ask_hub(name: str) -> None:
+    """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    failed = ""
+    for repository in repositories:
+        try:
+            cached = (try_to_load_from_cache(repository, file) for file in ("modules.json", "config.json"))
+            if any(isinstance(path, str) for path in cached):
+                return
+            HfApi().model_info(repository, timeout=HUB_TIMEOUT)
+            return
+        except Exception as error:
+            failed = str(error).strip().partition("\n")[0]
+    raise ModelError(
+        f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *LEARNING_RATES)} Give a folder or "
+        "the name of a model on the hub; train and compare also take static and tiny."
+    )

@@ -21,19 +21,13 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import WordPieceTrainer
 
-from negative_cache.workbench.model_names import DISTILLED, LEARNING_RATES
-from negative_cache.workbench.suggestions import did_you_mean_path
+from negative_cache.workbench.model_names import DISTILLED, ModelError, check_trained
 
 VOCABULARY = 16_000
 STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TINY_MAX_LENGTH = 128
 TEXTS_PER_CHUNK = 256
-HUB_TIMEOUT = 10.0  # seconds
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded."""
 
 
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
@@ -66,15 +60,7 @@ def load_trained(name: str) -> SentenceTransformer:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if name in LEARNING_RATES or name.startswith(DISTILLED):
-        raise ModelError(f"{name!r} is a model that train and compare make. Give the --output of train.")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ModelError(
-            f"Cannot load the model {name!r}: the folder does not exist.{did_you_mean_path(name)} Give the --output of "
-            "train, or the name of a model on the Hugging Face hub."
-        )
-    if not Path(name).exists() and name.count("/") < 2:
-        _ask_hub(name)
+    check_trained(name)
     try:
         return SentenceTransformer(name)
     except Exception as error:
@@ -108,28 +94,6 @@ def _distilled(name: str) -> SentenceTransformer:
         weights = weights * torch.as_tensor(found.weights, dtype=weights.dtype)[:, None]
     weights = weights.contiguous()
     return SentenceTransformer(modules=[StaticEmbedding(found.tokenizer, embedding_weights=weights)])
-
-
-def _ask_hub(name: str) -> None:
-    """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
-    failed = ""
-    for repository in repositories:
-        try:
-            cached = (try_to_load_from_cache(repository, file) for file in ("modules.json", "config.json"))
-            if any(isinstance(path, str) for path in cached):
-                return
-            HfApi().model_info(repository, timeout=HUB_TIMEOUT)
-            return
-        except Exception as error:
-            failed = str(error).strip().partition("\n")[0]
-    raise ModelError(
-        f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *LEARNING_RATES)} Give a folder or "
-        "the name of a model on the hub; train and compare also take static and tiny."
-    )
 
 
 class Prompts(NamedTuple):

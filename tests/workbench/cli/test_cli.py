@@ -91,7 +91,7 @@ def test_quiet_and_json_print_the_result_alone_and_errors_are_never_quiet(place:
     ended = invoke(*arguments("evaluate", place, tmp_path), "--quiet", "--json")
     assert json.loads(ended.stdout)["num_queries"] > 0
     assert ended.stderr == ""
-    ended = invoke(*["evaluate", "--model", "x", "--data", "[nowhere]", "--quiet", "--json"])
+    ended = invoke("evaluate", "--model", place / "model", "--data", "[nowhere]", "--quiet", "--json")
     assert (ended.exit_code, ended.stdout) == (2, "")
     assert "'[nowhere]' is not a file" in ended.stderr
 

@@ -210,7 +210,8 @@ def test_ids_that_a_trec_file_cannot_contain_are_refused_before_the_search(place
     write_beir(tmp_path / "set")
     with (tmp_path / "set" / "corpus.jsonl").open("a") as corpus:
         corpus.write(json.dumps({"_id": "a b", "text": "a text"}) + "\n")
-    given = ["evaluate", "--model", tmp_path / "nowhere", "--data", tmp_path / "set"]
+    (tmp_path / "empty").mkdir()
+    given = ["evaluate", "--model", tmp_path / "empty", "--data", tmp_path / "set"]
     ended = invoke(*given, "--run-out", tmp_path / "run")
     assert ended.exit_code == 2
     assert "The id 'a b' is empty or contains white space" in ended.stderr

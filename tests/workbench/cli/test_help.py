@@ -17,7 +17,7 @@ from command_line import invoke
 from negative_cache.workbench.cli import app
 from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.compare.comparison import Comparison
-from negative_cache.workbench.evaluation.encoding import EncodingOptions
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.model_names import learning_rate_of
 from negative_cache.workbench.training.config import EMBEDDING_DTYPES, LOSSES, SCHEDULES, RunConfig
 

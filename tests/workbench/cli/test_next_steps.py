@@ -48,7 +48,9 @@ def test_every_command_names_commands_that_run(place: Path):
     ended = succeed(*after_data["train"], *SMALL)
     assert f"SentenceTransformer({next_steps.NEW_MODEL!r})" in ended.stderr
     after_train = suggested(ended)
-    assert set(after_train) == {"significance", "search"}
+    assert set(after_train) == {"significance", "report", "search"}
+    assert "negative-cache" not in ended.stdout
+    succeed(*after_train["report"])
     after_search = suggested(succeed(*after_train["search"]))
     after_evaluate = suggested(succeed(*after_search["evaluate"]))
     succeed(*after_evaluate["search"])
@@ -62,14 +64,27 @@ def test_every_command_names_commands_that_run(place: Path):
 def test_search_results_and_values_are_compared_next(place: Path):
     train = ["train", "--data", "pairs.jsonl", "--output", "model", *SMALL, "--no-eval"]
     after_train = suggested(succeed(*train))
-    assert set(after_train) == {"evaluate", "search"}
+    assert set(after_train) == {"evaluate", "report", "search"}
     evaluate = ["evaluate", "--model", "model", "--data", "pairs.jsonl", "--split", "test"]
     after = suggested(succeed(*evaluate, "--per-query", "values.json", "--run-out", "results.run"))
     succeed("evaluate", *after_train["evaluate"][1:], "--split", "test", "--per-query", "OTHER.json")
-    succeed(*after["significance"])
+    seeds = suggested(succeed(*after["significance"]))["significance"]
+    for name in ("values", "OTHER"):
+        Path(f"{name}-seed-1.json").write_bytes(Path(f"{name}.json").read_bytes())
+    assert not suggested(succeed(*seeds))
     after = suggested(succeed("evaluate", "--run", "results.run", "--data", "pairs.jsonl", "--split", "test"))
     Path("OTHER.run").write_bytes(Path("results.run").read_bytes())
-    succeed(*after["significance"])
+    seeds = suggested(succeed(*after["significance"]))["significance"]
+    assert seeds[-4:] == ["--data", "pairs.jsonl", "--split", "test"]
+    for name in ("results", "OTHER"):
+        Path(f"{name}-seed-1.run").write_bytes(Path("results.run").read_bytes())
+    succeed(*seeds)
+
+
+def test_a_model_that_is_measured_on_nanobeir_is_measured_on_own_data_next():
+    assert list(next_steps.after_nanobeir("my model")) == [
+        "To evaluate it on data of your own: negative-cache evaluate --model 'my model' --data my-pairs.csv"
+    ]
 
 
 def test_data_without_a_training_split_is_evaluated_next(beir: Path):

@@ -53,8 +53,8 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     output = tmp_path / "out"
     losses = "bm25,in-batch,gradcache:batch_size=24,memory-bank,mined,negative-cache:num_samples=2,zero-shot"
     monkeypatch.setattr(sys, "argv", ["negative-cache", "compare", "--losses", losses])  # what the report names
-    ended = invoke(*options(data, output, losses, "--seeds", "2"))
-    assert ended.exit_code == 0, ended.output
+    first = invoke(*options(data, output, losses, "--seeds", "2"))
+    assert first.exit_code == 0, first.output
     result = json.loads((output / "compare.json").read_text())
     assert list(result["losses"]) == list(parse_losses(losses))
     steps = {"in-batch": 18, "gradcache:batch_size=24": 6, "memory-bank": 18, "mined": 18}
@@ -103,6 +103,13 @@ def test_a_comparison_runs_reports_and_goes_on(data: Path, tmp_path: Path, monke
     assert row.split(" | ")[-1].strip(" |") in page  # a cell of the table
 
     assert verdict(result) in text
+    ranked = sorted(trained, key=lambda name: -result["losses"][name]["summary"]["MRR@10"]["mean"])
+    assert f"To train with {ranked[0]}, the best of the losses:\n\n    negative-cache train" in text
+    assert f"To train with {ranked[0]}, the best of the losses: negative-cache train" in first.stderr
+    assert f"To see curves and examples: negative-cache report {output}\n" in first.stderr
+    assert "To " not in first.stdout
+    assert "not significant" in text
+    assert "no difference" not in text
     words = shlex.split(next(line for line in text.splitlines() if line.startswith("    negative-cache train")))
     assert words[-2:] == ["--output", "MODEL"]
     ended = invoke(*words[1:-1], tmp_path / "model", "--max-steps", 1, "--json")
@@ -188,6 +195,29 @@ def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Pat
     assert "negative-cache train" not in text
     ended = invoke("report", output)
     assert ended.exit_code == 2
+    said = "Measured without training: zero-shot, bm25; compare.json has the results. To train, too: the same compare"
+    assert said in " ".join(ended.stderr.split())
+
+
+def test_the_report_of_an_unfinished_comparison_says_how_to_continue_it(data: Path, tmp_path: Path):
+    output = tmp_path / "out"
+    given = options(data, output, "bm25,in-batch", "--seeds", "1", "--max-steps", "1")
+    ended = invoke(*given)
+    assert ended.exit_code == 0, ended.output
+    assert "batch size 8, 1 step, 72 pairs; 24 test queries, 120 documents" in " ".join(ended.stdout.split())
+    assert "over 1 seed on the test split" in (output / "compare.md").read_text()
+    path = output / "compare.json"
+    result = json.loads(path.read_text())
+    del result["losses"]["in-batch"]  # as if the comparison had ended after bm25
+    path.write_text(json.dumps(result))
+    ended = invoke("report", output)
+    assert ended.exit_code == 2
+    words = " ".join(ended.stderr.split())
+    assert "Measured without training: bm25; compare.json has the results." in words
+    assert "Not done: in-batch. To continue: negative-cache compare" in words
+    ended = invoke(*shlex.split(words.partition("To continue: negative-cache ")[2]))
+    assert ended.exit_code == 0, ended.output
+    assert invoke("report", output).exit_code == 0
 
 
 def test_the_documents_of_a_comparison_are_those_that_the_test_split_is_searched_in(data: Path, tmp_path: Path):
@@ -250,7 +280,10 @@ def test_a_failed_run_does_not_end_the_comparison(data: Path, tmp_path: Path):
     assert "Training failed in every run" in " ".join(ended.stderr.split())
     ended = invoke("report", output)
     assert ended.exit_code == 2
-    assert "has no finished run" in " ".join(ended.stderr.split())
+    assert (
+        f"{output} has no loss with finished runs to report. Finished: 1 training run of losses that are not complete. "
+        "Training failed with negative-cache: try other --learning-rates, with another --output."
+    ) in " ".join(ended.stderr.split())
 
 
 def test_a_folder_with_other_content_is_not_touched(data: Path, tmp_path: Path):
@@ -306,7 +339,7 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
             {"a": [0.40, 0.42], "bm25": [0.50]},
             0.001,
             "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss "
-            "has a higher MRR@10 than bm25.",
+            "has a higher MRR@10 than bm25; the best one is a, 0.4100.",
         ),
         ({"a": [0.50, 0.52], "b": []}, 1, ""),
     ],

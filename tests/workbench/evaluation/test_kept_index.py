@@ -17,7 +17,7 @@ from command_line import DOCUMENTS
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import index as indices
 from negative_cache.workbench.evaluation import searching
-from negative_cache.workbench.evaluation.encoding import EncodingOptions
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.evaluation.index import Index, index_of
 from negative_cache.workbench.evaluation.searching import search
 from negative_cache.workbench.models import load_model

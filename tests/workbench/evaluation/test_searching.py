@@ -14,7 +14,7 @@ from torch import Tensor
 
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation import encoding, searching
-from negative_cache.workbench.evaluation.encoding import EncodingError, EncodingOptions
+from negative_cache.workbench.evaluation.encoding_options import EncodingError, EncodingOptions
 from negative_cache.workbench.evaluation.measures import ranked
 from negative_cache.workbench.evaluation.quality import evaluate, make_evaluator
 from negative_cache.workbench.evaluation.searching import search_corpus, search_splits

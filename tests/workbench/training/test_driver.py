@@ -14,8 +14,10 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from command_line import DOCUMENTS, invoke
+from negative_cache.workbench.data import load_data
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import driver
+from negative_cache.workbench.training.config import RunConfig
 
 # What `NegativeCacheLoss.metrics` has without margins, under the tags of the contract where those differ.
 CACHE_METRICS = (
@@ -249,3 +251,18 @@ def test_without_evaluation_no_corpus_is_encoded(beir: Path, tmp_path: Path, has
     assert json.loads((output / "samples.json").read_text())["after"] == []
     assert invoke("report", output).exit_code == 0
     assert SentenceTransformer(str(output)).encode("a text").shape == (256,)
+
+
+def test_the_last_reported_loss_is_that_of_the_last_step(beir: Path, tmp_path: Path):
+    config = RunConfig(str(beir), "static", "in-batch", str(tmp_path / "out"), batch_size=8, max_steps=45)
+    reported: list[tuple[int, float | None]] = []
+    record = driver.run(
+        config,
+        load_data(str(beir)),
+        driver.RunOptions(measure_before=False, measure_after=False, keep_model=False),
+        on_step=lambda step, _, logs: reported.append((step, logs.get("loss"))),
+    )
+    logged = [(row["step"], row["loss"]) for row in record.history if "loss" in row]
+    assert reported[-1] == logged[-1]
+    assert reported[-1][0] == 45
+    assert {step for step, _ in reported} == set(range(1, 46))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.compare.comparison import RATE_FACTORS, Comparison, parse_losses, parse_rates
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import learning_rate_rule
+from negative_cache.workbench.model_names import check_model, learning_rate_rule
 
 _FACTORS = opt.listed(f"{factor:g}" for factor in RATE_FACTORS)
 
@@ -63,14 +65,17 @@ def compare(
     given = {**locals(), **settings}
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: "Run the same command again to continue after the completed runs."):
+        comparison = opt.make(
+            Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
+        )
+        if not Path(output).exists():  # otherwise the runs that are done need no model
+            check_model(model)
+        loaded = terminal.load_data(data, data_options)
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.cli.progress import ComparisonBar
             from negative_cache.workbench.compare.output import write_output
             from negative_cache.workbench.compare.running import compare as compare_losses
-        comparison = opt.make(
-            Comparison, given, losses=parse_losses(losses), learning_rates=parse_rates(learning_rates)
-        )
-        loaded = terminal.load_data(data, data_options)
+            from negative_cache.workbench.compare.table import best_loss, command_of_best
         num_shown, loaded = len(loaded.notes), loaded.with_dev()
         for note in loaded.notes[num_shown:]:
             terminal.note(note)
@@ -80,3 +85,4 @@ def compare(
         terminal.result(result)
         print_comparison(result, terminal.out)
         terminal.out.print("Written:", *written, soft_wrap=True)
+        terminal.inform(next_steps.after_compare(output, best_loss(result), command_of_best(result)))

@@ -11,6 +11,7 @@ from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal, escape
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _tokens_of(terminal: Terminal, name: str) -> Measure:
 
 
 def _print(terminal: Terminal, found: Mapping[str, Any]) -> None:
-    sizes = f"{found['documents']:,} documents, {found['queries']:,} queries"
+    sizes = f"{counted(found['documents'], 'document')}, {counted_queries(found['queries'])}"
     terminal.say(f"{found['name']} ({found['form']}): {sizes}" if found["form"] else f"{found['name']}: {sizes}")
     for table in (_splits_table(found["splits"]), _lengths_table(found["lengths"]), _findings_table(found)):
         print_wide(table, terminal.out)

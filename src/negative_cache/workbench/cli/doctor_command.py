@@ -10,6 +10,7 @@ from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.tables import bytes_table
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.training.config import RunConfig, parse_num_samples
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def doctor(
         for line in _lines(found):
             terminal.say(line)
         terminal.out.print(_devices_table(found["devices"]))
-        title = f"Memory of {cache_size:,} documents, {dim} x {embedding_dtype}"
+        title = f"Memory of {counted(cache_size, 'document')}, {dim} x {embedding_dtype}"
         terminal.out.print(bytes_table(title if ranks == 1 else f"{title}, on each of {ranks} ranks", sizes))
         terminal.inform(next_steps.after_doctor(found["extras"]))
 

@@ -15,9 +15,11 @@ from negative_cache.workbench.cli.plan import plan_of_evaluation
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
+from negative_cache.workbench.model_names import check_trained
 from negative_cache.workbench.training.config import RunError, flag_of
 
 if TYPE_CHECKING:
@@ -59,26 +61,31 @@ def evaluate(
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         _check(given)
-        with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
+        from negative_cache.workbench.evaluation import EncodingOptions, parse_measures
+
         encoding = EncodingOptions(**encoding_options)
         if nanobeir is not None:
             _evaluate_nanobeir(terminal, str(model), nanobeir, encoding)
-        else:
-            _evaluate(terminal, given, parse_measures(DEFAULT_MEASURES if metrics is None else metrics), encoding)
+            return
+        measures = parse_measures(DEFAULT_MEASURES if metrics is None else metrics)
+        if model is not None:
+            check_trained(model)
+        _evaluate(terminal, given, measures, encoding)
 
 
 def _evaluate(
     terminal: Terminal, given: Mapping[str, Any], measures: dict[str, Any], encoding: EncodingOptions
 ) -> None:
     """Evaluate on a dataset."""
-    from negative_cache.workbench.cli.progress import counting_bar
-    from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits, trec
-    from negative_cache.workbench.evaluation.systems import corpus_of
-    from negative_cache.workbench.files import write_json
+    from negative_cache.workbench.evaluation import trec
 
     run = None if given["run"] is None else trec.read_run(given["run"])
     data = terminal.load_data(given["data"], given["data_options"])
+    with terminal.waiting("Loading libraries ..."):
+        from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits
+        from negative_cache.workbench.evaluation.systems import corpus_of
+        from negative_cache.workbench.files import write_json
     split = split_of(terminal, data, given["data"], given["split"], given["model"])
     judged = data.graded(split)
     if given["qrels_out"] is not None:
@@ -101,7 +108,7 @@ def _evaluate(
         trec.write_run(given["run_out"], run)
     metrics = quality.metrics()
     terminal.result(metrics)
-    sizes = f"{metrics['num_queries']:,} queries, {metrics['num_documents']:,} documents"
+    sizes = f"{counted_queries(metrics['num_queries'])}, {counted(metrics['num_documents'], 'document')}"
     print_wide(metrics_table(f"{data.name}, {split}: {sizes}", {split: metrics}), terminal.out)
     written = [str(given[name]) for name in _OUTPUTS if given[name] is not None]
     if written:
@@ -110,8 +117,9 @@ def _evaluate(
 
 
 def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: EncodingOptions) -> None:
-    from negative_cache.workbench.cli.progress import counting_bar
-    from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
+    with terminal.waiting("Loading libraries ..."):
+        from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.evaluation.nanobeir import evaluate_nanobeir, parse_names
 
     chosen = parse_names(names)
     trained = terminal.load_model(model)
@@ -119,6 +127,7 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
         result = evaluate_nanobeir(trained, chosen, encoding, on_progress)
     terminal.result(result)
     print_wide(metrics_table("NanoBEIR", result), terminal.out)
+    terminal.inform(next_steps.after_nanobeir(model))
 
 
 def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | None, model: str | None = None) -> str:
@@ -144,13 +153,14 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
     total = data.num_pairs("all")
     if run is None:
         terminal.note(
-            f"Measured on all {total:,} pairs of {source}. --split test measures the tenth that train holds out."
+            f"Measured on all {counted(total, 'pair')} of {source}. --split test measures the tenth that train holds "
+            "out."
         )
         return "all"
     if any(run.get("data_options", {}).get(name) is not None for name in ("dev", "test")):
         terminal.note(
-            f"Warning: Measured on all {total:,} pairs of {source}, with which {model} was trained: the quality is too "
-            "high. Give other data."
+            f"Warning: Measured on all {counted(total, 'pair')} of {source}, with which {model} was trained: the "
+            "quality is too high. Give other data."
         )
         return "all"
     terminal.note(

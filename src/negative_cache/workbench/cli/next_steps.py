@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
     from negative_cache.workbench.training.record import RunRecord
 
-QUERY, NEW_MODEL = "your query", "my-model"
+QUERY, NEW_MODEL, OWN_DATA = "your query", "my-model", "my-pairs.csv"
 PRETRAINED = "all-MiniLM-L6-v2"
 
 
@@ -52,6 +52,7 @@ def after_train(
     elif split is not None:
         words = (*model, "--data", config.data, *options.arguments())
         yield f"To evaluate it: {command('evaluate', *words, split=split)}"
+    yield f"To see curves and examples: {command('report', config.output)}"
     search = command("search", QUERY, *model, "--data", config.data, *options.arguments(of_documents))
     yield f"To use it: SentenceTransformer({config.output!r}) in Python, or {search}"
 
@@ -75,24 +76,53 @@ def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[
     yield f"To search with it: {command('search', QUERY, *words)}"
 
 
+def after_nanobeir(model: str) -> Iterator[str]:
+    """After `evaluate` with --nanobeir."""
+    yield f"To evaluate it on data of your own: {command('evaluate', '--model', model, '--data', OWN_DATA)}"
+
+
 def after_search(model: str, source: str, options: DataOptions) -> Iterator[str]:
     """After `search`."""
     evaluate = command("evaluate", "--model", model, "--data", source, *options.arguments())
     yield f"To measure how good the results are: {evaluate}"
 
 
-def after_significance(runs: Iterable[str]) -> Iterator[str]:
-    """After `significance`: the report of the folders among the runs."""
+def after_significance(runs: Sequence[str], of_data: Iterable[str]) -> Iterator[str]:
+    """After `significance`: the report of the folders among the runs, or the same test with further seeds of the files.
+
+    Args:
+        runs: The runs that were given.
+        of_data: The options of the judgements.
+    """
     paths = [path for run in runs for path in (run if Path(run).exists() else run.partition("=")[2]).split(",")]
     folders = [path for path in paths if Path(path).is_dir()]
     if folders:
         output = "report.html" if len(folders) > 1 else None
         yield f"To see curves and examples: {command('report', *folders, output=output)}"
+    elif all(Path(run).is_file() for run in runs):
+        names = (Path(run).name.partition(".") for run in runs)
+        seeds = (
+            f"{name}={run},{name}-seed-1{dot}{suffix}" for run, (name, dot, suffix) in zip(runs, names, strict=True)
+        )
+        yield f"To test the means over several seeds: {command('significance', *seeds, *of_data)}"
 
 
 def after_report(written: Path) -> Iterator[str]:
     """After `report`."""
     yield f"To open it: {shlex.join(['python', '-m', 'webbrowser', written.resolve().as_uri()])}"
+
+
+def after_compare(output: str, best: str, training: str) -> Iterator[str]:
+    """After `compare`.
+
+    Args:
+        output: Folder of the comparison.
+        best: The best of the losses; empty if none was trained.
+        training: The command that trains with it.
+    """
+    if best:
+        yield f"To train with {best}, the best of the losses: {training}"
+        yield f"To see curves and examples: {command('report', output)}"
 
 
 def after_doctor(missing: Mapping[str, list[str]]) -> Iterator[str]:

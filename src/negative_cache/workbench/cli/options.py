@@ -67,7 +67,13 @@ _DATA_OPTIONS: dict[str, Any] = {
     "negatives": Annotated[
         str, typer.Option(help="Negatives of the data: all, ignore, or at most a number per query.")
     ],
-    "max_train_pairs": Annotated[int | None, typer.Option(min=1, help="Train with this number of pairs.")],
+    "max_train_pairs": Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep this number of pairs of the train split, to train or evaluate on; dev and test stay whole.",
+        ),
+    ],
     "eval_documents": Annotated[
         int | None,
         typer.Option(min=1, help="Evaluate on this number of documents: the judged ones and a sample. Default: all."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> 
         "to mine negatives": len(data.corpus) * config.mining_rounds if config.loss == "mined" else 0,
         "to fill the cache": len(data.corpus) if config.fill_from_corpus else 0,
     }
-    sentences = [f"Training takes {steps:,} steps of {queries:,} queries."]
+    sentences = [f"Training takes {counted(steps, 'step')} of {counted_queries(queries)}."]
     if any(documents.values()):
         listed = ", ".join(f"{number:,} {purpose}" for purpose, number in documents.items() if number)
         sentences.append(f"Documents to encode besides: {listed}.")
@@ -51,4 +52,4 @@ def _documents_in_evaluation(config: RunConfig, data: RetrievalData, steps: int,
 def plan_of_evaluation(data: RetrievalData, split: str) -> str:
     """The documents and queries that are encoded."""
     queries, documents = len(data.graded(split)), len(data.part(split).corpus)
-    return f"Texts to encode: {documents:,} documents and {queries:,} queries."
+    return f"Texts to encode: {counted(documents, 'document')} and {counted_queries(queries)}."

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from negative_cache.workbench.cli.terminal import Terminal, escape
+from negative_cache.workbench.counting import counted
 
 if TYPE_CHECKING:
     from negative_cache.workbench.evaluation import OnProgress
@@ -89,7 +90,7 @@ class ComparisonBar:
     def begin(self, name: str, num_left: int, seconds_left: float | None) -> None:
         """A run begins; `num_left` runs are left, including this one, which take `seconds_left`, if that is known."""
         self._end_of_all = None if seconds_left is None else time.monotonic() + seconds_left
-        description = f"{num_left} runs left  {name}"
+        description = f"{counted(num_left, 'run')} left  {name}"
         self._bar.reset(self._task, total=None, description=description, metrics=self._time_left())
 
     def step(self, step: int, steps: int) -> None:

@@ -10,6 +10,7 @@ import typer
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted
 
 
 def report(
@@ -26,6 +27,5 @@ def report(
         with terminal.waiting("Drawing ..."):
             written, runs = write_report(folders, output)
         terminal.result({"output": str(written), "runs": [run.name for run in runs]})
-        number = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-        terminal.say(f"{number} on one page: {written}")
+        terminal.say(f"{counted(len(runs), 'run')} on one page: {written}")
         terminal.inform(next_steps.after_report(written))

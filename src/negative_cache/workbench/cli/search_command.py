@@ -12,6 +12,7 @@ from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.model_names import check_trained
 
 if TYPE_CHECKING:
     from negative_cache.workbench.data.texts import Texts
@@ -45,14 +46,15 @@ def search(
     """Show the best documents of a corpus for a query."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
-        with terminal.waiting("Loading libraries ..."):
-            from negative_cache.workbench.evaluation import EncodingOptions
+        from negative_cache.workbench.evaluation import EncodingOptions
+
         texts = [*(query or []), *_queries_in(queries, data_options.encoding)]
         if not texts:
             raise ValueError("There is no query. Give one or more, or a file of queries with --queries.")
         if any(not text.strip() for text in texts):
             raise ValueError("A query is empty. Give the text to search for.")
         encoding = EncodingOptions(**encoding_options)
+        check_trained(model)
         corpus, is_judged = _corpus(terminal, data, data_options)
         found = list(zip(texts, _hits(terminal, model, corpus, texts, num_results, encoding), strict=True))
         terminal.result([{"query": text, "documents": [hit._asdict() for hit in own]} for text, own in found])
@@ -97,10 +99,11 @@ def _hits(
     terminal: Terminal, model: str, corpus: Texts, queries: list[str], count: int, encoding: Any
 ) -> list[list[Hit]]:
     """The best documents of each query. A note says whether the embeddings of the corpus are kept."""
-    from negative_cache.workbench.cli.progress import counting_bar
-    from negative_cache.workbench.evaluation import index_of
-    from negative_cache.workbench.evaluation import search as search_corpus
-    from negative_cache.workbench.evaluation.index import MAX_BYTES
+    with terminal.waiting("Loading libraries ..."):
+        from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.evaluation import index_of
+        from negative_cache.workbench.evaluation import search as search_corpus
+        from negative_cache.workbench.evaluation.index import MAX_BYTES
 
     trained = terminal.load_model(model)
     with terminal.waiting("Looking for embeddings of an earlier search ..."):

@@ -13,6 +13,7 @@ from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.evaluate_command import split_of
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import ALPHA
 
@@ -75,7 +76,9 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
-        terminal.inform(next_steps.after_significance(runs))
+        of_data = [] if data is None else ["--data", data, *data_options.arguments()]
+        of_data += [] if split is None else ["--split", split]
+        terminal.inform(next_steps.after_significance(runs, of_data))
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:
@@ -112,7 +115,7 @@ def _systems_table(found: dict[str, Significance]) -> Table:
     """The mean of each system ± the standard deviation over its seeds."""
     from rich.table import Table
 
-    table = Table(title=f"{next(iter(found.values())).num_queries:,} queries", title_justify="left")
+    table = Table(title=counted_queries(next(iter(found.values())).num_queries), title_justify="left")
     for name in ("system", "seeds", *found):
         table.add_column(name, justify="left" if name == "system" else "right")
     for name, system in next(iter(found.values())).systems.items():

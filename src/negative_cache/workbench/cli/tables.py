@@ -40,10 +40,10 @@ def bytes_table(title: str, sizes: Mapping[str, int]) -> Table:
 
 
 def print_comparison(result: dict[str, Any], console: Console) -> None:
-    """Print the table of a comparison, the verdict, and the command to train with the best loss."""
+    """Print the table of a comparison and the verdict."""
     from rich.table import Table
 
-    from negative_cache.workbench.compare.table import COLUMNS, command_of_best, rows_of, title_of, verdict
+    from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 
     table = Table(title=title_of(result), title_justify="left")
     for number, heading in enumerate(COLUMNS):
@@ -51,10 +51,8 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     for row in rows_of(result):
         table.add_row(*row)
     print_wide(table, console)
-    command = command_of_best(result)
-    for line in (verdict(result), command and f"To train with the best loss: {command}"):
-        if line:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if sentences := verdict(result):
+        console.print(sentences, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_wide(table: Table, console: Console) -> None:

@@ -72,9 +72,6 @@ class Terminal:
                 raise self._exit(INVALID, f"[bold red]Error:[/] {escape(str(error))}") from error
             except (RunFailedError, OSError) as error:
                 raise self._exit(FAILURE, f"[bold red]Failed:[/] {escape(str(error))}") from error
-            except ImportError as error:
-                message = f"{error}. This command needs: pip install 'negative-cache[train]'"
-                raise self._exit(FAILURE, f"[bold red]Failed:[/] {escape(message)}") from error
             except KeyboardInterrupt as error:
                 raise self._exit(STOPPED, f"[bold]Stopped.[/] {escape(when_stopped())}") from error
 

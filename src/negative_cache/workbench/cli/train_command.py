@@ -17,9 +17,11 @@ from negative_cache.workbench.cli.plan import plan_of_training
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import LEARNING_RATES, learning_rate_rule
+from negative_cache.workbench.model_names import LEARNING_RATES, check_model, learning_rate_rule
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig
+from negative_cache.workbench.training.record import check_output_folder, unfinished_folder
 
 if TYPE_CHECKING:
     from negative_cache.workbench.training.record import RunRecord
@@ -128,11 +130,14 @@ def train(
     terminal = Terminal(quiet, as_json)
     with terminal.running(when_stopped=lambda: _how_to_continue(output)):
         config = opt.make(RunConfig, given, save_steps=save_steps or None)
+        check_output_folder(output, resume)
+        if not resume:  # a resumed run has its model
+            check_model(model)
+        loaded = terminal.load_data(data, data_options)
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.cli.progress import training_bar
             from negative_cache.workbench.training.driver import RunOptions, finished_run, run
         is_finished = finished_run(config, resume) is not None
-        loaded = terminal.load_data(data, data_options)
         if is_finished:
             record = run(config, loaded, resume=True)  # checks that the data is the same
             if export_negatives is not None:
@@ -157,16 +162,17 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
     ):
         if rows := {when: metrics for when, metrics in measured.items() if metrics is not None}:
             sizes = rows["after"]
-            title = f"{split} split: {sizes['num_queries']:,} queries, {sizes['num_documents']:,} documents"
+            title = (
+                f"{split} split: {counted_queries(sizes['num_queries'])}, {counted(sizes['num_documents'], 'document')}"
+            )
             print_wide(metrics_table(title, rows), terminal.out)
-    terminal.say(f"{record.steps} steps in {record.seconds:.1f} s. The model and run.json are in {output}")
+    terminal.say(f"{counted(record.steps, 'step')} in {record.seconds:.1f} s. The model and run.json are in {output}")
     if record.best_step is not None:
         terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")
-    terminal.say(f"Make a report of the run: negative-cache report {output}")
 
 
 def _how_to_continue(output: str) -> str:
-    if not Path(output).with_name(f"{Path(output).name}.partial").exists():
+    if not unfinished_folder(output).exists():
         return "There was no checkpoint yet, so nothing is left of the run."
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     return f"Continue with: {shlex.join(['negative-cache', *arguments, '--resume'])}"

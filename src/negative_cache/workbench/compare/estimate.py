@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison
 from negative_cache.workbench.compare.probe import Costs
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.training.config import num_steps
 from negative_cache.workbench.training.curve import POINTS
@@ -114,7 +115,7 @@ class Estimate:
         costs = [cost for runs in self.runs.values() for cost in runs]
         more = [cost for runs in self.further.values() for cost in runs]
         trained = {spec: runs for spec, runs in self.runs.items() if spec not in BASELINES}
-        runs = f"{sum(map(len, trained.values()))} training runs"
+        runs = counted(sum(map(len, trained.values())), "training run")
         up_to = ""
         if more:
             runs += f", and up to {len(more)} more if the best learning rates are the lowest or highest ones"

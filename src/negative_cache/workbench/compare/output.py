@@ -14,6 +14,7 @@ from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.running import MAX_EXTENSIONS, TESTED, failures_of
 from negative_cache.workbench.compare.table import (
     COLUMNS,
+    best_loss,
     command_of_best,
     differences_of,
     rows_of,
@@ -21,20 +22,21 @@ from negative_cache.workbench.compare.table import (
     verdict,
     with_spread,
 )
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.evaluation.defaults import ALPHA
 from negative_cache.workbench.evaluation.significance import COLUMNS as PAIR_COLUMNS
 from negative_cache.workbench.figures import COLOURS, MARKERS, save_figure, style
 from negative_cache.workbench.files import write_text
 
 NOTE = (
-    "Mean ± sample standard deviation over {seeds} seed(s) on the test split. {rates} Seconds "
+    "Mean ± sample standard deviation over {seeds} on the test split. {rates} Seconds "
     "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
     "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). Both "
     "include what a guide encodes, and mining, which encodes the corpus and the training queries. * marks "
     "losses that no other is significantly better than, in {tested}."
 )
 SIGNIFICANCE = (
-    "Fisher's randomisation test of the paired differences over {queries:,} test queries, each averaged over the "
+    "Fisher's randomisation test of the paired differences over {queries}, each averaged over the "
     "seeds, two-sided, with Holm's correction over the pairs. The interval is the BCa bootstrap's over the "
     "queries, without a correction. Significant: p < {alpha:g}."
 )
@@ -64,7 +66,7 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         *_table(COLUMNS, rows_of(result)),
         "",
         NOTE.format(
-            seeds=result["configuration"]["seeds"],
+            seeds=counted(result["configuration"]["seeds"], "seed"),
             rates=_rates_in_words(result["learning_rates"]),
             tested=" and ".join(TESTED),
         ),
@@ -72,12 +74,17 @@ def _markdown(result: dict[str, Any], command: str) -> str:
     if sentence := verdict(result):
         lines += ["", sentence]
     if command := command_of_best(result):
-        lines += ["", f"    {command}"]
+        lines += ["", f"To train with {best_loss(result)}, the best of the losses:", "", f"    {command}"]
     if failed := failures_of(result):
         lines += ["", "Failed, and left out:", "", *(f"- {' '.join(sentence.split())}" for sentence in failed)]
     if result["significance"]:
         (num_queries,) = {found["num_queries"] for found in result["significance"].values()}
-        lines += ["", "## Significance", "", SIGNIFICANCE.format(queries=num_queries, alpha=ALPHA)]
+        lines += [
+            "",
+            "## Significance",
+            "",
+            SIGNIFICANCE.format(queries=counted_queries(num_queries, "test"), alpha=ALPHA),
+        ]
     for measure in result["significance"]:
         pairs = [found.cells() for found in differences_of(result, measure)]
         lines += ["", f"{measure}:", "", *_table(PAIR_COLUMNS, pairs)]
@@ -116,7 +123,8 @@ def _draw(axes: Axes, result: dict[str, Any], cost: str, label: str) -> None:
     axes.set_ylabel("MRR@10 on the test split")
     options, data = result["configuration"], result["data"]
     axes.set_title(
-        f"{data['name']}, {options['model']}: lines are one seed, large marks the mean of {options['seeds']}"
+        f"{data['name']}, {options['model']}: lines are one seed, large marks the mean of "
+        f"{counted(options['seeds'], 'seed')}"
     )
     axes.legend(loc="best")
     style(axes)

@@ -21,7 +21,8 @@ from negative_cache.sampling.config import AUTO_SAMPLES, is_auto
 from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, judge, parse_measures
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, encoding
+from negative_cache.workbench.evaluation.encoding import encoding
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.evaluation.searching import BestDocuments
 from negative_cache.workbench.models import cache_tokens, load_trained
 from negative_cache.workbench.training.config import RunConfig, mining_start

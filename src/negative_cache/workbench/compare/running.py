@@ -16,6 +16,7 @@ from negative_cache.workbench.compare.comparison import BASELINES, Comparison, r
 from negative_cache.workbench.compare.estimate import Estimate, Predictor, TimeLeft
 from negative_cache.workbench.compare.isolated import Job, run_isolated
 from negative_cache.workbench.compare.probe import Probe
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import parse_measures
 from negative_cache.workbench.evaluation.significance import compare_systems
@@ -313,8 +314,9 @@ def _begin(comparison: Comparison, about: dict[str, Any]) -> dict[str, Any]:
         left_out = [spec for spec in losses if spec not in comparison.losses]
         if left_out and saved["configuration"]["seeds"] != comparison.seeds:
             raise RunError(
-                f"{comparison.output!r} has results of {saved['configuration']['seeds']} seeds of {', '.join(left_out)}"
-                f", and --seeds is {comparison.seeds}. Name these, too, in --losses, so that all have the same seeds."
+                f"{comparison.output!r} has results of {counted(saved['configuration']['seeds'], 'seed')} of "
+                f"{', '.join(left_out)}, and --seeds is {comparison.seeds}. Name these, too, in --losses, so that all "
+                "have the same seeds."
             )
     elif output.exists() and any(output.iterdir()):
         raise RunError(f"{comparison.output!r} exists and has no {COMPARISON}. Choose another --output.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES, FIXED_FIELDS
 from negative_cache.workbench.compare.running import REPORTED
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.evaluation.significance import Difference, p_in_words
 from negative_cache.workbench.training.config import RunConfig, flag_of
@@ -19,9 +20,12 @@ COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memo
 def title_of(result: dict[str, Any]) -> str:
     """What was compared, in one line."""
     options, data = result["configuration"], result["data"]
+    steps = options["max_steps"]
+    length = f"epochs {options['epochs']:g}" if steps is None else counted(steps, "step")
     return (
-        f"{data['name']}, {options['model']}: batch size {options['batch_size']}, epochs {options['epochs']:g}, "
-        f"{data['pairs']:,} pairs; {data['test_queries']:,} test queries, {data['documents']:,} documents"
+        f"{data['name']}, {options['model']}: batch size {options['batch_size']}, {length}, "
+        f"{counted(data['pairs'], 'pair')}; {counted_queries(data['test_queries'], 'test')}, "
+        f"{counted(data['documents'], 'document')}"
     )
 
 
@@ -39,7 +43,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
             continue
         rate = f"{loss['learning_rate']:g}" + (" (edge)" if loss["at_the_edge"] else "")
         if loss["failed_runs"]:
-            rate += f" ({len(loss['failed_runs'])} seeds failed)"
+            rate += f" ({counted(len(loss['failed_runs']), 'seed')} failed)"
         costs = [f"{found['seconds']['mean']:,.1f}", f"{found['documents_encoded']['mean']:,.0f}"]
         rows.append([name, rate, *qualities, *costs, gigabytes(found["peak_memory_bytes"]["mean"])])
     return rows
@@ -65,8 +69,8 @@ def line_of(found: RunRecord | Metrics) -> str:
         return f"failed: {found.failed}"
     dev, test = ((metrics or {})["MRR@10"] for metrics in (found.dev, found.after))
     return (
-        f"MRR@10 dev {dev:.4f} test {test:.4f}, {found.steps:,} steps in {found.seconds:.1f} s, "
-        f"{found.documents_encoded:,} documents encoded, peak {gigabytes(found.peak_memory_bytes)}"
+        f"MRR@10 dev {dev:.4f} test {test:.4f}, {counted(found.steps, 'step')} in {found.seconds:.1f} s, "
+        f"{counted(found.documents_encoded, 'document')} encoded, peak {gigabytes(found.peak_memory_bytes)}"
     )
 
 
@@ -86,20 +90,27 @@ def verdict(result: dict[str, Any]) -> str:
     if close:
         sentences.append(f"No significant difference between {best} and {', '.join(close)}.")
     if best in BASELINES and not all(name in BASELINES for name, _ in losses):
-        sentences.append(f"No loss has a higher MRR@10 than {best}.")
+        trained = best_loss(result)
+        quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
+        sentences.append(f"No loss has a higher MRR@10 than {best}; the best one is {trained}, {quality:.4f}.")
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
 
 
-def command_of_best(result: dict[str, Any]) -> str:
-    """The command that trains with the best loss: its learning rate, and all options that are not the defaults.
+def best_loss(result: dict[str, Any]) -> str:
+    """The loss with the highest MRR@10, baselines left out; empty if there is none."""
+    return next((name for name, _ in _ranked(result) if name not in BASELINES), "")
 
-    Baselines are left out; empty if there are only baselines.
+
+def command_of_best(result: dict[str, Any]) -> str:
+    """The command that trains with `best_loss`: its learning rate, and all options that are not the defaults.
+
+    Empty if there are only baselines.
     """
-    loss = next((loss for name, loss in _ranked(result) if name not in BASELINES), None)
-    if loss is None:
+    if not (best := best_loss(result)):
         return ""
+    loss = result["losses"][best]
     options, comparison = loss["configuration"], result["configuration"]
     words = ["negative-cache", "train", "--data", comparison["data"], "--model", comparison["model"]]
     words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]

@@ -9,7 +9,8 @@ from negative_cache._lazy import lazy_attributes
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 
 if TYPE_CHECKING:
-    from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress
+    from negative_cache.workbench.evaluation.encoding import OnProgress
+    from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
     from negative_cache.workbench.evaluation.index import Index, index_of
     from negative_cache.workbench.evaluation.measures import Run, depth_of, judge, means, parse_measures
     from negative_cache.workbench.evaluation.quality import Quality, evaluate, judge_split, make_evaluator, matching_run
@@ -40,7 +41,8 @@ if not TYPE_CHECKING:  # the options of a command need the defaults alone
     __getattr__, __dir__ = lazy_attributes(
         __name__,
         {
-            "encoding": ("EncodingOptions", "OnProgress"),
+            "encoding": ("OnProgress",),
+            "encoding_options": ("EncodingOptions",),
             "index": ("Index", "index_of"),
             "measures": ("Run", "depth_of", "judge", "means", "parse_measures"),
             "quality": ("Quality", "evaluate", "judge_split", "make_evaluator", "matching_run"),

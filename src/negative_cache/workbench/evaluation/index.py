@@ -16,7 +16,7 @@ from torch import Tensor
 
 from negative_cache.workbench.data import fingerprints
 from negative_cache.workbench.data.texts import Texts
-from negative_cache.workbench.evaluation.encoding import EncodingOptions
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.files import fingerprint_of_folder, kept_file, replacing
 
 MAX_BYTES = 10 * 10**9  # of all files, of which those that were used last are kept

@@ -13,7 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
 from sentence_transformers.sentence_transformer.evaluation.nano_beir import DATASET_NAME_TO_HUMAN_READABLE
 
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding, encoding_arguments
+from negative_cache.workbench.evaluation.encoding import OnProgress, encoding, encoding_arguments
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 
 DATASET = "sentence-transformers/NanoBEIR-en"
 NAMES = tuple(DATASET_NAME_TO_HUMAN_READABLE)

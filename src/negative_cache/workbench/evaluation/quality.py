@@ -10,7 +10,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from negative_cache.workbench.data import DataError, RetrievalData
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding_arguments
+from negative_cache.workbench.evaluation.encoding import OnProgress, encoding_arguments
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.evaluation.measures import (
     Run,
     depth_of,

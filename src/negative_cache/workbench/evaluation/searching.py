@@ -13,7 +13,8 @@ from torch import Tensor
 
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts
-from negative_cache.workbench.evaluation.encoding import Encoder, EncodingOptions, OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding import Encoder, OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.evaluation.index import Index
 from negative_cache.workbench.evaluation.measures import Run
 

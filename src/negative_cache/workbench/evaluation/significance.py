@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from negative_cache.workbench.counting import counted_queries
 from negative_cache.workbench.evaluation.defaults import ALPHA
 
 Array = npt.NDArray[np.float64]
@@ -94,7 +95,7 @@ class Difference(NamedTuple):
     def cells(self, alpha: float = ALPHA) -> list[str]:
         """The cells of a row of a table with the headings `COLUMNS`."""
         interval = f"{self.low:+.4f} to {self.high:+.4f}"
-        says = "significant" if self.is_significant(alpha) else "no difference"
+        says = "significant" if self.is_significant(alpha) else "not significant"
         return [
             f"{self.system} - {self.baseline}",
             f"{self.difference:+.4f}",
@@ -265,10 +266,8 @@ def _arrays_of(values: Mapping[str, Sequence[PerQuery]]) -> dict[str, Array]:
 
 
 def _some(queries: list[str]) -> str:
-    if not queries:
-        return "0 queries"
-    shown = ", ".join(repr(query) for query in queries[:3])
-    return f"{len(queries):,} quer{'y' if len(queries) == 1 else 'ies'} ({shown}{', ...' if len(queries) > 3 else ''})"
+    shown = ", ".join([*map(repr, queries[:3]), *(["..."] if len(queries) > 3 else [])])
+    return counted_queries(len(queries)) + (f" ({shown})" if queries else "")
 
 
 def _system(array: Array) -> System:

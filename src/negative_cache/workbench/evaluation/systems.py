@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation.significance import PerQuery, check_same_queries
 from negative_cache.workbench.suggestions import did_you_mean_path
@@ -206,6 +207,6 @@ def _check_corpora(contents: Mapping[Path, dict[str, Any] | None]) -> None:
         if corpus["fingerprint"] != found[first]["fingerprint"]:
             raise ValueError(
                 f"Systems must be compared on the same corpus. {first} is of a corpus of "
-                f"{found[first]['num_documents']:,} documents, {file} of another one of {corpus['num_documents']:,}. "
-                "Measure both on the same data."
+                f"{counted(found[first]['num_documents'], 'document')}, {file} of another one of "
+                f"{corpus['num_documents']:,}. Measure both on the same data."
             )

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from negative_cache.version import __version__
 from negative_cache.workbench.compare.table import gigabytes
+from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.evaluation.systems import PER_QUERY
 from negative_cache.workbench.files import write_text
 from negative_cache.workbench.report.charts import charts_of
@@ -60,7 +61,12 @@ def render(runs: Sequence[Run], tables: Sequence[Table] = ()) -> str:
     )
     measures = _measures(runs)
     baseline = baseline_of([run.loss for run in runs])
-    environment.filters |= {"short": short, "gigabytes": gigabytes}
+    environment.filters |= {
+        "short": short,
+        "gigabytes": gigabytes,
+        "counted": counted,
+        "counted_queries": counted_queries,
+    }
     return environment.get_template("report.html").render(
         runs=runs,
         tables=tables,
@@ -102,7 +108,7 @@ def _differences(
 def _files_of_values(runs: Sequence[Run]) -> str:
     """The files with the values of queries; the first ones if there are many."""
     files = [str(folder / PER_QUERY) for run in runs if run.values is not None for folder in run.folders]
-    others = f" and {len(files) - MAX_FILES} more files" if len(files) > MAX_FILES else ""
+    others = f" and {counted(len(files) - MAX_FILES, 'more file')}" if len(files) > MAX_FILES else ""
     return ", ".join(files[:MAX_FILES]) + others
 
 

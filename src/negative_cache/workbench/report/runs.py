@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.evaluation.systems import COMPARISON
 from negative_cache.workbench.report.differences import Values, read_values
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
@@ -130,7 +132,23 @@ def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder / COMPARISON} is not the result of a comparison: {error!r}.") from error
     if not names:
-        raise RunError(
-            f"{folder / COMPARISON} has no finished run. Continue the comparison, or try other learning rates."
-        )
+        raise RunError(_nothing_trained(folder, result))
     return [_read_run([folder / "runs" / name for name in own], spec) for spec, own in names.items()], table
+
+
+def _nothing_trained(folder: Path, result: dict[str, Any]) -> str:
+    """Why a comparison has no run to report: what it has, and what to do."""
+    losses, wanted = result["losses"], [spec for spec in result["configuration"]["losses"] if spec not in BASELINES]
+    words = [f"{folder} has no loss with finished runs to report."]
+    if measured := [spec for spec in losses if spec in BASELINES]:
+        words.append(f"Measured without training: {', '.join(measured)}; {COMPARISON} has the results.")
+    if number := len(list(folder.glob(f"runs/*/{RECORD}"))):
+        words.append(f"Finished: {counted(number, 'training run')} of losses that are not complete.")
+    if not wanted:
+        words.append("To train, too: the same compare with more --losses, such as in-batch,negative-cache.")
+    elif left := [spec for spec in wanted if spec not in losses]:
+        continued = ["negative-cache", "compare", "--config", str(folder / COMPARISON), "--output", str(folder)]
+        words.append(f"Not done: {', '.join(left)}. To continue: {shlex.join(continued)}")
+    else:
+        words.append(f"Training failed with {', '.join(wanted)}: try other --learning-rates, with another --output.")
+    return " ".join(words)

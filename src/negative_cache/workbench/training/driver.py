@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from negative_cache.integrations.trainer import last_complete_checkpoint
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import DataError, RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import OnProgress, evaluate, make_evaluator
 from negative_cache.workbench.evaluation.encoding import encoding_arguments
@@ -42,7 +43,14 @@ from negative_cache.workbench.training.losses import load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
 from negative_cache.workbench.training.mining import Mining, StopToMine
 from negative_cache.workbench.training.preparation import add_lora, merge_lora, prepare
-from negative_cache.workbench.training.record import RECORD, RunRecord, read_json, versions_of
+from negative_cache.workbench.training.record import (
+    RECORD,
+    RunRecord,
+    check_output_folder,
+    read_json,
+    unfinished_folder,
+    versions_of,
+)
 from negative_cache.workbench.training.trainer import (
     OnStep,
     RunTrainer,
@@ -130,7 +138,7 @@ def run(
         _check_ranks(task)
     folder, output = task.folder, Path(config.output)
     if is_first and folder.exists():
-        _check_unfinished(folder, task, resume)
+        _check_unfinished(folder, task)
         if not _can_resume(folder):
             logger.warning("The run in %s has no checkpoint yet: training begins at step 0. See --save-steps.", folder)
     elif is_first and resume:
@@ -157,13 +165,13 @@ def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
     """The record of a finished run that `resume` would continue; None if the output folder does not exist.
 
     Raises:
-        RunError: The output folder exists and is not a finished run of this configuration, or `resume` is False.
+        RunError: The output folder exists and is not a finished run of this configuration; or it exists or has an
+            unfinished run, and `resume` is False.
     """
+    check_output_folder(config.output, resume)
     output = Path(config.output)
     if not output.exists():
         return None
-    if not (resume and (output / RECORD).is_file()):
-        raise RunError(f"The output folder {config.output!r} exists. Choose another --output, or remove the folder.")
     record = RunRecord.read(output)
     length = {name: getattr(config, name) for name in ("epochs", "max_steps")}
     if changed := changed_options(record.configuration, length):
@@ -189,8 +197,7 @@ class _Run:
     @property
     def folder(self) -> Path:
         """Folder of the unfinished run."""
-        output = Path(self.config.output)
-        return output.with_name(f"{output.name}.partial")
+        return unfinished_folder(self.config.output)
 
     def check(self) -> None:
         """Raise unless the loss has a guide, if it needs one, and the data has the splits that the run needs."""
@@ -439,10 +446,8 @@ def _clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
+def _check_unfinished(folder: Path, task: _Run) -> None:
     """Raise unless the unfinished run in a folder may be continued with this configuration and this data."""
-    if not resume:
-        raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
     what = f"{str(folder)!r} has an unfinished run"
     for path in (folder / RECORD, folder / _BEFORE):
         if path.exists():
@@ -450,9 +455,10 @@ def _check_unfinished(folder: Path, task: _Run, resume: bool) -> None:
             _check_same(what, saved["configuration"], task.config)
             _check_same_data(what, saved["data_fingerprint"], task.config, task.data)
             if saved["ranks"] != processes.count():
+                ranks = counted(saved["ranks"], "rank")
                 raise RunError(
-                    f"{str(folder)!r} has an unfinished run on {saved['ranks']} ranks, and this run has "
-                    f"{processes.count()}, so its batches differ. Start {saved['ranks']} ranks, or remove the folder."
+                    f"{str(folder)!r} has an unfinished run on {ranks}, and this run has {processes.count()}, so its "
+                    f"batches differ. Start {ranks}, or remove the folder."
                 )
 
 

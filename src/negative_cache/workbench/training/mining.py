@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import TrainerCallback
 
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData
-from negative_cache.workbench.evaluation.encoding import EncodingOptions, OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding import OnProgress, encoding
+from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.files import write_json
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig, mining_start
 from negative_cache.workbench.training.meter import Meter
@@ -119,7 +121,9 @@ class Mining:
         rounds, wanted = self.until(step), len(self._points())
         notes = [self._note(mined) for mined in rounds if mined.pairs_with_fewer]
         if len(rounds) < wanted:
-            notes.append(f"Negatives were mined {len(rounds)} times instead of {wanted}: training ended before.")
+            notes.append(
+                f"Negatives were mined {counted(len(rounds), 'time')} instead of {wanted}: training ended before."
+            )
         return notes
 
     def _note(self, mined: Mined) -> str:

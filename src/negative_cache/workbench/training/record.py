@@ -19,6 +19,20 @@ Metrics = dict[str, Any]
 """Means by the name of the measure, such as "MRR@10", with num_queries and num_documents."""
 
 
+def unfinished_folder(output: str) -> Path:
+    """The folder of a run that is not complete."""
+    path = Path(output)
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_output_folder(output: str, resume: bool) -> None:
+    """Raise RunError if a run cannot be written to a folder: there is one already, and it is not to be resumed."""
+    if Path(output).exists() and not (resume and (Path(output) / RECORD).is_file()):
+        raise RunError(f"The output folder {output!r} exists. Choose another --output, or remove the folder.")
+    if (folder := unfinished_folder(output)).exists() and not resume:
+        raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
+
+
 def measures_of(metrics: Metrics) -> list[str]:
     """The names of the measures in metrics."""
     return [name for name in metrics if name not in ("num_queries", "num_documents")]

@@ -193,7 +193,7 @@ def _arguments(
 
 
 class _StepCallback(TrainerCallback):
-    """Reports each step with the latest logs."""
+    """Reports each step with the latest logs; the trainer logs after a step, which is then reported again."""
 
     def __init__(self, on_step: OnStep) -> None:
         self.on_step = on_step
@@ -201,8 +201,13 @@ class _StepCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         self.latest.update(logs or {})
+        if "loss" in (logs or {}):
+            self._report(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._report(state)
+
+    def _report(self, state: Any) -> None:
         self.on_step(state.global_step, state.max_steps, self.latest)
 
 

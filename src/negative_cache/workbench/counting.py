@@ -1,0 +1,20 @@
+"""Numbers of things in messages."""
+
+from __future__ import annotations
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """A number with its noun, such as "1 query" or "2,403 queries".
+
+    Args:
+        number: The number.
+        one: The noun in the singular.
+        several: The noun in the plural; None for the singular with an s.
+    """
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def counted_queries(number: int, kind: str = "") -> str:
+    """A number of queries, such as "1 test query" with the kind "test"."""
+    kind = kind and f"{kind} "
+    return counted(number, f"{kind}query", f"{kind}queries")
