@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from negative_cache.workbench.counting import counted_queries
+
 FEW_QUERIES = 500
 MANY = 0.01  # of documents or queries
 MANY_LONG = MANY_ALIKE = 0.1
@@ -24,7 +26,7 @@ def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
     elif (number := splits["test"]["queries"]) < FEW_QUERIES:
         difference = splits["test"]["detectable_difference"]
         yield (
-            f"only {number:,} test {_plural(number, 'query', 'queries')}: a difference in MRR@10 under about "
+            f"only {counted_queries(number, 'test')}: a difference in MRR@10 under about "
             f"{difference:.2f} may be chance. Use more test queries, or compare several seeds."
         )
 
@@ -99,7 +101,3 @@ def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
-
-
-def _plural(number: int, one: str, many: str) -> str:
-    return one if number == 1 else many
