@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from command_line import DOCUMENTS, invoke
 from negative_cache.workbench.cli.plan import plan_of_training
@@ -77,3 +79,13 @@ def test_evaluate_says_how_many_texts_it_encodes(beir: Path):
     ended = invoke("evaluate", "--data", beir, "--model", beir.parent / "out")
     assert "Texts to encode: 80 documents and 10 queries." in ended.stderr
     assert "Texts" not in invoke("evaluate", "--data", beir, "--model", beir.parent / "out", "--quiet").output
+
+
+def test_on_a_gpu_the_plan_advises_one_document_per_query(beir: Path, monkeypatch: pytest.MonkeyPatch):
+    data, config = load_data(str(beir)), RunConfig(str(beir), "static", "negative-cache", "out", max_steps=3)
+    assert "--num-samples" not in plan_of_training(config, data, measures=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--num-samples 1" in plan_of_training(config, data, measures=False)
+    in_batch = RunConfig(str(beir), "static", "in-batch", "out", max_steps=3)
+    for other in (in_batch, replace(config, num_samples=2)):
+        assert "--num-samples" not in plan_of_training(other, data, measures=False)

@@ -35,7 +35,15 @@ def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> 
         sentences.append(f"Documents to encode besides: {listed}.")
     if in_evaluation > steps * queries:
         sentences.append("--eval-documents N or --no-eval makes the evaluation shorter.")
+    if config.loss == "negative-cache" and config.num_samples == "auto" and _has_gpu():
+        sentences.append("On a GPU, --num-samples 1 is better for small encoders, whose steps take as long.")
     return " ".join(sentences)
+
+
+def _has_gpu() -> bool:
+    import torch  # which the run has imported
+
+    return torch.cuda.is_available()
 
 
 def _documents_in_evaluation(config: RunConfig, data: RetrievalData, steps: int, measures: bool) -> int:
