@@ -12,7 +12,7 @@ import torch
 
 from command_line import DOCUMENTS, invoke
 from negative_cache.workbench.cli.plan import plan_of_training
-from negative_cache.workbench.data import load_data
+from negative_cache.workbench.data import DataOptions, load_data
 from negative_cache.workbench.evaluation import encoding, searching
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
@@ -52,7 +52,9 @@ def test_the_plan_of_training_has_the_steps_and_documents_of_the_run(
     assert int(steps) == record["steps"]
     of_evaluator = sum(1 for entry in record["history"] if any("eval" in key for key in entry))
     assert int(number) == sum(encoded) + of_evaluator * len(DOCUMENTS)
-    assert ("--no-eval makes" in said) == (int(number) > 8 * int(steps))
+    is_long = int(number) > 8 * int(steps)
+    assert ("--no-eval leaves" in said) == is_long
+    assert ("--eval-documents N" in said) == (is_long and "--eval-documents" not in options)
 
 
 def test_the_plan_names_mining_and_the_cache_and_no_evaluation_that_is_left_out(beir: Path):
@@ -67,6 +69,24 @@ def test_the_plan_names_mining_and_the_cache_and_no_evaluation_that_is_left_out(
     )
     bare = RunConfig(str(beir), "static", "in-batch", "out", max_steps=3)
     assert plan_of_training(bare, data, measures=False) == "Training takes 3 steps of 64 queries."
+
+
+def test_the_plan_names_only_options_that_shorten_it_further(beir: Path):
+    config = RunConfig(str(beir), "static", "in-batch", "out", max_steps=1, batch_size=8, eval_steps=1)
+    sampled = replace(config, data_options=DataOptions(eval_documents=20))
+    said = {
+        (one.data_options.eval_documents, measures): plan_of_training(
+            one, load_data(str(beir), one.data_options), measures
+        ).partition(" for evaluation. ")[2]
+        for one in (config, sampled)
+        for measures in (True, False)
+    }
+    assert said == {
+        (None, True): "--eval-documents N makes the evaluation shorter, --no-eval leaves it out.",
+        (None, False): "--eval-documents N makes the evaluation shorter.",
+        (20, True): "--no-eval leaves the evaluation out.",
+        (20, False): "",
+    }
 
 
 def test_ranks_share_the_queries_of_a_step():

@@ -34,10 +34,18 @@ def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> 
         listed = ", ".join(f"{number:,} {purpose}" for purpose, number in documents.items() if number)
         sentences.append(f"Documents to encode besides: {listed}.")
     if in_evaluation > steps * queries:
-        sentences.append("--eval-documents N or --no-eval makes the evaluation shorter.")
+        sentences += _ways_to_shorten(config, measures)
     if config.loss == "negative-cache" and config.num_samples == "auto" and _has_gpu():
         sentences.append("On a GPU, --num-samples 1 is better for small encoders, whose steps take as long.")
     return " ".join(sentences)
+
+
+def _ways_to_shorten(config: RunConfig, measures: bool) -> list[str]:
+    """A sentence on the options that make the evaluation shorter and are not given; none if all are."""
+    sample = "--eval-documents N makes the evaluation shorter"
+    if config.data_options.eval_documents is not None:
+        return ["--no-eval leaves the evaluation out."] if measures else []
+    return [f"{sample}, --no-eval leaves it out."] if measures else [f"{sample}."]
 
 
 def _has_gpu() -> bool:
