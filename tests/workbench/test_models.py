@@ -49,10 +49,12 @@ def test_what_training_does_differently_from_evaluation_is_said():
     assert prompts == "Training and evaluation use the prompts 'query: ' before queries and '' before documents."
 
 
-def test_a_static_model_is_made_of_a_transformer_or_loaded(tmp_path: Path):
+def test_a_static_model_is_made_of_a_transformer_or_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     texts = [f"word{number} is number {number}" for number in range(100)]
     load_model("tiny", texts, seed=0).save_pretrained(str(tmp_path / "tiny"))
     first, again = (load_model(f"static:{tmp_path / 'tiny'}", [], seed) for seed in (0, 1))
+    assert f"Distilling {tmp_path / 'tiny'} into a static model: each of its " in caplog.text
+    caplog.clear()
     assert isinstance(first[0], StaticEmbedding)
     assert torch.equal(first[0].embedding.weight, again[0].embedding.weight)
     assert first.encode("word7 is number 7").shape == (128,)  # the width of the transformer, which is below 256
@@ -61,6 +63,7 @@ def test_a_static_model_is_made_of_a_transformer_or_loaded(tmp_path: Path):
         load_trained(f"static:{tmp_path / 'tiny'}")
     loaded = load_model(f"static:{tmp_path / 'made'}", [], seed=0)
     assert torch.equal(loaded[0].embedding.weight, first[0].embedding.weight)
+    assert "Distilling" not in caplog.text
     names = (f"static:{tmp_path / 'tiny'}", str(tmp_path / "made"), str(tmp_path / "tiny"), "static")
     assert [learning_rate_of(name) for name in names] == [1e-2, 1e-2, 2e-5, 5e-2]
 

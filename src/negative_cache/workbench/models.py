@@ -29,6 +29,8 @@ TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 TINY_MAX_LENGTH = 128
 TEXTS_PER_CHUNK = 256
 
+logger = logging.getLogger("negative_cache")
+
 
 def load_model(name: str, texts: Iterable[str], seed: int) -> SentenceTransformer:
     """Load or build a model to train.
@@ -84,6 +86,9 @@ def _distilled(name: str) -> SentenceTransformer:
     if not isinstance(body, Transformer):
         kind = type(body).__name__
         raise ModelError(f"{DISTILLED}{name} needs a transformer or a static model; its first module is {kind}.")
+    logger.warning(
+        "Distilling %s into a static model: each of its %s tokens is encoded.", name, f"{len(body.tokenizer):,}"
+    )
     logging.getLogger("model2vec").setLevel(logging.ERROR)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be disabled
         found = distill_from_model(
