@@ -140,3 +140,24 @@ def test_the_help_names_the_choices_and_the_defaults_that_depend_on_the_model():
     for text in ("--batch-size <int> Queries per batch, on each rank. [default: 64]", "[default: linear]"):
         assert text in shown
     assert re.search(r"--warmup-ratio <float> [^[]*\[default: 0.1\]", shown)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "--lr", "1"], "--learning-rate"),
+        (["compare", "--lr=1"], "--learning-rates"),
+        (["evaluate", "--bs", "8"], "--batch-size"),
+        (["train", "--max_length", "64"], "--max-seq-length"),
+        (["train", "--temperature", "0.05"], "--scale"),
+    ],
+)
+def test_names_of_options_in_other_programs_are_understood(words: list[str], meant: str):
+    ended = invoke(*words)
+    assert ended.exit_code == 2
+    (proposed,) = re.findall(r"No such option:? '?--\w+'?.* \((.*)\)", ended.stderr)
+    assert re.findall(r"--[a-z-]+", proposed) == [meant]
+
+
+def test_an_option_without_a_counterpart_proposes_none():
+    assert "--scale" not in invoke("search", "--temperature", "1").stderr

@@ -29,8 +29,34 @@ _GROUPS_WITHOUT_TRAINING = {
 }
 
 
+# Names of options in other programs -> what they are here, in one command or another.
+_ALIASES = {
+    "--lr": ("--learning-rate", "--learning-rates"),
+    "--bs": ("--batch-size",),
+    "--per-device-train-batch-size": ("--batch-size",),
+    "--num-train-epochs": ("--epochs",),
+    "--max-length": ("--max-seq-length",),
+    "--temperature": ("--scale",),
+    "--output-dir": ("--output",),
+}
+
+
 class GroupedCommand(TyperCommand):
-    """A command that shows its options in groups, after those that are in none, and ends with examples."""
+    """A command that shows its options in groups, after those that are in none, and ends with examples.
+
+    Of an option that it does not have, it says what other programs mean by it.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # NoSuchOption is in click or, as typer's own copy, in another module
+            known = {name for param in self.get_params(ctx) for name in param.opts}
+            given = str(getattr(error, "option_name", "")).replace("_", "-")
+            if meant := [name for name in _ALIASES.get(given, ()) if name in known]:
+                error.possibilities = meant  # type: ignore[attr-defined]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the options."""
