@@ -22,6 +22,12 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
     assert did_you_mean_path("data/my-pair.csv") == f" Did you mean {Path('data/my-pairs.csv')}?"
     assert did_you_mean_path("dta") == " Did you mean data?"
     assert did_you_mean_path("statc", "static") == " Did you mean static?"
+    (tmp_path / "my-static.partial").mkdir()  # an unfinished run
+    assert did_you_mean_path("my-sttic", "static") == " Did you mean static?"
+    assert did_you_mean_path("my-sttic") == ""
+    (tmp_path / "my-static").mkdir()
+    assert did_you_mean_path("my-sttic", "static") == " Did you mean my-static?"
+    assert did_you_mean_path("dta", suits=Path.is_file) == ""
     for name in ("no/such/folder", "..", "", "\0"):
         assert did_you_mean_path(name) == ""
 
@@ -30,8 +36,15 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
     ("words", "said"),
     [
         (["data", "sett"], "Did you mean set?"),
-        (["train", "--data", "set", "--model", "statc", "--output", "out"], "Did you mean static? Give a folder"),
-        (["evaluate", "--data", "set", "--model", "./sett"], "Did you mean set? Give the --output of train"),
+        (
+            ["train", "--data", "set", "--model", "statc", "--output", "out"],
+            "Did you mean static? Give static, tiny, a folder",
+        ),
+        (["train", "--data", "set", "--model", "static:statc", "--output", "out"], "). Give a folder or the name"),
+        (["evaluate", "--data", "set", "--model", "./my-modl"], "Did you mean my-model? Give the --output of train"),
+        (["search", "a", "--data", "set", "--model", "my-modl"], "Did you mean my-model? Give a folder or the name"),
+        (["search", "a", "--data", "set", "--model", "sett"], "). Give a folder or the name"),
+        (["search", "a", "--data", "set", "--model", "my-statc"], "). Give a folder or the name"),
         (["significance", "sett", "other"], "Did you mean set? Give RUN"),
         (["train", "--data", "set", "--output", "set"], "Choose another --output, or remove the folder."),
         (["train", "--data", "test-only", "--output", "out"], "it has test. Give data with training pairs"),
@@ -42,6 +55,9 @@ def test_errors_say_what_to_type(words: list[str], said: str, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     write_beir(tmp_path / "set")
     other = write_beir(tmp_path / "test-only")
+    for folder in ("my-model", "my-static.partial"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "modules.json").touch()
     for split in ("train", "dev"):
         (other / "qrels" / f"{split}.tsv").unlink()
     ended = invoke(*words)

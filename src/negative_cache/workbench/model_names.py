@@ -4,6 +4,7 @@ can be loaded."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from negative_cache.workbench.suggestions import did_you_mean_path
@@ -14,6 +15,8 @@ DISTILLED = "static:"  # before the name of a model
 LEARNING_RATES = {"static": 5e-2, "tiny": 5e-4}  # of models with random weights
 PRETRAINED_LEARNING_RATE, PRETRAINED_STATIC_LEARNING_RATE = 2e-5, 1e-2
 ADAPTER_LEARNING_RATE = 2e-4
+
+MODEL_FILES = ("modules.json", "config.json")  # of which a folder with a model has one
 
 HUB_TIMEOUT = 10.0  # seconds
 
@@ -48,11 +51,16 @@ def is_from_scratch(name: str) -> bool:
 def check_model(name: str) -> None:
     """Raise ModelError if there is no such model to train; see `load_model`."""
     if not is_from_scratch(name):
-        check_trained(name.removeprefix(DISTILLED))
+        check_trained(name.removeprefix(DISTILLED), others=() if name.startswith(DISTILLED) else tuple(LEARNING_RATES))
 
 
-def check_trained(name: str) -> None:
-    """Raise ModelError if there is no such trained model: no folder, and no model in the local cache or on the hub."""
+def check_trained(name: str, others: Collection[str] = ()) -> None:
+    """Raise ModelError if there is no such trained model: no folder, and no model in the local cache or on the hub.
+
+    Args:
+        name: Its name or path.
+        others: What may be given in place of a trained model.
+    """
     if is_from_scratch(name) or name.startswith(DISTILLED):
         raise ModelError(f"{name!r} is a model that train and compare make. Give the --output of train.")
     path = Path(name)
@@ -60,10 +68,15 @@ def check_trained(name: str) -> None:
         return
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"Cannot load the model {name!r}: it is not a directory.{did_you_mean_path(name)} Give the --output of "
-            "train, or the name of a model on the Hugging Face hub."
+            f"Cannot load the model {name!r}: it is not a directory.{did_you_mean_path(name, suits=_is_model)} Give "
+            "the --output of train, or the name of a model on the Hugging Face hub."
         )
-    _ask_hub(name)
+    _ask_hub(name, others)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a folder has a saved model."""
+    return any((path / file).is_file() for file in MODEL_FILES)
 
 
 def _is_saved_static(name: str) -> bool:
@@ -72,7 +85,7 @@ def _is_saved_static(name: str) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))[0]["type"].endswith("StaticEmbedding")
 
 
-def _ask_hub(name: str) -> None:
+def _ask_hub(name: str, others: Collection[str]) -> None:
     """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -80,7 +93,7 @@ def _ask_hub(name: str) -> None:
     failed = ""
     for repository in repositories:
         try:
-            cached = (try_to_load_from_cache(repository, file) for file in ("modules.json", "config.json"))
+            cached = (try_to_load_from_cache(repository, file) for file in MODEL_FILES)
             if any(isinstance(path, str) for path in cached):
                 return
             HfApi().model_info(repository, timeout=HUB_TIMEOUT)
@@ -89,6 +102,6 @@ def _ask_hub(name: str) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *LEARNING_RATES)} Give a folder or "
-        "the name of a model on the hub; train and compare also take static and tiny."
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *others, suits=_is_model)} Give "
+        f"{''.join(f'{other}, ' for other in others)}a folder or the name of a model on the hub."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 DOCUMENTS_ALONE = (
@@ -12,6 +12,8 @@ DOCUMENTS_ALONE = (
     "--corpus PATH, where PATH is a .txt file with a document per line, a table with a column of texts, or a folder of "
     ".txt and .md files, each a document."
 )
+
+UNFINISHED = ".partial"  # at the end of the name of a folder whose run is not complete
 
 
 def similar(given: str, names: Iterable[str]) -> str | None:
@@ -25,11 +27,18 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
     return "" if near is None else f" Did you mean {near}?"
 
 
-def did_you_mean_path(given: str, *others: str) -> str:
-    """The same for a path, of the files and folders beside it and of other names."""
+def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = lambda _: True) -> str:
+    """The same for a path, of the files and folders beside it and of other names.
+
+    Args:
+        given: The path.
+        others: Names that may have been meant, too.
+        suits: Whether a file or folder may have been meant. Hidden ones and folders of unfinished runs never are.
+    """
     path = Path(given)
     try:
-        beside = [str(path.with_name(name)) for name in os.listdir(path.parent) if not name.startswith(".")]
+        paths = [path.with_name(name) for name in os.listdir(path.parent) if not name.startswith(".")]
+        beside = [str(other) for other in paths if other.suffix != UNFINISHED and suits(other)]
     except (OSError, ValueError):  # no such folder, or no path, such as ".."
         beside = []
     return did_you_mean(str(path), [*others, *beside])

@@ -11,6 +11,7 @@ from typing import Any
 
 from negative_cache.version import __version__
 from negative_cache.workbench.files import write_json
+from negative_cache.workbench.suggestions import UNFINISHED
 from negative_cache.workbench.training.config import RunError
 
 RECORD = "run.json"
@@ -22,7 +23,7 @@ Metrics = dict[str, Any]
 def unfinished_folder(output: str) -> Path:
     """The folder of a run that is not complete."""
     path = Path(output)
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(f"{path.name}{UNFINISHED}")
 
 
 def check_output_folder(output: str, resume: bool) -> None:
