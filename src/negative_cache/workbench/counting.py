@@ -18,3 +18,8 @@ def counted_queries(number: int, kind: str = "") -> str:
     """A number of queries, such as "1 test query" with the kind "test"."""
     kind = kind and f"{kind} "
     return counted(number, f"{kind}query", f"{kind}queries")
+
+
+def percent(share: float) -> str:
+    """A share, such as "12 %" or "1.5 %"."""
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"

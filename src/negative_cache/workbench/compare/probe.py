@@ -26,6 +26,7 @@ from negative_cache.workbench.evaluation.encoding_options import EncodingOptions
 from negative_cache.workbench.evaluation.searching import BestDocuments
 from negative_cache.workbench.models import cache_tokens, load_trained
 from negative_cache.workbench.training.config import RunConfig, mining_start
+from negative_cache.workbench.training.cut_texts import note_on_cut_texts
 from negative_cache.workbench.training.memory_bank import MemoryBankLoss
 from negative_cache.workbench.training.preparation import add_lora, prepare
 from negative_cache.workbench.training.trainer import RunTrainer, make_trainer, train_to_the_end
@@ -65,6 +66,7 @@ class Costs:
         score: Searching a document for a query, without the encoding.
         judgement: Judging the results of a query.
         training: Loss with its settings -> its cost, without mining and without filling the cache from the corpus.
+        notes: What the user should know about the texts, a line each.
     """
 
     start: float
@@ -74,6 +76,7 @@ class Costs:
     score: float
     judgement: float
     training: dict[str, TrainingCost]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Probe:
             on_progress(done, len(configs))
             training[spec] = _training(config, data, seconds, per_query)
             per_query = training[spec].seconds
-        return Costs(start, **of_evaluation, training=training)
+        cut = note_on_cut_texts(model, data, self.comparison.max_seq_length)
+        return Costs(start, **of_evaluation, training=training, notes=() if cut is None else (cut,))
 
 
 def _load(config: RunConfig) -> SentenceTransformer:

@@ -33,7 +33,10 @@ CHOICE = "MRR@10"
 REPORTED = ("MRR@10", "nDCG@10", "R@100")
 TESTED = ("MRR@10", "nDCG@10")
 COSTS = ("seconds", "documents_encoded", "peak_memory_bytes")
-OPTIONS = RunOptions(measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True)
+OPTIONS = RunOptions(
+    measure_before=False, measure_dev=True, keep_model=False, record_failure=True, cache_tokens=True,
+    count_cut_texts=False,  # which the estimate does, once for all runs
+)  # fmt: skip
 _KEPT = ("steps", *COSTS, "dev", "after", "device", "threads", "failed")
 
 
@@ -193,7 +196,7 @@ class _Runner:
             runs["zero-shot"] = [predictor.zero_shot()] * number
         estimate = Estimate(self.comparison, runs, further)
         self.time_left = TimeLeft(estimate.seconds_per_run())
-        self.watcher.plan(estimate.lines())
+        self.watcher.plan([*estimate.lines(), *costs.notes])
 
     def run(self, spec: str) -> dict[str, Any]:
         """Choose the learning rate of a loss, then train with the other seeds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from negative_cache.workbench.counting import counted_queries
+from negative_cache.workbench.counting import counted_queries, percent
 
 FEW_QUERIES = 500
 MANY = 0.01  # of documents or queries
@@ -38,12 +38,12 @@ def _about_overlap(found: Mapping[str, Any]) -> Iterator[str]:
         share = overlap["queries"] / found["splits"][second]["queries"]
         if share >= MANY and first == "train":
             yield (
-                f"{_percent(share)} of the {second} queries are train queries, too: metrics of {second} are too high. "
+                f"{percent(share)} of the {second} queries are train queries, too: metrics of {second} are too high. "
                 "Remove these queries from train."
             )
         if share >= MANY and (first, second) == ("dev", "test"):
             yield (
-                f"{_percent(share)} of the test queries are dev queries, too: metrics of test are too high if a "
+                f"{percent(share)} of the test queries are dev queries, too: metrics of test are too high if a "
                 "learning rate or a model is chosen on dev, as by compare. Use other queries for dev."
             )
 
@@ -52,25 +52,25 @@ def _about_texts(found: Mapping[str, Any]) -> Iterator[str]:
     copies, num_documents, num_queries = found["duplicates"], found["documents"], found["queries"]
     if num_documents and (share := copies["documents"] / num_documents) >= MANY:
         yield (
-            f"{_percent(share)} of the documents are equal to an earlier one: evaluation counts the copy of a relevant "
+            f"{percent(share)} of the documents are equal to an earlier one: evaluation counts the copy of a relevant "
             "document as a wrong result. Remove the copies."
         )
     if num_queries and (share := copies["queries"] / num_queries) >= MANY:
         yield (
-            f"{_percent(share)} of the queries are equal to an earlier one, with another id: the positives of one are "
+            f"{percent(share)} of the queries are equal to an earlier one, with another id: the positives of one are "
             "negatives of the other. Give equal queries one id."
         )
     near = found["near_duplicates"]
     if near["sample"] and (share := near["documents"] / near["sample"]) >= MANY_ALIKE:
         yield (
-            f"{_percent(share)} of {near['sample']:,} examined documents resemble another one: they are likely false "
+            f"{percent(share)} of {near['sample']:,} examined documents resemble another one: they are likely false "
             "negatives. Remove them, or train with --relative-margin 0.05."
         )
     lengths = found["lengths"]
     num_pairs = sum(split["positives"] for split in found["splits"].values())
     if num_pairs and (share := lengths["positives_over_limit"] / num_pairs) >= MANY_LONG:
         yield (
-            f"{_percent(share)} of the positives are longer than {lengths['limit']:,} {lengths['unit']}, where models "
+            f"{percent(share)} of the positives are longer than {lengths['limit']:,} {lengths['unit']}, where models "
             "cut them. Split long documents into passages, or use a model that reads longer texts."
         )
 
@@ -82,22 +82,18 @@ def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
         elif split["queries_of_most_frequent_positive"] >= max(2, MANY_ALIKE * split["queries"]):
             share = split["queries_of_most_frequent_positive"] / split["queries"]
             yield (
-                f"{_percent(share)} of the {name} queries have the same positive. Check that it is an answer to them, "
+                f"{percent(share)} of the {name} queries have the same positive. Check that it is an answer to them, "
                 "and not a placeholder."
             )
         if (share := split["positives_equal_to_query"] / split["positives"]) >= MANY:
-            yield f"{_percent(share)} of the {name} pairs have equal texts. Check the columns, or remove these pairs."
+            yield f"{percent(share)} of the {name} pairs have equal texts. Check the columns, or remove these pairs."
     share = found["queries_equal_to_document"] / found["queries"] if found["queries"] else 0
     if share >= MANY and not found["ignores_identical_ids"]:
         yield (
-            f"{_percent(share)} of the queries are documents, too, and each finds itself. "
+            f"{percent(share)} of the queries are documents, too, and each finds itself. "
             + (
                 "If equal ids mean equal texts, use --ignore-identical-ids."
                 if found["identical_ids"]
                 else "Remove them from the corpus."
             )
         )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"

@@ -251,12 +251,12 @@ def p_in_words(p: float) -> str:
 
 
 def _arrays_of(values: Mapping[str, Sequence[PerQuery]]) -> dict[str, Array]:
-    """The values `[seeds, queries]` of each system, with the queries in the same order."""
+    """The values `[seeds, queries]` of each system, with the queries sorted: the order decides what is sampled."""
     for name, seeds in values.items():
         if not seeds or not seeds[0]:
             raise ValueError(f"{name!r} has no values of queries.")
     check_same_queries((name, found) for name, seeds in values.items() for found in seeds)
-    queries = list(next(iter(values.values()))[0])
+    queries = sorted(next(iter(values.values()))[0])
     arrays = {}
     for name, seeds in values.items():
         arrays[name] = np.array([[found[query] for query in queries] for found in seeds], dtype=np.float64)

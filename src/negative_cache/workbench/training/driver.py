@@ -38,6 +38,7 @@ from negative_cache.workbench.training.config import (
     check_guide,
 )
 from negative_cache.workbench.training.curve import Curve
+from negative_cache.workbench.training.cut_texts import note_on_cut_texts
 from negative_cache.workbench.training.hard_negatives import write_hard_negatives
 from negative_cache.workbench.training.losses import load_guide
 from negative_cache.workbench.training.meter import peak_memory_bytes
@@ -81,6 +82,7 @@ class RunOptions:
         cache_tokens: Tokenize each text only once, if the model is static.
         export_negatives: File for the hard negatives of the training queries; see `write_hard_negatives`. None for
             none.
+        count_cut_texts: Say how many texts the model cuts; see `note_on_cut_texts`.
     """
 
     measure_before: bool = True
@@ -91,6 +93,7 @@ class RunOptions:
     record_failure: bool = False
     cache_tokens: bool = False
     export_negatives: Path | None = None
+    count_cut_texts: bool = True
 
 
 def run(
@@ -279,6 +282,8 @@ class _Run:
             load_guide(self.config, model)  # an error is raised before the evaluation
         for note in prepare(model, self.config):
             logger.warning("%s: %s", self.config.model, note)
+        if self.options.count_cut_texts and (cut := note_on_cut_texts(model, self.data, self.config.max_seq_length)):
+            logger.warning("%s", cut)
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
         measured: dict[str, Any] = {"before": None, "per_query": None, "results": None}
         if not self.data.has("test") and self.options.measure_after:
