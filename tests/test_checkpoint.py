@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from negative_cache import NegativeCacheLoss, RaggedFeature
+from negative_cache import CacheManager, FixedLenFeature, NegativeCacheLoss, RaggedFeature
 from negative_cache.checkpoint import (
     CheckpointError,
     assign_rows,
@@ -19,6 +19,8 @@ from negative_cache.checkpoint import (
     load_full_state_dict,
     save_checkpoint,
 )
+from negative_cache.handlers import CacheLossHandler
+from negative_cache.losses import CacheClassificationLoss
 from support import assert_same_state, run_ranks, snapshot
 
 DIM = 4
@@ -248,3 +250,15 @@ def test_the_number_of_ranks_may_change(tmp_path: Path):
         (tmp_path / "store").unlink(missing_ok=True)
         run_ranks(load_into_ranks, world_size, tmp_path)
         assert (tmp_path / f"ok-{world_size}-10").exists()
+
+
+def test_the_state_of_a_handler_is_refused_with_advice():
+    specs = {"embedding": FixedLenFeature([8], torch.float32), "row": FixedLenFeature([], torch.int64)}
+    manager = CacheManager(specs, 16)
+    handler = CacheLossHandler(manager, CacheClassificationLoss("embedding", ["row"]), "embedding", ["row"])
+    loss_fn = NegativeCacheLoss(nn.Linear(2, 8), 16)
+    with pytest.raises(RuntimeError, match=r"that of a handler.* Begin with an empty cache"):
+        loss_fn.load_state_dict(handler.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key") as raised:
+        loss_fn.load_state_dict({})
+    assert "handler" not in str(raised.value)

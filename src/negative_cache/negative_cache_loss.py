@@ -83,7 +83,7 @@ class NegativeCacheLoss(CacheModule):
 
     Args:
         document_encoder: Features `{key: [n, ...]}` -> embeddings `[n, dim]`. It is called with sampled documents. With
-            `num_samples="auto"`, the first step tries it, without gradient, with two documents of the batch.
+            `num_samples="auto"`, the first step tries it with two documents of the batch.
         cache_size: Number of rows.
         scale: Factor of the dot products (inverse temperature). The default assumes normalized embeddings.
         learnable_scale: Whether to learn the scale. The parameter is its logarithm, `log_scale`.
@@ -174,8 +174,9 @@ class NegativeCacheLoss(CacheModule):
 
     def extra_repr(self) -> str:
         """The settings that `print` shows."""
+        num_samples = "'auto'" if self._is_auto else f"{self._documents_per_query:g}"
         return (
-            f"cache_size={self.cache_size}, scale={self._fixed_scale:g}, num_samples={self.num_samples!r}, "
+            f"cache_size={self.cache_size}, scale={self._fixed_scale:g}, num_samples={num_samples}, "
             f"in_batch={self.in_batch}, shared={self.shared}, embedding_dtype={self.embedding_dtype}"
         )
 
@@ -461,7 +462,8 @@ class NegativeCacheLoss(CacheModule):
     def _try_encoder(self, cache: NegativeCache, sampling: SamplingConfig, batch: Batch) -> Tensor:
         """Embeddings of some documents of the batch, from the encoder that is first needed when the waiting ends."""
         documents = {key: batch.new_items[key] for key in sampling.data_keys}
-        return try_encoder(self.document_encoder, documents, cache.stored(EMBEDDING)[0][:0])
+        rows, needs_gradient = cache.stored(EMBEDDING)[0][:0], batch.documents.requires_grad
+        return try_encoder(self.document_encoder, documents, rows, needs_gradient)
 
     def _too_few_rows(self, count: int, num_rows: int) -> ValueError:
         """The error for a batch of `count` documents, more than the `num_rows` rows of this rank."""
@@ -521,6 +523,8 @@ class NegativeCacheLoss(CacheModule):
         negatives = [] if batch.negatives is None else [batch.negatives]
         if not (batch.queries.requires_grad or batch.embeddings.requires_grad or self.log_scale is not None):
             self.diagnostics.warn_of_missing_gradients()
+        if not self.advice.has_seen_ids and not batch.has_hashes and batch.new_ids is not None:
+            self.advice.look_at_ids(batch.new_ids, {key: batch.new_items[key] for key in sampling.data_keys})
         if self.advice.is_pending:
             is_first_wait = sampling.is_waiting and self.cache is None and not len(encoded.own)
             tried = self._try_encoder(cache, sampling, batch) if is_first_wait else encoded.own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -104,18 +105,48 @@ def test_usual_inputs_give_no_warning(case: str, caplog: pytest.LogCaptureFixtur
     assert [record.getMessage() for record in caplog.records] == []
 
 
+@pytest.mark.parametrize("shift", [0, 16])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_ids_that_are_places_in_the_batch_give_one_warning(shift: int, on_gpu: bool, caplog: pytest.LogCaptureFixture):
+    tower = Tower()
+    loss_fn = NegativeCacheLoss(tower, 64, seed=0)
+    with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+        for step in range(4):
+            features = {"words": WORDS[16 * step : 16 * step + 16]}
+            loss_fn(tower(features), tower(features), features, torch.arange(16) + shift * step).backward()
+            assert not (on_gpu and caplog.records)
+        loss_fn.metrics()
+    assert [record.getMessage()[:48] for record in caplog.records] == (
+        [] if shift else ["The first two batches have the same ids and othe"]
+    )
+
+
+@pytest.mark.parametrize("words", [WORDS, WORDS.float()], ids=["the same documents", "without a hash"])
+def test_equal_ids_give_no_warning_where_documents_may_be_equal(words: Tensor, caplog: pytest.LogCaptureFixture):
+    tower = Tower()
+    loss_fn = NegativeCacheLoss(lambda features: tower({"words": features["words"].long()}), 64, seed=0)
+    for step in range(2):
+        rows = slice(0, 16) if words is WORDS else slice(16 * step, 16 * step + 16)
+        documents = tower({"words": WORDS[rows]})
+        loss_fn(tower({"words": WORDS[rows]}), documents, {"words": words[rows]}, torch.arange(16)).backward()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("encoder", ["module", "method", "function"])
-def test_detached_documents_are_seen_in_the_first_step_of_a_module(encoder: str, caplog: pytest.LogCaptureFixture):
-    """Of a function, it is known only from what it returns: in the first step that re-encodes documents."""
+@pytest.mark.parametrize("num_samples", [1, "auto"])
+def test_detached_documents_are_seen_in_the_first_step_of_a_module(
+    encoder: str, num_samples: Any, caplog: pytest.LogCaptureFixture
+):
+    """Of a function, it is known only from what it returns: in the first step that calls it."""
     tower = Tower()
     encoders = {"module": tower, "method": tower.forward, "function": lambda features: tower(features)}
-    loss_fn = NegativeCacheLoss(encoders[encoder], 64, num_samples=1, seed=0)
+    loss_fn = NegativeCacheLoss(encoders[encoder], 64, num_samples=num_samples, seed=0)
     counts = []
     for step in range(2):
         features = {"words": WORDS[16 * step : 16 * step + 16]}
         loss_fn(tower(features), tower(features).detach(), features).backward()
         counts.append(len(caplog.records))
-    assert counts == [0 if encoder == "function" else 1, 1]
+    assert counts == [0 if encoder == "function" and num_samples == 1 else 1, 1]
 
 
 def test_norms_are_read_with_the_metrics_where_that_synchronizes(caplog: pytest.LogCaptureFixture):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -345,18 +346,22 @@ def test_a_number_counts_from_the_first_step_on():
     ("wrong", "message"),
     [
         (lambda features: torch.ones(1, 8), "returned shape"),
-        (lambda features: torch.full((len(features["a"]), 16), torch.nan), "NaN or infinity"),
+        (lambda features: torch.full((len(features["a"]), 16), torch.nan, requires_grad=True), "NaN or infinity"),
+        (lambda features: torch.ones(len(features["a"]), 16), "without gradient"),
         (lambda features: features["words"], "words"),
     ],
-    ids=["shape", "not finite", "key"],
+    ids=["shape", "not finite", "no gradient", "key"],
 )
 def test_a_wrong_encoder_is_found_in_the_first_step_of_the_waiting(wrong: Any, message: str):
     loss_fn, encoder = hard_loss(), Encoder(50, 16)
     loss_fn.document_encoder = wrong
     documents = normalize(encoder(features_of(list(range(12)))), dim=1)
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError), match=message) as raised:
         loss_fn(documents.detach().requires_grad_(), documents, features_of(list(range(12))))
     assert loss_fn.cache is None  # nothing was written
+    if sys.version_info >= (3, 11):
+        (note,) = raised.value.__notes__
+        assert note.endswith("with a dict of features of two documents: 'a' [2], 'b' [2].")
 
 
 @pytest.mark.parametrize("count", [1, 12])

@@ -75,7 +75,7 @@ class NegativeCacheTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the metrics of each cache as `cache/...` together with the training loss."""
-        if "loss" in logs:
+        if "loss" in logs and cache_losses(self._loss_root):
             logs |= tagged_metrics(self._loss_root)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

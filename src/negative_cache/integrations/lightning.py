@@ -52,7 +52,7 @@ class NegativeCacheMixin:
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Log the metrics of each cache every `log_every_n_steps`; with several ranks, those of rank 0."""
         super().on_train_batch_end(*args, **kwargs)  # type: ignore[misc]
-        if self.trainer._logger_connector.should_update_logs:
+        if self.trainer._logger_connector.should_update_logs and _named(self):
             self.log_dict(tagged_metrics(self), batch_size=1)  # type: ignore[attr-defined,arg-type]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from negative_cache.cache.validation import reads_without_sync
+from negative_cache.cache.hashing import features_without_hash, hash_items
+from negative_cache.cache.validation import Items, reads_without_sync
 from negative_cache.objective.batch import Batch
 from negative_cache.sampling.encode import DocumentEncoder
 
 # Above this scale, the loss of embeddings that are no unit vectors saturates or vanishes. The product of the mean norms
 # of queries and documents, 1 for unit vectors, may differ by this factor.
-LARGE_SCALE, FACTOR = 5.0, 4.0
+LARGE_SCALE, FACTOR = 5.0, 2.0
+OTHER_FACTOR = 4.0  # the same for the mean norms of documents from the encoder and from the batch
 UNIT = 0.01  # the largest deviation of the norm of a normalized embedding, also in half precision
 WIDE_MARGIN = 0.5  # a relative margin above it hides all but documents with half the similarity of the positive
 
@@ -51,6 +54,7 @@ class Advice:
 
     Attributes:
         is_pending: Whether there is something left to look at: True until a step has re-encoded documents.
+        has_seen_ids: Whether the ids of two batches were looked at.
     """
 
     def __init__(self) -> None:
@@ -58,6 +62,8 @@ class Advice:
         self._has_seen_a_batch = False
         self._has_warned_of_detached = False
         self._has_described_ids = False
+        self.has_seen_ids = False
+        self._first_ids: tuple[Tensor, Tensor] | None = None  # of the first batch, with hashes of its features
         self._deferred: list[Callable[[], None]] = []
 
     def look_at(self, batch: Batch, encoded: Tensor, encoder: DocumentEncoder, scale: float) -> None:
@@ -86,6 +92,25 @@ class Advice:
             )
         self._has_seen_a_batch, self.is_pending = True, not len(encoded)
 
+    def look_at_ids(self, ids: Tensor, features: Items) -> None:
+        """Warn if the second batch has the ids of the first one, but other documents.
+
+        Args:
+            ids: int64 `[n]` or `[n, k]`, given by the caller.
+            features: Validated features of the documents.
+        """
+        if torch.compiler.is_compiling() or features_without_hash(features):
+            self.has_seen_ids = True
+            return
+        hashes = hash_items(features, ids.device)
+        if self._first_ids is None:
+            self._first_ids = ids, hashes
+            return
+        (first_ids, first_hashes), self._first_ids, self.has_seen_ids = self._first_ids, None, True
+        if ids.shape == first_ids.shape and len(ids) > 1:
+            is_same, is_other = (ids == first_ids) & (ids >= 0), hashes != first_hashes
+            self._when_known(_warn_of_places, [is_same.all() & is_other.all()])
+
     def describe_ids(self, names: Sequence[str], without_hash: Sequence[str]) -> None:
         """Say how documents are identified that have no ids.
 
@@ -112,10 +137,20 @@ class Advice:
         for check in deferred:
             check()
 
-    def _when_known(self, warn: Callable[[list[list[float]]], None], values: list[Tensor]) -> None:
+    def _when_known(self, warn: Callable[[list[Any]], None], values: list[Tensor]) -> None:
         self._deferred.append(lambda: warn([value.tolist() for value in values]))
         if all(reads_without_sync(value) for value in values):
             self.catch_up()
+
+
+def _warn_of_places(found: list[Any]) -> None:
+    (is_place_in_batch,) = found
+    if is_place_in_batch:
+        logger.warning(
+            "The first two batches have the same ids and other documents: each batch replaces the cached documents of "
+            "the batch before. An id names one document in the whole run, and not a place in the batch. Without "
+            "document_ids, documents with integer features are identified by a hash of them."
+        )
 
 
 def _norms(embeddings: Tensor) -> Tensor:
@@ -141,7 +176,9 @@ def _warn_of_norms(scale: float, norms: list[list[float]]) -> None:
 def _warn_of_other_norms(norms: list[list[float]]) -> None:
     (lowest, given, highest), (_, encoded, _) = norms
     is_unit = abs(lowest - 1) < UNIT and abs(highest - 1) < UNIT
-    is_other = abs(encoded - 1) > 5 * UNIT if is_unit else not 1 / FACTOR < encoded / max(given, 1e-30) < FACTOR
+    is_other = (
+        abs(encoded - 1) > 5 * UNIT if is_unit else not 1 / OTHER_FACTOR < encoded / max(given, 1e-30) < OTHER_FACTOR
+    )
     if is_other:
         logger.warning(
             "`document_encoder` returned embeddings with a mean norm of %.3g; that of `document_embeddings` is %.3g. "

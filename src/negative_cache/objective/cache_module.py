@@ -172,6 +172,13 @@ class CacheModule(CacheHolder):
         self.generator.set_state(state.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _, _, _, _, error_messages = args
+        is_other = prefix + "_extra_state" not in state_dict
+        if is_other and any(key.startswith(prefix) and key.endswith(".filled") for key in state_dict):
+            error_messages.append(
+                f"The state under {prefix!r} is that of a handler, or of another module with caches; expected that of "
+                f"{type(self).__name__}. Begin with an empty cache, which fills in some steps."
+            )
         if self.cache is None and prefix + "cache.filled" in state_dict:
             saved = state_of(state_dict, prefix + "cache.")
             (dim,) = saved["specs"].pop(EMBEDDING)["shape"]

@@ -64,8 +64,7 @@ def encode(
     return embeddings
 
 
-@torch.no_grad()
-def try_encoder(document_encoder: DocumentEncoder, items: Items, rows: Tensor) -> Tensor:
+def try_encoder(document_encoder: DocumentEncoder, items: Items, rows: Tensor, needs_gradient: bool) -> Tensor:
     """Encode up to two documents of a batch, to find a wrong encoder before the first draw.
 
     Random numbers of the CPU and of CUDA devices are left as they are. A layer with state, such as BatchNorm, sees
@@ -75,20 +74,29 @@ def try_encoder(document_encoder: DocumentEncoder, items: Items, rows: Tensor) -
         document_encoder: Features -> embeddings.
         items: Validated features of the batch's documents.
         rows: `[n, dim]`: stored embeddings, whose device, dtype and dim the output must have.
+        needs_gradient: See `encode`.
 
     Returns:
-        `[count, dim]`, without gradient; count is 0 if there are no features.
+        `[count, dim]`; count is 0 if there are no features.
 
     Raises:
-        TypeError, ValueError: See `encode`.
+        TypeError, ValueError: See `encode`. From Python 3.11 on, any error of the encoder has a note on its input.
     """
     features = padded({key: to_device(value, rows.device) for key, value in items.items()})
     features = {key: value[:2] for key, value in features.items()}
     count = max(map(len, features.values()), default=0)
     if not count:
         return rows[:0]
-    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
-        return encode(document_encoder, features, (count, rows.shape[1]), rows.dtype, batch=2)
+    try:
+        with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+            return encode(document_encoder, features, (count, rows.shape[1]), rows.dtype, needs_gradient, batch=2)
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            names = ", ".join(f"{key!r} {list(value.shape)}" for key, value in features.items())
+            error.add_note(
+                f"The first step tries `document_encoder` with a dict of features of two documents: {names}."
+            )
+        raise
 
 
 def twice(features: Features) -> dict[str, Any]:

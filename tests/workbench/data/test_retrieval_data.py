@@ -104,3 +104,8 @@ def test_rows_of_training_have_the_negatives_of_their_query():
     assert rows["negative_label"][:] == [[1, 1], [1, 1], []]  # equal texts have the position of the first
     only_tested = RetrievalData("set", corpus, queries, splits, negatives={"z": ["c"]})
     assert only_tested.training_set().column_names == ["anchor", "positive", "label"]
+
+
+def test_a_dataset_is_shown_in_a_line():
+    data = RetrievalData("set", CORPUS, {"a": "q"}, {"train": {"a": ["b"]}, "test": {}})
+    assert repr(data) == f"<RetrievalData 'set': {len(CORPUS)} documents; queries: train 1, test 0>"

@@ -30,7 +30,7 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file and the line, if there is one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RetrievalData:
     """A retrieval dataset.
 
@@ -69,6 +69,11 @@ class RetrievalData:
     def __post_init__(self) -> None:
         for name in ("corpus", "queries"):
             object.__setattr__(self, name, Texts.of(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        """The sizes, in one line."""
+        queries = ", ".join(f"{split} {len(qrels):,}" for split, qrels in self.qrels.items())
+        return f"<RetrievalData {self.name!r}: {len(self.corpus):,} documents; queries: {queries or 'none'}>"
 
     def part(self, split: str) -> RetrievalData:
         """The dataset that has the queries of a split and the documents they are searched in.

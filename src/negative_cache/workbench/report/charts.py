@@ -68,7 +68,11 @@ TRAINING = (
     Kind("Peak memory, GB", "Peak so far of allocated GPU memory, or of the process.", ("peak_memory_bytes",), 1e-9),
 )
 CACHE = (
-    Kind("Fill", "Fraction of the cache's rows that hold a document.", ("cache/fill",)),
+    Kind(
+        "Fill",
+        "Fraction of the cache's rows that hold a document. It stays below 1 if the corpus is smaller than the cache.",
+        ("cache/fill",),
+    ),
     Kind(
         "Effective negatives",
         "Number of cached documents over which the softmax weight is spread: 1 if a single document has all of it. "
