@@ -68,13 +68,13 @@ def check_trained(name: str, others: Collection[str] = ()) -> None:
         return
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"Cannot load the model {name!r}: it is not a directory.{did_you_mean_path(name, suits=_is_model)} Give "
+            f"Cannot load the model {name!r}: it is not a directory.{did_you_mean_path(name, suits=is_model)} Give "
             "the --output of train, or the name of a model on the Hugging Face hub."
         )
     _ask_hub(name, others)
 
 
-def _is_model(path: Path) -> bool:
+def is_model(path: Path) -> bool:
     """Whether a folder has a saved model."""
     return any((path / file).is_file() for file in MODEL_FILES)
 
@@ -102,6 +102,6 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *others, suits=_is_model)} Give "
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *others, suits=is_model)} Give "
         f"{''.join(f'{other}, ' for other in others)}a folder or the name of a model on the hub."
     )

@@ -37,14 +37,22 @@ SEARCH = ["search", "--model", "model", "--corpus", "notes.txt"]
         ([*SEARCH, "a", "--dtype", "float8"], "--dtype is 'float8'; expected one of float32, bfloat16, float16."),
         (["evaluate", "--model", "./nowhere", "--data", "pairs.jsonl"], "it is not a directory."),
         (["evaluate", "--model", "model", "--data", "nowhere"], "'nowhere' is not a file"),
+        (["report", "first-mdel"], "first-mdel is not a directory. Did you mean first-model? Give the --output"),
+        (["report", "."], ". has neither run.json nor compare.json"),
+        (["report", "half"], "The run in half.partial is not finished. Continue it with the same train command and"),
+        (["report", "half.partial"], "The run in half.partial is not finished."),
+        (["report", "saved"], "Measure it with: negative-cache evaluate --model saved --data DATA"),
+        (["report", "first-model", "saved"], "saved holds a model, but no run of negative-cache train (run.json)."),
     ],
     ids=lambda value: "_".join(value).replace("/", "") if isinstance(value, list) else "",
 )
 def test_wrong_paths_and_names_are_refused_before_torch_is_imported(words: list[str], message: str, tmp_path: Path):
     random_pairs(tmp_path / "pairs.jsonl", 30)
     (tmp_path / "notes.txt").write_text("a text\n")
-    for name in ("full", "half.partial", "model"):
+    for name in ("full", "half.partial", "model", "first-model", "saved"):
         (tmp_path / name).mkdir()
+    (tmp_path / "first-model" / "run.json").write_text("{}")
+    (tmp_path / "saved" / "modules.json").write_text("[]")
     code = (
         f"import sys\nsys.argv[1:] = {words}\nfrom negative_cache.__main__ import main\ntry: main()\n"
         "finally: print([name for name in ('torch', 'sentence_transformers') if name in sys.modules])"

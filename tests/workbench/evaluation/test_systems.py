@@ -9,7 +9,8 @@ import pytest
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.evaluation import judge, parse_measures
-from negative_cache.workbench.evaluation.systems import COMPARISON, PER_QUERY, corpus_of, parse_systems, read_systems
+from negative_cache.workbench.evaluation.defaults import COMPARISON
+from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of, parse_systems, read_systems
 from negative_cache.workbench.evaluation.trec import read_run, write_run
 
 MEASURES = parse_measures("MRR@10 R@1")

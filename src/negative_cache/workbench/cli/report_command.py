@@ -11,6 +11,7 @@ from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.counting import counted
+from negative_cache.workbench.report.folders import check_folders
 
 
 def report(
@@ -22,6 +23,7 @@ def report(
     """Make an HTML page of a run, or of several side by side."""
     terminal = Terminal(quiet, as_json)
     with terminal.running():
+        check_folders(folders)
         with terminal.waiting("Loading libraries ..."):
             from negative_cache.workbench.report.page import write_report
         with terminal.waiting("Drawing ..."):

@@ -19,8 +19,9 @@ from negative_cache.workbench.compare.probe import Probe
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.evaluation import parse_measures
+from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.evaluation.significance import compare_systems
-from negative_cache.workbench.evaluation.systems import COMPARISON, read_systems, systems_of_comparison
+from negative_cache.workbench.evaluation.systems import read_systems, systems_of_comparison
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training.config import RunError, RunFailedError, changed_options

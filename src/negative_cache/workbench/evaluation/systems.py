@@ -9,15 +9,13 @@ from typing import Any
 
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data import RetrievalData, fingerprints
+from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.evaluation.significance import PerQuery, check_same_queries
 from negative_cache.workbench.suggestions import did_you_mean_path
 
 PER_QUERY = "queries.json"
 """The file of a run with the values of queries: "before" and "after" -> name of a measure -> query id -> value; and
 "corpus", see `corpus_of`."""
-
-COMPARISON = "compare.json"
-"""The file of a comparison: "losses" -> name of a loss -> "runs" -> "folder", its name in the folder "runs"."""
 
 _BEFORE, _AFTER, _CORPUS = "before", "after", "corpus"
 _SUFFIXES = {".gz", ".json", ".run", ".trec", ".tsv", ".txt"}

@@ -11,8 +11,9 @@ from typing import Any
 from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 from negative_cache.workbench.counting import counted
-from negative_cache.workbench.evaluation.systems import COMPARISON
+from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.report.differences import Values, read_values
+from negative_cache.workbench.report.folders import check_folders
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
 from negative_cache.workbench.training.config import RunError, has_effect
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
@@ -88,8 +89,7 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[Table]]:
     Raises:
         RunError: A folder has neither a run nor a comparison, or is given twice; or there are too many runs.
     """
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise RunError(f"A folder is given twice: {', '.join(map(str, folders))}. Give each folder once.")
+    check_folders(folders)
     runs: list[Run] = []
     tables = []
     for folder in folders:
@@ -106,14 +106,7 @@ def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[Table]]:
 def _read_folder(folder: Path) -> tuple[list[Run], Table | None]:
     if (folder / COMPARISON).is_file():
         return _read_comparison(folder)
-    if (folder / RECORD).is_file():
-        return [_read_run([folder], folder.resolve().name)], None
-    if not folder.is_dir():
-        raise RunError(f"{folder} is not a directory. Give the --output of train or compare.")
-    raise RunError(
-        f"{folder} has neither {RECORD} nor {COMPARISON}: it is neither a finished run nor a comparison. Continue an "
-        "unfinished run with train --resume; tensorboard shows its curves."
-    )
+    return [_read_run([folder], folder.resolve().name)], None
 
 
 def _read_run(folders: list[Path], name: str) -> Run:
