@@ -143,6 +143,25 @@ def test_the_page_shows_what_a_run_knows_of_the_queries_of_another_one(page: Pat
     assert "B ib: training improved the rank of the best relevant document for 1,234 queries" in words
 
 
+def test_the_page_says_what_was_searched(page: Path, folder: Path, tmp_path: Path):
+    whole = f"the whole corpus of {NUM} documents"
+    words = " ".join(Reader(page).words.split())
+    assert words.count(f"Searched: {whole}.") == 2  # above the examples, and in Methods
+    shutil.copytree(folder / "ib", tmp_path / "ib")
+    record = json.loads((tmp_path / "ib" / "run.json").read_text())
+    for number, limit, searched in ((25, 25, "a sample of 25 documents (--eval-documents)"), (NUM, NUM + 1, whole)):
+        record["after"]["num_documents"] = record["before"]["num_documents"] = number
+        record["configuration"]["data_options"]["eval_documents"] = limit
+        (tmp_path / "ib" / "run.json").write_text(json.dumps(record))
+        assert report(tmp_path / "ib").exit_code == 0
+        words = " ".join(Reader(tmp_path / "ib" / "report.html").words.split())
+        assert words.count(f"Searched: {searched}.") == 2
+        assert ("whole corpus" in words) == (searched == whole)
+        assert report(folder / "nc", tmp_path / "ib", "--output", tmp_path / "page.html").exit_code == 0
+        both = whole if searched == whole else f"A: {whole}; B: {searched}"
+        assert f"Searched: {both}." in " ".join(Reader(tmp_path / "page.html").words.split())
+
+
 def test_likely_false_negatives_give_advice(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "nc", tmp_path / "nc")
     samples = json.loads((tmp_path / "nc" / "samples.json").read_text())

@@ -80,6 +80,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table] = ()) -> str:
         changes=[(run, found) for run in runs if (found := run.samples.get("changes"))],
         negatives=_by_query(runs, "negatives"),
         likely_false=[(run, *found) for run in runs if (found := _likely_false(run))[0]],
+        searched=_searched(runs),
         are_of_one_data=len({_sizes(run) for run in runs if run.record.after}) <= 1,
         version=__version__,
     )
@@ -87,6 +88,17 @@ def render(runs: Sequence[Run], tables: Sequence[Table] = ()) -> str:
 
 def _sizes(run: Run) -> tuple[Any, ...]:
     return tuple((run.record.after or {}).get(key) for key in ("num_queries", "num_documents"))
+
+
+def _searched(runs: Sequence[Run]) -> str:
+    """What the runs searched; with the letters of the runs if they searched several things."""
+    letters: dict[str, list[str]] = {}
+    for run in runs:
+        if run.searched:
+            letters.setdefault(run.searched, []).append(run.letter)
+    if len(letters) == 1:
+        return next(iter(letters))
+    return "; ".join(f"{', '.join(own)}: {searched}" for searched, own in letters.items())
 
 
 def _measures(runs: Sequence[Run]) -> list[str]:

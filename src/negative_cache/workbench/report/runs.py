@@ -65,6 +65,17 @@ class Run:
         """Its configuration, without options that have no effect on its loss."""
         return {key: value for key, value in self.record.configuration.items() if has_effect(self.loss, key)}
 
+    @property
+    def searched(self) -> str:
+        """The documents that the queries of the test split were searched in; empty if they were not."""
+        if not self.record.after:
+            return ""
+        number = self.record.after["num_documents"]
+        limit = self.record.configuration["data_options"]["eval_documents"]
+        if limit is None or number < limit:  # fewer: the corpus has no more
+            return f"the whole corpus of {counted(number, 'document')}"
+        return f"a sample of {counted(number, 'document')} (--eval-documents)"
+
 
 @dataclass
 class Table:
