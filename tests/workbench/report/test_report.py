@@ -143,6 +143,13 @@ def test_the_page_shows_what_a_run_knows_of_the_queries_of_another_one(page: Pat
     assert "B ib: training improved the rank of the best relevant document for 1,234 queries" in words
 
 
+def test_methods_explain_each_measure(page: Path, folder: Path):
+    methods = page.read_text(encoding="utf-8").partition('id="about"')[2]
+    explained = set(re.findall(r"<dt>([^<]*)</dt><dd>[^<]+</dd>", methods))
+    measures = set(json.loads((folder / "nc" / "run.json").read_text())["after"]) - {"num_queries", "num_documents"}
+    assert {re.sub(r"^R@\d+$", "R@k", name) for name in measures} <= explained
+
+
 def test_the_page_says_what_was_searched(page: Path, folder: Path, tmp_path: Path):
     whole = f"the whole corpus of {NUM} documents"
     words = " ".join(Reader(page).words.split())
