@@ -20,9 +20,9 @@ SEARCH = ["search", "--model", "model", "--corpus", "notes.txt"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*TRAIN[:-1], "full"], "The output folder 'full' exists. Choose another --output, or remove the folder."),
+        ([*TRAIN[:-1], "full"], "The output folder 'full' exists and is not empty. Choose another --output."),
         ([*TRAIN[:-1], "half"], "'half.partial' has an unfinished run. Continue it with --resume"),
-        ([*TRAIN[:-1], "full", "--resume"], "The output folder 'full' exists."),  # it has no run
+        ([*TRAIN[:-1], "full", "--resume"], "'full' exists and is not empty."),  # it has no run
         (["train", "--data", "pair.jsonl", "--output", "new"], "'pair.jsonl' is not a file"),
         ([*TRAIN, "--model", "./nowhere"], "Cannot load the model './nowhere': it is not a directory."),
         ([*TRAIN, "--model", "a/folder/nowhere"], "Cannot load the model 'a/folder/nowhere': it is not a directory."),
@@ -45,6 +45,7 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(words: list[
     (tmp_path / "notes.txt").write_text("a text\n")
     for name in ("full", "half.partial", "model"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     code = (
         f"import sys\nsys.argv[1:] = {words}\nfrom negative_cache.__main__ import main\ntry: main()\n"
         "finally: print([name for name in ('torch', 'sentence_transformers') if name in sys.modules])"
