@@ -46,7 +46,7 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
         (["search", "a", "--data", "set", "--model", "sett"], "). Give a folder or the name"),
         (["search", "a", "--data", "set", "--model", "my-statc"], "). Give a folder or the name"),
         (["significance", "sett", "other"], "Did you mean set? Give RUN"),
-        (["train", "--data", "set", "--output", "set"], "Choose another --output, or remove the folder."),
+        (["train", "--data", "set", "--output", "set"], "exists and is not empty. Choose another --output."),
         (["train", "--data", "test-only", "--output", "out"], "it has test. Give data with training pairs"),
         (["train", "--data", "set", "--output", "out", "--report-to", "wandb"], "pip install wandb, or leave it out"),
     ],

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 DOCUMENTS_ALONE = (
-    "Documents without queries can be searched without training: negative-cache search 'your query' --model MODEL "
-    "--corpus PATH, where PATH is a .txt file with a document per line, a table with a column of texts, or a folder of "
-    ".txt and .md files, each a document."
+    "Training and evaluation need pairs of a query and a document. Documents alone can be searched: negative-cache "
+    "search 'your query' --model MODEL --corpus PATH, where PATH is a .txt file with a document per line, a table with "
+    "a column of texts, or a folder of .txt and .md files, each a document."
 )
 
 UNFINISHED = ".partial"  # at the end of the name of a folder whose run is not complete

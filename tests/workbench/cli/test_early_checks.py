@@ -20,9 +20,9 @@ SEARCH = ["search", "--model", "model", "--corpus", "notes.txt"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*TRAIN[:-1], "full"], "The output folder 'full' exists. Choose another --output, or remove the folder."),
+        ([*TRAIN[:-1], "full"], "The output folder 'full' exists and is not empty. Choose another --output."),
         ([*TRAIN[:-1], "half"], "'half.partial' has an unfinished run. Continue it with --resume"),
-        ([*TRAIN[:-1], "full", "--resume"], "The output folder 'full' exists."),  # it has no run
+        ([*TRAIN[:-1], "full", "--resume"], "'full' exists and is not empty."),  # it has no run
         (["train", "--data", "pair.jsonl", "--output", "new"], "'pair.jsonl' is not a file"),
         ([*TRAIN, "--model", "./nowhere"], "Cannot load the model './nowhere': it is not a directory."),
         ([*TRAIN, "--model", "a/folder/nowhere"], "Cannot load the model 'a/folder/nowhere': it is not a directory."),
@@ -51,6 +51,7 @@ def test_wrong_paths_and_names_are_refused_before_torch_is_imported(words: list[
     (tmp_path / "notes.txt").write_text("a text\n")
     for name in ("full", "half.partial", "model", "first-model", "saved"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
     (tmp_path / "first-model" / "run.json").write_text("{}")
     (tmp_path / "saved" / "modules.json").write_text("[]")
     code = (

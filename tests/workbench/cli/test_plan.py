@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from command_line import DOCUMENTS, invoke
-from negative_cache.workbench.cli.plan import plan_of_training
+from negative_cache.workbench.cli import plan
+from negative_cache.workbench.cli.plan import advice_on_size, plan_of_training
 from negative_cache.workbench.data import DataOptions, load_data
 from negative_cache.workbench.evaluation import encoding, searching
 from negative_cache.workbench.training.config import RunConfig, num_steps
@@ -109,3 +110,13 @@ def test_on_a_gpu_the_plan_advises_one_document_per_query(beir: Path, monkeypatc
     in_batch = RunConfig(str(beir), "static", "in-batch", "out", max_steps=3)
     for other in (in_batch, replace(config, num_samples=2)):
         assert "--num-samples" not in plan_of_training(other, data, measures=False)
+
+
+@pytest.mark.parametrize("model", ["static", "tiny", "static:all-MiniLM-L6-v2"])
+def test_few_pairs_for_random_weights_are_named(beir: Path, model: str, monkeypatch: pytest.MonkeyPatch):
+    data, config = load_data(str(beir)), RunConfig(str(beir), model, "in-batch", "out")
+    found = advice_on_size(config, data)
+    assert len(found) == (":" not in model)
+    assert all(f"{data.num_pairs('train')} pairs are few for --model {model}" in line for line in found)
+    monkeypatch.setattr(plan, "FEW_PAIRS", data.num_pairs("train"))
+    assert advice_on_size(config, data) == []

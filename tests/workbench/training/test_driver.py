@@ -161,10 +161,19 @@ def test_invalid_options_give_one_message_and_write_nothing(beir: Path, tmp_path
 
 def test_an_existing_output_folder_is_not_touched(beir: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
     result = invoke("train", "--data", beir, "--output", tmp_path / "out")
     assert result.exit_code == 2
-    assert "exists" in result.output
-    assert not list((tmp_path / "out").iterdir())
+    assert "exists and is not empty" in result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_an_empty_output_folder_is_used(beir: Path, tmp_path: Path, resume: list[str]):
+    (tmp_path / "out").mkdir()
+    given = ["--data", beir, "--output", tmp_path / "out", "--max-steps", 1, "--batch-size", 8, "--no-eval", *resume]
+    assert invoke("train", *given).exit_code == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["steps"] == 1
 
 
 @pytest.mark.parametrize("has_dev", [True, False])

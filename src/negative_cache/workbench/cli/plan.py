@@ -6,10 +6,13 @@ import os
 from typing import TYPE_CHECKING
 
 from negative_cache.workbench.counting import counted, counted_queries
+from negative_cache.workbench.model_names import LEARNING_RATES
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
 if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
+
+FEW_PAIRS = 1000
 
 
 def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> str:
@@ -46,6 +49,17 @@ def _ways_to_shorten(config: RunConfig, measures: bool) -> list[str]:
     if config.data_options.eval_documents is not None:
         return ["--no-eval leaves the evaluation out."] if measures else []
     return [f"{sample}, --no-eval leaves it out."] if measures else [f"{sample}."]
+
+
+def advice_on_size(config: RunConfig, data: RetrievalData) -> list[str]:
+    """A line if the pairs are few for a model that begins with random weights."""
+    pairs = data.num_pairs("train")
+    if config.model not in LEARNING_RATES or pairs >= FEW_PAIRS:
+        return []
+    return [
+        f"{counted(pairs, 'pair')} are few for --model {config.model}, which begins with random weights. A pretrained "
+        "model, or one made from it (--model static:all-MiniLM-L6-v2), needs fewer."
+    ]
 
 
 def _has_gpu() -> bool:

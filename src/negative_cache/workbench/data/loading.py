@@ -97,7 +97,8 @@ def _check_options(source: str, found: list[Collection | RowTables | None], opti
     for name in _FOR_ROWS:
         if (value := getattr(options, name)) is not None:
             raise DataError(
-                f"--{name.replace('_', '-')} {value!r} is for files of rows; {source!r} has none. Leave it out."
+                f"--{name.replace('_', '-')} {value!r} is for files of rows; {source!r} has none. Leave one of "
+                "them out."
             )
 
 

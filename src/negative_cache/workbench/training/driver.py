@@ -153,6 +153,8 @@ def run(
             task.train(is_first)
         if is_first:
             _clear(folder)
+            if output.exists():
+                output.rmdir()  # it was empty when the run began
             folder.rename(output)
     except BaseException as error:
         if is_first and not _can_resume(folder):
@@ -165,15 +167,15 @@ def run(
 
 
 def finished_run(config: RunConfig, resume: bool) -> RunRecord | None:
-    """The record of a finished run that `resume` would continue; None if the output folder does not exist.
+    """The record of a finished run that `resume` would continue; None if the output folder is empty or does not exist.
 
     Raises:
-        RunError: The output folder exists and is not a finished run of this configuration; or it exists or has an
+        RunError: The output folder has something else than a finished run of this configuration; or it has files or an
             unfinished run, and `resume` is False.
     """
     check_output_folder(config.output, resume)
     output = Path(config.output)
-    if not output.exists():
+    if not (output / RECORD).is_file():
         return None
     record = RunRecord.read(output)
     length = {name: getattr(config, name) for name in ("epochs", "max_steps")}

@@ -27,9 +27,11 @@ def unfinished_folder(output: str) -> Path:
 
 
 def check_output_folder(output: str, resume: bool) -> None:
-    """Raise RunError if a run cannot be written to a folder: there is one already, and it is not to be resumed."""
-    if Path(output).exists() and not (resume and (Path(output) / RECORD).is_file()):
-        raise RunError(f"The output folder {output!r} exists. Choose another --output, or remove the folder.")
+    """Raise RunError if a run cannot be written to a folder: it has files, and no run that is to be resumed."""
+    folder = Path(output)
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (resume and (folder / RECORD).is_file()):
+        raise RunError(f"The output folder {output!r} exists and is not empty. Choose another --output.")
     if (folder := unfinished_folder(output)).exists() and not resume:
         raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
 

@@ -206,10 +206,7 @@ def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str
 
 
 def _no_pairs(row: Iterable[str], place: str) -> DataError:
-    return DataError(
-        f"{place}: only one column may have texts; the columns are {quoted(row)}. Training and evaluation need "
-        f"pairs of a query and a document. {DOCUMENTS_ALONE}"
-    )
+    return DataError(f"{place}: only one column may have texts; the columns are {quoted(row)}. {DOCUMENTS_ALONE}")
 
 
 def _labelled(row: dict[str, Any]) -> tuple[str, list[Any], str, list[Any]] | None:

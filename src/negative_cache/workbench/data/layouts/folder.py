@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data.files.columns import quoted
 from negative_cache.workbench.data.files.opening import uncompressed_name
 from negative_cache.workbench.data.files.reading import file_rows
@@ -213,7 +214,8 @@ def _advice(folder: Path, entries: dict[str, list[Path]]) -> str:
         return f"{advice} Did you mean {below[0]}?"
     if rows:
         return f"{advice} Give one of the files: {rows[0]}."
-    return f"{advice} {DOCUMENTS_ALONE}" if find_text_files(folder) else advice
+    texts = find_text_files(folder)
+    return f"{folder} has {counted(len(texts), 'text file')} and no dataset. {DOCUMENTS_ALONE}" if texts else advice
 
 
 def _is_readable(folder: Path) -> bool:
