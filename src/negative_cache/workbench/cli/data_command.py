@@ -111,7 +111,7 @@ def _findings_table(found: Mapping[str, Any]) -> Table:
         of = split["queries"]
         rows += [
             (f"{name} queries with several positives", split["queries_with_several_positives"], of),
-            (f"{name} queries that share a positive", split["queries_that_share_a_positive"], of),
+            (f"{name} queries that share a positive with another one", split["queries_that_share_a_positive"], of),
         ]
     for overlap in found["overlap"]:
         first, second = overlap["first"], overlap["second"]
