@@ -343,7 +343,7 @@ def test_markers_of_missing_values_in_json_are_texts(tmp_path: Path):
 def test_a_file_of_documents_alone_is_refused_with_the_command_to_search_in_it(
     tmp_path: Path, name: str, content: str, message: str
 ):
-    with pytest.raises(DataError, match=message + ".* Documents without queries can be searched .*: negative-cache se"):
+    with pytest.raises(DataError, match=message + ".* Documents alone can be searched: negative-cache se"):
         reader_of(tmp_path / name, content)
 
 
