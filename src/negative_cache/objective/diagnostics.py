@@ -89,6 +89,8 @@ class Diagnostics:
             latest = {key: float(value) for record in self._records for key, value in record().items()}
         if "copies" in latest:  # with dropout, copies are not near each other
             latest["near_duplicates"] = max(latest.get("near_duplicates", 0.0), latest.pop("copies"))
+        if latest.get("cache_share") == 0:  # the loss leaves the cache out
+            latest.setdefault("near_duplicates", 0.0)
         numbers = {"staleness": 0.0, **latest, "fill": int(cache.num_filled) / cache.num_rows}
         if all(self._gradients.get(side) for side in ("queries", "documents")):
             queries, documents = (math.hypot(*map(float, self._gradients[side])) for side in ("queries", "documents"))
