@@ -18,7 +18,7 @@ from negative_cache.workbench.data import load_data
 from negative_cache.workbench.evaluation import OnProgress
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
 from negative_cache.workbench.training.driver import RunOptions, run
-from negative_cache.workbench.training.record import RunRecord
+from negative_cache.workbench.training.record import RunRecord, unfinished_folder
 
 EXIT_SECONDS = 30  # in which a process must exit after it has sent its record
 REPORT_SECONDS = 0.2  # between two reports of progress
@@ -46,11 +46,12 @@ class Job:
     def __call__(self, on_progress: OnProgress) -> RunRecord | None:
         """Train, or continue the run, and return its record."""
         data = load_data(self.config.data, self.config.data_options).with_dev()
+        output = self.config.output
         return run(
             self.config,
             data,
             self.options,
-            resume=any(Path(f"{self.config.output}{end}").exists() for end in ("", ".partial")),
+            resume=Path(output).exists() or unfinished_folder(output).exists(),
             on_step=lambda step, steps, _: on_progress(step, steps),
         )
 
