@@ -795,9 +795,9 @@ def test_metrics_describe_the_last_step():
     assert loss_fn.metrics() == {"interpretable_loss": 0.0, "staleness": 0.0, "fill": 0.0}
     train(loss_fn, [1, 2])
     first = loss_fn.metrics()
-    names = {"interpretable_loss", "positive_probability", "cache_share", "staleness", "fill"}
+    names = {"interpretable_loss", "positive_probability", "cache_share", "staleness", "near_duplicates", "fill"}
     assert set(first) == {*names, "documents_per_query"}
-    assert (first["cache_share"], first["staleness"], first["fill"]) == (0, 0, 2 / SIZE)
+    assert (first["cache_share"], first["staleness"], first["near_duplicates"], first["fill"]) == (0, 0, 0, 2 / SIZE)
     loss = train(loss_fn, [3, 4])
     assert loss_fn.metrics()["interpretable_loss"] == pytest.approx(loss.item())
     assert loss_fn.metrics()["staleness"] == pytest.approx(0, abs=1e-10)
