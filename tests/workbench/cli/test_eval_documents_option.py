@@ -49,8 +49,12 @@ def test_train_and_evaluate_measure_what_is_measured_on_a_corpus_of_the_sample_a
     alone = json.loads(run(*evaluated, "--data", place / "sampled" / "test").stdout)
     assert record["after"] == alone
     assert alone["num_documents"] == 25
-    assert json.loads(run(*evaluated, "--data", place / "set", "--eval-documents", 25).stdout) == alone
-    whole = json.loads(run(*evaluated, "--data", place / "set").stdout)
+    same = run(*evaluated, "--data", place / "set", "--eval-documents", 25)
+    assert json.loads(same.stdout) == alone
+    assert "do not compare" not in same.stderr
+    other = run(*evaluated, "--data", place / "set")
+    assert "with --eval-documents 25, and this is with all documents: do not compare the two" in other.stderr
+    whole = json.loads(other.stdout)
     assert whole["num_documents"] == 80
     assert whole["MRR@10"] < alone["MRR@10"]
     assert record["before"]["num_documents"] == 25

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from negative_cache.workbench.data import RetrievalData
+from negative_cache.workbench.data import RetrievalData, describing
 from negative_cache.workbench.data.advice import advice
 from negative_cache.workbench.data.describing import (
     EXAMPLE_CHARS,
@@ -96,7 +96,21 @@ def test_texts_of_a_dataset_are_counted(random_data: RetrievalData):
         shared = sum(queries[query] in texts for query in qrels[second])
         both = len(positives[first] & positives[second])
         expected.append({"first": first, "second": second, "queries": shared, "documents": both})
-    assert sorted(found["overlap"], key=str) == sorted(expected, key=str)
+    counted = [{key: number for key, number in overlap.items() if key != "alike"} for overlap in found["overlap"]]
+    assert sorted(counted, key=str) == sorted(expected, key=str)
+
+
+def test_positives_that_resemble_those_of_another_split_are_counted(monkeypatch: pytest.MonkeyPatch):
+    words = [" ".join(f"{letter}{number}" for letter in "abcdefghijkl") for number in range(4)]
+    corpus = {"a": words[0], "b": words[1], "c": f"{words[0]} x", "d": words[2], "e": f"{words[3]} x", "f": words[3]}
+    qrels = {"train": {"p": ["a"], "q": ["b", "f"]}, "test": {"r": ["c", "d"], "s": ["b", "e"]}}
+    data = data_of(corpus=corpus, queries={query: query for query in "pqrs"}, qrels=qrels)
+    (overlap,) = describe(data)["overlap"]
+    assert overlap == {"first": "train", "second": "test", "queries": 0, "documents": 1, "alike": 2}  # c and e
+    assert any(line.startswith("50 % of the test positives resemble a train") for line in advice(describe(data)))
+    monkeypatch.setattr(describing, "MAX_SAMPLE", 5)
+    (overlap,) = describe(data)["overlap"]
+    assert overlap["alike"] is None
 
 
 def test_lengths_are_percentiles_of_what_the_measure_returns(random_data: RetrievalData):
@@ -122,7 +136,7 @@ def test_a_split_that_is_searched_elsewhere_is_counted_there():
     data = data_of(corpus={"d": "same"}, queries={"p": "one"}, qrels={"train": {"p": ["d"]}}, elsewhere={"test": other})
     found = describe(data)
     assert {name: split["documents"] for name, split in found["splits"].items()} == {"train": 1, "test": 2}
-    assert found["overlap"] == [{"first": "train", "second": "test", "queries": 1, "documents": 1}]
+    assert found["overlap"] == [{"first": "train", "second": "test", "queries": 1, "documents": 1, "alike": 0}]
     assert found["documents_without_query"] == 0
 
 

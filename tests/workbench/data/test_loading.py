@@ -54,7 +54,7 @@ def test_files_of_pairs_give_the_same_data_and_splits_share_no_document(tmp_path
     [
         ("a.jsonl", '{"query": "x", "positive": "y"}\n{broken\n', "line 2: not JSON"),
         ("a.jsonl", '{"query": "x", "positive": "y"}\n[1]\n', "line 2: expected a JSON object"),
-        ("a.jsonl", '{"query": "x", "text": "y"}\n', "line 1: no column positive"),
+        ("a.jsonl", '{"query": "x", "a": "y", "b": "z"}\n', "line 1: no column positive"),
         ("a.jsonl", '{"query": "x", "positive": 3}\n', "line 1: 'positive' is of type int; expected a text"),
         ("a.csv", "query,positive\nx,y\nz\n", "line 3: expected 2 columns as in the first line, got 1"),
         ("a.csv", "", "no pairs"),

@@ -115,9 +115,10 @@ def _findings_table(found: Mapping[str, Any]) -> Table:
         ]
     for overlap in found["overlap"]:
         first, second = overlap["first"], overlap["second"]
-        of = found["splits"][second]["queries"]
-        rows.append((f"{second} queries that are {first} queries", overlap["queries"], of))
+        of = found["splits"][second]
+        rows.append((f"{second} queries that are {first} queries", overlap["queries"], of["queries"]))
         rows.append((f"documents that are positives of {first} and {second}", overlap["documents"], documents))
+        rows.append((f"{second} positives that resemble a {first} positive", overlap["alike"], of["positives"]))
     rows += [(f"skipped: {reason}", number, None) for reason, number in found["skipped"].items()]
     table = _table("Found", "", "number", "share")
     for name, number, of in rows:

@@ -86,7 +86,11 @@ def _evaluate(
         from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits
         from negative_cache.workbench.evaluation.systems import corpus_of
         from negative_cache.workbench.files import write_json
-    split = split_of(terminal, data, given["data"], given["split"], given["model"])
+        from negative_cache.workbench.training.provenance import configuration_of_run_with
+    training = None if given["model"] is None else configuration_of_run_with(given["model"], given["data"], data)
+    split = split_of(terminal, data, given["data"], given["split"], given["model"], training)
+    if training is not None:
+        _note_other_documents(terminal, training, given["model"], data)
     judged = data.graded(split)
     if given["qrels_out"] is not None:
         trec.write_qrels(given["qrels_out"], judged)
@@ -130,7 +134,14 @@ def _evaluate_nanobeir(terminal: Terminal, model: str, names: str, encoding: Enc
     terminal.inform(next_steps.after_nanobeir(model))
 
 
-def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | None, model: str | None = None) -> str:
+def split_of(
+    terminal: Terminal,
+    data: RetrievalData,
+    source: str,
+    split: str | None,
+    model: str | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> str:
     """The split to evaluate on.
 
     Rows without splits of their own are all evaluated, unless the model was trained with them: then those that training
@@ -142,22 +153,20 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
         source: Its name or path.
         split: The split that is given; None if none is.
         model: Name or path of the model; None if there is none.
+        training: The configuration with which it was trained on this dataset; None if it was not.
     """
-    from negative_cache.workbench.training.provenance import configuration_of_run_with
-
     if split is not None:
         return split
     if not data.splits_by_hash:
         return "test"
-    run = None if model is None else configuration_of_run_with(model, source, data)
     total = data.num_pairs("all")
-    if run is None:
+    if training is None:
         terminal.note(
             f"Measured on all {counted(total, 'pair')} of {source}. --split test measures the tenth that train holds "
             "out."
         )
         return "all"
-    if any(run.get("data_options", {}).get(name) is not None for name in ("dev", "test")):
+    if any(training.get("data_options", {}).get(name) is not None for name in ("dev", "test")):
         terminal.note(
             f"Warning: Measured on all {counted(total, 'pair')} of {source}, with which {model} was trained: the "
             "quality is too high. Give other data."
@@ -168,6 +177,19 @@ def split_of(terminal: Terminal, data: RetrievalData, source: str, split: str | 
         "was trained with others of them. --split all measures all."
     )
     return "test"
+
+
+def _note_other_documents(terminal: Terminal, training: Mapping[str, Any], model: str, data: RetrievalData) -> None:
+    """Say if the evaluations of the run that trained the model searched another number of documents."""
+    all_documents = len(data.corpus)
+    limits = [training.get("data_options", {}).get("eval_documents"), data.eval_documents]
+    before, now = (all_documents if limit is None else min(limit, all_documents) for limit in limits)
+    if before != now:
+        said = ["all documents" if limit is None else f"--eval-documents {limit}" for limit in limits]
+        terminal.note(
+            f"train measured {model} with {said[0]}, and this is with {said[1]}: do not compare the two. In more "
+            "documents, values are lower."
+        )
 
 
 def _check(given: Mapping[str, Any]) -> None:

@@ -36,10 +36,16 @@ def _about_overlap(found: Mapping[str, Any]) -> Iterator[str]:
     for overlap in found["overlap"]:
         first, second = overlap["first"], overlap["second"]
         share = overlap["queries"] / found["splits"][second]["queries"]
+        alike = (overlap["alike"] or 0) / found["splits"][second]["positives"]
         if share >= MANY and first == "train":
             yield (
                 f"{percent(share)} of the {second} queries are train queries, too: metrics of {second} are too high. "
                 "Remove these queries from train."
+            )
+        if alike >= MANY_ALIKE and (first, second) == ("train", "test"):
+            yield (
+                f"{percent(alike)} of the test positives resemble a train positive: metrics of test may be higher than "
+                "on new documents. If they are versions of one text, keep them in one split: give --dev and --test."
             )
         if share >= MANY and (first, second) == ("dev", "test"):
             yield (

@@ -77,8 +77,9 @@ def describe(data: RetrievalData, measure: Measure = WORDS, on_progress: OnProgr
         documents_without_query: Number of documents that are relevant to no query; only_negatives: those of them that
             are negatives of one.
         queries_equal_to_document: Number of queries with the text of a document.
-        overlap: One entry for each two splits: first, second, queries of the second whose text is in the first, and
-            documents that are positives in both.
+        overlap: One entry for each two splits: first, second, queries of the second whose text is in the first,
+            documents that are positives in both, and alike, the number of other positives of the second that resemble
+            one of the first (None if they were not all examined).
         examples: Query, positive and negative, which are clipped; negative is None if there is none.
     """
     total = sum(len(part.queries) + len(part.corpus) for part in (data, *data.elsewhere.values()))
@@ -86,6 +87,7 @@ def describe(data: RetrievalData, measure: Measure = WORDS, on_progress: OnProgr
     own = _Part(data, measure, progress)
     parts = {name: _Part(other, measure, progress) for name, other in data.elsewhere.items()}
     splits = {name: _Split(parts.get(name, own), name) for name in _names_of(data)}
+    sample = _Sample(own)
     return {
         "name": data.name,
         "form": data.form,
@@ -99,11 +101,11 @@ def describe(data: RetrievalData, measure: Measure = WORDS, on_progress: OnProgr
             "documents": _num_repeated(own.documents.hashes),
             "queries": _num_repeated(own.queries.hashes),
         },
-        "near_duplicates": _near_duplicates(own),
+        "near_duplicates": {"documents": sample.num_alike(), "sample": len(sample.hashes)},
         **_without_query(own, [split for name, split in splits.items() if name not in parts]),
         "identical_ids": any(query in data.corpus for query in data.queries),
         "queries_equal_to_document": int(_is_in(own.queries.hashes, own.documents.hashes).sum()),
-        "overlap": list(_overlap(splits)),
+        "overlap": list(_overlap(splits, sample)),
         "examples": _examples(data, next(iter(splits), "")),
     }
 
@@ -199,6 +201,41 @@ class _Split:
         return {f"{grade:g}": number for grade, number in sorted(grades.items()) if number}
 
 
+class _Sample:
+    """Different documents of a corpus, by their hashes and by what they resemble; all if they are not too many.
+
+    Attributes:
+        hashes: Hash of the text of each, `[n]`.
+        is_all: Whether these are all that differ.
+    """
+
+    def __init__(self, part: _Part) -> None:
+        different = np.sort(_groups(part.documents.hashes)[1])
+        size = min(len(different), MAX_SAMPLE)
+        self.is_all = size == len(different)
+        chosen = different[np.linspace(0, len(different) - 1, size).astype(np.int64)] if size else different
+        self.hashes = part.documents.hashes[chosen]
+        texts = (part.corpus[part.corpus.key(position)][:SAMPLE_CHARS] for position in chosen.tolist())
+        self._signatures = minhash.signatures(texts)
+
+    def num_alike(self) -> int:
+        """How many resemble an earlier one."""
+        return int(minhash.resembles_earlier(self._signatures, np.arange(len(self.hashes))).sum())
+
+    def num_alike_across(self, first: np.ndarray, second: np.ndarray) -> int | None:
+        """How many of the second documents, given by hashes, resemble one of the first, without those that are equal.
+
+        None if this cannot be said, because the sample does not have all of them.
+        """
+        if not self.is_all or not (_is_in(first, self.hashes).all() and _is_in(second, self.hashes).all()):
+            return None
+        earlier = _is_in(self.hashes, first)
+        later = _is_in(self.hashes, second) & ~earlier
+        rows = np.concatenate([self._signatures[earlier], self._signatures[later]])
+        groups = np.repeat([0, 1], [earlier.sum(), later.sum()])
+        return int(minhash.resembles_earlier(rows, groups).sum())
+
+
 def _measure(texts: Texts, measure: Measure, progress: _Progress) -> _Measured:
     hashes = np.empty(len(texts), dtype=np.int64)
     lengths = np.empty(len(texts), dtype=np.int64)
@@ -270,16 +307,6 @@ def _is_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     return result
 
 
-def _near_duplicates(part: _Part) -> dict[str, int]:
-    """Documents that resemble an earlier one, in a sample of different documents."""
-    different = np.sort(_groups(part.documents.hashes)[1])
-    size = min(len(different), MAX_SAMPLE)
-    chosen = different[np.linspace(0, len(different) - 1, size).astype(np.int64)] if size else different
-    texts = (part.corpus[part.corpus.key(position)][:SAMPLE_CHARS] for position in chosen.tolist())
-    is_copy = minhash.resembles_earlier(minhash.signatures(texts), np.arange(size))
-    return {"documents": int(is_copy.sum()), "sample": size}
-
-
 def _without_query(part: _Part, splits: list[_Split]) -> dict[str, int]:
     positives = _joined(split.documents for split in splits)
     others = part.documents.hashes[~_is_in(part.documents.hashes, positives)]
@@ -288,7 +315,7 @@ def _without_query(part: _Part, splits: list[_Split]) -> dict[str, int]:
     return {"documents_without_query": len(others), "only_negatives": only_negatives}
 
 
-def _overlap(splits: dict[str, _Split]) -> Iterator[dict[str, Any]]:
+def _overlap(splits: dict[str, _Split], sample: _Sample) -> Iterator[dict[str, Any]]:
     names = list(splits)
     for number, second in enumerate(names):
         for first in names[:number]:
@@ -297,6 +324,7 @@ def _overlap(splits: dict[str, _Split]) -> Iterator[dict[str, Any]]:
                 "second": second,
                 "queries": int(_is_in(splits[second].queries, splits[first].queries).sum()),
                 "documents": int(_is_in(_groups(splits[second].documents)[0], splits[first].documents).sum()),
+                "alike": sample.num_alike_across(splits[first].documents, splits[second].documents),
             }
 
 

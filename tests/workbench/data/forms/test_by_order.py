@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,63 @@ def test_columns_of_texts_are_taken_by_order_with_a_note(tmp_path: Path, names: 
 
 
 @pytest.mark.parametrize(
+    ("heading", "columns", "note"),
+    [
+        ("question,command", {}, "no known name of a column: 'command'.* query 'question', positive 'command'"),
+        ("id,answer,topic", {}, "no known name of a column: 'topic'.* query 'topic', positive 'answer'"),
+        ("topic,solution", {"query_column": "topic"}, "no known name of a column: 'solution'.* query 'topic'"),
+    ],
+)
+def test_the_only_other_column_of_texts_is_taken_with_a_note(
+    tmp_path: Path, heading: str, columns: dict[str, str], note: str
+):
+    path = tmp_path / "a.csv"
+    first = "id" in heading
+    rows = (f"{number}," * first + f"how to open {text},lift the lid of {text}" for number, text in enumerate(TEXTS))
+    path.write_text("\n".join([heading, *rows]))
+    data = load_data(str(path), DataOptions(**columns))
+    assert len(data.judged("all")) == NUM_ROWS
+    assert any(re.search(note, text) for text in data.notes)
+    assert all(text.startswith("how to open" if not first else "lift") for text in data.queries.values())
+
+
+@pytest.mark.parametrize(
+    ("heading", "what"),
+    [
+        ("question,price", "'price' is no known name of a column, and its values are numbers"),
+        ("question,url", "'url' is no known name of a column, and its values are addresses"),
+        ("question,price,url", "no column positive .*--positive-column price"),
+        ("question,subject,body", "no column positive .*--positive-column subject"),
+        ("status,answer", "'status' is no known name .* are few and short"),
+    ],
+)
+def test_the_only_other_column_is_refused_if_it_has_no_texts_or_there_are_several(
+    tmp_path: Path, heading: str, what: str
+):
+    path = table(tmp_path / "a.csv", heading.replace("question", "search").replace("answer", "body").replace(",", " "))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([heading, *lines[1:]]))
+    with pytest.raises(DataError, match=f"line 2: {what}"):
+        load_data(str(path))
+
+
+def test_a_row_without_the_only_other_column_is_skipped_or_has_a_known_name(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"query": "q 1", "command": "d 1"}, {"query": "q 2", "other": "x"}, {"query": "q 3", "positive": "d 3"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = load_data(str(path))
+    assert set(data.corpus.values()) == {"d 1", "d 3"}
+    assert data.skipped == {"rows without a relevant document": 1}
+
+
+def test_a_column_of_negatives_is_not_taken_as_the_only_other_one(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,wrong\nhow to open,close it\n")
+    with pytest.raises(DataError, match="no column positive"):
+        load_data(str(path), DataOptions(negative_column="wrong"))
+
+
+@pytest.mark.parametrize(
     ("names", "what", "proposed"),
     [
         ("date status subject body", "'date' .* are dates or times, such as '2024-05-10'", "subject .*column body"),
@@ -84,7 +143,7 @@ def test_columns_of_texts_are_taken_by_order_with_a_note(tmp_path: Path, names: 
 )
 def test_columns_of_other_values_are_refused_with_what_to_type(tmp_path: Path, names: str, what: str, proposed: str):
     path = table(tmp_path / "a.csv", names)
-    with pytest.raises(DataError, match=rf"line 2: no known name.*{what}.*--query-column {proposed}"):
+    with pytest.raises(DataError, match=rf"line 2: {what}.*--query-column {proposed}"):
         load_data(str(path))
 
 

@@ -204,7 +204,7 @@ def test_all_missing_columns_are_reported_in_one_error(tmp_path: Path):
 
 def test_the_column_that_is_proposed_is_not_one_that_is_used(tmp_path: Path):
     with pytest.raises(DataError, match=r"no column positive .* for example: --positive-column right\."):
-        reader_of(tmp_path / "a.csv", "left,right\nq,d\n", query_column="left")
+        reader_of(tmp_path / "a.csv", "left,right,more\nq,d,e\n", query_column="left")
 
 
 def test_a_column_cannot_be_query_and_document(tmp_path: Path):
@@ -255,8 +255,8 @@ def test_a_list_in_a_cell_is_several_documents(tmp_path: Path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"query": "q", "text": "y"}], "line 1: no column positive or .*only 'query', 'text'.*--positive-column"),
-        ([{"text": "q", "answer": "y"}], "line 1: no column query or .*--query-column"),
+        ([{"query": "q", "a": "y", "b": "z"}], "line 1: no column positive or .*only 'a', 'b', 'query'.*--positive-c"),
+        ([{"a": "q", "b": "z", "answer": "y"}], "line 1: no column query or .*--query-column"),
         ([{"number": 3}], "line 1: rows of an unknown form, with the columns 'number'.*Known forms: pairs, .*DPR"),
         ([3], "line 1: expected a JSON object or a list of texts, got int"),
         ([["q"]], "line 1: expected a list of a query, a positive and any negatives"),

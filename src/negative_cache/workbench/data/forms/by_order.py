@@ -41,7 +41,7 @@ def check_are_texts(found: Columns, rows: Sequence[tuple[str, Any]], has_ids: bo
         DataError: They are not texts.
     """
     named = (found.query, *found.positives, *found.negatives)
-    problems = {name: _problem(name, found, rows, has_ids) for name in named}
+    problems = {name: _problem(name, found, rows, has_ids) for name in found.by_order or named}
     wrong = next((name for name, problem in problems.items() if problem is not None), None)
     place = rows[0][0]
     if wrong is not None:
@@ -57,12 +57,11 @@ def check_are_texts(found: Columns, rows: Sequence[tuple[str, Any]], has_ids: bo
             "are a query, a positive and any negatives. Remove the others, or name the columns: in a first line of a "
             ".csv or .tsv file, in objects of a .jsonl file."
         )
-    texts = [columns.typed(name) for name, problem in problems.items() if problem is None]
+    texts = [columns.typed(name) for name in named if problems.get(name) is None]
     query, positive = [*texts, "NAME", "NAME"][:2]
     raise DataError(
-        f"{place}: no known name of a column, and {wrong!r} cannot be taken by its order: its values {why}. Name the "
-        f"columns, for example: --query-column {query} --positive-column {positive}. Name a column of "
-        "negatives with --negative-column."
+        f"{place}: {wrong!r} is no known name of a column, and its values {why}. Name the columns, for example: "
+        f"--query-column {query} --positive-column {positive}. Name a column of negatives with --negative-column."
     )
 
 

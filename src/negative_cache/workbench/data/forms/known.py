@@ -42,13 +42,13 @@ class Columns(NamedTuple):
         query: Column of the query.
         positives: Columns of the relevant documents, at least one.
         negatives: Columns of the negatives.
-        by_order: Whether the columns were taken by their order, because no name is known.
+        by_order: Those of them that were taken by their order, because their names are not known.
     """
 
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
-    by_order: bool = False
+    by_order: tuple[str, ...] = ()
 
 
 FORMS = (
@@ -132,7 +132,10 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
     if query_column is None and not positives:
         return _by_order(row, place, options)
     if query_column is None:
-        raise _no_column("query", columns.QUERY, row, place, options.positive_column)
+        other = _only_other(row, positives, options)
+        if other is None:
+            raise _no_column("query", columns.QUERY, row, place, options.positive_column)
+        return Columns(other, positives, _negatives(row, (), options), by_order=(other,))
     if options.positive_column == query_column:
         other = next((name for name in row if columns.has_text(name) and name != query_column), "NAME")
         raise DataError(
@@ -141,7 +144,10 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
         )
     positives = tuple(name for name in positives if name != query_column)
     if not positives:
-        raise _no_column("positive", columns.POSITIVE, row, place, query_column)
+        other = _only_other(row, (query_column,), options)
+        if other is None:
+            raise _no_column("positive", columns.POSITIVE, row, place, query_column)
+        return Columns(query_column, (other,), _negatives(row, (), options), by_order=(other,))
     used = (query_column, *positives, options.label_column)
     usual = tuple(name for name in columns.negatives_in(row, query_column) if name not in used)
     return Columns(query_column, positives, _negatives(row, usual, options))
@@ -163,7 +169,15 @@ def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
         )
     is_labelled = options.label_column is not None or columns.first_of(columns.LABELS, row) is not None
     negatives = _negatives(row, () if is_labelled else names[2:], options)
-    return Columns(names[0], (names[1],), negatives, by_order=True)
+    unnamed = (*names[:2], *(negatives if options.negative_column is None else ()))
+    return Columns(names[0], (names[1],), negatives, by_order=unnamed)
+
+
+def _only_other(row: dict[str, Any], known: Sequence[str], options: DataOptions) -> str | None:
+    """The one column that may have texts, besides a known one; None if there are none or several."""
+    used = (*known, options.negative_column, options.label_column)
+    free = [name for name in row if columns.has_text(name) and name not in used]
+    return free[0] if len(free) == len(known) == 1 and isinstance(row[free[0]], str) else None
 
 
 def _negatives(row: dict[str, Any], usual: Sequence[str], options: DataOptions) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -78,7 +79,7 @@ class RowReader:
         self._unused: set[str] = set()
         self._counts = {"prompt": 0, "system message": 0, "list": 0}
         label = self._label_of(named, place)
-        is_by_order = self._form == LISTS or self._first.by_order
+        is_by_order = self._form == LISTS or bool(self._first.by_order)
         seen = [first, *itertools.islice(rows, FIRST_ROWS - 1 if is_by_order or label is not None else 0)]
         self._rows = itertools.chain(seen, rows)
         if is_by_order:
@@ -152,18 +153,13 @@ class RowReader:
     def _other_columns(self, row: dict[str, Any], place: str) -> Columns:
         """The columns of a row with other names than the first row; those of the first row if a column is missing."""
         first = self._first
-        if first.by_order:
-            return first
-        try:
+        with contextlib.suppress(DataError):
             found = columns_of(row, self._form, place, self._options)
-        except DataError:
-            if first.query not in row and not row.keys() & set(first.positives):
-                raise
+            if not found.by_order:
+                return found
+        if first.query in row or row.keys() & set(first.positives):
             return first
-        if found.by_order:
-            positive = first.positives[0]
-            raise DataError(f"{place}: no column {first.query!r} and no column {positive!r}, only {quoted(row)}.")
-        return found
+        raise DataError(f"{place}: no column {first.query!r} and no column {first.positives[0]!r}, only {quoted(row)}.")
 
     def _query(self, row: dict[str, Any], name: str, place: str) -> str | None:
         """The query, after its prompt; None if it is missing."""
@@ -239,8 +235,8 @@ class RowReader:
         query, positives, negatives, by_order = self._first
         if by_order:
             yield (
-                f"no known name of a column; the columns are taken by order: query {query!r}, positive "
-                f"{positives[0]!r}, negatives {quoted(negatives) or 'none'}. Name them with "
+                f"no known name of a column: {quoted(by_order)}. The columns are taken by order: query {query!r}, "
+                f"positive {positives[0]!r}, negatives {quoted(negatives) or 'none'}. Name others with "
                 "--query-column, --positive-column and --negative-column."
             )
         if self._form == LISTS:
