@@ -58,7 +58,10 @@ def test_every_command_names_commands_that_run(place: Path):
     ended = succeed(*after_significance["report"])
     address = re.search(r"python -m webbrowser file://(\S+)$", ended.stderr, re.MULTILINE)
     assert Path(address[1]).read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert set(suggested(succeed("doctor"))) == {"train"}
+    baseline = ["compare", "--data", "my pairs.jsonl", *COLUMNS, "--model", "static", "--losses", "bm25,zero-shot"]
+    succeed(*baseline, "--seeds", "1", "--output", "baselines")
+    ended = succeed("significance", after_train["report"][1], "baselines/runs/bm25")
+    assert suggested(ended)["report"] == after_train["report"]
 
 
 def test_search_results_and_values_are_compared_next(place: Path):

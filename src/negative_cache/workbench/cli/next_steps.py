@@ -94,8 +94,10 @@ def after_significance(runs: Sequence[str], of_data: Iterable[str]) -> Iterator[
         runs: The runs that were given.
         of_data: The options of the judgements.
     """
+    from negative_cache.workbench.report.folders import has_results
+
     paths = [path for run in runs for path in (run if Path(run).exists() else run.partition("=")[2]).split(",")]
-    folders = [path for path in paths if Path(path).is_dir()]
+    folders = [path for path in paths if has_results(Path(path))]
     if folders:
         output = "report.html" if len(folders) > 1 else None
         yield f"To see curves and examples: {command('report', *folders, output=output)}"

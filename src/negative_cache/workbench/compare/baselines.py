@@ -20,6 +20,7 @@ from negative_cache.workbench.evaluation.bm25 import bm25_run
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_trained
+from negative_cache.workbench.suggestions import UNFINISHED
 from negative_cache.workbench.training.preparation import set_inputs
 from negative_cache.workbench.training.record import Metrics, read_json
 
@@ -65,7 +66,7 @@ class Baseline:
             set_inputs(model, self.comparison)
             quality = evaluate(model, data, ("test",), measures, on_progress=on_progress)["test"]
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.output, ".partial") as temporary:
+        with replacing(self.output, UNFINISHED) as temporary:
             temporary.mkdir(exist_ok=True)  # one is left if the process was killed
             write_json(temporary / PER_QUERY, {"corpus": corpus_of(data, "test"), "after": quality.per_query})
         return self.metrics()

@@ -24,6 +24,7 @@ from negative_cache.workbench.evaluation.significance import compare_systems
 from negative_cache.workbench.evaluation.systems import read_systems, systems_of_comparison
 from negative_cache.workbench.files import replacing, write_json
 from negative_cache.workbench.models import load_model
+from negative_cache.workbench.suggestions import UNFINISHED
 from negative_cache.workbench.training.config import RunError, RunFailedError, changed_options
 from negative_cache.workbench.training.curve import POINTS
 from negative_cache.workbench.training.driver import RunOptions, finished_run
@@ -346,7 +347,7 @@ def _make_untrained(comparison: Comparison, data: RetrievalData, seed: int) -> N
     folder = comparison.untrained(seed)
     if folder is None or folder.exists():
         return
-    with replacing(folder, ".partial") as temporary:
+    with replacing(folder, UNFINISHED) as temporary:
         model = load_model(comparison.model, data.training_texts(), seed)
         model.save_pretrained(str(temporary), create_model_card=False)
 

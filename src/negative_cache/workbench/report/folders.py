@@ -18,11 +18,12 @@ def check_folders(folders: Sequence[Path]) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise RunError(f"A folder is given twice: {', '.join(map(str, folders))}. Give each folder once.")
     for folder in folders:
-        if not _has_results(folder):
+        if not has_results(folder):
             raise RunError(_no_results(folder))
 
 
-def _has_results(folder: Path) -> bool:
+def has_results(folder: Path) -> bool:
+    """Whether a folder has a finished run or a comparison."""
     return (folder / RECORD).is_file() or (folder / COMPARISON).is_file()
 
 
@@ -38,7 +39,7 @@ def _no_results(folder: Path) -> str:
             "tensorboard shows its curves."
         )
     if not folder.is_dir():
-        near = did_you_mean_path(str(folder), suits=_has_results)
+        near = did_you_mean_path(str(folder), suits=has_results)
         return f"{folder} is not a directory.{near} Give the --output of train or compare."
     return (
         f"{folder} has neither {RECORD} nor {COMPARISON}: it is neither a finished run nor a comparison. Give the "
