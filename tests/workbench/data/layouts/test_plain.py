@@ -72,7 +72,9 @@ def test_each_text_file_of_a_folder_is_a_document(tmp_path: Path):
 def test_text_files_beside_files_of_rows_are_no_documents(tmp_path: Path):
     write_notes(tmp_path)
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d1", "text": "Lift the lid."}\n')
-    assert dict(load_documents(str(tmp_path))[0]) == {"d1": "Lift the lid."}
+    corpus, notes = load_documents(str(tmp_path))
+    assert dict(corpus) == {"d1": "Lift the lid."}
+    assert notes == [f"{tmp_path}: its files of rows are read. Not read: 3 .txt and .md files."]
 
 
 def test_an_unknown_type_of_file_is_refused_with_what_can_be_searched(tmp_path: Path):

@@ -104,11 +104,14 @@ def find_documents(path: Path, options: DataOptions, notes: list[str]) -> list[T
 
 
 def find_text_files(folder: Path) -> list[Path]:
-    """The .txt and .md files of a folder and its subfolders, without hidden ones; none if it has files of rows."""
-    if _files_of_rows(_entries(folder)):
-        return []
+    """The .txt and .md files of a folder and its subfolders, without hidden ones."""
     found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in TEXT_FILES and path.is_file())
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether a folder has files of rows."""
+    return bool(_files_of_rows(_entries(folder)))
 
 
 def _files_of_rows(entries: dict[str, list[Path]]) -> list[Path]:

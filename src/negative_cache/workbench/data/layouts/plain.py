@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data.files import columns
 from negative_cache.workbench.data.files.columns import normal, quoted
 from negative_cache.workbench.data.files.opening import encoding_of, open_text, read_errors, uncompressed_name
 from negative_cache.workbench.data.files.reading import lines
 from negative_cache.workbench.data.files.skipping import Skipped
 from negative_cache.workbench.data.layouts.beir import read_texts
-from negative_cache.workbench.data.layouts.folder import TEXT_FILES, find_documents, find_text_files
+from negative_cache.workbench.data.layouts.folder import TEXT_FILES, find_documents, find_text_files, has_rows
 from negative_cache.workbench.data.layouts.sources import Table
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import DataError
@@ -38,14 +39,17 @@ def read_documents(source: str, options: DataOptions, notes: list[str]) -> Texts
         DataError: The documents cannot be read.
     """
     path, skipped = Path(source), Skipped()
+    files = find_text_files(path) if path.is_dir() else []
+    kinds = " and ".join(kind for kind in TEXT_FILES if any(file.suffix.lower() == kind for file in files))
     if path.is_file() and uncompressed_name(path).endswith(".txt"):
         notes.append(f"{source}: each line is a document, and its number is the id.")
         tables = [Table(source, partial(_lines, path, options, notes))]
-    elif path.is_dir() and (files := find_text_files(path)):
-        kinds = " and ".join(kind for kind in TEXT_FILES if any(file.suffix.lower() == kind for file in files))
+    elif files and not has_rows(path):
         notes.append(f"{source}: each of the {len(files):,} {kinds} files is a document, and its path is the id.")
         tables = [Table(source, partial(_whole_files, path, files, options, notes))]
     else:
+        if files:
+            notes.append(f"{source}: its files of rows are read. Not read: {counted(len(files), f'{kinds} file')}.")
         found = find_documents(path, options, notes)
         tables = [_named(table, options, notes, len(found) == 1) for table in found]
     corpus = read_texts(tables, "documents", options, notes, skipped)
