@@ -48,6 +48,11 @@ def is_from_scratch(name: str) -> bool:
     return name in LEARNING_RATES
 
 
+def distilled_from(name: str) -> str | None:
+    """The name of the model from which a static one is made; None for another model."""
+    return name.removeprefix(DISTILLED) if name.startswith(DISTILLED) else None
+
+
 def check_model(name: str) -> None:
     """Raise ModelError if there is no such model to train; see `load_model`."""
     if not is_from_scratch(name):

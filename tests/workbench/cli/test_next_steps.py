@@ -64,6 +64,17 @@ def test_every_command_names_commands_that_run(place: Path):
     assert suggested(ended)["report"] == after_train["report"]
 
 
+def test_a_distilled_model_is_compared_with_the_one_it_is_made_from(place: Path):
+    data = ["train", "--data", "pairs.jsonl", *SMALL]
+    succeed(*data, "--model", "tiny", "--output", "base", "--no-eval")
+    ended = succeed(*data, "--model", "static:base", "--output", "model")
+    assert "before: the static model made from base, not base itself" in ended.stdout
+    assert "To compare with base itself: " in ended.stderr
+    after = suggested(succeed(*suggested(ended)["evaluate"]))
+    assert after["significance"] == ["significance", "base.json", "OTHER.json"]
+    succeed("significance", "model", "base.json")
+
+
 def test_search_results_and_values_are_compared_next(place: Path):
     train = ["train", "--data", "pairs.jsonl", "--output", "model", *SMALL, "--no-eval"]
     after_train = suggested(succeed(*train))

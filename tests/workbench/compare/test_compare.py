@@ -341,6 +341,11 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
             "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss "
             "has a higher MRR@10 than bm25; the best one is a, 0.4100.",
         ),
+        (
+            {"a": [0.40, 0.42], "zero-shot": [0.30]},
+            0.001,
+            "Best: a, MRR@10 0.4100, 36.7% above zero-shot (0.3000). That difference is significant (p = 0.001).",
+        ),
         ({"a": [0.50, 0.52], "b": []}, 1, ""),
     ],
 )
@@ -354,7 +359,10 @@ def test_the_verdict_names_the_best_loss_its_lead_and_whether_it_is_significant(
     first, second = scores
     lead = sum(scores[second]) - sum(scores[first])
     pair = {"system": second, "baseline": first, "difference": lead, "low": -1, "high": 1, "p": p / 2, "p_holm": p}
-    assert verdict({"losses": losses, "significance": {"MRR@10": {"differences": [pair]}}}) == said
+    result = {"losses": losses, "significance": {"MRR@10": {"differences": [pair]}}}
+    assert verdict({**result, "configuration": {"model": "static"}}) == said
+    distilled = verdict({**result, "configuration": {"model": "static:x/y"}})
+    assert ("zero-shot is the static model made from x/y, not x/y itself." in distilled) == ("zero-shot" in scores)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.model_names import distilled_from
 from negative_cache.workbench.training.config import RunConfig, flag_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ def after_train(
     elif split is not None:
         words = (*model, "--data", config.data, *options.arguments())
         yield f"To evaluate it: {command('evaluate', *words, split=split)}"
+    if record.after is not None and (base := distilled_from(config.model)) is not None:
+        words = ("--model", base, "--data", config.data, *options.arguments())
+        per_query = f"{Path(base).name}.json"
+        yield f"To compare with {base} itself: {command('evaluate', *words, split=split, per_query=per_query)}"
     yield f"To see curves and examples: {command('report', config.output)}"
     search = command("search", QUERY, *model, "--data", config.data, *options.arguments(of_documents))
     yield f"To use it: SentenceTransformer({config.output!r}) in Python, or {search}"

@@ -11,6 +11,7 @@ from negative_cache.workbench.compare.running import REPORTED
 from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.evaluation.significance import Difference, p_in_words
+from negative_cache.workbench.model_names import distilled_from
 from negative_cache.workbench.training.config import RunConfig, flag_of
 from negative_cache.workbench.training.record import Metrics, RunRecord
 
@@ -93,6 +94,9 @@ def verdict(result: dict[str, Any]) -> str:
         trained = best_loss(result)
         quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
         sentences.append(f"No loss has a higher MRR@10 than {best}; the best one is {trained}, {quality:.4f}.")
+    base = distilled_from(result["configuration"]["model"])
+    if base is not None and "zero-shot" in result["losses"]:
+        sentences.append(f"zero-shot is the static model made from {base}, not {base} itself.")
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)

@@ -69,15 +69,17 @@ def _about_texts(found: Mapping[str, Any]) -> Iterator[str]:
     near = found["near_duplicates"]
     if near["sample"] and (share := near["documents"] / near["sample"]) >= MANY_ALIKE:
         yield (
-            f"{percent(share)} of {near['sample']:,} examined documents resemble another one: they are likely false "
-            "negatives. Remove them, or train with --relative-margin 0.05."
+            f"{percent(share)} of {near['sample']:,} examined documents resemble another one. Remove copies: they are "
+            "false negatives. Keep those that answer other queries: they are the hard ones. To find out whether hiding "
+            "them helps, add negative-cache:relative_margin=0.05 to the --losses of compare."
         )
     lengths = found["lengths"]
     num_pairs = sum(split["positives"] for split in found["splits"].values())
     if num_pairs and (share := lengths["positives_over_limit"] / num_pairs) >= MANY_LONG:
         yield (
             f"{percent(share)} of the positives are longer than {lengths['limit']:,} {lengths['unit']}, where models "
-            "cut them. Split long documents into passages, or use a model that reads longer texts."
+            "cut them. If their beginning does not say what they are about, split them into passages, or use a model "
+            "that reads longer texts."
         )
 
 

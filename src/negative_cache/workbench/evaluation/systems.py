@@ -206,5 +206,6 @@ def _check_corpora(contents: Mapping[Path, dict[str, Any] | None]) -> None:
             raise ValueError(
                 f"Systems must be compared on the same corpus. {first} is of a corpus of "
                 f"{counted(found[first]['num_documents'], 'document')}, {file} of another one of "
-                f"{corpus['num_documents']:,}. Measure both on the same data."
+                f"{corpus['num_documents']:,}. Measure one again with evaluate --per-query, on the data and with the "
+                "--eval-documents of the other."
             )

@@ -124,7 +124,7 @@ def train_to_the_end(
     """
     stop = _StopBetweenSteps()
     trainer.add_callback(stop)
-    trainer.add_callback(_LogLastStep())
+    trainer.add_callback(_LogNearEnd())
     trainer.add_callback(_StartMeter(trainer.meter))
     try:
         with stop:
@@ -221,11 +221,14 @@ class _StartMeter(TrainerCallback):
         self.meter.start()
 
 
-class _LogLastStep(TrainerCallback):
-    """Also logs the last step, whatever the number of steps between logs."""
+class _LogNearEnd(TrainerCallback):
+    """Also logs the last step but one, whatever the number of steps between logs.
+
+    The last one may have a small batch, such as a single query, whose values say nothing about the model.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        control.should_log |= state.global_step == max(1, state.max_steps - 1)
 
 
 class _StopBetweenSteps(TrainerCallback):
