@@ -75,7 +75,10 @@ def read_texts(tables: Sequence[Table], what: str, options: DataOptions, notes: 
         texts = Texts.of((key, text) for _, key, text in distinct())
     except RepeatedIdError as error:
         first, second = (next(islice(distinct(), at, None))[0] for at in (error.first, error.second))
-        raise DataError(f"{second}: the id {error.key!r} occurs twice, first in {first}. Remove one.") from None
+        raise DataError(
+            f"{second}: the id {error.key!r} occurs twice, first in {first}. Remove one, or give each an id of its "
+            f"own: for passages of one document, for example {error.key}-1 and {error.key}-2."
+        ) from None
     if unused:
         others = f" and {len(tables) - 1:,} more" if len(tables) > 1 else ""
         notes.append(f"{tables[0].name}{others}: columns that are not used: {quoted(unused)}.")
