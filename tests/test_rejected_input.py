@@ -97,7 +97,16 @@ WRONG_SETTINGS: list[tuple[str, Any, type[Exception], str]] = [
 ]
 
 
+def test_a_batch_that_is_no_dict_is_refused_by_fill_from():
+    with pytest.raises(
+        TypeError, match="A batch is tuple; expected a dict with `document_features` and `document_ids`"
+    ):
+        make_loss().fill_from([({"words": WORDS}, torch.arange(BATCH))])  # type: ignore[list-item]
+
+
 def test_a_temperature_is_refused_with_its_scale():
+    with pytest.raises(TypeError, match=r"`score_transform` is not an option.* set scale=20.0"):
+        make_loss(score_transform=lambda score: 20.0 * score)
     with pytest.raises(TypeError, match=r"`temperature` is not an option. Use its inverse: scale=1 / 0.05"):
         make_loss(temperature=0.05)
     with pytest.raises(TypeError, match="unexpected keyword argument 'temperatur'"):
@@ -370,7 +379,6 @@ def test_a_training_step_without_any_gradient_warns_once(caplog: pytest.LogCaptu
     trained = [
         {},
         {"query_embeddings": queries.detach()},
-        {"document_embeddings": documents.detach()},
         {
             "query_embeddings": queries.detach(),
             "document_embeddings": documents.detach(),

@@ -132,21 +132,43 @@ def test_equal_ids_give_no_warning_where_documents_may_be_equal(words: Tensor, c
     assert caplog.records == []
 
 
-@pytest.mark.parametrize("encoder", ["module", "method", "function"])
+@pytest.mark.parametrize("encoder", ["module", "method", "function", "calls"])
 @pytest.mark.parametrize("num_samples", [1, "auto"])
 def test_detached_documents_are_seen_in_the_first_step_of_a_module(
     encoder: str, num_samples: Any, caplog: pytest.LogCaptureFixture
 ):
-    """Of a function, it is known only from what it returns: in the first step that calls it."""
+    """Of a function that names no module, it is known only from what it returns: in the first step that calls it."""
     tower = Tower()
-    encoders = {"module": tower, "method": tower.forward, "function": lambda features: tower(features)}
+    named = {"tower": tower}
+    encoders = {
+        "module": tower,
+        "method": tower.forward,
+        "function": lambda features: tower(features),
+        "calls": lambda features: named["tower"](features),
+    }
     loss_fn = NegativeCacheLoss(encoders[encoder], 64, num_samples=num_samples, seed=0)
     counts = []
     for step in range(2):
         features = {"words": WORDS[16 * step : 16 * step + 16]}
         loss_fn(tower(features), tower(features).detach(), features).backward()
         counts.append(len(caplog.records))
-    assert counts == [0 if encoder == "function" and num_samples == 1 else 1, 1]
+    assert counts == [0 if encoder == "calls" and num_samples == 1 else 1, 1]
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("num_samples", [1, "auto"])
+def test_a_function_that_detaches_documents_is_seen_by_the_modules_that_it_names(
+    num_samples: Any, is_frozen: bool, caplog: pytest.LogCaptureFixture
+):
+    tower, queries = Tower().requires_grad_(not is_frozen), Tower()
+    loss_fn = NegativeCacheLoss(lambda features: tower(features).detach(), 64, num_samples=num_samples, seed=0)
+    for step in range(2):
+        features = {"words": WORDS[16 * step : 16 * step + 16]}
+        loss_fn(queries(features), tower(features).detach(), features).backward()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (0 if is_frozen else 1)
+    if num_samples == "auto":  # the encoder was tried
+        assert all("no document trains it" in message for message in said)
 
 
 def test_norms_are_read_with_the_metrics_where_that_synchronizes(caplog: pytest.LogCaptureFixture):

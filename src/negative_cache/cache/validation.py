@@ -128,6 +128,11 @@ def refuse_other_options(init: Callable[_P, None]) -> Callable[_P, None]:
         if "temperature" in kwargs:
             given = kwargs["temperature"]
             raise TypeError(f"`temperature` is not an option. Use its inverse: scale=1 / {given!r}.")
+        if "score_transform" in kwargs:
+            raise TypeError(
+                "`score_transform` is not an option. The scores are dot products times `scale`: for `lambda score: "
+                "20.0 * score`, set scale=20.0."
+            )
         if "top_k" in kwargs:
             raise TypeError(
                 "`top_k` is not an option: documents are sampled from the softmax over all rows. Remove it, or use "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,10 +87,11 @@ class Advice:
         is_detached = batch.queries.requires_grad and not documents.requires_grad
         if is_detached and not self._has_warned_of_detached and (encoded.requires_grad or _is_trained(encoder)):
             self._has_warned_of_detached = True
+            is_never_trained = len(encoded) > 0 and not encoded.requires_grad
             logger.warning(
-                "`document_embeddings` have no gradient, but the document encoder is trained: only re-encoded "
-                "documents train it, and they are negatives. Encode the batch's documents without detach or no_grad, "
-                "or freeze the encoder with requires_grad_(False)."
+                "`document_embeddings` have no gradient, but the parameters of the document encoder require one: %s. "
+                "Encode documents without detach or no_grad, or freeze the encoder with requires_grad_(False).",
+                "no document trains it" if is_never_trained else "only re-encoded negatives train it",
             )
         self._has_seen_a_batch, self.is_pending = True, not len(encoded)
 
@@ -189,6 +192,14 @@ def _warn_of_other_norms(norms: list[list[float]]) -> None:
 
 
 def _is_trained(encoder: DocumentEncoder) -> bool:
-    """Whether the encoder is a module, or a method of one, with parameters that are trained; False if unknown."""
-    module = getattr(encoder, "__self__", encoder)
-    return isinstance(module, nn.Module) and any(parameter.requires_grad for parameter in module.parameters())
+    """Whether the encoder is, belongs to or names a module with parameters that are trained; False if unknown."""
+    modules = [getattr(encoder, "__self__", encoder)]
+    with contextlib.suppress(TypeError, ValueError):  # no function, or a variable without value
+        names = inspect.getclosurevars(encoder)
+        modules += [*names.nonlocals.values(), *names.globals.values()]
+    return any(
+        parameter.requires_grad
+        for module in modules
+        if isinstance(module, nn.Module)
+        for parameter in module.parameters()
+    )

@@ -146,6 +146,11 @@ def encode_for_filling(document_encoder: DocumentEncoder, batch: Mapping[str, An
         ValueError: Missing keys, unknown ids, or embeddings of a wrong shape or that are not finite.
         TypeError: Features or ids that are no tensors, or an encoder that returns no tensor.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A batch is {type(batch).__name__}; expected a dict with `document_features` and `document_ids`, as in a "
+            "training step."
+        )
     missing = {"document_features", "document_ids"} - set(batch)
     if missing:
         raise ValueError(f"A batch has the keys {sorted(batch)}; it must also have {sorted(missing)}.")
