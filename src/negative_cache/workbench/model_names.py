@@ -53,6 +53,14 @@ def distilled_from(name: str) -> str | None:
     return name.removeprefix(DISTILLED) if name.startswith(DISTILLED) else None
 
 
+def about_begin(name: str) -> str:
+    """What a model is before training; empty if it is what its name says."""
+    if is_from_scratch(name):
+        return f"random weights (--model {name})"
+    base = distilled_from(name)
+    return "" if base is None else f"the static model made from {base}, not {base} itself"
+
+
 def check_model(name: str) -> None:
     """Raise ModelError if there is no such model to train; see `load_model`."""
     if not is_from_scratch(name):
@@ -95,7 +103,7 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
-    failed = ""
+    failed, known = "", [*others, *_cached_models(name)]
     for repository in repositories:
         try:
             cached = (try_to_load_from_cache(repository, file) for file in MODEL_FILES)
@@ -107,6 +115,15 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
             failed = str(error).strip().partition("\n")[0]
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *others, suits=is_model)} Give "
+        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *known, suits=is_model)} Give "
         f"{''.join(f'{other}, ' for other in others)}a folder or the name of a model on the hub."
     )
+
+
+def _cached_models(name: str) -> list[str]:
+    """The models in the local cache of the hub; without their owner if `name` has none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folders = Path(HF_HUB_CACHE).glob("models--*--*")
+    found = (folder.name.removeprefix("models--").replace("--", "/") for folder in folders)
+    return [model if "/" in name else model.rpartition("/")[2] for model in found]

@@ -175,6 +175,34 @@ def token_limit(model: SentenceTransformer) -> int | None:
     return None if limit is None or not math.isfinite(limit) else int(limit)
 
 
+def set_max_seq_length(model: SentenceTransformer, length: int) -> None:
+    """Make a model cut texts after this number of tokens.
+
+    Raises:
+        ModelError: The model is static, or has no positions for so many tokens.
+    """
+    if isinstance(model[0], StaticEmbedding):
+        raise ModelError("--max-seq-length has no effect on a static model, which has no limit. Leave it out.")
+    positions = _num_positions(model)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"--max-seq-length is {length}; the model has positions for {positions} tokens. Use at most that."
+        )
+    model.max_seq_length = length
+
+
+def _num_positions(model: SentenceTransformer) -> int | None:
+    """The number of tokens that a model has positions for; None if it has no limit.
+
+    The limit of the tokenizer is not one of the model: sentence-transformers stores `max_seq_length` there.
+    """
+    for name, module in model[0].named_modules():
+        is_of_positions = isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] == "position_embeddings"
+        if is_of_positions and module.padding_idx is not None:  # positions begin after that of padding, as in RoBERTa
+            return module.num_embeddings - module.padding_idx - 1
+    return getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
+
+
 def cache_tokens(model: SentenceTransformer, texts: Iterable[str]) -> None:
     """Make a static model tokenize each text only once. Tokenization takes half of the time of a static model."""
     if isinstance(model[0], StaticEmbedding):

@@ -45,10 +45,20 @@ def suggested(ended: Result) -> dict[str, list[str]]:
 
 def test_every_command_names_commands_that_run(place: Path):
     after_data = suggested(succeed("data", "my pairs.jsonl", *COLUMNS))
-    ended = succeed(*after_data["train"], *SMALL)
+    of_few_pairs = ["--model", "static:all-MiniLM-L6-v2"]  # from the hub
+    assert after_data["train"][-4:-2] == of_few_pairs
+    ended = succeed(
+        *(word for word in after_data["train"] if word not in of_few_pairs), *SMALL, "--relative-margin", "0.05"
+    )
+    assert "before: random weights (--model static)" in ended.stdout
     assert f"SentenceTransformer({next_steps.NEW_MODEL!r})" in ended.stderr
     after_train = suggested(ended)
-    assert set(after_train) == {"significance", "report", "search"}
+    assert set(after_train) == {"significance", "compare", "report", "search"}
+    compared = json.loads(succeed(*after_train["compare"], "--json").stdout)
+    assert list(compared["losses"]) == ["in-batch", "negative-cache:relative_margin=0.05"]
+    used = json.loads(Path(after_train["significance"][1], "run.json").read_text())["configuration"]
+    assert {loss["learning_rate"] for loss in compared["losses"].values()} == {used["learning_rate"]}
+    assert compared["configuration"]["batch_size"] == used["batch_size"] == 8
     assert "negative-cache" not in ended.stdout
     succeed(*after_train["report"])
     after_search = suggested(succeed(*after_train["search"]))

@@ -66,10 +66,10 @@ def test_the_plan_names_mining_and_the_cache_and_no_evaluation_that_is_left_out(
         "Training takes 8 steps of 8 queries. Documents to encode besides: 160 to mine negatives."
     )
     assert plan_of_training(filled, data, measures=True).startswith(
-        "Training takes 3 steps of 64 queries. Documents to encode besides: 160 for evaluation, 80 to fill the cache."
+        "Training takes 3 steps of 61 queries. Documents to encode besides: 160 for evaluation, 80 to fill the cache."
     )
     bare = RunConfig(str(beir), "static", "in-batch", "out", max_steps=3)
-    assert plan_of_training(bare, data, measures=False) == "Training takes 3 steps of 64 queries."
+    assert plan_of_training(bare, data, measures=False) == "Training takes 3 steps of 61 queries."
 
 
 def test_the_plan_names_only_options_that_shorten_it_further(beir: Path):
@@ -115,8 +115,19 @@ def test_on_a_gpu_the_plan_advises_one_document_per_query(beir: Path, monkeypatc
 @pytest.mark.parametrize("model", ["static", "tiny", "static:all-MiniLM-L6-v2"])
 def test_few_pairs_for_random_weights_are_named(beir: Path, model: str, monkeypatch: pytest.MonkeyPatch):
     data, config = load_data(str(beir)), RunConfig(str(beir), model, "in-batch", "out")
-    found = advice_on_size(config, data)
+    found = advice_on_size(config, data, measures=False)
     assert len(found) == (":" not in model)
     assert all(f"{data.num_pairs('train')} pairs are few for --model {model}" in line for line in found)
     monkeypatch.setattr(plan, "FEW_PAIRS", data.num_pairs("train"))
-    assert advice_on_size(config, data) == []
+    assert advice_on_size(config, data, measures=False) == []
+
+
+def test_few_test_queries_are_named_where_they_are_measured(beir: Path, monkeypatch: pytest.MonkeyPatch):
+    data, config = load_data(str(beir)), RunConfig(str(beir), "some/model", "in-batch", "out")
+    number = len(data.judged("test"))
+    assert advice_on_size(config, data, measures=True) == [
+        f"{number} test queries are few: the result says little about the model. Give more with --test."
+    ]
+    assert advice_on_size(config, data, measures=False) == []
+    monkeypatch.setattr(plan, "FEW_TEST_QUERIES", number)
+    assert advice_on_size(config, data, measures=True) == []

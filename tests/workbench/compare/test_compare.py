@@ -360,9 +360,9 @@ def test_the_verdict_names_the_best_loss_its_lead_and_whether_it_is_significant(
     lead = sum(scores[second]) - sum(scores[first])
     pair = {"system": second, "baseline": first, "difference": lead, "low": -1, "high": 1, "p": p / 2, "p_holm": p}
     result = {"losses": losses, "significance": {"MRR@10": {"differences": [pair]}}}
-    assert verdict({**result, "configuration": {"model": "static"}}) == said
+    assert verdict({**result, "configuration": {"model": "x/y"}}) == said
     distilled = verdict({**result, "configuration": {"model": "static:x/y"}})
-    assert ("zero-shot is the static model made from x/y, not x/y itself." in distilled) == ("zero-shot" in scores)
+    assert ("zero-shot: the static model made from x/y, not x/y itself." in distilled) == ("zero-shot" in scores)
 
 
 @pytest.mark.parametrize(

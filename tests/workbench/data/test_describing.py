@@ -194,6 +194,11 @@ def test_data_without_a_fault_gets_no_advice():
     assert advice(describe(joined(pairs(ASKED[:500], UNLIKE[:500]), TEST))) == []
 
 
+def test_few_queries_with_the_same_positive_are_chance():
+    train, test = pairs(ASKED[:20], ["yes"] * 3 + UNLIKE[:17]), pairs(ASKED[500:502], ["no"] * 2, "test", first=500)
+    assert not any("same positive" in line for line in advice(describe(joined(train, test))))
+
+
 @pytest.mark.parametrize(
     ("train", "test", "expected"),
     [
@@ -218,6 +223,11 @@ def test_data_without_a_fault_gets_no_advice():
         ),
         ((ASKED[:500], ["yes"] * 500), TEST, "every train query has the same positive"),
         ((ASKED[:500], ["yes"] * 100 + UNLIKE[:400]), TEST, "20 % of the train queries have the same positive"),
+        (
+            (ASKED[:500], UNLIKE[:500]),
+            pairs(ASKED[500:506], UNLIKE[500:501] * 6, "test", first=500),
+            "every test query has the same positive: it measures the rank of one document",
+        ),
         ((UNLIKE[:500], UNLIKE[:500]), TEST, "100 % of the train pairs have equal texts"),
         ((UNLIKE[:500], UNLIKE[:500]), TEST, "50 % of the queries are documents, too"),
     ],

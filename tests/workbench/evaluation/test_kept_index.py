@@ -91,6 +91,7 @@ def test_another_model_corpus_or_encoding_has_another_index(saved: str):
         index_for(saved, Texts.of({**DOCUMENTS, "d3": "changed"})),
         index_for(saved, document_prompt="passage: "),
         index_for(saved, truncate_dim=8),
+        index_for(saved, max_seq_length=8),
         index_for(saved, dtype="bfloat16"),
     ]
     assert len({found.path for found in [first, *others]}) == 1 + len(others)

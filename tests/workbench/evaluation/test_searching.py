@@ -18,6 +18,7 @@ from negative_cache.workbench.evaluation.encoding_options import EncodingError, 
 from negative_cache.workbench.evaluation.measures import ranked
 from negative_cache.workbench.evaluation.quality import evaluate, make_evaluator
 from negative_cache.workbench.evaluation.searching import search_corpus, search_splits
+from negative_cache.workbench.model_names import ModelError
 from negative_cache.workbench.models import load_model
 from support import Recorder
 
@@ -171,8 +172,23 @@ def test_prompts_dimensions_batches_and_dtype_are_those_of_the_model_or_those_gi
     assert found(query_prompt="", document_prompt="it ", truncate_dim=16) == close(scores("", "it ", 16))
     assert found(query_prompt="", document_prompt="", dtype="bfloat16", device="cpu") == close(scores("", ""), 0.02)
     assert next(model.parameters()).dtype == torch.bfloat16
+    with pytest.raises(ModelError, match="--max-seq-length has no effect on a static model"):
+        found(max_seq_length=4)
     with pytest.raises(EncodingError, match="--truncate-dim is 999; the embeddings have 256"):
         found(truncate_dim=999)
+
+
+def test_texts_are_cut_at_the_length_that_is_given():
+    model = load_model("tiny", TEXTS.values(), seed=0)
+    long = {name: f"{text} {'more words ' * 9}" for name, text in TEXTS.items()}
+    queries = {"a": "one"}
+    whole = search_corpus(model, long, queries, 7)
+    options = EncodingOptions(max_seq_length=3)
+    assert search_corpus(model, long, queries, 7, options=options) != whole
+    model.max_seq_length = 3
+    assert search_corpus(model, long, queries, 7) == search_corpus(model, long, queries, 7, options=options)
+    with pytest.raises(ModelError, match="--max-seq-length is 9999; the model has positions for"):
+        search_corpus(model, long, queries, 7, options=EncodingOptions(max_seq_length=9999))
 
 
 def test_several_devices_give_the_results_of_one(tmp_path: Path):
@@ -191,6 +207,7 @@ def test_several_devices_give_the_results_of_one(tmp_path: Path):
     [
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"truncate_dim": -1}, "--truncate-dim is -1"),
+        ({"max_seq_length": 0}, "--max-seq-length is 0"),
         ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
         ({"device": "gpu"}, "'gpu' is not available"),
         ({"device": "cpu,"}, "'' is not available"),

@@ -21,6 +21,7 @@ from command_line import DOCUMENTS, invoke
 from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.evaluation import evaluate
+from negative_cache.workbench.model_names import ModelError
 from negative_cache.workbench.models import load_model
 from negative_cache.workbench.training import trainer
 from negative_cache.workbench.training.config import RunConfig, RunError, TrainingSettings
@@ -191,7 +192,7 @@ def test_the_saved_model_has_the_length_limit(start: Path, trained: Trained, tmp
     assert (trained.model.max_seq_length, found.model.max_seq_length) == (128, 6)
     assert found.model.preprocess(list(DOCUMENTS.values()))["input_ids"].shape[1] == 6
     assert found.record.after == evaluate(found.model, DATA, ("test",))["test"].metrics()
-    with pytest.raises(RunError, match="--max-seq-length is 129; the model has positions for 128 tokens"):
+    with pytest.raises(ModelError, match="--max-seq-length is 129; the model has positions for 128 tokens"):
         train(start, tmp_path / "long", max_seq_length=129)
     assert not list((tmp_path / "long").glob("*"))
 
@@ -236,7 +237,7 @@ def test_a_model_of_the_kind_of_roberta_has_positions_for_fewer_tokens_than_its_
     with pytest.raises((IndexError, RuntimeError), match="index"):
         model.encode([text])
     for length in (18, 19):
-        with pytest.raises(RunError, match=f"--max-seq-length is {length}; the model has positions for 17 tokens"):
+        with pytest.raises(ModelError, match=f"--max-seq-length is {length}; the model has positions for 17 tokens"):
             run(at(start, tmp_path, length), data)
 
 

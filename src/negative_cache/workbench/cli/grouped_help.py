@@ -25,7 +25,7 @@ _GROUPS = {
 }
 _GROUPS_WITHOUT_TRAINING = {
     "Data": {field.name for field in fields(DataOptions)},
-    "Encoding": {*_PROMPTS, "truncate_dim", "batch_size", "dtype", "device"},
+    "Encoding": {*_PROMPTS, "max_seq_length", "truncate_dim", "batch_size", "dtype", "device"},
 }
 
 

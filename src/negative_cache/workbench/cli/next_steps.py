@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.cli.examples import EXAMPLES
+from negative_cache.workbench.cli.plan import FEW_PAIRS
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import distilled_from
-from negative_cache.workbench.training.config import RunConfig, flag_of
+from negative_cache.workbench.model_names import DISTILLED, distilled_from
+from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of
 
 if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
@@ -30,7 +32,8 @@ def after_data(source: str, options: DataOptions, data: RetrievalData, model: st
     """After `data`: train, or evaluate if there is nothing to train on."""
     given = ("--data", source, *options.arguments())
     if data.has("train"):
-        yield f"To train on it: {command('train', *given, model=model, output=NEW_MODEL)}"
+        few = f"{DISTILLED}{PRETRAINED}" if data.num_pairs("train") < FEW_PAIRS else None
+        yield f"To train on it: {command('train', *given, model=model or few, output=NEW_MODEL)}"
     elif data.has("test"):
         yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
 
@@ -49,7 +52,7 @@ def after_train(
     model, options = ("--model", config.output), config.data_options
     split = next((split for split in ("test", "dev") if data.has(split)), None)
     if record.before is not None and record.after is not None:
-        yield f"To test whether the gain is more than chance: {command('significance', config.output)}"
+        yield f"To test whether the gain of training is more than chance: {command('significance', config.output)}"
     elif split is not None:
         words = (*model, "--data", config.data, *options.arguments())
         yield f"To evaluate it: {command('evaluate', *words, split=split)}"
@@ -57,9 +60,26 @@ def after_train(
         words = ("--model", base, "--data", config.data, *options.arguments())
         per_query = f"{Path(base).name}.json"
         yield f"To compare with {base} itself: {command('evaluate', *words, split=split, per_query=per_query)}"
+    if record.after is not None and config.loss == "negative-cache":
+        yield f"To see what the cache adds to it: {_comparison(config, record)}"
     yield f"To see curves and examples: {command('report', config.output)}"
     search = command("search", QUERY, *model, "--data", config.data, *options.arguments(of_documents))
     yield f"To use it: SentenceTransformer({config.output!r}) in Python, or {search}"
+
+
+def _comparison(config: RunConfig, record: RunRecord) -> str:
+    """The command that compares a run with in-batch negatives, which keeps its settings."""
+    from negative_cache.workbench.compare.comparison import FIXED_FIELDS, Comparison
+
+    given, shared = asdict(config), {field.name for field in fields(Comparison)}
+    words = ["--data", config.data, *config.data_options.arguments(), "--model", config.model]
+    words += arguments_of(given, shared - {"data", "model", "output", "data_options"})
+    own = (field for field in fields(config) if field.name not in shared | FIXED_FIELDS)
+    settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
+    losses = f"in-batch,{':'.join(['negative-cache', *settings])}"
+    rate = f"{record.configuration['learning_rate']:g}"
+    output = f"{config.output.rstrip('/')}-comparison"
+    return command("compare", *words, losses=losses, learning_rates=rate, seeds=1, output=output)
 
 
 def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[str]) -> Iterator[str]:

@@ -92,11 +92,13 @@ _PROMPTS: dict[str, Any] = {
     ],
 }
 
+_MaxSeqLength = Annotated[
+    int | None, typer.Option(help="Tokens after which a text is cut. Default: the model's limit.")
+]
+
 _SETTINGS: dict[str, Any] = {
     **_PROMPTS,
-    "max_seq_length": Annotated[
-        int | None, typer.Option(help="Tokens after which a text is cut. Default: the model's limit.")
-    ],
+    "max_seq_length": _MaxSeqLength,
     "dropout": Annotated[
         float | None, typer.Option(help="Probability of dropout in training. Default: the model's own.")
     ],
@@ -128,6 +130,7 @@ _SETTINGS: dict[str, Any] = {
 
 _ENCODING_OPTIONS: dict[str, Any] = {
     **_PROMPTS,
+    "max_seq_length": _MaxSeqLength,
     "truncate_dim": Annotated[int | None, typer.Option(help="Use the first dimensions of the embeddings.")],
     "batch_size": Annotated[
         int | None, typer.Option(help=f"Texts per batch. Default: {BATCH_SIZE}, or {STATIC_BATCH_SIZE} if static.")

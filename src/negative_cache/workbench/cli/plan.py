@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
 
 FEW_PAIRS = 1000
+FEW_TEST_QUERIES = 100
 
 
 def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> str:
@@ -32,7 +33,8 @@ def plan_of_training(config: RunConfig, data: RetrievalData, measures: bool) -> 
         "to mine negatives": len(data.corpus) * config.mining_rounds if config.loss == "mined" else 0,
         "to fill the cache": len(data.corpus) if config.fill_from_corpus else 0,
     }
-    sentences = [f"Training takes {counted(steps, 'step')} of {counted_queries(queries)}."]
+    in_a_step = min(queries, data.num_pairs("train"))
+    sentences = [f"Training takes {counted(steps, 'step')} of {counted_queries(in_a_step)}."]
     if any(documents.values()):
         listed = ", ".join(f"{number:,} {purpose}" for purpose, number in documents.items() if number)
         sentences.append(f"Documents to encode besides: {listed}.")
@@ -51,15 +53,21 @@ def _ways_to_shorten(config: RunConfig, measures: bool) -> list[str]:
     return [f"{sample}, --no-eval leaves it out."] if measures else [f"{sample}."]
 
 
-def advice_on_size(config: RunConfig, data: RetrievalData) -> list[str]:
-    """A line if the pairs are few for a model that begins with random weights."""
-    pairs = data.num_pairs("train")
-    if config.model not in LEARNING_RATES or pairs >= FEW_PAIRS:
-        return []
-    return [
-        f"{counted(pairs, 'pair')} are few for --model {config.model}, which begins with random weights. A pretrained "
-        "model, or one made from it (--model static:all-MiniLM-L6-v2), needs fewer."
-    ]
+def advice_on_size(config: RunConfig, data: RetrievalData, measures: bool) -> list[str]:
+    """A line if the pairs are few for a model that begins with random weights, and one if the test queries are few."""
+    pairs, lines = data.num_pairs("train"), []
+    if config.model in LEARNING_RATES and pairs < FEW_PAIRS:
+        lines.append(
+            f"{counted(pairs, 'pair')} are few for --model {config.model}, which begins with random weights. A "
+            "pretrained model, or one made from it (--model static:all-MiniLM-L6-v2), needs fewer."
+        )
+    queries = len(data.judged("test")) if measures and data.has("test") else FEW_TEST_QUERIES
+    if queries < FEW_TEST_QUERIES:
+        lines.append(
+            f"{counted_queries(queries, 'test')} are few: the result says little about the model. Give more with "
+            "--test."
+        )
+    return lines
 
 
 def _has_gpu() -> bool:

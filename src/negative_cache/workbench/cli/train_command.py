@@ -19,7 +19,7 @@ from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import LEARNING_RATES, check_model, distilled_from, learning_rate_rule
+from negative_cache.workbench.model_names import LEARNING_RATES, about_begin, check_model, learning_rate_rule
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig
 from negative_cache.workbench.training.record import check_output_folder, unfinished_folder
 
@@ -144,7 +144,7 @@ def train(
                 terminal.note(f"{export_negatives} is not written: the run was finished before, without its cache.")
         else:
             plan = plan_of_training(config, loaded, measures=not no_eval)
-            terminal.inform([plan, *advice_on_size(config, loaded)])
+            terminal.inform([plan, *advice_on_size(config, loaded, not no_eval)])
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 options = RunOptions(not no_eval, not no_eval, export_negatives=export_negatives)
                 record = run(config, loaded, options, resume=resume, on_step=on_step, on_progress=on_progress)
@@ -167,9 +167,8 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
                 f"{split} split: {counted_queries(sizes['num_queries'])}, {counted(sizes['num_documents'], 'document')}"
             )
             print_wide(metrics_table(title, rows), terminal.out)
-    base = distilled_from(record.configuration["model"])
-    if base is not None and record.before is not None:
-        terminal.say(f"before: the static model made from {base}, not {base} itself")
+    if record.before is not None and (before := about_begin(record.configuration["model"])):
+        terminal.say(f"before: {before}")
     terminal.say(f"{counted(record.steps, 'step')} in {record.seconds:.1f} s. The model and run.json are in {output}")
     if record.best_step is not None:
         terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")

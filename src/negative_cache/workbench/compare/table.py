@@ -11,8 +11,8 @@ from negative_cache.workbench.compare.running import REPORTED
 from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.evaluation.significance import Difference, p_in_words
-from negative_cache.workbench.model_names import distilled_from
-from negative_cache.workbench.training.config import RunConfig, flag_of
+from negative_cache.workbench.model_names import about_begin
+from negative_cache.workbench.training.config import RunConfig, arguments_of
 from negative_cache.workbench.training.record import Metrics, RunRecord
 
 COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memory")
@@ -94,9 +94,8 @@ def verdict(result: dict[str, Any]) -> str:
         trained = best_loss(result)
         quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
         sentences.append(f"No loss has a higher MRR@10 than {best}; the best one is {trained}, {quality:.4f}.")
-    base = distilled_from(result["configuration"]["model"])
-    if base is not None and "zero-shot" in result["losses"]:
-        sentences.append(f"zero-shot is the static model made from {base}, not {base} itself.")
+    if "zero-shot" in result["losses"] and (about := about_begin(result["configuration"]["model"])):
+        sentences.append(f"zero-shot: {about}.")
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
@@ -118,14 +117,8 @@ def command_of_best(result: dict[str, Any]) -> str:
     options, comparison = loss["configuration"], result["configuration"]
     words = ["negative-cache", "train", "--data", comparison["data"], "--model", comparison["model"]]
     words += ["--loss", options["loss"], "--learning-rate", f"{loss['learning_rate']:g}"]
-    for field in fields(RunConfig):
-        value, flag = options.get(field.name, field.default), flag_of(field.name)
-        if field.name in FIXED_FIELDS - {"max_steps"} or value == field.default:
-            continue
-        if isinstance(field.default, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    names = {field.name for field in fields(RunConfig)} - FIXED_FIELDS | {"max_steps"}
+    words += arguments_of(options, names)
     words += DataOptions(**comparison["data_options"]).arguments()
     return shlex.join([*words, "--output", "MODEL"])
 

@@ -10,6 +10,7 @@ from negative_cache.workbench.counting import counted_queries, percent
 FEW_QUERIES = 500
 MANY = 0.01  # of documents or queries
 MANY_LONG = MANY_ALIKE = 0.1
+FEWEST = 5  # queries with the same positive, from which that is no chance
 
 
 def advice(found: Mapping[str, Any]) -> list[str]:
@@ -85,10 +86,12 @@ def _about_texts(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
     for name, split in found["splits"].items():
-        if split["queries"] > 1 and split["queries_of_most_frequent_positive"] == split["queries"]:
-            yield f"every {name} query has the same positive: there is nothing to learn. Check the columns."
-        elif split["queries_of_most_frequent_positive"] >= max(2, MANY_ALIKE * split["queries"]):
-            share = split["queries_of_most_frequent_positive"] / split["queries"]
+        number = split["queries_of_most_frequent_positive"]
+        if number == split["queries"] >= FEWEST:
+            what = "there is nothing to learn" if name == "train" else "it measures the rank of one document"
+            yield f"every {name} query has the same positive: {what}. Check the columns."
+        elif number >= max(FEWEST, MANY_ALIKE * split["queries"]):
+            share = number / split["queries"]
             yield (
                 f"{percent(share)} of the {name} queries have the same positive. Check that it is an answer to them, "
                 "and not a placeholder."

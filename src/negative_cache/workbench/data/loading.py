@@ -10,9 +10,8 @@ from pathlib import Path
 
 from negative_cache.workbench.data import python_code
 from negative_cache.workbench.data.files.reading import ROW_FILES, file_rows
-from negative_cache.workbench.data.files.skipping import Skipped
-from negative_cache.workbench.data.layouts.beir import read_collection, read_texts
-from negative_cache.workbench.data.layouts.folder import LAYOUTS, check_is_no_part, find_documents, find_in_folder
+from negative_cache.workbench.data.layouts.beir import read_collection
+from negative_cache.workbench.data.layouts.folder import LAYOUTS, check_is_no_part, find_in_folder
 from negative_cache.workbench.data.layouts.hub import find_on_hub, find_saved, is_saved
 from negative_cache.workbench.data.layouts.plain import read_documents
 from negative_cache.workbench.data.layouts.sources import Collection, RowTables, Table
@@ -38,7 +37,9 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     main, *others = found = [_find(given, options) for given in (source, *own.values())]
     _check_options(source, found, options)
     notes = [*_same_files({"data": source, **own})]
-    corpus = None if options.corpus is None else _read_corpus(options.corpus, options, notes)
+    corpus = None
+    if options.corpus is not None:
+        corpus = read_documents(options.corpus, replace(options, positive_column=None), notes)
     if own:
         main = _as_training_split(main)
     elif isinstance(main, RowTables) and None in main.tables and not Path(source).is_file():
@@ -107,13 +108,6 @@ def _same_files(given: Mapping[str, str]) -> Iterator[str]:
     for (name, source), (other, another) in itertools.combinations(given.items(), 2):
         if Path(source).is_file() and Path(another).is_file() and Path(source).samefile(another):
             yield f"--{name} and --{other} are the same file, {another}: the quality measured on it is too high."
-
-
-def _read_corpus(source: str, options: DataOptions, notes: list[str]) -> Texts:
-    skipped = Skipped()
-    corpus = read_texts(find_documents(Path(source), options, notes), "documents", options, notes, skipped)
-    notes += skipped.notes(source)
-    return corpus
 
 
 def _read(found: Collection | RowTables | None, options: DataOptions, corpus: Texts | None) -> RetrievalData:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from negative_cache.workbench.evaluation.defaults import BATCH_SIZE, STATIC_BATCH_SIZE
 from negative_cache.workbench.evaluation.encoding_options import EncodingError, EncodingOptions
+from negative_cache.workbench.models import set_max_seq_length
 
 TEXTS_PER_CALL = 1024  # of the model's `encode`, on each device; progress is reported after each call
 
@@ -68,16 +69,19 @@ class Encoder:
 
 @contextlib.contextmanager
 def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[Encoder]:
-    """Yield an encoder. This moves the model to the device and to the dtype of the options.
+    """Yield an encoder. This gives the model the device, the dtype and the limit of tokens of the options.
 
     Raises:
         EncodingError: The model has fewer dimensions than `truncate_dim`.
+        ModelError: The model has no positions for `max_seq_length` tokens.
     """
     dim = model.get_embedding_dimension()
     if options.truncate_dim is not None and dim is not None and options.truncate_dim > dim:
         raise EncodingError(
             f"--truncate-dim is {options.truncate_dim}; the embeddings have {dim} dimensions. Use at most that."
         )
+    if options.max_seq_length is not None:
+        set_max_seq_length(model, options.max_seq_length)
     if options.dtype is not None:
         model.to(getattr(torch, options.dtype))
     if len(options.devices) < 2:

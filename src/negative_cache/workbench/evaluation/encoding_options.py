@@ -18,6 +18,7 @@ class EncodingOptions:
     Attributes:
         query_prompt: Text before each query; None for the model's own prompt.
         document_prompt: Text before each document; None for the model's own prompt.
+        max_seq_length: Tokens after which a text is cut; None for the model's own limit.
         truncate_dim: Use this number of dimensions of the embeddings; None for all, or the model's own setting.
         batch_size: Texts per batch; None for 32, or 256 with a static model.
         dtype: dtype of the weights: float32, bfloat16 or float16; None to leave it.
@@ -29,13 +30,14 @@ class EncodingOptions:
 
     query_prompt: str | None = None
     document_prompt: str | None = None
+    max_seq_length: int | None = None
     truncate_dim: int | None = None
     batch_size: int | None = None
     dtype: str | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("truncate_dim", "batch_size"):
+        for name in ("max_seq_length", "truncate_dim", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EncodingError(f"--{name.replace('_', '-')} is {value}; it must be positive.")

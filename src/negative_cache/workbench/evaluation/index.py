@@ -114,7 +114,7 @@ def index_of(model: SentenceTransformer, corpus: Texts, options: EncodingOptions
         _FORMAT,
         {name: version(name) for name in _PACKAGES},
         sorted({torch.cuda.get_device_name(device) if device.type == "cuda" else device.type for device in devices}),
-        [options.document_prompt, options.truncate_dim, options.dtype],
+        [options.document_prompt, options.max_seq_length, options.truncate_dim, options.dtype],
         _fingerprint(model),
         fingerprints.of_sequence(corpus.values()),
     ]

@@ -142,7 +142,10 @@ def _file_of(path: Path) -> Path:
     if (path / COMPARISON).is_file():
         raise ValueError(f"{path} is a comparison. Give it without a name; or give its runs, which are in {path}/runs.")
     if not (path / PER_QUERY).is_file():
-        raise ValueError(f"{path} has no {PER_QUERY}. Give the --output of train, whose data had a test split.")
+        raise ValueError(
+            f"{path} has no {PER_QUERY}: it is no --output of train with a test split. Measure a model with evaluate "
+            "--model MODEL --data DATA --per-query FILE.json, and give that file."
+        )
     return path / PER_QUERY
 
 

@@ -67,6 +67,25 @@ def flag_of(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+def arguments_of(configuration: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Fields of a configuration as words of a command: those among the names that have not the default.
+
+    Args:
+        configuration: The fields of a `RunConfig`, as in `run.json`.
+        names: The fields.
+    """
+    words = []
+    for option in fields(RunConfig):
+        value, flag = configuration.get(option.name, option.default), flag_of(option.name)
+        if option.name not in names or value == option.default:
+            continue
+        if isinstance(option.default, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
 def changed_options(saved: Mapping[str, Any], given: Mapping[str, Any], ignored: Collection[str] = ()) -> str:
     """The options that have changed, such as "--scale was 20, is 10; --negatives was all, is ignore".
 

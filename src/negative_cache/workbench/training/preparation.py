@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 from transformers import PreTrainedConfig
 
-from negative_cache.workbench.models import freeze_unused, prepare_for_training, set_prompts
+from negative_cache.workbench.models import freeze_unused, prepare_for_training, set_max_seq_length, set_prompts
 from negative_cache.workbench.training.config import RunError, TrainingSettings
 
 
@@ -32,18 +32,11 @@ def set_inputs(model: SentenceTransformer, settings: TrainingSettings) -> None:
     """Apply the settings of what the model encodes: the prompts, and the tokens after which a text is cut.
 
     Raises:
-        RunError: The model has no positions for `max_seq_length` tokens.
+        ModelError: The model has no positions for `max_seq_length` tokens.
     """
     set_prompts(model, settings.query_prompt, settings.document_prompt)
-    length = settings.max_seq_length
-    if length is None:
-        return
-    positions = _num_positions(model)
-    if positions is not None and length > positions:
-        raise RunError(
-            f"--max-seq-length is {length}; the model has positions for {positions} tokens. Use at most that."
-        )
-    model.max_seq_length = length
+    if settings.max_seq_length is not None:
+        set_max_seq_length(model, settings.max_seq_length)
 
 
 def _set_dropout(model: SentenceTransformer, probability: float) -> None:
@@ -63,18 +56,6 @@ def _set_dropout(model: SentenceTransformer, probability: float) -> None:
                     is_set = True
     if not is_set:
         raise RunError("--dropout has no effect: the model has no dropout. Leave it out.")
-
-
-def _num_positions(model: SentenceTransformer) -> int | None:
-    """The number of tokens that a model has positions for; None if it has no limit.
-
-    The limit of the tokenizer is not one of the model: sentence-transformers stores `max_seq_length` there.
-    """
-    for name, module in model[0].named_modules():
-        is_of_positions = isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings"
-        if is_of_positions and module.padding_idx is not None:  # positions begin after that of padding, as in RoBERTa
-            return module.num_embeddings - module.padding_idx - 1
-    return getattr(getattr(model[0], "config", None), "max_position_embeddings", None)
 
 
 def add_lora(model: SentenceTransformer, rank: int, seed: int) -> str:

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from negative_cache.workbench.data import DataError, DataOptions, load_documents
+from negative_cache.workbench.data import DataError, DataOptions, load_data, load_documents
 
 
 @pytest.mark.parametrize("name", ["_id", "ID", "doc-id", "document_id", "corpus-id", "Passage ID"])
@@ -81,3 +81,17 @@ def test_an_unknown_type_of_file_is_refused_with_what_can_be_searched(tmp_path: 
     (tmp_path / "a.md").write_text("a text")
     with pytest.raises(DataError, match=r"a\.md: unknown file type; .* a \.txt file with a document per line, a table"):
         load_documents(str(tmp_path / "a.md"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "lines"])
+def test_pairs_name_notes_by_path_or_line(tmp_path: Path, kind: str):
+    write_notes(tmp_path / "notes")
+    (tmp_path / "lines.txt").write_text("Lift the lid.\n\nTurn the key.\n")
+    corpus, ids = {"folder": ("notes", ["printer.md", "office/door.txt"]), "lines": ("lines.txt", ["1", "3"])}[kind]
+    (tmp_path / "pairs.csv").write_text(f"query,positive\nprinter is empty,{ids[0]}\nlocked out,{ids[1]}\n")
+    data = load_data(str(tmp_path / "pairs.csv"), DataOptions(corpus=str(tmp_path / corpus)))
+    assert sorted(document for found in data.judged("all").values() for document in found) == sorted(ids)
+    assert dict(data.corpus) == dict(load_documents(str(tmp_path / corpus))[0])
+    (tmp_path / "wrong.csv").write_text("query,positive\nprinter is empty,printer\n")
+    with pytest.raises(DataError, match="printer"):
+        load_data(str(tmp_path / "wrong.csv"), DataOptions(corpus=str(tmp_path / corpus)))
