@@ -94,6 +94,7 @@ def test_the_page_shows_the_records_and_samples(page: Path, folder: Path):
     differing = [attrs for tag, attrs in read.tags if tag == "tr" and attrs.get("class") == "differs"]
     assert len(differing) >= 2  # the loss and --eval-steps, at least
     assert "≠ loss negative-cache in-batch" in words
+    assert "Before training: random weights (--model static)." in words
     found = json.loads((folder / "nc" / "samples.json").read_text())
     for entry in found["after"]:
         assert entry["text"] in words

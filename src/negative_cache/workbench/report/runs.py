@@ -12,6 +12,7 @@ from negative_cache.workbench.compare.comparison import BASELINES
 from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.evaluation.defaults import COMPARISON
+from negative_cache.workbench.model_names import about_begin
 from negative_cache.workbench.report.differences import Values, read_values
 from negative_cache.workbench.report.folders import check_folders
 from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS, NUM_COLOURS
@@ -59,6 +60,12 @@ class Run:
     @property
     def loss(self) -> str:
         return str(self.record.configuration["loss"])
+
+    @property
+    def begin(self) -> str:
+        """What the model was before training."""
+        model = str(self.record.configuration["model"])
+        return about_begin(model) or model
 
     @property
     def options(self) -> dict[str, Any]:
