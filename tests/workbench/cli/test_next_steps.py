@@ -55,9 +55,10 @@ def test_every_command_names_commands_that_run(place: Path):
     after_train = suggested(ended)
     assert set(after_train) == {"significance", "compare", "report", "search"}
     compared = json.loads(succeed(*after_train["compare"], "--json").stdout)
-    assert list(compared["losses"]) == ["in-batch", "negative-cache:relative_margin=0.05"]
+    assert list(compared["losses"]) == ["bm25", "zero-shot", "in-batch", "negative-cache:relative_margin=0.05"]
     used = json.loads(Path(after_train["significance"][1], "run.json").read_text())["configuration"]
-    assert {loss["learning_rate"] for loss in compared["losses"].values()} == {used["learning_rate"]}
+    rates = [loss.get("learning_rate") for loss in compared["losses"].values()]
+    assert rates == [None, None, used["learning_rate"], used["learning_rate"]]
     assert compared["configuration"]["batch_size"] == used["batch_size"] == 8
     assert "negative-cache" not in ended.stdout
     succeed(*after_train["report"])

@@ -118,3 +118,21 @@ def test_ids_that_are_lists_or_differ_only_in_type_are_refused(beir: Path):
     path.write_text(good + '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n')
     with pytest.raises(DataError, match="line 82: the id '1' occurs twice"):
         load_data(str(beir))
+
+
+@pytest.mark.parametrize(
+    ("documents", "is_warned"),
+    [
+        ([f"note_{name}.txt" for name in "abcde"], True),
+        ([f"d{number}" for number in range(5)], True),
+        ([f"d{number}" for number in range(4)], False),
+        (["ls -l", *(f"note_{name}.txt" for name in "abcde")], False),
+        (list("abcde"), False),
+    ],
+)
+def test_documents_that_look_like_names_give_a_warning(tmp_path: Path, documents: list[str], is_warned: bool):
+    rows = [f"how to {number},{document}\n" for number, document in enumerate(documents)]
+    (tmp_path / "a.csv").write_text("query,positive\n" + "".join(rows))
+    warnings = [note for note in load_data(str(tmp_path / "a.csv")).notes if note.startswith("Warning: ")]
+    assert len(warnings) == is_warned
+    assert all("such as" in note and "--corpus" in note for note in warnings)

@@ -70,7 +70,8 @@ def _print(terminal: Terminal, found: Mapping[str, Any]) -> None:
     sizes = f"{counted(found['documents'], 'document')}, {counted_queries(found['queries'])}"
     terminal.say(f"{found['name']} ({found['form']}): {sizes}" if found["form"] else f"{found['name']}: {sizes}")
     for table in (_splits_table(found["splits"]), _lengths_table(found["lengths"]), _findings_table(found)):
-        print_wide(table, terminal.out)
+        if table.row_count:
+            print_wide(table, terminal.out)
     for number, example in enumerate(found["examples"], start=1):
         terminal.say(f"Example {number}")
         for name, text in example.items():

@@ -62,7 +62,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"Python {found['python']} on {found['platform']}",
         f"Installed: {', '.join(versions)}",
-        f"Not installed: {', '.join(absent) or 'none of the packages that this command looks for'}",
+        f"Not installed: {', '.join(absent) or '- (nothing is missing)'}",
         f"CUDA version of torch: {found['cuda'] or 'none, this is a CPU build'}",
         f"Threads: torch uses {threads['torch']} of {threads['cores']} cores; OMP_NUM_THREADS is "
         f"{threads['OMP_NUM_THREADS'] or 'not set'}",

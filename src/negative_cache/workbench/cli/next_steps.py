@@ -76,7 +76,7 @@ def _comparison(config: RunConfig, record: RunRecord) -> str:
     words += arguments_of(given, shared - {"data", "model", "output", "data_options"})
     own = (field for field in fields(config) if field.name not in shared | FIXED_FIELDS)
     settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
-    losses = f"in-batch,{':'.join(['negative-cache', *settings])}"
+    losses = f"bm25,zero-shot,in-batch,{':'.join(['negative-cache', *settings])}"
     rate = f"{record.configuration['learning_rate']:g}"
     output = f"{config.output.rstrip('/')}-comparison"
     return command("compare", *words, losses=losses, learning_rates=rate, seeds=1, output=output)

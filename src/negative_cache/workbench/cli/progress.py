@@ -101,7 +101,8 @@ class ComparisonBar:
         """The time until all runs have ended."""
         if self._end_of_all is None:
             return ""
-        return f"about {timedelta(seconds=max(0, int(self._end_of_all - time.monotonic())))} for all"
+        left = int(self._end_of_all - time.monotonic())
+        return f"about {timedelta(seconds=left)} for all" if left > 0 else "longer than estimated"
 
     def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:
         """A run has ended, or a baseline is measured; with `is_old`, that was in an earlier call."""

@@ -45,7 +45,8 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
 
     from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
 
-    table = Table(title=title_of(result), title_justify="left")
+    table = Table(title=title_of(result), title_justify="left", caption_justify="left")
+    table.caption = "seconds: of training; they depend on what else the machine does"
     for number, heading in enumerate(COLUMNS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows_of(result):

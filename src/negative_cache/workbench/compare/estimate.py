@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from negative_cache.workbench.compare.comparison import BASELINES, Comparison
 from negative_cache.workbench.compare.probe import Costs
-from negative_cache.workbench.counting import counted
+from negative_cache.workbench.counting import counted, percent
 from negative_cache.workbench.data import RetrievalData
 from negative_cache.workbench.training.config import num_steps
 from negative_cache.workbench.training.curve import POINTS
@@ -122,12 +122,11 @@ class Estimate:
             up_to = f"; up to {duration(sum(cost.seconds for cost in (*costs, *more)))} with the runs of further rates"
         is_longest = "" if self.comparison.early_stopping_patience is None else ", without early stopping"
         documents = sum(cost.documents for cost in costs)
+        seconds, evaluation = (sum(getattr(cost, name) for cost in costs) for name in ("seconds", "evaluation"))
         lines = [
             f"{runs}. Steps of a run: {_steps_in_words(trained)}. Documents encoded in training: {documents:,.0f}.",
-            f"Estimated time: {duration(sum(cost.seconds for cost in costs))}, of which "
-            f"{duration(sum(cost.training for cost in costs))} for training and "
-            f"{duration(sum(cost.evaluation for cost in costs))} for evaluation{up_to}. It is extrapolated from a few "
-            f"steps and texts on this machine{is_longest}.",
+            f"Estimated time: {duration(seconds)}, {percent(evaluation / seconds)} of it for evaluation{up_to}. It is "
+            f"extrapolated from a few steps and texts on this machine{is_longest}.",
         ]
         if shorter := self._shorter(costs):
             lines.append(f"To make it shorter: {', '.join(shorter)}.")

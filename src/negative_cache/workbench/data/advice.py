@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from negative_cache.workbench.counting import counted_queries, percent
+from negative_cache.workbench.counting import counted, counted_queries, percent
 
-FEW_QUERIES = 500
+FEW_PAIRS, FEW_QUERIES = 300, 500
 MANY = 0.01  # of documents or queries
 MANY_LONG = MANY_ALIKE = 0.1
 FEWEST = 5  # queries with the same positive, from which that is no chance
@@ -22,6 +22,11 @@ def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
     splits = found["splits"]
     if "train" not in splits:
         yield "no train split: the data can be evaluated on, but not trained on."
+    elif (number := splits["train"]["positives"]) < FEW_PAIRS:
+        yield (
+            f"only {counted(number, 'training pair')}: a gain is not to be expected below some hundred, and was "
+            "measured from 4,000. Collect more, and begin with a pretrained model."
+        )
     if "test" not in splits:
         yield "no test split: the result of training is not measured. Give one with --test."
     elif (number := splits["test"]["queries"]) < FEW_QUERIES:

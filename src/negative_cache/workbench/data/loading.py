@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,9 @@ from negative_cache.workbench.data.row_tables import read_rows
 from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.suggestions import did_you_mean_path
+
+FEWEST_NAMES, MOST_NAMES = 5, 1000  # documents that are looked at
+_NAME = re.compile(r"\S*\w[.\d]\S*", re.ASCII)
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
 
@@ -49,6 +53,8 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
         data = _with_split(data, split, given, other, options)
     if options.max_train_pairs is not None:
         data = data.with_train_pairs(options.max_train_pairs)
+    if corpus is None and isinstance(main, RowTables) and not main.corpus:
+        notes += _about_names(data)
     data = replace(data, notes=(*notes, *data.notes))
     if options.ignore_identical_ids:
         data = data.ignoring_identical_ids()
@@ -67,6 +73,17 @@ def load_documents(source: str, options: DataOptions | None = None) -> tuple[Tex
     notes: list[str] = []
     corpus = read_documents(source, options or DataOptions(), notes)
     return corpus, list(dict.fromkeys(notes))
+
+
+def _about_names(data: RetrievalData) -> list[str]:
+    """A warning if the first documents look like the names of documents: each is a word with a digit or a dot in it."""
+    first = [text.strip() for text in itertools.islice(data.corpus.values(), MOST_NAMES)]
+    if len(first) < FEWEST_NAMES or not all(_NAME.fullmatch(text) for text in first):
+        return []
+    return [
+        f"Warning: each document is one word, such as {first[0]!r}. If these are ids or files of documents, give the "
+        "documents with --corpus."
+    ]
 
 
 def _find(source: str, options: DataOptions) -> Collection | RowTables | None:

@@ -55,7 +55,8 @@ class Chart(NamedTuple):
 TRAINING = (
     Kind(
         "Loss",
-        "The training loss, as the mean since the previous point. Different losses are cross-entropies over different "
+        "The training loss, as the mean since the previous point. It jumps up when the cache begins to count, because "
+        "there are more negatives. Different losses are cross-entropies over different "
         "numbers of documents: compare only runs with the same loss.",
         ("loss",),
     ),

@@ -289,8 +289,8 @@ class _Run:
         model.save_pretrained(str(self.folder / _INITIAL), create_model_card=False)
         measured: dict[str, Any] = {"before": None, "per_query": None, "results": None}
         if not self.data.has("test") and self.options.measure_after:
-            quality = "that of the dev split" if self.data.has("dev") else "none"
-            logger.warning("%s has no test split. The quality that is measured is %s.", self.data.name, quality)
+            quality = "is measured on the dev split" if self.data.has("dev") else "is not measured"
+            logger.warning("%s has no test split: the quality %s.", self.data.name, quality)
         elif self.data.has("test") and self.options.measure_before:
             measured = quality_before(model, self.folder / _INITIAL, self.data, self.on_progress)
         content = {

@@ -27,7 +27,7 @@ from negative_cache.workbench.data.layouts.sources import (
 )
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError
-from negative_cache.workbench.suggestions import DOCUMENTS_ALONE
+from negative_cache.workbench.suggestions import DOCUMENTS_ALONE, did_you_mean_path
 
 _KINDS = ("jsonl", "json", "ndjson", "csv", "tsv", "parquet", "arrow")
 _TEXT_QRELS = ("tsv", "txt", "trec")
@@ -94,7 +94,7 @@ def find_documents(path: Path, options: DataOptions, notes: list[str]) -> list[T
     if path.is_file():
         return _tables([path], options, notes)
     if not path.is_dir():
-        raise DataError(f"The corpus {str(path)!r} is not a file or folder.")
+        raise DataError(f"The corpus {str(path)!r} is not a file or folder.{did_you_mean_path(str(path))}")
     entries = _entries(path)
     rows = _files_of_rows(entries)
     paths = entries.get(CORPUS) or [file for file in rows if not file.stem.endswith("metadata")]  # as NeMo writes it
