@@ -95,7 +95,7 @@ def test_a_run_whose_ranks_are_killed_equals_one_whose_were_not(folder: Path):
     )
     assert model == whole_model
     assert losses == whole_losses
-    assert len(losses) == STEPS // 2  # 30 times or a little more
+    assert len(losses) == STEPS // 2 + 1  # every other step, and the last but one
     assert cache.keys() == whole_cache.keys()
     assert all(torch.equal(value, whole_cache[key]) for key, value in cache.items())
 

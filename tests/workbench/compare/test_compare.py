@@ -338,8 +338,8 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
         (
             {"a": [0.40, 0.42], "bm25": [0.50]},
             0.001,
-            "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss "
-            "has a higher MRR@10 than bm25; the best one is a, 0.4100.",
+            "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss is "
+            "above bm25; the best one is a, 0.4100.",
         ),
         (
             {"a": [0.40, 0.42], "zero-shot": [0.30]},

@@ -52,7 +52,12 @@ def after_train(
     model, options = ("--model", config.output), config.data_options
     split = next((split for split in ("test", "dev") if data.has(split)), None)
     if record.before is not None and record.after is not None:
-        yield f"To test whether the gain of training is more than chance: {command('significance', config.output)}"
+        if record.after["MRR@10"] <= record.before["MRR@10"]:
+            yield (
+                "Training did not raise MRR@10. Other learning rates, more steps or longer texts may "
+                "(docs/troubleshooting-quality.md)."
+            )
+        yield f"To test whether the difference is more than chance: {command('significance', config.output)}"
     elif split is not None:
         words = (*model, "--data", config.data, *options.arguments())
         yield f"To evaluate it: {command('evaluate', *words, split=split)}"

@@ -169,6 +169,8 @@ def _show(terminal: Terminal, record: RunRecord, output: str) -> None:
             print_wide(metrics_table(title, rows), terminal.out)
     if record.before is not None and (before := about_begin(record.configuration["model"])):
         terminal.say(f"before: {before}")
+    if (length := record.configuration["max_seq_length"]) is not None:
+        terminal.say(f"Texts are cut at {length} tokens before and after training, and by the saved model.")
     terminal.say(f"{counted(record.steps, 'step')} in {record.seconds:.1f} s. The model and run.json are in {output}")
     if record.best_step is not None:
         terminal.say(f"The model is that of step {record.best_step}, the best on the dev split.")

@@ -139,7 +139,7 @@ class Estimate:
             "--seeds 1": comparison.seeds > 1,
             "one rate as --learning-rates": len(comparison.rates()) > 1,
             "--eval-documents": is_mostly_evaluation and comparison.data_options.eval_documents is None,
-            "--max-train-pairs": comparison.data_options.max_train_pairs is None,
+            "--max-train-pairs": comparison.data_options.max_train_pairs is None and comparison.max_steps is None,
             "--max-steps": comparison.max_steps is None and not any(":epochs=" in spec for spec in comparison.losses),
         }
         return [way for way, applies in ways.items() if applies]

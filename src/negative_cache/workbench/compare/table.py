@@ -90,12 +90,14 @@ def verdict(result: dict[str, Any]) -> str:
         sentences.append(f"That difference is significant ({p_in_words(own[second].p_holm)}).")
     if close:
         sentences.append(f"No significant difference between {best} and {', '.join(close)}.")
-    if best in BASELINES and not all(name in BASELINES for name, _ in losses):
-        trained = best_loss(result)
+    if best in BASELINES and (trained := best_loss(result)):
         quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
-        sentences.append(f"No loss has a higher MRR@10 than {best}; the best one is {trained}, {quality:.4f}.")
+        above = [name for name, loss in losses if name in BASELINES and loss["summary"]["MRR@10"]["mean"] >= quality]
+        sentences.append(f"No loss is above {' and '.join(above)}; the best one is {trained}, {quality:.4f}.")
     if "zero-shot" in result["losses"] and (about := about_begin(result["configuration"]["model"])):
         sentences.append(f"zero-shot: {about}.")
+    if "zero-shot" in result["losses"] and (length := result["configuration"].get("max_seq_length")) is not None:
+        sentences.append(f"zero-shot cuts texts at {length} tokens, too; the model as it comes may read more.")
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
