@@ -64,7 +64,8 @@ def about_begin(name: str) -> str:
 def check_model(name: str) -> None:
     """Raise ModelError if there is no such model to train; see `load_model`."""
     if not is_from_scratch(name):
-        check_trained(name.removeprefix(DISTILLED), others=() if name.startswith(DISTILLED) else tuple(LEARNING_RATES))
+        base = distilled_from(name)
+        check_trained(name if base is None else base, others=tuple(LEARNING_RATES) if base is None else ())
 
 
 def check_trained(name: str, others: Collection[str] = ()) -> None:
@@ -103,7 +104,7 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
-    failed, known = "", [*others, *_cached_models(name)]
+    failed = ""
     for repository in repositories:
         try:
             cached = (try_to_load_from_cache(repository, file) for file in MODEL_FILES)
@@ -113,9 +114,10 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
             return
         except Exception as error:
             failed = str(error).strip().partition("\n")[0]
+    near = did_you_mean_path(name, *others, *_cached_models(name), suits=is_model)
     raise ModelError(
         f"Cannot load the model {name!r}: it is not a directory and not in the local cache, and the Hugging Face hub "
-        f"does not have it or cannot be reached ({failed}).{did_you_mean_path(name, *known, suits=is_model)} Give "
+        f"does not have it or cannot be reached ({failed}).{near} Give "
         f"{''.join(f'{other}, ' for other in others)}a folder or the name of a model on the hub."
     )
 

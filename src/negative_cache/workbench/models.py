@@ -179,7 +179,7 @@ def set_max_seq_length(model: SentenceTransformer, length: int) -> None:
     """Make a model cut texts after this number of tokens.
 
     Raises:
-        ModelError: The model is static, or has no positions for so many tokens.
+        ModelError: The model is static, or `length` exceeds the number of its positions.
     """
     if isinstance(model[0], StaticEmbedding):
         raise ModelError("--max-seq-length has no effect on a static model, which has no limit. Leave it out.")

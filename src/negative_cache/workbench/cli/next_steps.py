@@ -50,6 +50,7 @@ def after_train(
         of_documents: The options of the data that `search` takes.
     """
     model, options = ("--model", config.output), config.data_options
+    of_data = ("--data", config.data, *options.arguments())
     split = next((split for split in ("test", "dev") if data.has(split)), None)
     if record.before is not None and record.after is not None:
         if record.after["MRR@10"] <= record.before["MRR@10"]:
@@ -59,12 +60,10 @@ def after_train(
             )
         yield f"To test whether the difference is more than chance: {command('significance', config.output)}"
     elif split is not None:
-        words = (*model, "--data", config.data, *options.arguments())
-        yield f"To evaluate it: {command('evaluate', *words, split=split)}"
+        yield f"To evaluate it: {command('evaluate', *model, *of_data, split=split)}"
     if record.after is not None and (base := distilled_from(config.model)) is not None:
-        words = ("--model", base, "--data", config.data, *options.arguments())
-        per_query = f"{Path(base).name}.json"
-        yield f"To compare with {base} itself: {command('evaluate', *words, split=split, per_query=per_query)}"
+        words = ("--model", base, *of_data, "--split", split, "--per-query", f"{Path(base).name}.json")
+        yield f"To compare with {base} itself: {command('evaluate', *words)}"
     if record.after is not None and config.loss == "negative-cache":
         yield f"To see what the cache adds to it: {_comparison(config, record)}"
     yield f"To see curves and examples: {command('report', config.output)}"

@@ -94,13 +94,21 @@ def verdict(result: dict[str, Any]) -> str:
         quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
         above = [name for name, loss in losses if name in BASELINES and loss["summary"]["MRR@10"]["mean"] >= quality]
         sentences.append(f"No loss is above {' and '.join(above)}; the best one is {trained}, {quality:.4f}.")
-    if "zero-shot" in result["losses"] and (about := about_begin(result["configuration"]["model"])):
-        sentences.append(f"zero-shot: {about}.")
-    if "zero-shot" in result["losses"] and (length := result["configuration"].get("max_seq_length")) is not None:
-        sentences.append(f"zero-shot cuts texts at {length} tokens, too; the model as it comes may read more.")
+    if "zero-shot" in result["losses"]:
+        sentences += _about_zero_shot(result["configuration"])
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
+
+
+def _about_zero_shot(configuration: dict[str, Any]) -> list[str]:
+    """What the model before training is, and where it cuts texts, if these are not those of the model as it comes."""
+    sentences = []
+    if about := about_begin(configuration["model"]):
+        sentences.append(f"zero-shot: {about}.")
+    if (length := configuration.get("max_seq_length")) is not None:
+        sentences.append(f"zero-shot cuts texts at {length} tokens, too; the model as it comes may read more.")
+    return sentences
 
 
 def best_loss(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from negative_cache.workbench.counting import counted, counted_queries, percent
 
-FEW_PAIRS, FEW_QUERIES = 300, 500
+TOO_FEW_PAIRS, FEW_QUERIES = 300, 500
 MANY = 0.01  # of documents or queries
 MANY_LONG = MANY_ALIKE = 0.1
 FEWEST = 5  # queries with the same positive, from which that is no chance
@@ -22,7 +22,7 @@ def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
     splits = found["splits"]
     if "train" not in splits:
         yield "no train split: the data can be evaluated on, but not trained on."
-    elif (number := splits["train"]["positives"]) < FEW_PAIRS:
+    elif (number := splits["train"]["positives"]) < TOO_FEW_PAIRS:
         yield (
             f"only {counted(number, 'training pair')}: a gain is not to be expected below some hundred, and was "
             "measured from 4,000. Collect more, and begin with a pretrained model."

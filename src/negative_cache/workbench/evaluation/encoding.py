@@ -73,7 +73,7 @@ def encoding(model: SentenceTransformer, options: EncodingOptions) -> Iterator[E
 
     Raises:
         EncodingError: The model has fewer dimensions than `truncate_dim`.
-        ModelError: The model has no positions for `max_seq_length` tokens.
+        ModelError: The model is static, or `max_seq_length` exceeds the number of its positions.
     """
     dim = model.get_embedding_dimension()
     if options.truncate_dim is not None and dim is not None and options.truncate_dim > dim:

@@ -32,7 +32,7 @@ def set_inputs(model: SentenceTransformer, settings: TrainingSettings) -> None:
     """Apply the settings of what the model encodes: the prompts, and the tokens after which a text is cut.
 
     Raises:
-        ModelError: The model has no positions for `max_seq_length` tokens.
+        ModelError: The model is static, or `max_seq_length` exceeds the number of its positions.
     """
     set_prompts(model, settings.query_prompt, settings.document_prompt)
     if settings.max_seq_length is not None:

@@ -132,9 +132,7 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
     if query_column is None and not positives:
         return _by_order(row, place, options)
     if query_column is None:
-        other = _only_other(row, positives, options)
-        if other is None:
-            raise _no_column("query", columns.QUERY, row, place, options.positive_column)
+        other = _only_other("query", positives, row, place, options)
         return Columns(other, positives, _negatives(row, (), options), by_order=(other,))
     if options.positive_column == query_column:
         other = next((name for name in row if columns.has_text(name) and name != query_column), "NAME")
@@ -144,9 +142,7 @@ def columns_of(row: dict[str, Any], form: Form, place: str, options: DataOptions
         )
     positives = tuple(name for name in positives if name != query_column)
     if not positives:
-        other = _only_other(row, (query_column,), options)
-        if other is None:
-            raise _no_column("positive", columns.POSITIVE, row, place, query_column)
+        other = _only_other("positive", (query_column,), row, place, options)
         return Columns(query_column, (other,), _negatives(row, (), options), by_order=(other,))
     used = (query_column, *positives, options.label_column)
     usual = tuple(name for name in columns.negatives_in(row, query_column) if name not in used)
@@ -173,11 +169,18 @@ def _by_order(row: dict[str, Any], place: str, options: DataOptions) -> Columns:
     return Columns(names[0], (names[1],), negatives, by_order=unnamed)
 
 
-def _only_other(row: dict[str, Any], known: Sequence[str], options: DataOptions) -> str | None:
-    """The one column that may have texts, besides a known one; None if there are none or several."""
+def _only_other(option: str, known: Sequence[str], row: dict[str, Any], place: str, options: DataOptions) -> str:
+    """The column of the query or the positive, as the only one that may have texts besides a known one.
+
+    Raises:
+        DataError: There are none or several.
+    """
     used = (*known, options.negative_column, options.label_column)
     free = [name for name in row if columns.has_text(name) and name not in used]
-    return free[0] if len(free) == len(known) == 1 and isinstance(row[free[0]], str) else None
+    if len(free) == len(known) == 1 and isinstance(row[free[0]], str):
+        return free[0]
+    usual = columns.QUERY if option == "query" else columns.POSITIVE
+    raise _no_column(option, usual, row, place, known[0])
 
 
 def _negatives(row: dict[str, Any], usual: Sequence[str], options: DataOptions) -> tuple[str, ...]:
