@@ -21,7 +21,7 @@ SEARCH = ["search", "--model", "model", "--corpus", "notes.txt"]
     ("words", "message"),
     [
         ([*TRAIN[:-1], "full"], "The output folder 'full' exists and is not empty. Choose another --output."),
-        ([*TRAIN[:-1], "half"], "'half.partial' has an unfinished run. Continue it with --resume"),
+        ([*TRAIN[:-1], "half"], "'half.partial' has an unfinished run. If it does not run any more, continue it with"),
         ([*TRAIN[:-1], "full", "--resume"], "'full' exists and is not empty."),  # it has no run
         (["train", "--data", "pair.jsonl", "--output", "new"], "'pair.jsonl' is not a file"),
         ([*TRAIN, "--model", "./nowhere"], "Cannot load the model './nowhere': it is not a directory."),

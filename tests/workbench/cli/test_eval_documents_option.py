@@ -96,6 +96,16 @@ def test_the_run_of_a_search_in_all_documents_is_judged_on_the_sample(place: Pat
     assert "Documents of the run outside the sample: 55 of 80" in ended.stderr
 
 
+def test_all_rows_of_a_file_are_searched_in_all_their_documents_with_a_note(place: Path):
+    rows = [json.dumps({"query": f"query {key}", "positive": text}) for key, text in DOCUMENTS.items()]
+    (place / "pairs.jsonl").write_text("\n".join(rows))
+    ended = run(
+        "evaluate", "--model", place / "model", "--data", place / "pairs.jsonl", "--eval-documents", 25, "--json"
+    )
+    assert json.loads(ended.stdout)["num_documents"] == 80
+    assert "all splits together have 80 judged documents, more than --eval-documents 25. All of them" in ended.stderr
+
+
 def test_a_run_is_not_continued_with_another_sample(place: Path):
     given = ["train", "--data", place / "set", "--output", place / "model", *OPTIONS, "--resume"]
     given += ["--eval-steps", 6, "--fill-from-corpus", "--cache-size", 80]

@@ -62,8 +62,11 @@ def test_every_command_names_commands_that_run(place: Path):
     assert compared["configuration"]["batch_size"] == used["batch_size"] == 8
     assert "negative-cache" not in ended.stdout
     succeed(*after_train["report"])
-    after_search = suggested(succeed(*after_train["search"]))
+    shorter = ["--truncate-dim", "8", "--query-prompt", "find: "]
+    after_search = suggested(succeed(*after_train["search"], *shorter))
+    assert set(shorter) <= set(after_search["evaluate"])
     after_evaluate = suggested(succeed(*after_search["evaluate"]))
+    assert set(shorter) <= set(after_evaluate["search"])
     succeed(*after_evaluate["search"])
     after_significance = suggested(succeed(*after_train["significance"]))
     ended = succeed(*after_significance["report"])

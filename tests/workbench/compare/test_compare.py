@@ -193,6 +193,9 @@ def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Pat
     assert "Best: zero-shot, MRR@10" in text
     assert "No loss" not in text
     assert "negative-cache train" not in text
+    assert "batch size" not in text
+    assert "learning rate" not in text
+    assert not list(output.glob("*.png"))
     ended = invoke("report", output)
     assert ended.exit_code == 2
     said = "Measured without training: zero-shot, bm25; compare.json has the results. To train, too: the same compare"

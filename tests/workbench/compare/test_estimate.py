@@ -12,7 +12,7 @@ import pytest
 from command_line import invoke
 from negative_cache.workbench.compare.comparison import Comparison
 from negative_cache.workbench.compare.estimate import Estimate, Predictor, RunCost, TimeLeft, duration
-from negative_cache.workbench.compare.probe import Costs, TrainingCost
+from negative_cache.workbench.compare.probe import Costs, TrainingCost, note_on_other_programs
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.training.config import num_steps
 
@@ -157,3 +157,11 @@ def test_the_time_that_is_left_is_that_of_the_runs_that_have_ended():
 
 def test_durations_are_in_words():
     assert [duration(seconds) for seconds in (0.2, 61, 100, 5500)] == ["1 s", "61 s", "2 min", "1.5 h"]
+
+
+def test_other_programs_on_the_processors_are_named_if_they_take_much_of_them():
+    assert note_on_other_programs(0.97) is None
+    assert note_on_other_programs(0.48) == (
+        "Other programs use the processors: this one gets 48 % of their time. Without them, the comparison takes a "
+        "fraction of the estimate."
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from negative_cache.workbench.data import DataError, DataOptions, RetrievalData, load_data
+from negative_cache.workbench.data.retrieval_data import notes_on_judged
 
 CORPUS = {f"d{number}": f"text {number}" for number in range(200)}
 QUERIES = {f"q{number}": f"query {number}" for number in range(40)}
@@ -93,6 +94,10 @@ def test_notes_say_what_is_searched():
     many = {**QRELS, "train": {f"q{number}": [f"d{number}", f"d{number + 99}"] for number in range(30)}}
     held_out = replace(data(), qrels=many).with_eval_documents(1).with_dev().notes
     assert "set: the dev split has 2 judged documents, more than --eval-documents 1." in held_out[-1]
+    assert notes_on_judged(found, "all") == [
+        "set: all splits together have 40 judged documents, more than --eval-documents 4. All of them are searched, "
+        "and no others."
+    ]
     whole = data().with_eval_documents(200)
     assert whole.notes == ("--eval-documents 200 has no effect: set has 200 documents.",)
     assert whole.part("test") is whole

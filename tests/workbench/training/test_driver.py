@@ -54,6 +54,9 @@ def test_train_evaluate_and_search_from_the_command_line(beir: Path, tmp_path: P
     assert record["documents_encoded"] > 8 * 61  # those of the batches, and re-encoded ones
     assert (record["dev"], record["curve"], record["failed"]) == (None, [], None)
     assert not list(tmp_path.glob("*.partial*"))
+    card = (output / "README.md").read_text()
+    assert "training samples" in card
+    assert not [text for text in DOCUMENTS.values() if text in card]  # the data may be private
 
     trained = ["--model", output, "--data", beir]
     result = invoke("evaluate", *trained, "--split", "test", "--json")

@@ -83,6 +83,7 @@ def _evaluate(
     data = terminal.load_data(given["data"], given["data_options"])
     with terminal.waiting("Loading libraries ..."):
         from negative_cache.workbench.cli.progress import counting_bar
+        from negative_cache.workbench.data.retrieval_data import notes_on_judged
         from negative_cache.workbench.evaluation import depth_of, judge_split, matching_run, search_splits
         from negative_cache.workbench.evaluation.systems import corpus_of
         from negative_cache.workbench.files import write_json
@@ -92,6 +93,8 @@ def _evaluate(
     if training is not None:
         _note_other_documents(terminal, training, given["model"], data)
     judged = data.graded(split)
+    for note in notes_on_judged(data, split) if split not in ("dev", "test") else ():  # which loading has noted
+        terminal.note(note)
     if given["qrels_out"] is not None:
         trec.write_qrels(given["qrels_out"], judged)
     if given["run_out"] is not None:

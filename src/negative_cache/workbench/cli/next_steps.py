@@ -102,7 +102,7 @@ def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[
     if given["per_query"] is not None:
         yield f"To test it against another model: {command('significance', given['per_query'], 'OTHER.json')}"
     words = ("--model", given["model"], "--data", source, *options.arguments(of_documents))
-    yield f"To search with it: {command('search', QUERY, *words)}"
+    yield f"To search with it: {command('search', QUERY, *words, **given['encoding_options'])}"
 
 
 def after_nanobeir(model: str) -> Iterator[str]:
@@ -110,9 +110,10 @@ def after_nanobeir(model: str) -> Iterator[str]:
     yield f"To evaluate it on data of your own: {command('evaluate', '--model', model, '--data', OWN_DATA)}"
 
 
-def after_search(model: str, source: str, options: DataOptions) -> Iterator[str]:
-    """After `search`."""
-    evaluate = command("evaluate", "--model", model, "--data", source, *options.arguments())
+def after_search(given: Mapping[str, Any]) -> Iterator[str]:
+    """After `search` with --data; `given` are the options of the command."""
+    words = ("--model", given["model"], "--data", given["data"], *given["data_options"].arguments())
+    evaluate = command("evaluate", *words, **given["encoding_options"])
     yield f"To measure how good the results are: {evaluate}"
 
 

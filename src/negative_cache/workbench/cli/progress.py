@@ -102,7 +102,7 @@ class ComparisonBar:
         if self._end_of_all is None:
             return ""
         left = int(self._end_of_all - time.monotonic())
-        return f"about {timedelta(seconds=left)} for all" if left > 0 else "longer than estimated"
+        return f"all runs: about {timedelta(seconds=left)} left" if left > 0 else "longer than estimated"
 
     def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:
         """A run has ended, or a baseline is measured; with `is_old`, that was in an earlier call."""
@@ -143,7 +143,7 @@ class _BarOrLines(Progress):
             return
         self._said = time.monotonic()
         parts = [f"{task.description} {task.completed:.0f}/{'?' if task.total is None else f'{task.total:.0f}'}"]
-        parts += [task.fields["metrics"]] if task.fields.get("metrics") else []
         if task.time_remaining is not None:
             parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+        parts += [task.fields["metrics"]] if task.fields.get("metrics") else []
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)

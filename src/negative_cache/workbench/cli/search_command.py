@@ -44,6 +44,7 @@ def search(
     as_json: opt.Json = False,
 ) -> None:
     """Show the best documents of a corpus for a query."""
+    given = dict(locals())
     terminal = Terminal(quiet, as_json)
     with terminal.running():
         from negative_cache.workbench.evaluation import EncodingOptions
@@ -62,7 +63,7 @@ def search(
             terminal.out.rule(f"[bold]{escape(_clip(text, _width(terminal)))}", align="left")
             _show(terminal, own)
         if data is not None and is_judged:
-            terminal.inform(next_steps.after_search(model, data, data_options))
+            terminal.inform(next_steps.after_search(given))
 
 
 def _queries_in(queries: str | None, encoding: str | None) -> list[str]:

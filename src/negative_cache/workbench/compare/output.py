@@ -19,6 +19,7 @@ from negative_cache.workbench.compare.table import (
     differences_of,
     rows_of,
     title_of,
+    trained_losses,
     verdict,
     with_spread,
 )
@@ -32,9 +33,10 @@ NOTE = (
     "Mean ± sample standard deviation over {seeds} on the test split. {rates} Seconds "
     "are training time. Documents encoded: a document counts each time that the encoder processes it in training; "
     "gradient caching encodes each document twice (once with a static model, which needs no gradient cache). Both "
-    "include what a guide encodes, and mining, which encodes the corpus and the training queries. * marks "
-    "losses that no other is significantly better than, in {tested}."
+    "include what a guide encodes, and mining, which encodes the corpus and the training queries."
 )
+NOTE_ON_BASELINES = "On the test split, without training. ± is the sample standard deviation over random weights."
+NOTE_ON_STARS = f"* marks those that no other is significantly better than, in {' and '.join(TESTED)}."
 SIGNIFICANCE = (
     "Fisher's randomisation test of the paired differences over {queries}, each averaged over the "
     "seeds, two-sided, with Holm's correction over the pairs. The interval is the BCa bootstrap's over the "
@@ -47,9 +49,11 @@ PLOTS = (
 
 
 def write_output(result: dict[str, Any], command: str) -> list[Path]:
-    """Write `compare.md` and the plots to the folder of a comparison, and return their paths."""
+    """Write `compare.md` to the folder of a comparison, and the plots if it has training runs; return their paths."""
     folder = Path(result["configuration"]["output"])
     written = [write_text(folder / "compare.md", _markdown(result, command))]
+    if not trained_losses(result):
+        return written
     for file, cost, label in PLOTS:
         figure = Figure(figsize=(8, 5), layout="constrained")
         _draw(figure.subplots(), result, cost, label)
@@ -65,11 +69,7 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         "",
         *_table(COLUMNS, rows_of(result)),
         "",
-        NOTE.format(
-            seeds=counted(result["configuration"]["seeds"], "seed"),
-            rates=_rates_in_words(result["learning_rates"]),
-            tested=" and ".join(TESTED),
-        ),
+        f"{_note(result)} {NOTE_ON_STARS}",
     ]
     if sentence := verdict(result):
         lines += ["", sentence]
@@ -89,6 +89,14 @@ def _markdown(result: dict[str, Any], command: str) -> str:
         pairs = [found.cells() for found in differences_of(result, measure)]
         lines += ["", f"{measure}:", "", *_table(PAIR_COLUMNS, pairs)]
     return "\n".join(lines) + "\n"
+
+
+def _note(result: dict[str, Any]) -> str:
+    """What the numbers of the table are."""
+    if not trained_losses(result):
+        return NOTE_ON_BASELINES
+    seeds = counted(result["configuration"]["seeds"], "seed")
+    return NOTE.format(seeds=seeds, rates=_rates_in_words(result["learning_rates"]))
 
 
 def _rates_in_words(rates: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from negative_cache.sampling.config import AUTO_SAMPLES, is_auto
 from negative_cache.workbench.compare.comparison import Comparison
+from negative_cache.workbench.counting import percent
 from negative_cache.workbench.data import RetrievalData, load_data
 from negative_cache.workbench.evaluation import DEFAULT_MEASURES, OnProgress, judge, parse_measures
 from negative_cache.workbench.evaluation.encoding import encoding
@@ -34,6 +35,7 @@ from negative_cache.workbench.training.trainer import RunTrainer, make_trainer, 
 TRAINING_SECONDS, ENCODING_SECONDS = 10.0, 2.0  # of all losses together, and of the documents
 MAX_STEPS, MIN_STEPS = 12, 3  # of a loss, unless they take too long
 MIN_BATCH, MIN_TEXTS, MAX_DOCUMENTS, MAX_QUERIES = 8, 32, 16_384, 512
+SECONDS_OF_SHARE, SHARE_IF_ALONE = 0.3, 0.75  # of the time of the processors
 FORWARD_PASSES = 6  # that a query and its document take, with the backward passes
 
 _Result = TypeVar("_Result")
@@ -66,7 +68,7 @@ class Costs:
         score: Searching a document for a query, without the encoding.
         judgement: Judging the results of a query.
         training: Loss with its settings -> its cost, without mining and without filling the cache from the corpus.
-        notes: What the user should know about the texts, a line each.
+        notes: What the user should know about the texts and the machine, a line each.
     """
 
     start: float
@@ -106,8 +108,30 @@ class Probe:
             on_progress(done, len(configs))
             training[spec] = _training(config, data, seconds, per_query)
             per_query = training[spec].seconds
-        cut = note_on_cut_texts(model, data, self.comparison.max_seq_length)
-        return Costs(start, **of_evaluation, training=training, notes=() if cut is None else (cut,))
+        notes = (
+            note_on_cut_texts(model, data, self.comparison.max_seq_length),
+            note_on_other_programs(_share_of_processors()) if model.device.type == "cpu" else None,
+        )
+        return Costs(start, **of_evaluation, training=training, notes=tuple(note for note in notes if note is not None))
+
+
+def note_on_other_programs(share: float) -> str | None:
+    """A sentence if this program gets a small share of the time of the processors that it uses."""
+    if share > SHARE_IF_ALONE:
+        return None
+    return (
+        f"Other programs use the processors: this one gets {percent(share)} of their time. Without them, the "
+        "comparison takes a fraction of the estimate."
+    )
+
+
+def _share_of_processors() -> float:
+    """The share of the time of the processors that this process gets in a computation that could use all of it."""
+    matrix = torch.rand(1024, 1024)
+    began, used = time.perf_counter(), time.process_time()
+    while (seconds := time.perf_counter() - began) < SECONDS_OF_SHARE:
+        matrix @ matrix
+    return (time.process_time() - used) / (seconds * torch.get_num_threads())
 
 
 def _load(config: RunConfig) -> SentenceTransformer:

@@ -21,13 +21,20 @@ COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memo
 def title_of(result: dict[str, Any]) -> str:
     """What was compared, in one line."""
     options, data = result["configuration"], result["data"]
+    searched = f"{counted_queries(data['test_queries'], 'test')}, {counted(data['documents'], 'document')}"
+    if not trained_losses(result):
+        return f"{data['name']}, {options['model']}: {searched}"
     steps = options["max_steps"]
     length = f"epochs {options['epochs']:g}" if steps is None else counted(steps, "step")
     return (
         f"{data['name']}, {options['model']}: batch size {options['batch_size']}, {length}, "
-        f"{counted(data['pairs'], 'pair')}; {counted_queries(data['test_queries'], 'test')}, "
-        f"{counted(data['documents'], 'document')}"
+        f"{counted(data['pairs'], 'pair')}; {searched}"
     )
+
+
+def trained_losses(result: dict[str, Any]) -> list[str]:
+    """The losses that are no baselines."""
+    return [name for name in result["losses"] if name not in BASELINES]
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:

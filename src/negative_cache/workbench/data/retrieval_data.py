@@ -196,7 +196,7 @@ class RetrievalData:
                 },
             },
         )
-        return replace(found, notes=(*self.notes, note, *found._notes_on_judged("dev")))
+        return replace(found, notes=(*self.notes, note, *notes_on_judged(found, "dev")))
 
     def with_train_pairs(self, number: int) -> RetrievalData:
         """The same data with at most this number of judged pairs in the training split.
@@ -246,7 +246,7 @@ class RetrievalData:
         ]
         if not notes:
             notes.append(f"--eval-documents {number:,} has no effect: {self.name} has {len(self.corpus):,} documents.")
-        more = [note for split in ("dev", "test") if self.has(split) for note in found._notes_on_judged(split)]
+        more = [note for split in ("dev", "test") if self.has(split) for note in notes_on_judged(found, split)]
         return replace(found, notes=(*self.notes, *notes, *more))
 
     def judged_documents(self, split: str) -> set[str]:
@@ -256,16 +256,6 @@ class RetrievalData:
             DataError: The split has no judgements.
         """
         return {document for grades in self.graded(split).values() for document in grades}
-
-    def _notes_on_judged(self, split: str) -> list[str]:
-        """A note if a split has more judged documents than `eval_documents`."""
-        judged = 0 if self.eval_documents is None else len(self.judged_documents(split))
-        if self.eval_documents is None or judged <= self.eval_documents:
-            return []
-        return [
-            f"{self.name}: the {split} split has {judged:,} judged documents, more than --eval-documents "
-            f"{self.eval_documents:,}. All of them are searched, and no others."
-        ]
 
     def ignored(self, query: str) -> str | None:
         """The document that is neither a result nor a negative of a query because it has its id; None if none is."""
@@ -357,6 +347,19 @@ class RetrievalData:
         for texts, keys in ((self.queries, train), (self.corpus, documents)):
             step = max(1, len(keys) // (MAX_TRAINING_TEXTS // 2))
             yield from (texts[key] for key in itertools.islice(keys, 0, None, step))
+
+
+def notes_on_judged(data: RetrievalData, split: str) -> list[str]:
+    """A note if a split, or "all", has more judged documents than `eval_documents`."""
+    limit = data.eval_documents
+    judged = 0 if limit is None else len(data.judged_documents(split))
+    if limit is None or judged <= limit:
+        return []
+    subject = "all splits together have" if split == "all" else f"the {split} split has"
+    return [
+        f"{data.name}: {subject} {judged:,} judged documents, more than --eval-documents {limit:,}. All of them are "
+        "searched, and no others."
+    ]
 
 
 def _window(values: list[int], start: int, count: int) -> list[int]:

@@ -33,7 +33,10 @@ def check_output_folder(output: str, resume: bool) -> None:
     if folder.exists() and not is_empty and not (resume and (folder / RECORD).is_file()):
         raise RunError(f"The output folder {output!r} exists and is not empty. Choose another --output.")
     if (folder := unfinished_folder(output)).exists() and not resume:
-        raise RunError(f"{str(folder)!r} has an unfinished run. Continue it with --resume, or remove the folder.")
+        raise RunError(
+            f"{str(folder)!r} has an unfinished run. If it does not run any more, continue it with --resume, or remove "
+            "the folder."
+        )
 
 
 def measures_of(metrics: Metrics) -> list[str]:

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerModelCardData,
+    SentenceTransformerTrainingArguments,
+)
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -87,10 +91,7 @@ def make_trainer(
     best: BestWeights | None = None,
 ) -> RunTrainer:
     """The trainer of a run, which writes to `folder`."""
-    first = training_set[:8]
-    model.model_card_data.widget = [
-        {"source_sentence": first["anchor"][0], "sentences": list(dict.fromkeys(first["positive"]))[:3]}
-    ]
+    model.model_card_data.widget = [{}]  # otherwise the trainer takes texts of the data
     disable_progress_bars()
     if config.gradient_checkpointing:
         with warnings.catch_warnings():  # transformers has renamed what sentence-transformers calls
@@ -104,9 +105,18 @@ def make_trainer(
         evaluator=evaluator,
         callbacks=[*([_StepCallback(on_step)] if on_step else []), *([best] if best else [])],
     )
+    _leave_out_texts(model.model_card_data)
     trainer.remove_callback(PrinterCallback)  # the command line has its own progress bar
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     return trainer
+
+
+def _leave_out_texts(card: SentenceTransformerModelCardData) -> None:
+    """Remove the texts of the training data from a model card, which may be published with the model."""
+    card.widget = []
+    for dataset in card.train_datasets:
+        for name in ("examples", "examples_table", "_example_columns"):
+            dataset.pop(name, None)
 
 
 def train_to_the_end(
