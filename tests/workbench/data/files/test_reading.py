@@ -242,6 +242,24 @@ def test_a_heading_has_a_known_name_or_looks_like_names(tmp_path: Path, first: s
         assert "the first line is read as names of columns" in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_heading"),
+    [
+        (["OPS-1,2025-01-01,show the sizes of all directories,du -sk"] * 3, True),
+        (["OPS-1,2025-01-01,show the sizes of all directories,du -sk"] * 2, False),  # too few to tell
+        (["OPS-1,2025-01-01,show the sizes of all directories,du -sk"] * 3 + ["a,b,list files,ls -l"], False),
+    ],
+)
+def test_a_first_line_of_few_words_is_a_heading_if_no_row_looks_like_it(
+    tmp_path: Path, rows: list[str], is_heading: bool
+):
+    (tmp_path / "a.csv").write_text("\n".join(["ticket,created,Task,Command line", *rows]) + "\n")
+    notes: list[str] = []
+    last = rows_in(tmp_path / "a.csv", notes=notes)[-1]
+    assert (isinstance(last, dict) and last["Command line"] == "du -sk") == is_heading
+    assert ("the first line is read as names of columns" in notes[0]) == is_heading
+
+
 def test_empty_columns_without_a_name_at_the_end_are_no_columns(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.write_text("query,positive,,\nq,a,,\nr,b, ,\n")

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from negative_cache.workbench.data.retrieval_data import DataError
 
@@ -28,6 +28,7 @@ _LISTS = ("positives", "negatives", "hard_negatives", "pos", "neg")  # names of 
 _ID = re.compile(r"|(.*_)?id(_?\d+)?|idx|index|[qp]id(_?\d+)?|docid|unnamed:_\d+")
 _BINARY = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _MOST_CHARS, _MOST_WORDS = 30, 3  # of a name
+_FEWEST_ROWS = 3  # that show what a row looks like
 _MOST_NAMES = 20  # in a message
 
 
@@ -93,23 +94,37 @@ def is_number(text: str) -> bool:
     return True
 
 
-def is_heading(values: Iterable[str], asked: Iterable[str]) -> bool:
+def is_heading(values: Sequence[str], asked: Iterable[str], rows: Sequence[Sequence[str]] = ()) -> bool:
     """Whether the values of the first line of a table are names of columns.
 
     They are if one of them is a known name or one that the user asks for; or if all of them look like names: short, no
-    numbers, and without blanks, or of few words without digits such as "Search query", where one is a known name.
+    numbers, and without blanks, or of few words without digits such as "Search query", where one is a known name or
+    no row looks like that.
+
+    Args:
+        values: The first line.
+        asked: Names that the user asks for.
+        rows: Some lines after it.
     """
-    values, asked = list(values), set(asked)
+    asked = set(asked)
     if any(value in asked or is_known(value) for value in values):
         return True
+    if _look_like_names(values, most_words=1):
+        return True
+    is_unlike_rows = len(rows) >= _FEWEST_ROWS and not any(_are_wordy_names(row) for row in rows)
+    has_known_word = any(is_known(word) for value in values for word in value.split())
+    return _are_wordy_names(values) and (has_known_word or is_unlike_rows)
+
+
+def _are_wordy_names(values: Sequence[str]) -> bool:
+    return _look_like_names(values, _MOST_WORDS) and not re.search(r"\d", "".join(values))
+
+
+def _look_like_names(values: Sequence[str], most_words: int) -> bool:
     if len(values) > 2 and not values[0]:  # the index that pandas writes
         values = values[1:]
-    words = [value.split() for value in values]
-    is_wordy = any(is_known(word) for name in words for word in name) and not re.search(r"\d", "".join(values))
-    most = _MOST_WORDS if is_wordy else 1
     return all(
-        0 < len(name) <= most and len(value) <= _MOST_CHARS and not is_number(value)
-        for name, value in zip(words, values, strict=True)
+        0 < len(value.split()) <= most_words and len(value) <= _MOST_CHARS and not is_number(value) for value in values
     )
 
 

@@ -53,13 +53,13 @@ def table_rows(
         dialect = {"delimiter": _delimiter(sample, asked), "strict": True}
         if dialect["delimiter"] != ",":
             notes.append(f"{path}: the columns are separated by {_DELIMITERS[dialect['delimiter']]}.")
-    first = next(iter(_parsed(sample, dialect)), [])
+    first, *rows = _parsed(sample, dialect) or [[]]
     if not is_csv and len(first) == 1:
         raise DataError(
             f"{path}, line 1: there is no tab, which separates the columns of a .tsv or .txt file: {first[0][:60]!r}. "
             f"If another character separates them, name the file .csv. {DOCUMENTS_ALONE}"
         )
-    has_heading = columns.is_heading(first, asked)
+    has_heading = columns.is_heading(first, asked, rows)
     values = ", ".join(repr(value[:40]) for value in first)
     if has_heading and not columns.is_sure_heading(first, asked):
         notes.append(
