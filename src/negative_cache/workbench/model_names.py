@@ -29,9 +29,9 @@ def learning_rate_of(name: str, has_adapters: bool = False) -> float:
     """The default learning rate of a model, or of its adapters alone."""
     if has_adapters:
         return ADAPTER_LEARNING_RATE
-    if name.startswith(DISTILLED) or _is_saved_static(name):
-        return PRETRAINED_STATIC_LEARNING_RATE
-    return LEARNING_RATES.get(name, PRETRAINED_LEARNING_RATE)
+    if is_from_scratch(name):
+        return LEARNING_RATES[name]
+    return PRETRAINED_STATIC_LEARNING_RATE if is_static(name) else PRETRAINED_LEARNING_RATE
 
 
 def learning_rate_rule() -> str:
@@ -41,6 +41,11 @@ def learning_rate_rule() -> str:
         f"{own}, {PRETRAINED_STATIC_LEARNING_RATE:g} for {DISTILLED}NAME and other trained static models, "
         f"{PRETRAINED_LEARNING_RATE:g} for all others, {ADAPTER_LEARNING_RATE:g} with --lora"
     )
+
+
+def is_static(name: str) -> bool:
+    """Whether a model is a table of token embeddings, which trains in minutes."""
+    return name == "static" or name.startswith(DISTILLED) or _is_saved_static(name)
 
 
 def is_from_scratch(name: str) -> bool:

@@ -11,7 +11,7 @@ EXAMPLES = {
     ),
     "train": (
         "negative-cache train --data python-code --epochs 1 --eval-documents 3000 --output first-model",
-        "negative-cache train --data my-pairs.csv --model static --output my-model",
+        "negative-cache train --data my-pairs.csv --model static:all-MiniLM-L6-v2 --output my-model",
         "negative-cache train --data my-pairs.csv --model all-MiniLM-L6-v2 --output other-model",
     ),
     "evaluate": (

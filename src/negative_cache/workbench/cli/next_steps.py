@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.cli.examples import EXAMPLES
-from negative_cache.workbench.cli.plan import FEW_PAIRS
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import DISTILLED, distilled_from
+from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_static
 from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def after_data(source: str, options: DataOptions, data: RetrievalData, model: st
     """After `data`: train, or evaluate if there is nothing to train on."""
     given = ("--data", source, *options.arguments())
     if data.has("train"):
-        few = f"{DISTILLED}{PRETRAINED}" if data.num_pairs("train") < FEW_PAIRS else None
-        yield f"To train on it: {command('train', *given, model=model or few, output=NEW_MODEL)}"
+        yield f"To train on it: {command('train', *given, model=model or f'{DISTILLED}{PRETRAINED}', output=NEW_MODEL)}"
     elif data.has("test"):
         yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
 
@@ -72,7 +70,10 @@ def after_train(
 
 
 def _comparison(config: RunConfig, record: RunRecord) -> str:
-    """The command that compares a run with in-batch negatives, which keeps its settings."""
+    """The command that compares a run with in-batch negatives, which keeps its settings.
+
+    An encoder is compared at the learning rate of the run, because several of them would take hours.
+    """
     from negative_cache.workbench.compare.comparison import FIXED_FIELDS, Comparison
 
     given, shared = asdict(config), {field.name for field in fields(Comparison)}
@@ -81,7 +82,7 @@ def _comparison(config: RunConfig, record: RunRecord) -> str:
     own = (field for field in fields(config) if field.name not in shared | FIXED_FIELDS)
     settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
     losses = f"bm25,zero-shot,in-batch,{':'.join(['negative-cache', *settings])}"
-    rate = f"{record.configuration['learning_rate']:g}"
+    rate = None if is_static(config.model) else f"{record.configuration['learning_rate']:g}"
     output = f"{config.output.rstrip('/')}-comparison"
     return command("compare", *words, losses=losses, learning_rates=rate, seeds=1, output=output)
 

@@ -103,6 +103,10 @@ def verdict(result: dict[str, Any]) -> str:
         sentences.append(f"No loss is above {' and '.join(above)}; the best one is {trained}, {quality:.4f}.")
     if "zero-shot" in result["losses"]:
         sentences += _about_zero_shot(result["configuration"])
+    if best not in BASELINES and len(result["learning_rates"]) == 1 and len(trained_losses(result)) > 1:
+        sentences.append(
+            "All losses have one learning rate, and each may have a better one; --learning-rates finds it."
+        )
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
