@@ -122,7 +122,10 @@ def drawn_ids(loss_fn: NegativeCacheLoss) -> list[Tensor]:
         ({"num_samples": -0.5}, '`num_samples` is -0.5; it must be above 0, such as 0.25. Or "auto"'),
         ({"num_samples": float("inf")}, "`num_samples` is inf"),
         ({"embedding_dtype": torch.int32}, "`embedding_dtype` is torch.int32"),
-        ({"specs": {"embedding": FixedLenFeature([2], torch.float32)}}, "'embedding', which the cache uses itself"),
+        (
+            {"specs": {"embedding": FixedLenFeature([2], torch.float32)}},
+            "'embedding', which the cache adds itself. Leave",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str):

@@ -529,6 +529,8 @@ class NegativeCacheLoss(CacheModule):
             is_first_wait = sampling.is_waiting and self.cache is None and not len(encoded.own)
             tried = self._try_encoder(cache, sampling, batch) if is_first_wait else encoded.own
             self.advice.look_at(batch, tried, self.document_encoder, self._fixed_scale)
+            if is_first_wait:
+                self.advice.look_at_trial(batch.documents[: len(tried)], tried)
         self.diagnostics.watch(batch.queries, [batch.documents, *negatives, encoded.own])
         update_rows(
             cache,
@@ -571,7 +573,9 @@ class NegativeCacheLoss(CacheModule):
             )
         for key in SCORED:
             if self.specs is not None and key in self.specs:
-                raise ValueError(f"`specs` has the key {key!r}, which the cache uses itself. Rename the feature.")
+                raise ValueError(
+                    f"`specs` has the key {key!r}, which the cache adds itself. Leave it out, or rename your feature."
+                )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if (prefix + "log_scale" in state_dict) != (self.log_scale is not None):

@@ -171,6 +171,22 @@ def test_a_function_that_detaches_documents_is_seen_by_the_modules_that_it_names
         assert all("no document trains it" in message for message in said)
 
 
+@pytest.mark.parametrize("mistake", ["none", "dropout", "other tower", "other inputs"])
+def test_an_encoder_that_is_not_that_of_the_batch_is_seen_in_the_first_step(
+    mistake: str, caplog: pytest.LogCaptureFixture
+):
+    torch.manual_seed(1)
+    queries, documents, dropout = Tower(), Tower(), nn.Dropout(0.5 if mistake == "dropout" else 0.0)
+    nn.init.normal_(queries.words)
+    encoder = queries if mistake == "other tower" else documents
+    loss_fn = NegativeCacheLoss(lambda features: normalize(dropout(encoder(features)), dim=1), 64, seed=0)
+    features, others = {"words": WORDS[:16]}, {"words": WORDS[16:32]}
+    embeddings = normalize(dropout(documents(features)), dim=1)
+    loss_fn(queries(others), embeddings, others if mistake == "other inputs" else features).backward()
+    said = [record.getMessage() for record in caplog.records]
+    assert ["computes other embeddings" in message for message in said] == [True] * (mistake.startswith("other"))
+
+
 def test_norms_are_read_with_the_metrics_where_that_synchronizes(caplog: pytest.LogCaptureFixture):
     with as_on_a_gpu():
         loss_fn = train(is_normalized=False, reads=False)

@@ -301,10 +301,19 @@ def test_stale_embeddings_give_one_warning_with_advice(caplog: pytest.LogCapture
     assert "staleness 4.00" in message
     assert "learning rate" in message
     assert "refresh_per_step" in message
+    assert "Or `document_encoder` is not the encoder of `document_embeddings`" in message
     loss_fn.cache.write(torch.arange(NUM_ROWS), {"embedding": -TABLE[:NUM_ROWS]})
     step(loss_fn)
     assert loss_fn.metrics()["staleness"] > 0.5
     assert warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)]) == []
+
+
+def test_embeddings_that_are_only_old_are_not_blamed_on_the_encoder(caplog: pytest.LogCaptureFixture):
+    loss_fn = filled_loss(0.1 * TABLE[:NUM_ROWS])  # staleness 0.81
+    step(loss_fn)
+    (message,) = warnings_of(caplog, lambda: [loss_fn.metrics() for _ in range(PATIENCE)])
+    assert "staleness 0.81" in message
+    assert "document_encoder" not in message
 
 
 @pytest.mark.parametrize(

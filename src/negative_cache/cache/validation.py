@@ -267,7 +267,7 @@ def _check_fixed(where: str, value: object, spec: FixedLenFeature | QuantizedFea
     if len(given) != len(shape) or any(got > size for got, size in zip(given, shape, strict=True)):
         raise ValueError(
             f"`{where}` has shape {list(value.shape)}; the spec says {['*', *shape]}. "
-            "Truncate longer values; shorter ones are padded."
+            "Truncate longer values, or correct the spec; shorter ones are padded."
         )
     # `pad` takes pairs of (left, right), the last dimension first.
     pads = [n for size, got in zip(reversed(shape), reversed(given), strict=True) for n in (0, size - got)]

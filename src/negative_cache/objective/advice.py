@@ -22,6 +22,7 @@ from negative_cache.sampling.encode import DocumentEncoder
 LARGE_SCALE, FACTOR = 5.0, 2.0
 OTHER_FACTOR = 4.0  # the same for the mean norms of documents from the encoder and from the batch
 UNIT = 0.01  # the largest deviation of the norm of a normalized embedding, also in half precision
+SIMILAR = 0.3  # two embeddings of a document from the same weights have a larger cosine, even with dropout of 0.5
 WIDE_MARGIN = 0.5  # a relative margin above it hides all but documents with half the similarity of the positive
 
 logger = logging.getLogger("negative_cache")
@@ -87,13 +88,25 @@ class Advice:
         is_detached = batch.queries.requires_grad and not documents.requires_grad
         if is_detached and not self._has_warned_of_detached and (encoded.requires_grad or _is_trained(encoder)):
             self._has_warned_of_detached = True
-            is_never_trained = len(encoded) > 0 and not encoded.requires_grad
+            trains = "only re-encoded negatives train it" if encoded.requires_grad else "no document trains it"
             logger.warning(
                 "`document_embeddings` have no gradient, but the parameters of the document encoder require one: %s. "
                 "Encode documents without detach or no_grad, or freeze the encoder with requires_grad_(False).",
-                "no document trains it" if is_never_trained else "only re-encoded negatives train it",
+                trains if len(encoded) else "the documents of the batch do not train it",
             )
         self._has_seen_a_batch, self.is_pending = True, not len(encoded)
+
+    def look_at_trial(self, given: Tensor, tried: Tensor) -> None:
+        """Warn if the document encoder gives documents of the batch embeddings that have nothing to do with theirs.
+
+        Args:
+            given: `[n, dim]`: their embeddings in the batch.
+            tried: `[n, dim]`: those of the encoder, with the same weights.
+        """
+        if len(tried) and not torch.compiler.is_compiling():
+            given, tried = given.detach().float(), tried.detach().float()
+            cosines = (given * tried).sum(1) / (given.norm(dim=1) * tried.norm(dim=1))
+            self._when_known(_warn_of_other_embeddings, [cosines.mean()])
 
     def look_at_ids(self, ids: Tensor, features: Items) -> None:
         """Warn if the second batch has the ids of the first one, but other documents.
@@ -188,6 +201,17 @@ def _warn_of_other_norms(norms: list[list[float]]) -> None:
             "Encode both in the same way. Is one of them normalized and the other not?",
             encoded,
             given,
+        )
+
+
+def _warn_of_other_embeddings(found: list[Any]) -> None:
+    (cosine,) = found
+    if cosine < SIMILAR:
+        logger.warning(
+            "`document_encoder` computes other embeddings than those in `document_embeddings`: the mean cosine "
+            "similarity of the two is %.2f. Use the same encoder for both, and pass as `document_features` its inputs "
+            "for the same documents, in the same order.",
+            cosine,
         )
 
 

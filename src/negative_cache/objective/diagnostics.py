@@ -22,6 +22,7 @@ from negative_cache.sampling.config import Noise
 # Unit vectors with a cosine of 0.75 have a relative squared distance of 0.5. The draws then no longer follow the
 # softmax of the new embeddings. If one of two encoders has ten times the gradient of the other, it learns much faster.
 STALE, UNEVEN = 0.5, 10.0
+UNRELATED = 1.0  # a cosine of 0.5
 # The loss pulls a query to its positive and pushes it from the cached documents by their softmax weights. Copies of the
 # positive with a weight of 0.05 cancel a twentieth of the pull, as if 3 queries of 64 had only copies as negatives.
 DUPLICATED = 0.05
@@ -102,10 +103,14 @@ class Diagnostics:
     def _warn(self, numbers: dict[str, float]) -> None:
         staleness, ratio = numbers.get("staleness", 0.0), numbers.get("gradient_norm_ratio", 1.0)
         if self._is_time_to_warn("staleness", staleness > STALE):
+            other = (
+                " Or `document_encoder` is not the encoder of `document_embeddings`, or `document_features` are not "
+                "its inputs: cached and new embeddings have little in common."
+            )
             logger.warning(
                 f"Cached embeddings are far from what the encoder computes now: staleness {staleness:.2f}, above "
                 f"{STALE}. The sampled documents are no longer the hard negatives. Lower the learning rate, warm it up "
-                "for longer, set refresh_per_step, or use a smaller cache."
+                f"for longer, set refresh_per_step, or use a smaller cache.{other if staleness > UNRELATED else ''}"
             )
         if self._is_time_to_warn("ratio", not 1 / UNEVEN < ratio < UNEVEN):
             side, other = ("queries", "documents") if ratio > 1 else ("documents", "queries")
