@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from click.testing import Result
 
 from command_line import invoke
 from negative_cache.workbench.cli import next_steps
+from negative_cache.workbench.data import load_data
 from negative_cache.workbench.data.options import DataOptions
+from negative_cache.workbench.training.config import RunConfig
+from negative_cache.workbench.training.record import RunRecord
 from support import random_pairs
 
 
@@ -45,7 +49,7 @@ def suggested(ended: Result) -> dict[str, list[str]]:
 
 def test_every_command_names_commands_that_run(place: Path):
     after_data = suggested(succeed("data", "my pairs.jsonl", *COLUMNS))
-    from_the_hub = ["--model", "static:all-MiniLM-L6-v2"]
+    from_the_hub = ["--model", "all-MiniLM-L6-v2"]  # the pairs are few
     assert after_data["train"][-4:-2] == from_the_hub
     ended = succeed(
         *(word for word in after_data["train"] if word not in from_the_hub), *SMALL, "--relative-margin", "0.05"
@@ -53,7 +57,8 @@ def test_every_command_names_commands_that_run(place: Path):
     assert "before: random weights (--model static)" in ended.stdout
     assert f"SentenceTransformer({next_steps.NEW_MODEL!r})" in ended.stderr
     after_train = suggested(ended)
-    assert set(after_train) == {"significance", "compare", "report", "search"}
+    assert set(after_train) == {"significance", "evaluate", "compare", "report", "search"}
+    assert after_train["evaluate"][1:3] == from_the_hub
     compared = json.loads(succeed(*after_train["compare"], "--json").stdout)
     assert list(compared["losses"]) == ["bm25", "zero-shot", "in-batch", "negative-cache:relative_margin=0.05"]
     used = json.loads(Path(after_train["significance"][1], "run.json").read_text())["configuration"]
@@ -83,10 +88,21 @@ def test_a_distilled_model_is_compared_with_the_one_it_is_made_from(place: Path)
     assert after["compare"][-5:-3] == ["0.003", "--seeds"]
     ended = succeed(*data, "--model", "static:base", "--output", "model")
     assert "before: the static model made from base, not base itself" in ended.stdout
-    assert "To compare with base itself: " in ended.stderr
+    assert "To compare with base as it is: " in ended.stderr
     after = suggested(succeed(*suggested(ended)["evaluate"]))
     assert after["significance"] == ["significance", "base.json", "OTHER.json"]
     succeed("significance", "model", "base.json")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(1.0, 1.0, "MRR@10 was 1 before"), (0.5, 0.5, "did not raise"), (0.5, 0.6, "To test whether")],
+)
+def test_a_run_that_did_not_help_says_why(place: Path, before: float, after: float, said: str):
+    succeed("train", "--data", "pairs.jsonl", "--output", "model", *SMALL)
+    config, record = RunConfig("pairs.jsonl", "static", "in-batch", "model"), RunRecord.read(Path("model"))
+    record = replace(record, before={"MRR@10": before}, after={"MRR@10": after})
+    assert said in next(next_steps.after_train(config, record, load_data("pairs.jsonl"), ()))
 
 
 def test_search_results_and_values_are_compared_next(place: Path):

@@ -202,7 +202,9 @@ def test_baselines_alone_are_compared_without_training(data: Path, tmp_path: Pat
     assert said in " ".join(ended.stderr.split())
 
 
-def test_the_report_of_an_unfinished_comparison_says_how_to_continue_it(data: Path, tmp_path: Path):
+def test_the_report_of_an_unfinished_comparison_says_how_to_continue_it(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     output = tmp_path / "out"
     given = options(data, output, "bm25,in-batch", "--seeds", "1", "--max-steps", "1")
     ended = invoke(*given)
@@ -220,7 +222,19 @@ def test_the_report_of_an_unfinished_comparison_says_how_to_continue_it(data: Pa
     assert "Not done: in-batch. To continue: negative-cache compare" in words
     ended = invoke(*shlex.split(words.partition("To continue: negative-cache ")[2]))
     assert ended.exit_code == 0, ended.output
-    assert invoke("report", output).exit_code == 0
+    ended = invoke("report", output)
+    assert ended.exit_code == 0
+    assert "Not finished" not in caplog.text
+    assert "Best: " in (output / "report.html").read_text()
+    result = json.loads(path.read_text())
+    result["configuration"]["losses"].append("negative-cache")  # as if the comparison had ended after in-batch
+    path.write_text(json.dumps(result))
+    ended = invoke("report", output)
+    assert ended.exit_code == 0
+    assert "Not finished, negative-cache left: the same compare command continues." in caplog.text
+    page = (output / "report.html").read_text()
+    assert "Not finished, negative-cache left" in page
+    assert "Best: " not in page
 
 
 def test_the_documents_of_a_comparison_are_those_that_the_test_split_is_searched_in(data: Path, tmp_path: Path):

@@ -275,6 +275,13 @@ def test_a_logarithmic_axis_has_several_ticks(values: tuple[float, float]):
     assert len(set(labels)) >= 3, labels
 
 
+@pytest.mark.parametrize("values", [(0.679, 0.6791), (0.3, 0.3), (-1.0, -1.001), (0.0, 0.0)])
+def test_the_labels_of_a_linear_axis_differ(values: tuple[float, float]):
+    svg = draw([Line(0, [0, 1], list(values))], "name")
+    labels = re.findall(r">([^<]*)</text>", svg.partition(">step</text>")[2])
+    assert len(set(labels)) == len(labels) >= 3, labels
+
+
 def test_short_numbers():
     assert [short(value) for value in (0, 0.12345, 1e-5, 12.0, 1234.0, 2.5e6, 3e9, float("nan"))] == [
         "0", "0.123", "1.0e-05", "12", "1.234k", "2.5M", "3G", "nan",

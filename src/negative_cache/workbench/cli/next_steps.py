@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.cli.examples import EXAMPLES
+from negative_cache.workbench.cli.plan import FEW_PAIRS
 from negative_cache.workbench.data.options import DataOptions
-from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_static
+from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_from_scratch, is_static
 from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def after_data(source: str, options: DataOptions, data: RetrievalData, model: st
     """After `data`: train, or evaluate if there is nothing to train on."""
     given = ("--data", source, *options.arguments())
     if data.has("train"):
-        yield f"To train on it: {command('train', *given, model=model or f'{DISTILLED}{PRETRAINED}', output=NEW_MODEL)}"
+        suggested = PRETRAINED if data.num_pairs("train") < FEW_PAIRS else f"{DISTILLED}{PRETRAINED}"
+        yield f"To train on it: {command('train', *given, model=model or suggested, output=NEW_MODEL)}"
     elif data.has("test"):
         yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
 
@@ -51,7 +53,9 @@ def after_train(
     of_data = ("--data", config.data, *options.arguments())
     split = next((split for split in ("test", "dev") if data.has(split)), None)
     if record.before is not None and record.after is not None:
-        if record.after["MRR@10"] <= record.before["MRR@10"]:
+        if record.before["MRR@10"] > 0.995:
+            yield f"MRR@10 was {record.before['MRR@10']:.4g} before training: the test is too easy to show a gain."
+        elif record.after["MRR@10"] <= record.before["MRR@10"]:
             yield (
                 "Training did not raise MRR@10. Other learning rates, more steps or longer texts may "
                 "(docs/troubleshooting-quality.md)."
@@ -59,9 +63,10 @@ def after_train(
         yield f"To test whether the difference is more than chance: {command('significance', config.output)}"
     elif split is not None:
         yield f"To evaluate it: {command('evaluate', *model, *of_data, split=split)}"
-    if record.after is not None and (base := distilled_from(config.model)) is not None:
+    base = PRETRAINED if is_from_scratch(config.model) else distilled_from(config.model)
+    if record.after is not None and base is not None:
         words = ("--model", base, *of_data, "--split", split, "--per-query", f"{Path(base).name}.json")
-        yield f"To compare with {base} itself: {command('evaluate', *words)}"
+        yield f"To compare with {base} as it is: {command('evaluate', *words)}"
     if record.after is not None and config.loss == "negative-cache":
         yield f"To see what the cache adds to it: {_comparison(config, record)}"
     yield f"To see curves and examples: {command('report', config.output)}"

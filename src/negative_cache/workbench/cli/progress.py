@@ -101,7 +101,8 @@ class ComparisonBar:
         """The time until all runs have ended."""
         if self._end_of_all is None:
             return ""
-        left = int(self._end_of_all - time.monotonic())
+        of_this_run = self._bar.tasks[0].time_remaining or 0
+        left = int(max(self._end_of_all - time.monotonic(), of_this_run))
         return f"all runs: about {timedelta(seconds=left)} left" if left > 0 else "longer than estimated"
 
     def end(self, name: str, found: RunRecord | Metrics, is_old: bool) -> None:

@@ -37,6 +37,11 @@ def trained_losses(result: dict[str, Any]) -> list[str]:
     return [name for name in result["losses"] if name not in BASELINES]
 
 
+def missing_losses(result: dict[str, Any]) -> list[str]:
+    """The losses that a comparison which was stopped, or still runs, has not finished."""
+    return [name for name in result["configuration"].get("losses", ()) if name not in result["losses"]]
+
+
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
     """The cells of the table: a row for each loss, with the headings `COLUMNS`."""
     rows = []
@@ -83,7 +88,12 @@ def line_of(found: RunRecord | Metrics) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Which loss is best, by how much, and whether the difference is significant; empty with fewer than two losses."""
+    """Which loss is best, by how much, and whether the difference is significant; empty with fewer than two losses.
+
+    Of a comparison that is not finished, what is left.
+    """
+    if missing := missing_losses(result):
+        return f"Not finished, {' and '.join(missing)} left: the same compare command continues."
     losses = _ranked(result)
     if len(losses) < 2:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES
-from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, verdict
+from negative_cache.workbench.compare.table import COLUMNS, missing_losses, rows_of, title_of, verdict
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.model_names import about_begin
@@ -19,6 +20,8 @@ from negative_cache.workbench.report.svg import DASHES_OF_SVG, GLYPHS, MAX_RUNS,
 from negative_cache.workbench.training.config import RunError, has_effect
 from negative_cache.workbench.training.record import RECORD, RunRecord, read_json
 from negative_cache.workbench.training.samples import SAMPLES
+
+logger = logging.getLogger("negative_cache")
 
 
 @dataclass
@@ -144,6 +147,8 @@ def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
         raise RunError(f"{folder / COMPARISON} is not the result of a comparison: {error!r}.") from error
     if not names:
         raise RunError(_nothing_trained(folder, result))
+    if missing_losses(result):
+        logger.warning("%s: %s", folder, table.verdict)
     return [_read_run([folder / "runs" / name for name in own], spec) for spec, own in names.items()], table
 
 

@@ -24,6 +24,7 @@ MAX_RUNS = NUM_COLOURS * len(DASHES)  # all distinct, because the numbers of col
 MAX_POINTS = 300
 NUM_MARKERS = 5
 MIN_TICKS = 3  # of a logarithmic axis
+MIN_SPAN = 0.05  # of a linear axis, relative to its largest value
 
 # Unique placeholder colours, and the variables of the style sheet that replace them, for light and dark mode.
 _INK, _GRID = "#0a0b0c", "#0d0e0f"
@@ -85,6 +86,7 @@ def draw(lines: Sequence[Line], name: str, x_label: str = "step", is_log: bool =
             axes.yaxis.set_major_locator(_log_locator(*axes.get_ylim()))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
+            _widen(axes)
             axes.yaxis.set_major_locator(MaxNLocator(5))
             if axes.get_ylim()[0] < 0 and not any(value < 0 for line in lines for value in line.y):
                 axes.set_ylim(bottom=0)  # if no value is negative
@@ -107,6 +109,15 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.3g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _widen(axes: Axes) -> None:
+    """Make the vertical axis so long that the labels of its ticks, which have three digits, differ."""
+    low, high = axes.get_ylim()
+    least = MIN_SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def _log_locator(low: float, high: float) -> Locator:
