@@ -151,6 +151,7 @@ class NegativeCacheLoss(CacheModule):
             generator=new_generator(None if seed is None else check_integer("seed", seed, -(2**63), 2**64 - 1)),
             process_group=process_group,
         )
+        self._is_seeded = seed is not None
         self.num_samples = num_samples
         self.in_batch = in_batch
         self.shared = shared
@@ -385,6 +386,12 @@ class NegativeCacheLoss(CacheModule):
             update_rows(cache, use_lru=self.use_lru, new_items=batch.new_items, document_ids=batch.new_ids)
             self.cache = cache
         return 0 if self.cache is None else int(self.cache.num_filled)
+
+    def _seed_draws(self, seed: int) -> None:
+        """Seed the draws as a trainer does, unless the constructor was given a seed or something was drawn."""
+        if not self._is_seeded and torch.equal(self.generator.get_state(), self._first_state):
+            self.generator.manual_seed(seed)
+            self._first_state = self.generator.get_state()
 
     def _restart(self) -> None:
         """Return to the state before the first step: no rows, the first draws, the initial scale."""

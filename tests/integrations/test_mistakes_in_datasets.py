@@ -184,6 +184,23 @@ def test_without_a_loss_the_trainer_takes_the_negative_cache_and_says_so(
     assert said == ["No `loss` was given: it is NegativeCacheRankingLoss(model), with its default settings."]
 
 
+@pytest.mark.parametrize("kind", ["one positive", "several", "a selection", "labels"])
+def test_several_positives_without_labels_give_a_warning(
+    kind: str, model: SentenceTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    rows = {"anchor": [*ANCHORS, *ANCHORS[:2]], "positive": [*POSITIVES, POSITIVES[5], POSITIVES[1]]}
+    dataset = Dataset.from_dict(rows)  # the first anchor has two positives, the second one has one twice
+    if kind == "one positive":
+        dataset = dataset.select(range(len(ANCHORS)))
+    elif kind == "a selection":
+        dataset = dataset.select([12, 13, 1, 0])
+    elif kind == "labels":
+        dataset = dataset.add_column("label", [[number] for number in range(14)])
+    make_trainer(model, NegativeCacheRankingLoss(model, 32), dataset, tmp_path)
+    said = [record.getMessage() for record in caplog.records if "several positives" in record.getMessage()]
+    assert ["`label`: 1. The cache" in message for message in said] == [True] * (kind in ("several", "a selection"))
+
+
 def test_another_loss_is_left_as_it_is(model: SentenceTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     loss = MultipleNegativesRankingLoss(model)
     assert make_trainer(model, loss, Dataset.from_dict(PAIRS), tmp_path).loss is loss

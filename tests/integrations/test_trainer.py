@@ -40,9 +40,11 @@ def make_trainer(
     dim: int = 16,
     save_steps: int = 2,
     truncate_dim: int | None = None,
+    use_cpu: bool = True,
+    first: int = 0,
     **options: Any,
 ) -> NegativeCacheTrainer:
-    torch.manual_seed(0)
+    torch.manual_seed(first)
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="about"))
     tokenizer.pre_tokenizer = Whitespace()
     modules = [StaticEmbedding(tokenizer, embedding_dim=dim)]
@@ -58,7 +60,7 @@ def make_trainer(
         logging_steps=1,
         save_steps=save_steps,
         report_to=[],
-        use_cpu=True,
+        use_cpu=use_cpu,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         dataloader_drop_last=True,
@@ -71,6 +73,33 @@ def make_trainer(
 def everything(trainer: NegativeCacheTrainer) -> dict[str, Tensor]:
     (cache_loss,) = cache_losses(trainer.loss).values()
     return {**snapshot(cache_loss), **{f"model.{key}": v for key, v in snapshot(trainer.model).items()}}
+
+
+def test_a_loss_without_a_seed_draws_with_that_of_the_arguments(tmp_path: Path):
+    states = {}
+    for seed in (None, 42, 43):
+        for number in range(2):
+            trainer = make_trainer(tmp_path / f"{seed}-{number}", seed=seed, first=number)
+            assert trainer.args.seed == 42
+            (loss,) = cache_losses(trainer.loss).values()
+            states[seed, number] = loss.generator.get_state()
+    assert all(torch.equal(states[None, number], states[42, 0]) for number in range(2))
+    assert not torch.equal(states[43, 0], states[42, 0])
+    torch.rand(1, generator=loss.generator)
+    loss._is_seeded, drawn = False, loss.generator.get_state()
+    loss._seed_draws(7)  # too late: the second trainer of a loss goes on
+    assert torch.equal(loss.generator.get_state(), drawn)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator, the trainer joins the ranks")
+def test_ranks_that_would_train_alone_are_refused(tmp_path: Path):
+    run_ranks(check_ranks_without_use_cpu, 2, tmp_path)
+
+
+def check_ranks_without_use_cpu(rank: int, world_size: int, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    with pytest.raises(ValueError, match=r"has 2 ranks, .* a model of its own. On CPUs, set use_cpu=True"):
+        make_trainer(folder / str(rank), use_cpu=False, gather_across_devices=True)
 
 
 def test_a_resumed_trainer_equals_one_that_was_not_stopped(tmp_path: Path):

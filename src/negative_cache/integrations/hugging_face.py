@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import ParallelMode
 
 from negative_cache.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from negative_cache.distributed import world
@@ -28,8 +29,13 @@ class NegativeCacheTrainerMixin:
     `transformers.Trainer` or a subclass. The mixin finds every `NegativeCacheLoss`, also inside other losses, in
     `trainer.loss` (a module or a dict of modules) or, if there is no such attribute, in the model.
 
+    A loss that was made without `seed` draws with that of the training arguments.
+
     Caches are saved in the folder `negative_cache` of each checkpoint, so `save_total_limit` applies to them. If the
     model contains the loss, the model's own file does not contain the cached rows.
+
+    Raises:
+        ValueError: There are several ranks, and the trainer would train each of them alone.
     """
 
     args: Any
@@ -41,6 +47,9 @@ class NegativeCacheTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_ranks()
+        for number, loss in enumerate(cache_losses(self._loss_root).values()):
+            loss._seed_draws(self.args.seed + number)
         self.add_callback(_TrainerFixesCallback())  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +87,16 @@ class NegativeCacheTrainerMixin:
         if "loss" in logs and cache_losses(self._loss_root):
             logs |= tagged_metrics(self._loss_root)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_ranks(self) -> None:
+        """Raise ValueError if the process group has several ranks and the trainer trains each of them alone."""
+        size = Ranks(world()).size
+        if size > 1 and self.args.parallel_mode != ParallelMode.DISTRIBUTED:
+            mode = self.args.parallel_mode.value
+            raise ValueError(
+                f"The process group has {size} ranks, and the training arguments have the parallel mode {mode!r}: each "
+                "rank would train a model of its own. On CPUs, set use_cpu=True in the training arguments."
+            )
 
     def _warn_of_selection_by_loss(self) -> None:
         """Warn if checkpoints are selected, or training is stopped, by the value of a loss."""

@@ -12,7 +12,11 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
-from negative_cache.integrations.sentence_transformers.columns import check_dataset, list_columns
+from negative_cache.integrations.sentence_transformers.columns import (
+    anchors_with_several_positives,
+    check_dataset,
+    list_columns,
+)
 from negative_cache.metrics import cache_losses
 
 __all__ = ["NegativeCacheTrainer", "NegativeCacheTrainerMixin", "cache_losses", "last_complete_checkpoint"]
@@ -47,6 +51,7 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
             kwargs["loss"] = NegativeCacheRankingLoss  # the trainer calls it with the model
             logger.warning("No `loss` was given: it is NegativeCacheRankingLoss(model), with its default settings.")
         super().__init__(*args, **kwargs)
+        self._warn_of_several_positives()
         if isinstance(self.data_collator, RaggedNegativesCollator):
             losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
             self.data_collator.varies_by_rank = all(
@@ -62,6 +67,19 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
                     "The inputs of StaticEmbedding are flat and cannot be cut into rows: dispatch_batches is set to "
                     "False, so that each rank reads the whole stream and takes its own batches."
                 )
+
+    def _warn_of_several_positives(self) -> None:
+        """Warn if a positive of an anchor in another row may be drawn as its negative."""
+        several = isinstance(self.loss, dict) or isinstance(self.train_dataset, dict)
+        if several or not any(isinstance(module, NegativeCacheRankingLoss) for module in self.loss.modules()):
+            return
+        if number := anchors_with_several_positives(self.train_dataset):
+            logger.warning(
+                "train_dataset has anchors with several positives, and no column `label`: %d. The cache may draw one "
+                "of their positives as a negative. In `label`, list the ids of all positives of the row's anchor, its "
+                "own positive first, as negative_cache.data.load_data(...).training_set() does.",
+                number,
+            )
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """See `SentenceTransformerTrainer`. Lists of negatives do not count as duplicates."""

@@ -46,6 +46,24 @@ def check_dataset(dataset: Any, name: str) -> None:
             _check_texts(dataset, column, name)
 
 
+def anchors_with_several_positives(dataset: Any) -> int:
+    """Number of anchors that have different positives in different rows.
+
+    0 if the dataset has labels, is streamed, or has a transform or columns that are no texts.
+    """
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return 0
+    names = text_columns(dataset.column_names)[:2]
+    kinds = [dataset.features.arrow_schema.field(name).type for name in names]
+    if "label" in dataset.column_names or len(names) < 2 or not all(map(_is_text, kinds)):
+        return 0
+    rows = dataset.data.table.select(names)
+    if dataset._indices is not None:  # the dataset is a selection of the rows of its table
+        rows = rows.take(dataset._indices.column(0))
+    counts = rows.group_by(names[0]).aggregate([(names[1], "count_distinct")]).column(f"{names[1]}_count_distinct")
+    return pyarrow.compute.sum(pyarrow.compute.greater(counts, 1)).as_py() or 0
+
+
 def check_row(row: dict[str, Any], names: Sequence[str]) -> None:
     """Raise ValueError unless the columns of a row have texts, or something that the model may take as well.
 
