@@ -75,10 +75,11 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
             return
         if number := anchors_with_several_positives(self.train_dataset):
             logger.warning(
-                "train_dataset has anchors with several positives, and no column `label`: %d. The cache may draw one "
-                "of their positives as a negative. In `label`, list the ids of all positives of the row's anchor, its "
-                "own positive first, as negative_cache.data.load_data(...).training_set() does.",
+                "train_dataset has no column `label`, and anchors with several positives (%d in the first %d rows): the "
+                "cache may draw one of their positives as a negative. In `label`, list the ids of all positives of the "
+                "row's anchor, its own positive first, as negative_cache.data.load_data(...).training_set() does.",
                 number,
+                min(len(self.train_dataset), MOST_ROWS),
             )
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

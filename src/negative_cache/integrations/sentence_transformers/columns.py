@@ -10,6 +10,7 @@ import pyarrow.compute
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+MOST_ROWS = 100_000  # whose texts are compared; all texts of a large dataset may not fit into memory
 LABEL_SUFFIX = "_label"  # of the column with the ids of the negatives
 _DATASET_NAME = "dataset_name"  # a column that the trainer adds
 
@@ -47,7 +48,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def anchors_with_several_positives(dataset: Any) -> int:
-    """Number of anchors that have different positives in different rows.
+    """Number of anchors that have different positives in different ones of the first `MOST_ROWS` rows.
 
     0 if the dataset has labels, is streamed, or has a transform or columns that are no texts.
     """
@@ -59,7 +60,8 @@ def anchors_with_several_positives(dataset: Any) -> int:
         return 0
     rows = dataset.data.table.select(names)
     if dataset._indices is not None:  # the dataset is a selection of the rows of its table
-        rows = rows.take(dataset._indices.column(0))
+        rows = rows.take(dataset._indices.column(0).slice(0, MOST_ROWS))
+    rows = rows.slice(0, MOST_ROWS)
     counts = rows.group_by(names[0]).aggregate([(names[1], "count_distinct")]).column(f"{names[1]}_count_distinct")
     return pyarrow.compute.sum(pyarrow.compute.greater(counts, 1)).as_py() or 0
 
