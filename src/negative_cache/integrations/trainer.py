@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from negative_cache.integrations.hugging_face import NegativeCacheTrainerMixin, last_complete_checkpoint
 from negative_cache.integrations.sentence_transformers import NegativeCacheRankingLoss, RaggedNegativesCollator
 from negative_cache.integrations.sentence_transformers.columns import (
+    MOST_ROWS,
     anchors_with_several_positives,
     check_dataset,
     list_columns,
@@ -75,9 +76,9 @@ class NegativeCacheTrainer(NegativeCacheTrainerMixin, SentenceTransformerTrainer
             return
         if number := anchors_with_several_positives(self.train_dataset):
             logger.warning(
-                "train_dataset has no column `label`, and anchors with several positives (%d in the first %d rows): the "
-                "cache may draw one of their positives as a negative. In `label`, list the ids of all positives of the "
-                "row's anchor, its own positive first, as negative_cache.data.load_data(...).training_set() does.",
+                "train_dataset has no column `label`, and anchors with several positives (%d in the first %d rows): "
+                "the cache may draw one of their positives as a negative. In `label`, list the ids of all positives of "
+                "the row's anchor, its own positive first, as negative_cache.data.load_data(...).training_set() does.",
                 number,
                 min(len(self.train_dataset), MOST_ROWS),
             )
