@@ -72,7 +72,9 @@ def test_every_command_names_commands_that_run(place: Path):
     after_evaluate = suggested(succeed(*after_search["evaluate"]))
     assert set(shorter) <= set(after_evaluate["search"])
     succeed(*after_evaluate["search"])
-    after_significance = suggested(succeed(*after_train["significance"]))
+    ended = succeed(*after_train["significance"])
+    assert "before: random weights (--model static)" in ended.stdout
+    after_significance = suggested(ended)
     ended = succeed(*after_significance["report"])
     address = re.search(r"python -m webbrowser file://(\S+)$", ended.stderr, re.MULTILINE)
     assert Path(address[1]).read_text(encoding="utf-8").startswith("<!doctype html>")

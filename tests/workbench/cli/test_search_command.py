@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from command_line import DOCUMENTS, invoke, write_beir
 from negative_cache.workbench.cli import app
+from negative_cache.workbench.cli.search_command import _preview
 from negative_cache.workbench.models import load_model
 
 TEXTS = list(DOCUMENTS.values())
@@ -64,6 +65,19 @@ def test_documents_without_queries_are_searched(model: Path, tmp_path: Path):
         found = best("--model", model, "--corpus", path, *column)
         assert (found["document_id"], found["text"]) == (key, TEXTS[7]), name
         assert found["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_paragraph_is_shown_in_several_lines_and_code_keeps_its_indent():
+    paragraph = " ".join(f"word{number}" for number in range(40))
+    shown = _preview(paragraph, 60).splitlines()
+    assert " ".join(line.strip() for line in shown) == paragraph
+    assert all(line.startswith("    word") and len(line) <= 60 for line in shown)
+    shown = _preview(f"def f():\n    return g({paragraph})", 60).splitlines()
+    assert shown[:2] == ["    def f():", "        return g(word0 word1 word2 word3 word4 word5 word6"]
+    assert shown[2].startswith("        word7")
+    assert shown[-1] == "    ..."
+    assert len(shown) == 7
+    assert _preview(" " * 80 + "deep", 60).splitlines() == ["    " + " " * 80 + "deep"]
 
 
 def test_a_later_search_says_that_it_encodes_nothing(model: Path, tmp_path: Path, cache: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,9 +143,15 @@ def _width(terminal: Terminal) -> int:
 
 
 def _preview(text: str, width: int) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    shown = ["    " + _clip(line, width - 4) for line in lines[:_MOST_LINES]]
+    """The first lines of a text, indented; long ones, such as a paragraph, go on in the next line."""
+    lines = [part for line in text.splitlines() if line.strip() for part in _wrapped(line, width - 4)]
+    shown = ["    " + line for line in lines[:_MOST_LINES]]
     return "\n".join(shown + (["    ..."] if len(lines) > _MOST_LINES else []))
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, max(width, len(indent) + 20), subsequent_indent=indent, replace_whitespace=False)
 
 
 def _clip(line: str, width: int) -> str:

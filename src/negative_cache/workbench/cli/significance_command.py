@@ -16,6 +16,8 @@ from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.counting import counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import ALPHA
+from negative_cache.workbench.model_names import about_begin
+from negative_cache.workbench.training.record import RECORD, RunRecord
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,9 +78,17 @@ def significance(
             }
         terminal.result({"alpha": alpha, "measures": {name: one.as_dict() for name, one in found.items()}})
         _show(terminal, found, alpha, baseline)
+        if len(runs) == 1 and (Path(runs[0]) / RECORD).is_file():
+            _say_what_before_is(terminal, RunRecord.read(Path(runs[0])))
         of_data = [] if data is None else ["--data", data, *data_options.arguments()]
         of_data += [] if split is None else ["--split", split]
         terminal.inform(next_steps.after_significance(runs, of_data))
+
+
+def _say_what_before_is(terminal: Terminal, record: RunRecord) -> None:
+    """Say that "before" is not the model that the user has named, if so."""
+    if about := about_begin(record.configuration["model"]):
+        terminal.say(f"before: {about}")
 
 
 def _judge_of(terminal: Terminal, data: RetrievalData, split: str, measures: Mapping[str, Any]) -> JudgeRun:

@@ -24,7 +24,7 @@ from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.suggestions import did_you_mean_path
 
-FEWEST_NAMES, MOST_NAMES = 5, 1000  # documents that are looked at
+FEWEST_NAMES, MOST_NAMES = 2, 1000  # documents that are looked at
 _NAME = re.compile(r"\S*\w[.\d]\S*", re.ASCII)
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
