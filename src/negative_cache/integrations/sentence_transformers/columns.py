@@ -54,9 +54,10 @@ def anchors_with_several_positives(dataset: Any) -> int:
     """
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return 0
-    names = text_columns(dataset.column_names)[:2]
-    kinds = [dataset.features.arrow_schema.field(name).type for name in names]
-    if "label" in dataset.column_names or len(names) < 2 or not all(map(_is_text, kinds)):
+    schema, texts = dataset.features.arrow_schema, text_columns(dataset.column_names)
+    has_labels = bool(set(dataset.column_names) - {*texts, _DATASET_NAME})
+    names = [name for name in texts[:2] if _is_text(schema.field(name).type)]
+    if has_labels or len(names) < 2:
         return 0
     rows = dataset.data.table.select(names)
     if dataset._indices is not None:  # the dataset is a selection of the rows of its table
