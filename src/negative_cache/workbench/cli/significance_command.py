@@ -37,7 +37,7 @@ def significance(
     runs: Annotated[list[str], typer.Argument(help=RUNS_HELP, metavar="RUN...")],
     data: Annotated[str | None, typer.Option(help="Judgements for TREC runs. " + opt.DATA_HELP)] = None,
     split: Annotated[str | None, typer.Option(help="Split of the judgements; see evaluate.")] = None,
-    metrics: Annotated[str, typer.Option(help="Measures to compare.")] = "nDCG@10 MRR@10",
+    metrics: Annotated[str, typer.Option(help="Measures to compare.")] = "MRR@10 nDCG@10",
     baseline: Annotated[
         str | None, typer.Option(help="Compare each system with this one only. Default: all pairs.")
     ] = None,
