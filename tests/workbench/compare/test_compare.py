@@ -231,7 +231,7 @@ def test_the_report_of_an_unfinished_comparison_says_how_to_continue_it(
     path.write_text(json.dumps(result))
     ended = invoke("report", output)
     assert ended.exit_code == 0
-    assert "Not finished, negative-cache left: the same compare command continues." in caplog.text
+    assert "Not finished, negative-cache left. If it does not run any more, the same compare command" in caplog.text
     page = (output / "report.html").read_text()
     assert "Not finished, negative-cache left" in page
     assert "Best: " not in page

@@ -10,7 +10,8 @@ EXAMPLES = {
         "negative-cache data my-pairs.csv --query-column question --positive-column answer",
     ),
     "train": (
-        "negative-cache train --data python-code --model static:all-MiniLM-L6-v2 --epochs 1 --eval-documents 3000 --output first-model",
+        "negative-cache train --data python-code --model static:all-MiniLM-L6-v2 --epochs 1 --eval-documents 3000 "
+        "--output first-model",
         "negative-cache train --data my-pairs.csv --model static:all-MiniLM-L6-v2 --output my-model",
         "negative-cache train --data my-pairs.csv --model all-MiniLM-L6-v2 --output other-model",
     ),

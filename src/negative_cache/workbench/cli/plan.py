@@ -63,10 +63,8 @@ def advice_on_size(config: RunConfig, data: RetrievalData, measures: bool) -> li
         )
     queries = len(data.judged("test")) if measures and data.has("test") else FEW_TEST_QUERIES
     if queries < FEW_TEST_QUERIES:
-        lines.append(
-            f"{counted_queries(queries, 'test')} are few: the result says little about the model. Give more with "
-            "--test."
-        )
+        number = f"{counted_queries(queries, 'test')} {'is' if queries == 1 else 'are'} few"
+        lines.append(f"{number}: the result says little about the model. Give more with --test.")
     return lines
 
 

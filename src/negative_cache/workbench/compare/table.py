@@ -93,7 +93,10 @@ def verdict(result: dict[str, Any]) -> str:
     Of a comparison that is not finished, what is left.
     """
     if missing := missing_losses(result):
-        return f"Not finished, {' and '.join(missing)} left: the same compare command continues."
+        return (
+            f"Not finished, {' and '.join(missing)} left. If it does not run any more, the same compare command "
+            "continues it."
+        )
     losses = _ranked(result)
     if len(losses) < 2:
         return ""
