@@ -377,12 +377,12 @@ def test_the_verdict_names_the_best_loss_its_lead_and_whether_it_is_significant(
     lead = sum(scores[second]) - sum(scores[first])
     pair = {"system": second, "baseline": first, "difference": lead, "low": -1, "high": 1, "p": p / 2, "p_holm": p}
     shared = {"losses": losses, "significance": {"MRR@10": {"differences": [pair]}}}
-    result = {**shared, "learning_rates": [0.1, 0.2], "configuration": {"model": "x/y"}}
+    result = {**shared, "learning_rates": [0.1, 0.2], "configuration": {"model": "x/y", "losses": list(losses)}}
     assert verdict(result) == said
     assert ("and each may have a better one" in verdict({**result, "learning_rates": [0.1]})) == (
         set(scores) == {"a", "b"} and bool(said)
     )
-    distilled = verdict({**result, "configuration": {"model": "static:x/y"}})
+    distilled = verdict({**result, "configuration": {"model": "static:x/y", "losses": list(losses)}})
     assert ("zero-shot: the static model made from x/y, not x/y itself." in distilled) == ("zero-shot" in scores)
 
 

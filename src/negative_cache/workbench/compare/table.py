@@ -39,7 +39,7 @@ def trained_losses(result: dict[str, Any]) -> list[str]:
 
 def missing_losses(result: dict[str, Any]) -> list[str]:
     """The losses that a comparison which was stopped, or still runs, has not finished."""
-    return [name for name in result["configuration"].get("losses", ()) if name not in result["losses"]]
+    return [name for name in result["configuration"]["losses"] if name not in result["losses"]]
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:

@@ -162,7 +162,7 @@ def _nothing_trained(folder: Path, result: dict[str, Any]) -> str:
         words.append(f"Finished: {counted(number, 'training run')} of losses that are not complete.")
     if not wanted:
         words.append("To train, too: the same compare with more --losses, such as in-batch,negative-cache.")
-    elif left := [spec for spec in wanted if spec not in losses]:
+    elif left := [spec for spec in missing_losses(result) if spec in wanted]:
         continued = ["negative-cache", "compare", "--config", str(folder / COMPARISON), "--output", str(folder)]
         words.append(f"Not done: {', '.join(left)}. To continue: {shlex.join(continued)}")
     else:
