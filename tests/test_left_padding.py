@@ -116,6 +116,6 @@ def test_padding_on_both_sides_is_refused_and_nothing_is_written():
     features["attention_mask"] = torch.tensor([[0, 1, 0], [1, 1, 1]])
     features["input_ids"] = torch.ones(2, 3, dtype=torch.int64)
     vectors = torch.nn.functional.normalize(torch.randn(2, DIM), dim=1).requires_grad_()
-    with pytest.raises(ValueError, match=r"new_items\['attention_mask'\].*tokenizer.padding_side"):
+    with pytest.raises(ValueError, match=r"document_features\['attention_mask'\].*tokenizer.padding_side"):
         loss_fn(vectors, vectors, features)
     assert_same_state(before, snapshot(loss_fn))

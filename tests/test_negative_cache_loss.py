@@ -408,7 +408,7 @@ WRONG_BATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a longer feature": (
         {"features": {**batch_of([1, 2]), "x": torch.ones(2, WIDTH + 1)}},
         ValueError,
-        r"`new_items\['x'\]` has shape \[2, 7\]; the spec says \['\*', 6\]",
+        r"`document_features\['x'\]` has shape \[2, 7\]; the spec says \['\*', 6\]",
     ),
     "floats for integers": ({"features": {**batch_of([1, 2]), "id": torch.ones(2)}}, TypeError, "torch.float32"),
     "nan in queries": ({"queries": with_nan(queries_of(2))}, ValueError, "`query_embeddings` has NaN or infinity"),

@@ -113,9 +113,17 @@ def test_a_temperature_is_refused_with_its_scale():
         make_loss(temperatur=0.05)
 
 
-def test_top_k_is_refused_with_the_loss_that_has_it():
-    with pytest.raises(TypeError, match=r"`top_k` is not an option.*CacheClassificationLoss"):
-        make_loss(top_k=8)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("top_k", "use CacheClassificationLoss, which has it"),
+        ("data_keys", "All of `document_features` are stored"),
+        ("filter_fn", "Documents with equal `document_ids`, .* have one row"),
+    ],
+)
+def test_options_of_the_earlier_implementations_are_refused_with_what_takes_their_place(name: str, said: str):
+    with pytest.raises(TypeError, match=rf"`{name}` is not an option. .*{said}"):
+        make_loss(**{name: object()})
 
 
 def test_settings_are_printed():

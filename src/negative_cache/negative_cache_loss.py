@@ -17,8 +17,14 @@ from negative_cache import estimators
 from negative_cache.cache.hashing import features_without_hash, hash_items
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Features, Specs, check_embedding_dtype, check_specs
-from negative_cache.cache.update import check_new_items, update_rows
-from negative_cache.cache.validation import check_features, check_integer, check_number, refuse_other_options
+from negative_cache.cache.update import RowUpdates, check_new_items, update_rows
+from negative_cache.cache.validation import (
+    check_features,
+    check_integer,
+    check_keys,
+    check_number,
+    refuse_other_options,
+)
 from negative_cache.distributed import separate
 from negative_cache.distributed import world as default_group
 from negative_cache.distributed.collectives import Ranks
@@ -31,7 +37,7 @@ from negative_cache.objective.diagnostics import (
     Diagnostics,
     budget_numbers,
     hidden_numbers,
-    record_updates,
+    update_numbers,
 )
 from negative_cache.objective.loss import FalseNegativeLimits, cache_loss, record_copies, score_batch
 from negative_cache.retrieval import Scale
@@ -458,7 +464,10 @@ class NegativeCacheLoss(CacheModule):
                 raise self._too_few_rows(len(batch.embeddings), cache.num_rows)
             embeddings = batch.new_items[EMBEDDING]  # checked in `make_batch`; a narrower dtype may overflow
             known_finite = (EMBEDDING,) if embeddings.dtype == specs[EMBEDDING].dtype else ()
-            new_items = check_new_items(cache, specs, batch.new_items, known_finite=known_finite)
+            check_keys("document_features", set(batch.new_items).difference(SCORED), set(specs).difference(SCORED))
+            new_items = check_new_items(
+                cache, specs, batch.new_items, known_finite=known_finite, name="document_features"
+            )
             batch = batch._replace(new_items=new_items)
         if batch.new_ids is None and batch.positive_ids is None and batch.log_q is None and cache.num_ids == 1:
             batch = self._identified(batch, specs, is_writing)
@@ -519,8 +528,9 @@ class NegativeCacheLoss(CacheModule):
         """Write re-encoded embeddings to their rows, and the batch's documents over the oldest rows."""
         updates = encoded.updates
         if updates is not None and len(updates.rows):
-            cached = sample.cached if len(sample.rows) else None  # over ranks, other rows than those of `updates`
-            self.diagnostics.add(record_updates(cache, EMBEDDING, updates, cached))
+            # over ranks, the draws are other rows than the updates
+            cached = sample.cached if len(sample.rows) else cache.read(updates.rows, [EMBEDDING])[EMBEDDING]
+            self._look_at_updates(cached, updates, cache.step + 1 - cache.written[updates.rows])
         if len(sample.rows) and not batch.has_hashes and batch.new_ids is not None:
             documents = {key: batch.new_items[key] for key in sampling.data_keys}
             if not features_without_hash(documents):
@@ -553,6 +563,16 @@ class NegativeCacheLoss(CacheModule):
         if self.refresh_per_step:
             count = -(-self.refresh_per_step // (1 if self.process_group is None else self.ranks.size))
             refresh(cache, EMBEDDING, sampling.data_keys, self.document_encoder, count)
+
+    def _look_at_updates(self, cached: Tensor, updates: RowUpdates, age: Tensor) -> None:
+        """Compare the cached embeddings of rows, `[n, dim]`, of an age in steps, `[n]`, with their new values."""
+        embeddings = updates.items[EMBEDDING]
+        assert isinstance(embeddings, Tensor)
+        # a copy, because embeddings may be views of larger tensors, or change in place later
+        self.diagnostics.add(partial(update_numbers, cached, embeddings.clone(), age, updates.mask))
+        if self.advice.is_pending:
+            is_new = age == 1 if updates.mask is None else updates.mask & (age == 1)
+            self.advice.look_at_updates(cached, embeddings, is_new)
 
     def _check_settings(self, learnable_scale: bool) -> None:
         """Raise for arguments of the constructor of a wrong type or out of range, and convert numbers of NumPy."""

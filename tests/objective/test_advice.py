@@ -171,20 +171,44 @@ def test_a_function_that_detaches_documents_is_seen_by_the_modules_that_it_names
         assert all("no document trains it" in message for message in said)
 
 
+@pytest.mark.parametrize("num_samples", ["auto", 0.25, 1])
 @pytest.mark.parametrize("mistake", ["none", "dropout", "other tower", "other inputs"])
-def test_an_encoder_that_is_not_that_of_the_batch_is_seen_in_the_first_step(
-    mistake: str, caplog: pytest.LogCaptureFixture
+def test_an_encoder_that_is_not_that_of_the_batch_is_seen_when_it_is_first_called(
+    mistake: str, num_samples: Any, caplog: pytest.LogCaptureFixture
 ):
     torch.manual_seed(1)
     queries, documents, dropout = Tower(), Tower(), nn.Dropout(0.5 if mistake == "dropout" else 0.0)
     nn.init.normal_(queries.words)
     encoder = queries if mistake == "other tower" else documents
-    loss_fn = NegativeCacheLoss(lambda features: normalize(dropout(encoder(features)), dim=1), 64, seed=0)
-    features, others = {"words": WORDS[:16]}, {"words": WORDS[16:32]}
-    embeddings = normalize(dropout(documents(features)), dim=1)
-    loss_fn(queries(others), embeddings, others if mistake == "other inputs" else features).backward()
-    said = [record.getMessage() for record in caplog.records]
-    assert ["computes other embeddings" in message for message in said] == [True] * (mistake.startswith("other"))
+
+    def encode(features: dict[str, Tensor]) -> Tensor:
+        return normalize(dropout(encoder(features)), dim=1)
+
+    loss_fn = NegativeCacheLoss(encode, 64, num_samples=num_samples, seed=0)
+    counts = []
+    for step in range(3):
+        features, others = ({"words": WORDS[16 * number : 16 * number + 16]} for number in (step, step + 1))
+        embeddings = normalize(dropout(documents(features)), dim=1)
+        loss_fn(queries(others), embeddings, others if mistake == "other inputs" else features).backward()
+        counts.append(sum("computes other embeddings" in record.getMessage() for record in caplog.records))
+    is_seen = int(mistake.startswith("other"))
+    assert counts == [is_seen if num_samples == "auto" else 0, is_seen, is_seen]
+
+
+def test_old_embeddings_of_other_weights_are_no_other_encoder(caplog: pytest.LogCaptureFixture):
+    """A resumed run begins with documents that are older than a step."""
+    torch.manual_seed(1)
+    tower = Tower()
+    state = train(tower, lambda _, features: tower(features)).state_dict()
+    nn.init.normal_(tower.words)
+    loss_fn = NegativeCacheLoss(tower, 64, num_samples=1, seed=0)
+    loss_fn.load_state_dict(state)
+    loss_fn.cache.written.sub_(5)
+    features = {"words": WORDS[:16]}
+    loss_fn(tower(features), tower(features), features).backward()
+    assert loss_fn.metrics()["age"] > 5
+    assert loss_fn.metrics()["staleness"] > 1.5
+    assert caplog.records == []
 
 
 def test_norms_are_read_with_the_metrics_where_that_synchronizes(caplog: pytest.LogCaptureFixture):

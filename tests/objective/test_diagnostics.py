@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from negative_cache import FixedLenFeature, NegativeCache, NegativeCacheLoss
-from negative_cache.cache.update import RowUpdates
 from negative_cache.objective import loss as objective
-from negative_cache.objective.diagnostics import LONG_PATIENCE, PATIENCE, Diagnostics, record_updates
+from negative_cache.objective.diagnostics import LONG_PATIENCE, PATIENCE, Diagnostics, update_numbers
 from support import as_on_a_gpu
 
 DIM, SCALE, NUM_ROWS, SIZE = 3, 2.0, 6, 10
@@ -239,26 +238,30 @@ def make_cache(ages: list[int]) -> tuple[NegativeCache, Tensor, Tensor]:
     return NegativeCache({"embedding": cached}, ages), encoded, staleness
 
 
+def age_of(cache: NegativeCache, rows: Tensor) -> Tensor:
+    """In the step to come."""
+    return cache.step + 1 - cache.written[rows]
+
+
 def test_staleness_is_reported_by_age():
     cache, encoded, staleness = make_cache([5, 1, 9, 0, 7, 3, 2, 8])
     rows = torch.tensor([0, 2, 3, 4, 5, 7, 1])  # ages 5, 9, 0, 7, 3, 8, 1; seven rows, a quarter is two
-    found = record_updates(cache, "embedding", RowUpdates(rows, {"embedding": encoded[rows]}), None)()
+    found = update_numbers(cache.data["embedding"][rows], encoded[rows], age_of(cache, rows), None)
     assert float(found["staleness"]) == pytest.approx(float(staleness[rows].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[[3, 1]].mean()))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[[2, 7]].mean()))
-    assert float(found["age"]) == pytest.approx(1 + (5 + 9 + 0 + 7 + 3 + 8 + 1) / 7)  # in the step to come
+    assert float(found["age"]) == pytest.approx(1 + (5 + 9 + 0 + 7 + 3 + 8 + 1) / 7)
 
 
 def test_staleness_leaves_out_masked_rows():
     cache, encoded, staleness = make_cache([5, 1, 9, 0])
     rows, mask = torch.tensor([0, 1, 2, 3]), torch.tensor([True, True, False, False])
-    found = record_updates(cache, "embedding", RowUpdates(rows, {"embedding": encoded}, mask), None)()
+    found = update_numbers(cache.data["embedding"], encoded, age_of(cache, rows), mask)
     assert float(found["staleness"]) == pytest.approx(float(staleness[:2].mean()))
     assert float(found["staleness_youngest"]) == pytest.approx(float(staleness[1]))
     assert float(found["staleness_oldest"]) == pytest.approx(float(staleness[0]))
     assert float(found["age"]) == pytest.approx(4.0)
-    none = RowUpdates(rows, {"embedding": encoded}, torch.zeros(4, dtype=torch.bool))
-    nothing = record_updates(cache, "embedding", none, None)()
+    nothing = update_numbers(cache.data["embedding"], encoded, age_of(cache, rows), torch.zeros(4, dtype=torch.bool))
     assert all(float(value) == 0 for value in nothing.values())
 
 

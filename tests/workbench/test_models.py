@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import cos_sim
 
 from command_line import invoke
+from negative_cache.workbench import models
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.model_names import ModelError, learning_rate_of
 from negative_cache.workbench.models import load_model, load_trained, prepare_for_training, train_tokenizer
@@ -77,6 +78,21 @@ def test_a_static_model_weighs_tokens_as_model2vec_does(tmp_path: Path):
     assert cos_sim(made.encode(texts[:8]), wanted).diagonal().min() > 0.9999
     plain = SentenceTransformer(modules=[StaticEmbedding(expected.tokenizer, embedding_weights=expected.embedding)])
     assert cos_sim(plain.encode(texts[:8]), wanted).diagonal().min() < 0.999  # the test can fail
+
+
+def test_the_same_texts_give_the_same_tokenizer(tmp_path: Path):
+    """The tokens of the random pairs are equally frequent, so most merges are chosen between equals."""
+    random_pairs(tmp_path / "pairs.jsonl", 100)
+    texts = load_data(str(tmp_path / "pairs.jsonl")).training_texts()
+    first = train_tokenizer(texts)
+    assert {train_tokenizer(given).to_str() for given in (texts, list(texts), iter(texts))} == {first.to_str()}
+    plain = {json.dumps(models._vocabulary_of(texts, models._SPECIALS, models.VOCABULARY)) for _ in range(4)}
+    assert len(plain) > 1  # the test can fail
+    assert first.get_vocab_size() > 500
+    assert [first.id_to_token(number) for number in range(5)] == list(models._SPECIALS)
+    assert first.encode("[CLS] ##a").tokens == ["[CLS]", "[UNK]", "[UNK]", "a"]  # "##a" is no special token
+    for text in texts:
+        assert "[UNK]" not in first.encode(text).tokens
 
 
 def test_a_comparison_makes_a_static_model_once(tmp_path: Path):

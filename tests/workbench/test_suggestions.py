@@ -28,6 +28,8 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
     (tmp_path / "my-static").mkdir()
     assert did_you_mean_path("my-sttic", "static") == " Did you mean my-static?"
     assert did_you_mean_path("dta", suits=Path.is_file) == ""
+    (tmp_path / "half.partial").mkdir()
+    assert did_you_mean_path("half/", "hall") == " Its run, in half.partial, is not finished."
     for name in ("no/such/folder", "..", "", "\0"):
         assert did_you_mean_path(name) == ""
 
@@ -45,7 +47,9 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
         (["search", "a", "--data", "set", "--model", "my-modl"], "Did you mean my-model? Give a folder or the name"),
         (["search", "a", "--data", "set", "--model", "sett"], "). Give a folder or the name"),
         (["search", "a", "--data", "set", "--model", "my-statc"], "). Give a folder or the name"),
+        (["search", "a", "--data", "set", "--model", "my-static"], "Its run, in my-static.partial, is not finished."),
         (["significance", "sett", "other"], "Did you mean set? Give RUN"),
+        (["significance", "my-static", "other"], "Its run, in my-static.partial, is not finished. Give RUN"),
         (["train", "--data", "set", "--output", "set"], "exists and is not empty. Choose another --output."),
         (["train", "--data", "test-only", "--output", "out"], "it has test. Give data with training pairs"),
         (["train", "--data", "set", "--output", "out", "--report-to", "wandb"], "pip install wandb, or leave it out"),

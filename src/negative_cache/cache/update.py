@@ -47,6 +47,7 @@ def check_new_items(
     *,
     mask: Tensor | None = None,
     known_finite: Collection[str] = (),
+    name: str = "new_items",
 ) -> dict[str, Tensor | RaggedRows]:
     """Validate items for insertion into a cache, without writing them; the cache notes the side of their padding.
 
@@ -56,6 +57,7 @@ def check_new_items(
         new_items: Feature name -> `[n, ...]`, with every key of the cache.
         mask: bool `[n]`: False for items that will not be inserted and may have any value. None to insert all.
         known_finite: Features that were checked for non-finite values in their stored dtype already.
+        name: What errors call the items.
 
     Returns:
         The items, padded and cast for `update_rows`.
@@ -65,16 +67,16 @@ def check_new_items(
             without synchronizing the device.
         TypeError: Wrong dtypes.
     """
-    check_keys("new_items", new_items, list(specs))
-    items = check_features("new_items", new_items, specs)
+    check_keys(name, new_items, list(specs))
+    items = check_features(name, new_items, specs)
     count = batch_size(items)
     if count > cache.num_rows:
         raise ValueError(
-            f"`new_items` has {count} items, the cache only {cache.num_rows} rows. "
+            f"`{name}` has {count} items, the cache only {cache.num_rows} rows. "
             "Use a cache that is larger than the batch."
         )
     unchecked = {key: value for key, value in items.items() if key not in known_finite}
-    check_finite_items("new_items", unchecked, check_mask("new_items_mask", mask, count, cache.device))
+    check_finite_items(name, unchecked, check_mask("new_items_mask", mask, count, cache.device))
     for key, value in items.items():
         if isinstance(value, RaggedRows):  # before rows are read, so that they are padded like this batch
             cache.note_side(key, value.pads_left)

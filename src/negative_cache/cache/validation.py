@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
 import torch
@@ -73,7 +73,7 @@ def finite_entries(values: Tensor) -> Tensor:
     return (values * 0).unsqueeze(-1).flatten(1).sum(dim=1) == 0
 
 
-def check_keys(name: str, given: Mapping[str, object], expected: Sequence[str]) -> None:
+def check_keys(name: str, given: Collection[str], expected: Collection[str]) -> None:
     """Raise unless `given` has exactly the `expected` keys."""
     missing, extra = set(expected) - set(given), set(given) - set(expected)
     if missing or extra:
@@ -120,24 +120,28 @@ def check_number(name: str, value: object, hint: str = "") -> float:
     return number
 
 
+_INSTEAD_OF = {
+    "temperature": "Use its inverse: scale=1 / {given!r}.",
+    "score_transform": ("The scores are dot products times `scale`: for `lambda score: 20.0 * score`, set scale=20.0."),
+    "top_k": (
+        "Documents are sampled from the softmax over all rows. Remove it, or use CacheClassificationLoss, which has it."
+    ),
+    "embedding_key": "The embeddings have no key. Remove it.",
+    "data_keys": "All of `document_features` are stored. Remove it.",
+    "reducer": "The loss is the mean over the queries. Remove it.",
+    "filter_fn": "Documents with equal `document_ids`, by default a hash of integer features, have one row. Remove it.",
+}
+"""Options of other losses, and of the earlier implementations -> what takes their place."""
+
+
 def refuse_other_options(init: Callable[_P, None]) -> Callable[_P, None]:
     """Decorate the constructor of a loss: a TypeError for options of other losses says what takes their place."""
 
     @functools.wraps(init)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        if "temperature" in kwargs:
-            given = kwargs["temperature"]
-            raise TypeError(f"`temperature` is not an option. Use its inverse: scale=1 / {given!r}.")
-        if "score_transform" in kwargs:
-            raise TypeError(
-                "`score_transform` is not an option. The scores are dot products times `scale`: for `lambda score: "
-                "20.0 * score`, set scale=20.0."
-            )
-        if "top_k" in kwargs:
-            raise TypeError(
-                "`top_k` is not an option: documents are sampled from the softmax over all rows. Remove it, or use "
-                "CacheClassificationLoss, which has it."
-            )
+        for name, advice in _INSTEAD_OF.items():
+            if name in kwargs:
+                raise TypeError(f"`{name}` is not an option. {advice.format(given=kwargs[name])}")
         init(*args, **kwargs)
 
     return checked
@@ -267,7 +271,8 @@ def _check_fixed(where: str, value: object, spec: FixedLenFeature | QuantizedFea
     if len(given) != len(shape) or any(got > size for got, size in zip(given, shape, strict=True)):
         raise ValueError(
             f"`{where}` has shape {list(value.shape)}; the spec says {['*', *shape]}. "
-            "Truncate longer values, or correct the spec; shorter ones are padded."
+            "Truncate longer values, or correct the spec; shorter ones are padded. If the length varies, the spec must "
+            f"be a RaggedFeature, such as RaggedFeature({spec.dtype})."
         )
     # `pad` takes pairs of (left, right), the last dimension first.
     pads = [n for size, got in zip(reversed(shape), reversed(given), strict=True) for n in (0, size - got)]

@@ -104,9 +104,19 @@ class Advice:
             tried: `[n, dim]`: those of the encoder, with the same weights.
         """
         if len(tried) and not torch.compiler.is_compiling():
-            given, tried = given.detach().float(), tried.detach().float()
-            cosines = (given * tried).sum(1) / (given.norm(dim=1) * tried.norm(dim=1))
-            self._when_known(_warn_of_other_embeddings, [cosines.mean()])
+            self._when_known(_warn_of_other_embeddings, [_cosines(given, tried).mean()])
+
+    def look_at_updates(self, cached: Tensor, encoded: Tensor, is_new: Tensor) -> None:
+        """The same for the first documents that a step re-encodes, as far as the step before has stored them.
+
+        Args:
+            cached: `[n, dim]`: their cached embeddings.
+            encoded: `[n, dim]`: those of the encoder, whose weights may have changed by one step.
+            is_new: bool `[n]`: whether the step before has stored them.
+        """
+        if not torch.compiler.is_compiling():
+            total = torch.where(is_new, _cosines(cached, encoded), 0).sum()
+            self._when_known(_warn_of_other_embeddings, [total / is_new.sum()])  # NaN, without a warning, if none is
 
     def look_at_ids(self, ids: Tensor, features: Items) -> None:
         """Warn if the second batch has the ids of the first one, but other documents.
@@ -173,6 +183,11 @@ def _norms(embeddings: Tensor) -> Tensor:
     """The smallest, the mean and the largest norm of `embeddings [n, dim]`: float32 `[3]`."""
     norms = embeddings.detach().float().norm(dim=1)
     return torch.stack([norms.amin(), norms.mean(), norms.amax()])
+
+
+def _cosines(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine similarity of each pair of rows of `[n, dim]`: float32 `[n]`."""
+    return torch.nn.functional.cosine_similarity(first.detach().float(), second.detach().float(), dim=1)
 
 
 def _warn_of_norms(scale: float, norms: list[list[float]]) -> None:

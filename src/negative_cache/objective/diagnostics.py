@@ -15,7 +15,6 @@ from negative_cache import estimators
 from negative_cache.cache.hashing import hash_items
 from negative_cache.cache.rows import NegativeCache
 from negative_cache.cache.specs import Specs
-from negative_cache.cache.update import RowUpdates
 from negative_cache.cache.validation import Items, check_features
 from negative_cache.sampling.config import Noise
 
@@ -255,23 +254,6 @@ def _mean_over_draws(weights: Tensor, values: Tensor, lse: Tensor) -> Tensor:
     """The weighted sums of `values [batch, n]`, averaged over the queries that have negatives: `[]`."""
     has_negatives = lse > -torch.inf
     return torch.where(has_negatives, (weights * values).sum(dim=1), 0).sum() / has_negatives.sum().clamp(min=1)
-
-
-def record_updates(cache: NegativeCache, embedding_key: str, updates: RowUpdates, cached: Tensor | None) -> Record:
-    """Record the values from which the staleness of rows is computed, before they are updated.
-
-    Args:
-        cache: The cache.
-        embedding_key: The feature with the embedding.
-        updates: The updates that will be written.
-        cached: `[n, dim]`: the cached embeddings of these rows; None to read them from the cache.
-    """
-    if cached is None:
-        cached = cache.read(updates.rows, [embedding_key])[embedding_key]
-    embeddings, age = updates.items[embedding_key], cache.step + 1 - cache.written[updates.rows]
-    assert isinstance(embeddings, Tensor)
-    # a copy, because embeddings may be views of larger tensors, or change in place later
-    return partial(update_numbers, cached, embeddings.clone(), age, updates.mask)
 
 
 def update_numbers(cached: Tensor, embeddings: Tensor, age: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ STATIC_DIM = 256
 TINY = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TINY_MAX_LENGTH = 128
 TEXTS_PER_CHUNK = 256
+
+_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 logger = logging.getLogger("negative_cache")
 
@@ -239,8 +241,34 @@ class _CachingTokenizer:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A WordPiece tokenizer for prose and code: lower case, with camelCase and snake_case split into words."""
-    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]", max_input_chars_per_word=64))
+    """A WordPiece tokenizer for prose and code: lower case, with camelCase and snake_case split into words.
+
+    The same texts give the same tokenizer. The trainer alone would not: it numbers the characters within words in the
+    order of a hash table, which differs from run to run, and the numbers decide which of two equally frequent pairs it
+    merges. A first training finds these characters, and a second one gets them in order, as special tokens.
+
+    Args:
+        texts: Texts, which are iterated over twice.
+    """
+    if isinstance(texts, Iterator):
+        texts = list(texts)
+    within_words = sorted(token for token in _vocabulary_of(texts, _SPECIALS, size=0) if token not in _SPECIALS)
+    found = _vocabulary_of(texts, [*_SPECIALS, *(token for token in within_words if len(token) > 1)], VOCABULARY)
+    tokenizer = _tokenizer(found)
+    tokenizer.add_special_tokens(list(_SPECIALS))
+    return tokenizer
+
+
+def _vocabulary_of(texts: Iterable[str], first: Sequence[str], size: int) -> dict[str, int]:
+    """The number of each token, of all characters and of pieces of words up to a size, after those that come first."""
+    tokenizer = _tokenizer({})
+    trainer = WordPieceTrainer(vocab_size=size, special_tokens=list(first), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return dict(tokenizer.get_vocab())
+
+
+def _tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=64))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"(?<=[a-z0-9])(?=[A-Z])"), " "), normalizers.NFKC(), normalizers.Lowercase()]
     )
@@ -252,9 +280,6 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
             pre_tokenizers.Punctuation(),
         ]
     )
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

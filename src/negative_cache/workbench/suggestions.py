@@ -29,7 +29,7 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
 
 
 def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = lambda _: True) -> str:
-    """The same for a path, of the files and folders beside it and of other names.
+    """The same for a path, of the files and folders beside it and of other names; or that its run is not finished.
 
     Args:
         given: The path.
@@ -37,6 +37,9 @@ def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = 
         suits: Whether a file or folder may have been meant. Hidden ones and folders of unfinished runs never are.
     """
     path = Path(given)
+    unfinished = Path(f"{path}{UNFINISHED}")
+    if unfinished.is_dir():
+        return f" Its run, in {unfinished}, is not finished."
     try:
         paths = [path.with_name(name) for name in os.listdir(path.parent) if not name.startswith(".")]
         beside = [str(other) for other in paths if other.suffix != UNFINISHED and suits(other)]

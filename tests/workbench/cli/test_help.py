@@ -150,12 +150,14 @@ def test_the_help_names_the_choices_and_the_defaults_that_depend_on_the_model():
         (["evaluate", "--bs", "8"], "--batch-size"),
         (["train", "--max_length", "64"], "--max-seq-length"),
         (["train", "--temperature", "0.05"], "--scale"),
+        (["search", "--top-k", "10"], "--num-results"),
+        (["search", "-k", "10"], "--num-results"),
     ],
 )
 def test_names_of_options_in_other_programs_are_understood(words: list[str], meant: str):
     ended = invoke(*words)
     assert ended.exit_code == 2
-    (proposed,) = re.findall(r"No such option:? '?--\w+'?.* \((.*)\)", ended.stderr)
+    (proposed,) = re.findall(r"No such option:? '?--?[\w-]+'?.* \((.*)\)", ended.stderr)
     assert re.findall(r"--[a-z-]+", proposed) == [meant]
 
 

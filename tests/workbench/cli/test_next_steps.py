@@ -51,6 +51,7 @@ def test_every_command_names_commands_that_run(place: Path):
     after_data = suggested(succeed("data", "my pairs.jsonl", *COLUMNS))
     from_the_hub = ["--model", "all-MiniLM-L6-v2"]  # the pairs are few
     assert after_data["train"][-4:-2] == from_the_hub
+    succeed(*(word for word in after_data["compare"] if word not in from_the_hub), "--model", "static")
     ended = succeed(
         *(word for word in after_data["train"] if word not in from_the_hub), *SMALL, "--relative-margin", "0.05"
     )
@@ -78,22 +79,44 @@ def test_every_command_names_commands_that_run(place: Path):
     ended = succeed(*after_significance["report"])
     address = re.search(r"python -m webbrowser file://(\S+)$", ended.stderr, re.MULTILINE)
     assert Path(address[1]).read_text(encoding="utf-8").startswith("<!doctype html>")
-    baseline = ["compare", "--data", "my pairs.jsonl", *COLUMNS, "--model", "static", "--losses", "bm25,zero-shot"]
-    succeed(*baseline, "--seeds", "1", "--output", "baselines")
     ended = succeed("significance", after_train["report"][1], "baselines/runs/bm25")
     assert suggested(ended)["report"] == after_train["report"]
 
 
 def test_a_distilled_model_is_compared_with_the_one_it_is_made_from(place: Path):
     data = ["train", "--data", "pairs.jsonl", *SMALL]
-    after = suggested(succeed(*data, "--model", "tiny", "--output", "base", "--learning-rate", "0.003"))
-    assert after["compare"][-5:-3] == ["0.003", "--seeds"]
+    succeed(*data, "--model", "tiny", "--output", "base")
     ended = succeed(*data, "--model", "static:base", "--output", "model")
     assert "before: the static model made from base, not base itself" in ended.stdout
     assert "To compare with base as it is: " in ended.stderr
     after = suggested(succeed(*suggested(ended)["evaluate"]))
     assert after["significance"] == ["significance", "base.json", "OTHER.json"]
     succeed("significance", "model", "base.json")
+
+
+def test_an_encoder_is_trained_once_more_without_the_cache(place: Path):
+    options = [*SMALL, "--learning-rate", "0.003", "--max-seq-length", "16", "--no-shared", "--save-steps", "2"]
+    train = ["train", "--data", "my pairs.jsonl", *COLUMNS, "--model", "tiny", *options, "--output", "model/"]
+    ended = succeed(*train)
+    again = suggested(ended)["train"]
+    assert "compare" not in suggested(ended)
+    succeed(*again)
+    first, second = (json.loads(Path(name, "run.json").read_text()) for name in ("model", "model-in-batch"))
+    different = {name for name, value in first["configuration"].items() if value != second["configuration"][name]}
+    assert different == {"loss", "output", "shared", "cache_size"}
+    assert second["before"] == first["before"]
+    both = re.search(r"^And then compare both: (negative-cache .*)$", ended.stderr, re.MULTILINE)
+    succeed(*shlex.split(both[1])[1:])
+
+
+@pytest.mark.parametrize(("num_pairs", "model"), [(120, "all-MiniLM-L6-v2"), (1600, "static:all-MiniLM-L6-v2")])
+def test_data_proposes_a_model_that_suits_the_number_of_pairs(num_pairs: int, model: str, tmp_path: Path):
+    random_pairs(tmp_path / "pairs.jsonl", num_pairs)
+    ended = succeed("data", str(tmp_path / "pairs.jsonl"))
+    proposed = suggested(ended)
+    assert proposed["train"][proposed["train"].index("--model") + 1] == model
+    assert ("worse than the encoder" in ended.stderr) == model.startswith("static:")
+    assert proposed["compare"][proposed["compare"].index("--model") + 1] == "all-MiniLM-L6-v2"
 
 
 @pytest.mark.parametrize(

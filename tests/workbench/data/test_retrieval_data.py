@@ -84,7 +84,8 @@ def test_a_tokenizer_is_trained_on_each_text_of_the_training_split_or_on_evenly_
     monkeypatch: pytest.MonkeyPatch,
 ):
     found = data({"x": "q", "y": "r", "z": "s"}, {"x": ["a", "c"], "y": ["c"]})
-    assert list(found.training_texts()) == ["q", "r", "text a", "text c"]
+    texts = found.training_texts()
+    assert list(texts) == list(texts) == ["q", "r", "text a", "text c"]
     monkeypatch.setattr(retrieval_data, "MAX_TRAINING_TEXTS", 6)
     queries = {f"q{number}": f"query {number}" for number in range(9)}
     many = RetrievalData("set", {"a": "text"}, queries, {"train": {key: ["a"] for key in queries}})

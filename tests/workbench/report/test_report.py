@@ -16,6 +16,7 @@ import pytest
 from command_line import invoke
 from negative_cache.workbench.report.runs import Run
 from negative_cache.workbench.report.svg import MAX_POINTS, MAX_RUNS, Line, _thinned, draw, short
+from negative_cache.workbench.training.samples import NUM_CHANGED
 
 HOSTILE = "<script>document.title = 'taken'</script> & </pre><img src=http://127.0.0.1:9/x.png>"
 NUM = 60
@@ -243,7 +244,8 @@ def test_other_folders_are_refused(args: list[str], message: str, folder: Path, 
 
 def test_samples_have_ranks_before_and_after_training(folder: Path):
     found = json.loads((folder / "nc" / "samples.json").read_text())
-    assert len(found["before"]) == len(found["after"]) == 10
+    num_shown = sum(min(found["changes"][way], NUM_CHANGED) for way in ("better", "worse"))
+    assert len(found["before"]) == len(found["after"]) == num_shown > 0
     for entry in found["before"] + found["after"]:
         scores = [hit["score"] for hit in entry["found"]]
         assert scores == sorted(scores, reverse=True)

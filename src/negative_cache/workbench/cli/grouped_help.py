@@ -38,6 +38,8 @@ _ALIASES = {
     "--max-length": ("--max-seq-length",),
     "--temperature": ("--scale",),
     "--output-dir": ("--output",),
+    "--top-k": ("--num-results",),
+    "-k": ("--num-results",),
 }
 
 

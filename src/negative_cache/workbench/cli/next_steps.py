@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.cli.plan import FEW_PAIRS
+from negative_cache.workbench.compare.comparison import BASELINES, FIXED_FIELDS, Comparison
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_from_scratch, is_static
-from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of
+from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of, has_effect
 
 if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
     from negative_cache.workbench.training.record import RunRecord
 
-QUERY, NEW_MODEL, OWN_DATA = "your query", "my-model", "my-pairs.csv"
+QUERY, NEW_MODEL, MEASURED, OWN_DATA = "your query", "my-model", "baselines", "my-pairs.csv"
 PRETRAINED = "all-MiniLM-L6-v2"
 
 
@@ -32,8 +33,13 @@ def after_data(source: str, options: DataOptions, data: RetrievalData, model: st
     """After `data`: train, or evaluate if there is nothing to train on."""
     given = ("--data", source, *options.arguments())
     if data.has("train"):
-        suggested = PRETRAINED if data.num_pairs("train") < FEW_PAIRS else f"{DISTILLED}{PRETRAINED}"
-        yield f"To train on it: {command('train', *given, model=model or suggested, output=NEW_MODEL)}"
+        if data.has("test"):
+            measure = command("compare", *given, model=model or PRETRAINED, losses=",".join(BASELINES), output=MEASURED)
+            yield f"To measure what a trained model must beat, BM25 and an encoder that is not trained: {measure}"
+        is_static = model is None and data.num_pairs("train") >= FEW_PAIRS
+        about = " a static model in minutes; it may be worse than the encoder that it is made from" if is_static else ""
+        suggested = f"{DISTILLED}{PRETRAINED}" if is_static else model or PRETRAINED
+        yield f"To train{about or ' on it'}: {command('train', *given, model=suggested, output=NEW_MODEL)}"
     elif data.has("test"):
         yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
 
@@ -68,28 +74,39 @@ def after_train(
         words = ("--model", base, *of_data, "--split", split, "--per-query", f"{Path(base).name}.json")
         yield f"To compare with {base} as it is: {command('evaluate', *words)}"
     if record.after is not None and config.loss == "negative-cache":
-        yield f"To see what the cache adds to it: {_comparison(config, record)}"
+        yield from _what_the_cache_adds(config, record)
     yield f"To see curves and examples: {command('report', config.output)}"
     search = command("search", QUERY, *model, "--data", config.data, *options.arguments(of_documents))
     yield f"To use it: SentenceTransformer({config.output!r}) in Python, or {search}"
 
 
-def _comparison(config: RunConfig, record: RunRecord) -> str:
-    """The command that compares a run with in-batch negatives, which keeps its settings.
+def _what_the_cache_adds(config: RunConfig, record: RunRecord) -> Iterator[str]:
+    """How to compare a run with in-batch negatives, with its settings.
 
-    An encoder is compared at the learning rate of the run, because several of them would take hours.
+    A static model trains in minutes, so each loss gets its best learning rate. An encoder is trained once more, at the
+    learning rate of the run.
     """
-    from negative_cache.workbench.compare.comparison import FIXED_FIELDS, Comparison
-
-    given, shared = asdict(config), {field.name for field in fields(Comparison)}
+    given = asdict(config)
     words = ["--data", config.data, *config.data_options.arguments(), "--model", config.model]
-    words += arguments_of(given, shared - {"data", "model", "output", "data_options"})
-    own = (field for field in fields(config) if field.name not in shared | FIXED_FIELDS)
-    settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
-    losses = f"bm25,zero-shot,in-batch,{':'.join(['negative-cache', *settings])}"
-    rate = None if is_static(config.model) else f"{record.configuration['learning_rate']:g}"
-    output = f"{config.output.rstrip('/')}-comparison"
-    return command("compare", *words, losses=losses, learning_rates=rate, seeds=1, output=output)
+    if is_static(config.model):
+        shared = {field.name for field in fields(Comparison)}
+        words += arguments_of(given, shared - {"data", "model", "output", "data_options"})
+        own = (field for field in fields(config) if field.name not in shared | FIXED_FIELDS)
+        settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
+        losses = f"bm25,zero-shot,in-batch,{':'.join(['negative-cache', *settings])}"
+        compare = command("compare", *words, losses=losses, seeds=1, output=f"{_bare(config.output)}-comparison")
+        yield f"To see what the cache adds to it: {compare}"
+    else:
+        used = {field.name for field in fields(config) if has_effect("in-batch", field.name)}
+        words += arguments_of(given, used - {"data", "model", "loss", "output", "data_options", "learning_rate"})
+        rate, other = f"{record.configuration['learning_rate']:g}", f"{_bare(config.output)}-in-batch"
+        again = command("train", *words, loss="in-batch", learning_rate=rate, output=other)
+        yield f"To see what the cache adds to it, train without it: {again}"
+        yield f"And then compare both: {command('significance', config.output, other)}"
+
+
+def _bare(output: str) -> str:
+    return output.rstrip("/")
 
 
 def after_evaluate(given: Mapping[str, Any], split: str, of_documents: Iterable[str]) -> Iterator[str]:

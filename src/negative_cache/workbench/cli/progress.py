@@ -32,6 +32,7 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 BAR_WIDTH = 20  # columns
 SECONDS_PER_LINE = 30.0  # without a terminal
 FIRST_UPDATES = 6  # after which the time is estimated
+SECONDS_OF_SPEED = 300.0  # the time left is estimated from; updates may be a minute apart
 SHOWN = {"loss": "loss", "cache/staleness": "staleness", "cache/fill": "fill"}  # key of the logs -> name
 
 
@@ -126,7 +127,7 @@ class _BarOrLines(Progress):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, speed_estimate_period=SECONDS_OF_SPEED, **kwargs)
         self._said = time.monotonic()
         self._phase: tuple[str, float | None] | None = None
         self._updates = 0  # in this phase

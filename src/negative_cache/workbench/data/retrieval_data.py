@@ -338,16 +338,30 @@ class RetrievalData:
             )
         return datasets.Dataset(writer.finish(), fingerprint=uuid.uuid4().hex)  # otherwise, all texts are hashed
 
-    def training_texts(self) -> Iterator[str]:
+    def training_texts(self) -> Iterable[str]:
         """The queries of the training split, then their documents, each once, for training a tokenizer.
 
-        Of each kind, these are all texts, or at least `MAX_TRAINING_TEXTS / 2` that are evenly spaced.
+        Of each kind, these are all texts, or at least `MAX_TRAINING_TEXTS / 2` that are evenly spaced. They are read
+        anew whenever the result is iterated over.
         """
         train = self.judged("train")
         documents = dict.fromkeys(document for relevant in train.values() for document in relevant)
+        chosen = []
         for texts, keys in ((self.queries, train), (self.corpus, documents)):
             step = max(1, len(keys) // (MAX_TRAINING_TEXTS // 2))
-            yield from (texts[key] for key in itertools.islice(keys, 0, None, step))
+            chosen.append((texts, list(itertools.islice(keys, 0, None, step))))
+        return _ChosenTexts(chosen)
+
+
+@dataclass(frozen=True)
+class _ChosenTexts:
+    """Texts of collections by their keys, in order."""
+
+    parts: Sequence[tuple[Mapping[str, str], Sequence[str]]]
+
+    def __iter__(self) -> Iterator[str]:
+        for texts, keys in self.parts:
+            yield from (texts[key] for key in keys)
 
 
 def notes_on_judged(data: RetrievalData, split: str) -> list[str]:
