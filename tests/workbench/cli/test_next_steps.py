@@ -22,8 +22,9 @@ from support import random_pairs
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with pairs in columns of unusual names."""
+    """A working directory with pairs in columns of unusual names, which are enough for a training."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(next_steps, "TOO_FEW_PAIRS", 50)
     random_pairs(tmp_path / "pairs.jsonl", 120)
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     renamed = ({"My question": row["query"], "reply": row["positive"]} for row in rows)
@@ -109,14 +110,23 @@ def test_an_encoder_is_trained_once_more_without_the_cache(place: Path):
     succeed(*shlex.split(both[1])[1:])
 
 
-@pytest.mark.parametrize(("num_pairs", "model"), [(120, "all-MiniLM-L6-v2"), (1600, "static:all-MiniLM-L6-v2")])
-def test_data_proposes_a_model_that_suits_the_number_of_pairs(num_pairs: int, model: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("num_pairs", "names", "model"),
+    [
+        (20, ["search", "train"], "all-MiniLM-L6-v2"),
+        (500, ["compare", "train"], "all-MiniLM-L6-v2"),
+        (1600, ["compare", "train"], "static:all-MiniLM-L6-v2"),
+    ],
+)
+def test_data_proposes_what_suits_the_number_of_pairs(num_pairs: int, names: list[str], model: str, tmp_path: Path):
     random_pairs(tmp_path / "pairs.jsonl", num_pairs)
     ended = succeed("data", str(tmp_path / "pairs.jsonl"))
-    proposed = suggested(ended)
-    assert proposed["train"][proposed["train"].index("--model") + 1] == model
+    first, train = suggested(ended).values()
+    assert list(suggested(ended)) == names
+    assert train[train.index("--model") + 1] == model
+    assert first[first.index("--model") + 1] == "all-MiniLM-L6-v2"
     assert ("worse than the encoder" in ended.stderr) == model.startswith("static:")
-    assert proposed["compare"][proposed["compare"].index("--model") + 1] == "all-MiniLM-L6-v2"
+    assert ("all the same" in ended.stderr) == ("search" in names)
 
 
 @pytest.mark.parametrize(

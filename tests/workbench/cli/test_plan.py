@@ -115,6 +115,7 @@ def test_on_a_gpu_the_plan_advises_one_document_per_query(beir: Path, monkeypatc
 @pytest.mark.parametrize("model", ["static", "tiny", "static:all-MiniLM-L6-v2"])
 def test_few_pairs_for_random_weights_are_named(beir: Path, model: str, monkeypatch: pytest.MonkeyPatch):
     data, config = load_data(str(beir)), RunConfig(str(beir), model, "in-batch", "out")
+    monkeypatch.setattr(plan, "TOO_FEW_PAIRS", data.num_pairs("train"))
     found = advice_on_size(config, data, measures=False)
     assert len(found) == (":" not in model)
     assert all(f"{data.num_pairs('train')} pairs are few for --model {model}" in line for line in found)
@@ -122,12 +123,17 @@ def test_few_pairs_for_random_weights_are_named(beir: Path, model: str, monkeypa
     assert advice_on_size(config, data, measures=False) == []
 
 
-def test_few_test_queries_are_named_where_they_are_measured(beir: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_few_queries_are_named_where_they_are_measured(split: str, beir: Path, monkeypatch: pytest.MonkeyPatch):
+    if split == "dev":
+        (beir / "qrels" / "test.tsv").unlink()
     data, config = load_data(str(beir)), RunConfig(str(beir), "some/model", "in-batch", "out")
-    number = len(data.judged("test"))
-    assert advice_on_size(config, data, measures=True) == [
-        f"{number} test queries are few: the result says little about the model. Give more with --test."
-    ]
-    assert advice_on_size(config, data, measures=False) == []
+    number = len(data.judged(split))
+    few, pairs = f"{number} {split} queries are few: the result says little", data.num_pairs("train")
+    said = advice_on_size(config, data, measures=True)
+    assert [few in line for line in said] == [False, True]
+    assert said[0].startswith(f"Warning: only {pairs} training pairs: a gain is not to be expected")
+    assert advice_on_size(config, data, measures=False) == said[:1]
     monkeypatch.setattr(plan, "FEW_TEST_QUERIES", number)
+    monkeypatch.setattr(plan, "TOO_FEW_PAIRS", pairs)
     assert advice_on_size(config, data, measures=True) == []

@@ -9,6 +9,7 @@ import typer
 
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
+from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import print_wide
 from negative_cache.workbench.cli.terminal import Terminal, escape
 from negative_cache.workbench.counting import counted, counted_queries
@@ -53,7 +54,7 @@ def data(
         _print(terminal, found)
         for warning in warnings[len(read) :]:  # the others are printed as notes of the data
             terminal.out.print(f"[bold yellow]Warning:[/] {escape(warning)}", soft_wrap=True, highlight=False)
-        terminal.inform(next_steps.after_data(source, data_options, loaded, model))
+        terminal.inform(next_steps.after_data(source, data_options, loaded, model, OF_DOCUMENTS))
 
 
 def _tokens_of(terminal: Terminal, name: str) -> Measure:

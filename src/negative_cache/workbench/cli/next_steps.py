@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from negative_cache.workbench.cli.examples import EXAMPLES
 from negative_cache.workbench.cli.plan import FEW_PAIRS
 from negative_cache.workbench.compare.comparison import BASELINES, FIXED_FIELDS, Comparison
+from negative_cache.workbench.data.advice import TOO_FEW_PAIRS
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_from_scratch, is_static
 from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of, has_effect
@@ -29,19 +30,35 @@ def command(name: str, *words: object, **options: object) -> str:
     return shlex.join(["negative-cache", name, *map(str, words), *map(str, given)])
 
 
-def after_data(source: str, options: DataOptions, data: RetrievalData, model: str | None) -> Iterator[str]:
-    """After `data`: train, or evaluate if there is nothing to train on."""
-    given = ("--data", source, *options.arguments())
-    if data.has("train"):
+def after_data(
+    source: str, options: DataOptions, data: RetrievalData, model: str | None, of_documents: Iterable[str]
+) -> Iterator[str]:
+    """After `data`: measure what a trained model must beat, and train; or what else there is enough data for.
+
+    Args:
+        source: See `load_data`.
+        options: How it was read.
+        data: The data.
+        model: The model that the user has named; None for none.
+        of_documents: The options of the data that `search` takes.
+    """
+    given, trained = ("--data", source, *options.arguments()), model or PRETRAINED
+    pairs = data.num_pairs("train") if data.has("train") else 0
+    if 0 < pairs < TOO_FEW_PAIRS:
+        search = command("search", QUERY, "--data", source, *options.arguments(of_documents), model=trained)
+        yield f"To search it with a model that needs no training: {search}"
+        yield f"To train all the same: {command('train', *given, model=trained, output=NEW_MODEL)}"
+    elif pairs:
         if data.has("test"):
-            measure = command("compare", *given, model=model or PRETRAINED, losses=",".join(BASELINES), output=MEASURED)
+            measure = command("compare", *given, model=trained, losses=",".join(BASELINES), output=MEASURED)
             yield f"To measure what a trained model must beat, BM25 and an encoder that is not trained: {measure}"
-        is_static = model is None and data.num_pairs("train") >= FEW_PAIRS
-        about = " a static model in minutes; it may be worse than the encoder that it is made from" if is_static else ""
-        suggested = f"{DISTILLED}{PRETRAINED}" if is_static else model or PRETRAINED
-        yield f"To train{about or ' on it'}: {command('train', *given, model=suggested, output=NEW_MODEL)}"
+        if model is None and pairs >= FEW_PAIRS:
+            static = command("train", *given, model=f"{DISTILLED}{PRETRAINED}", output=NEW_MODEL)
+            yield f"To train a static model in minutes, which may be worse than the encoder it is made from: {static}"
+        else:
+            yield f"To train on it: {command('train', *given, model=trained, output=NEW_MODEL)}"
     elif data.has("test"):
-        yield f"To evaluate a model on it: {command('evaluate', *given, model=model or PRETRAINED)}"
+        yield f"To evaluate a model on it: {command('evaluate', *given, model=trained)}"
 
 
 def after_train(

@@ -18,15 +18,20 @@ def advice(found: Mapping[str, Any]) -> list[str]:
     return [*_about_splits(found), *_about_overlap(found), *_about_texts(found), *_about_positives(found)]
 
 
+def on_too_few_pairs(number: int) -> str:
+    """What to say of fewer training pairs than `TOO_FEW_PAIRS`."""
+    return (
+        f"only {counted(number, 'training pair')}: a gain is not to be expected below some hundred, and was measured "
+        "from 4,000. Collect more, and begin with a pretrained model."
+    )
+
+
 def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
     splits = found["splits"]
     if "train" not in splits:
         yield "no train split: the data can be evaluated on, but not trained on."
     elif (number := splits["train"]["positives"]) < TOO_FEW_PAIRS:
-        yield (
-            f"only {counted(number, 'training pair')}: a gain is not to be expected below some hundred, and was "
-            "measured from 4,000. Collect more, and begin with a pretrained model."
-        )
+        yield on_too_few_pairs(number)
     if "test" not in splits:
         yield "no test split: the result of training is not measured. Give one with --test."
     elif (number := splits["test"]["queries"]) < FEW_QUERIES:
