@@ -95,6 +95,16 @@ def test_a_distilled_model_is_compared_with_the_one_it_is_made_from(place: Path)
     succeed("significance", "model", "base.json")
 
 
+def test_a_model_is_evaluated_after_a_search_as_train_has_measured_it(place: Path):
+    succeed(
+        "train", "--data", "pairs.jsonl", "--model", "static", *SMALL, "--eval-documents", "50", "--output", "model"
+    )
+    for data, sample in (("pairs.jsonl", ["--eval-documents", "50"]), ("my pairs.jsonl", [])):
+        options = [*COLUMNS] if " " in data else []
+        after = suggested(succeed("search", "a query", "--model", "model", "--data", data, *options))
+        assert after["evaluate"] == ["evaluate", "--model", "model", "--data", data, *options, *sample]
+
+
 def test_an_encoder_is_trained_once_more_without_the_cache(place: Path):
     options = [*SMALL, "--learning-rate", "0.003", "--max-seq-length", "16", "--no-shared", "--save-steps", "2"]
     train = ["train", "--data", "my pairs.jsonl", *COLUMNS, "--model", "tiny", *options, "--output", "model/"]

@@ -152,8 +152,12 @@ def after_nanobeir(model: str) -> Iterator[str]:
 
 def after_search(given: Mapping[str, Any]) -> Iterator[str]:
     """After `search` with --data; `given` are the options of the command."""
+    from negative_cache.workbench.training.provenance import configuration_of_run_with
+
     words = ("--model", given["model"], "--data", given["data"], *given["data_options"].arguments())
-    evaluate = command("evaluate", *words, **given["encoding_options"])
+    training = configuration_of_run_with(given["model"], given["data"]) or {}
+    sample = training.get("data_options", {}).get("eval_documents")  # so that the result is comparable with train's
+    evaluate = command("evaluate", *words, eval_documents=sample, **given["encoding_options"])
     yield f"To measure how good the results are: {evaluate}"
 
 

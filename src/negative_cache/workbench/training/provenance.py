@@ -9,7 +9,7 @@ from negative_cache.workbench.data import RetrievalData, fingerprints
 from negative_cache.workbench.training.record import RECORD, read_json
 
 
-def configuration_of_run_with(model: str, source: str, data: RetrievalData) -> dict[str, Any] | None:
+def configuration_of_run_with(model: str, source: str, data: RetrievalData | None = None) -> dict[str, Any] | None:
     """The configuration of the run that trained a model with a dataset; None if no record says that there was one.
 
     The records are that in the folder of the model, that in the folder of the model that its run started from, and so
@@ -18,7 +18,7 @@ def configuration_of_run_with(model: str, source: str, data: RetrievalData) -> d
     Args:
         model: Name or path of the model.
         source: Name or path of the dataset, see `load_data`.
-        data: The dataset.
+        data: The dataset; None to know it by its path alone.
 
     Raises:
         RunError: A record is damaged.
@@ -31,9 +31,12 @@ def configuration_of_run_with(model: str, source: str, data: RetrievalData) -> d
         configuration = record.get("configuration")
         if not isinstance(configuration, dict) or not {"data", "model"} <= configuration.keys():
             break  # a file of another program
-        fingerprint = fingerprint or fingerprints.of_data(data)
-        if record.get("data_fingerprint") == fingerprint or _is_same(configuration["data"], source):
+        if _is_same(configuration["data"], source):
             return configuration
+        if data is not None:
+            fingerprint = fingerprint or fingerprints.of_data(data)
+            if record.get("data_fingerprint") == fingerprint:
+                return configuration
         path = Path(configuration["model"])
     return None
 
