@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def counted(number: int, one: str, several: str | None = None) -> str:
     """A number with its noun, such as "1 query" or "2,403 queries".
@@ -18,6 +20,12 @@ def counted_queries(number: int, kind: str = "") -> str:
     """A number of queries, such as "1 test query" with the kind "test"."""
     kind = kind and f"{kind} "
     return counted(number, f"{kind}query", f"{kind}queries")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence, such as "a, b and c"; empty without words."""
+    *first, last = words or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def percent(share: float) -> str:

@@ -339,29 +339,33 @@ def record(score: float, seconds: float = 1.0) -> RunRecord:
         (
             {"a": [0.50, 0.52], "b": [0.40, 0.42]},
             0.001,
-            "Best: a, MRR@10 0.5100, 24.4% above b (0.4100). That difference is significant (p = 0.001).",
+            "Best: a, MRR@10 0.5100, 24.4% above b (0.4100). In MRR@10, it is significantly better than b (p = 0.001).",
         ),
         (
             {"a": [0.40, 0.42], "b": [0.50, 0.52]},
             0.2,
-            "Best: b, MRR@10 0.5100, 24.4% above a (0.4100). No significant difference between b and a (p = 0.2).",
+            "Best: b, MRR@10 0.5100, 24.4% above a (0.4100). "
+            "In MRR@10, it is not significantly better than a (p = 0.2).",
         ),
         (
             {"a": [0.50], "b": [0.40]},
             0.00001,
-            "Best: a, MRR@10 0.5000, 25.0% above b (0.4000). That difference is significant (p < 0.0001). One seed "
+            "Best: a, MRR@10 0.5000, 25.0% above b (0.4000). "
+            "In MRR@10, it is significantly better than b (p < 0.0001). One seed "
             "does not show how much training varies.",
         ),
         (
             {"a": [0.40, 0.42], "bm25": [0.50]},
             0.001,
-            "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). That difference is significant (p = 0.001). No loss is "
+            "Best: bm25, MRR@10 0.5000, 22.0% above a (0.4100). "
+            "In MRR@10, it is significantly better than a (p = 0.001). No loss is "
             "above bm25; the best one is a, 0.4100.",
         ),
         (
             {"a": [0.40, 0.42], "zero-shot": [0.30]},
             0.001,
-            "Best: a, MRR@10 0.4100, 36.7% above zero-shot (0.3000). That difference is significant (p = 0.001).",
+            "Best: a, MRR@10 0.4100, 36.7% above zero-shot (0.3000). "
+            "In MRR@10, it is significantly better than zero-shot (p = 0.001).",
         ),
         ({"a": [0.50, 0.52], "b": []}, 1, ""),
     ],
@@ -384,6 +388,26 @@ def test_the_verdict_names_the_best_loss_its_lead_and_whether_it_is_significant(
     )
     distilled = verdict({**result, "configuration": {"model": "static:x/y", "losses": list(losses)}})
     assert ("zero-shot: the static model made from x/y, not x/y itself." in distilled) == ("zero-shot" in scores)
+
+
+def test_the_verdict_names_all_that_the_best_loss_was_compared_with():
+    means = {"c": 0.4, "a": 0.5, "d": 0.1, "b": 0.49}
+    losses = {
+        name: {"runs": [record(mean)] * 2, "summary": summary([record(mean)] * 2)} for name, mean in means.items()
+    }
+    pairs = [("a", "b", 0.2), ("b", "c", 0.03), ("a", "c", 0.03), ("d", "a", 0.0), ("d", "b", 0.0), ("d", "c", 0.0)]
+    tested = [
+        {"system": x, "baseline": y, "difference": means[x] - means[y], "low": -1, "high": 1, "p": p, "p_holm": p}
+        for x, y, p in pairs
+    ]
+    result = {
+        "losses": losses,
+        "significance": {"MRR@10": {"differences": tested}},
+        "learning_rates": [0.1, 0.2],
+        "configuration": {"model": "x/y", "losses": list(losses)},
+    }
+    said = "In MRR@10, it is significantly better than c (p = 0.03) and d (p < 0.0001), but not significantly better "
+    assert verdict(result) == f"Best: a, MRR@10 0.5000, 2.0% above b (0.4900). {said}than b (p = 0.2)."
 
 
 @pytest.mark.parametrize(

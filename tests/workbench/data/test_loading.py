@@ -126,6 +126,8 @@ def test_ids_that_are_lists_or_differ_only_in_type_are_refused(beir: Path):
         ([f"note_{name}.txt" for name in "abcde"], True),
         ([f"d{number}" for number in range(5)], True),
         (["d0", "d1"], True),
+        (list("12345"), True),
+        (["19", "4", "is 5"], False),
         (["d0"], False),
         (["ls -l", *(f"note_{name}.txt" for name in "abcde")], False),
         (list("abcde"), False),
@@ -137,3 +139,13 @@ def test_documents_that_look_like_names_give_a_warning(tmp_path: Path, documents
     warnings = [note for note in load_data(str(tmp_path / "a.csv")).notes if note.startswith("Warning: ")]
     assert len(warnings) == is_warned
     assert all("such as" in note and "--corpus" in note for note in warnings)
+
+
+@pytest.mark.parametrize(
+    ("queries", "is_warned"), [(["1", "20"], True), (["1", "20", "size 5"], False), (["A1", "B2"], False)]
+)
+def test_queries_that_are_numbers_give_a_warning(tmp_path: Path, queries: list[str], is_warned: bool):
+    rows = [f"{query},the answer to {query}\n" for query in queries]
+    (tmp_path / "a.csv").write_text("query,positive\n" + "".join(rows))
+    said = "Warning: each query is a number, such as '1'. Check --query-column."
+    assert (said in load_data(str(tmp_path / "a.csv")).notes) == is_warned

@@ -43,11 +43,18 @@ def print_comparison(result: dict[str, Any], console: Console) -> None:
     """Print the table of a comparison and the verdict."""
     from rich.table import Table
 
-    from negative_cache.workbench.compare.table import COLUMNS, rows_of, title_of, trained_losses, verdict
+    from negative_cache.workbench.compare.table import (
+        COLUMNS,
+        NOTE_ON_STARS,
+        rows_of,
+        title_of,
+        trained_losses,
+        verdict,
+    )
 
     table = Table(title=title_of(result), title_justify="left", caption_justify="left")
-    if trained_losses(result):
-        table.caption = "seconds: of training; they depend on what else the machine does"
+    notes = ["seconds: of training; they depend on what else the machine does"] if trained_losses(result) else []
+    table.caption = "\n".join([*notes, NOTE_ON_STARS] if result["significance"] else notes)
     for number, heading in enumerate(COLUMNS):
         table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows_of(result):

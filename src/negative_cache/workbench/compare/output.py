@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from negative_cache.workbench.compare.comparison import BASELINES
-from negative_cache.workbench.compare.running import MAX_EXTENSIONS, TESTED, failures_of
+from negative_cache.workbench.compare.running import MAX_EXTENSIONS, failures_of
 from negative_cache.workbench.compare.table import (
     COLUMNS,
+    NOTE_ON_STARS,
     best_loss,
     command_of_best,
     differences_of,
@@ -36,7 +37,6 @@ NOTE = (
     "include what a guide encodes, and mining, which encodes the corpus and the training queries."
 )
 NOTE_ON_BASELINES = "On the test split, without training. ± is the sample standard deviation over random weights."
-NOTE_ON_STARS = f"* marks those that no other is significantly better than, in {' and '.join(TESTED)}."
 SIGNIFICANCE = (
     "Fisher's randomisation test of the paired differences over {queries}, each averaged over the "
     "seeds, two-sided, with Holm's correction over the pairs. The interval is the BCa bootstrap's over the "

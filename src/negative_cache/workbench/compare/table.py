@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES, FIXED_FIELDS
-from negative_cache.workbench.compare.running import REPORTED
-from negative_cache.workbench.counting import counted, counted_queries
+from negative_cache.workbench.compare.running import REPORTED, TESTED
+from negative_cache.workbench.counting import counted, counted_queries, listed
 from negative_cache.workbench.data import DataOptions
 from negative_cache.workbench.evaluation.significance import Difference, p_in_words
 from negative_cache.workbench.model_names import about_begin
@@ -16,6 +17,7 @@ from negative_cache.workbench.training.config import RunConfig, arguments_of
 from negative_cache.workbench.training.record import Metrics, RunRecord
 
 COLUMNS = ("loss", "rate", *REPORTED, "seconds", "documents encoded", "peak memory")
+NOTE_ON_STARS = f"* marks those that no other is significantly better than, in {' and '.join(TESTED)}."
 
 
 def title_of(result: dict[str, Any]) -> str:
@@ -104,12 +106,8 @@ def verdict(result: dict[str, Any]) -> str:
     mean, other = (loss["summary"]["MRR@10"]["mean"] for loss in (first, next_one))
     by = f"{mean / other - 1:.1%}" if other else "all"
     sentences = [f"Best: {best}, MRR@10 {mean:.4f}, {by} above {second} ({other:.4f})."]
-    own = {(found.systems - {best}).pop(): found for found in differences_of(result, "MRR@10") if best in found.systems}
-    close = [f"{name} ({p_in_words(found.p_holm)})" for name, found in own.items() if not found.is_significant()]
-    if second in own and own[second].is_significant():
-        sentences.append(f"That difference is significant ({p_in_words(own[second].p_holm)}).")
-    if close:
-        sentences.append(f"No significant difference between {best} and {', '.join(close)}.")
+    if tested := _tests_of(best, [name for name, _ in losses[1:]], result):
+        sentences.append(tested)
     if best in BASELINES and (trained := best_loss(result)):
         quality = result["losses"][trained]["summary"]["MRR@10"]["mean"]
         above = [name for name, loss in losses if name in BASELINES and loss["summary"]["MRR@10"]["mean"] >= quality]
@@ -123,6 +121,18 @@ def verdict(result: dict[str, Any]) -> str:
     if best not in BASELINES and len(first["runs"]) < 2:
         sentences.append("One seed does not show how much training varies.")
     return " ".join(sentences)
+
+
+def _tests_of(best: str, others: Sequence[str], result: dict[str, Any]) -> str:
+    """Which of the others the best one is significantly better than, in a sentence; empty if nothing was tested."""
+    differences = {
+        (found.systems - {best}).pop(): found for found in differences_of(result, TESTED[0]) if best in found.systems
+    }
+    tests = [(found, f"{name} ({p_in_words(found.p_holm)})") for name in others if (found := differences.get(name))]
+    worse = listed([text for found, text in tests if found.is_significant()])
+    close = listed([text for found, text in tests if not found.is_significant()])
+    parts = [worse and f"significantly better than {worse}", close and f"not significantly better than {close}"]
+    return f"In {TESTED[0]}, it is {', but '.join(filter(None, parts))}." if tests else ""
 
 
 def _about_zero_shot(configuration: dict[str, Any]) -> list[str]:

@@ -24,8 +24,9 @@ from negative_cache.workbench.data.rows import most_negatives
 from negative_cache.workbench.data.texts import Texts
 from negative_cache.workbench.suggestions import did_you_mean_path
 
-FEWEST_NAMES, MOST_NAMES = 2, 1000  # documents that are looked at
-_NAME = re.compile(r"\S*\w[.\d]\S*", re.ASCII)
+FEWEST_NAMES, MOST_NAMES = 2, 1000  # documents or queries that are looked at
+_NUMBER = re.compile(r"\d+", re.ASCII)
+_NAME = re.compile(r"\S*\w[.\d]\S*|\d+", re.ASCII)
 
 _FOR_ROWS = ("corpus", "query_column", "positive_column", "negative_column", "label_column")
 
@@ -75,15 +76,23 @@ def load_documents(source: str, options: DataOptions | None = None) -> tuple[Tex
     return corpus, list(dict.fromkeys(notes))
 
 
-def _about_names(data: RetrievalData) -> list[str]:
-    """A warning if the first documents look like the names of documents: each is a word with a digit or a dot in it."""
-    first = [text.strip() for text in itertools.islice(data.corpus.values(), MOST_NAMES)]
-    if len(first) < FEWEST_NAMES or not all(_NAME.fullmatch(text) for text in first):
-        return []
-    return [
-        f"Warning: each document is one word, such as {first[0]!r}. If these are ids or files of documents, give the "
-        "documents with --corpus."
-    ]
+def _about_names(data: RetrievalData) -> Iterator[str]:
+    """A warning if the first documents look like the names of documents: each is a number, or a word with a digit or a
+    dot in it; and one if the first queries are numbers."""
+    if (name := _first_if_all(_NAME, data.corpus)) is not None:
+        yield (
+            f"Warning: each document is one word, such as {name!r}. If these are ids or files of documents, give the "
+            "documents with --corpus; otherwise, check --positive-column."
+        )
+    if (number := _first_if_all(_NUMBER, data.queries)) is not None:
+        yield f"Warning: each query is a number, such as {number!r}. Check --query-column."
+
+
+def _first_if_all(pattern: re.Pattern[str], texts: Mapping[str, str]) -> str | None:
+    """The first of the texts if all that are looked at, and not too few, match a pattern."""
+    first = [text.strip() for text in itertools.islice(texts.values(), MOST_NAMES)]
+    is_all = len(first) >= FEWEST_NAMES and all(pattern.fullmatch(text) for text in first)
+    return first[0] if is_all else None
 
 
 def _find(source: str, options: DataOptions) -> Collection | RowTables | None:

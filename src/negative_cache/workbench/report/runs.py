@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from negative_cache.workbench.compare.comparison import BASELINES
-from negative_cache.workbench.compare.table import COLUMNS, missing_losses, rows_of, title_of, verdict
+from negative_cache.workbench.compare.table import (
+    COLUMNS,
+    NOTE_ON_STARS,
+    missing_losses,
+    rows_of,
+    title_of,
+    verdict,
+)
 from negative_cache.workbench.counting import counted
 from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.model_names import about_begin
@@ -89,10 +96,11 @@ class Run:
 
 @dataclass
 class Table:
-    """The table of a comparison, and its verdict."""
+    """The table of a comparison, its verdict, and what the stars in it mean, if it may have some."""
 
     title: str
     verdict: str
+    note: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -140,7 +148,8 @@ def _read_run(folders: list[Path], name: str) -> Run:
 def _read_comparison(folder: Path) -> tuple[list[Run], Table]:
     result = read_json(folder / COMPARISON)
     try:
-        table = Table(title_of(result), verdict(result), COLUMNS, rows_of(result))
+        note = NOTE_ON_STARS if result["significance"] else ""
+        table = Table(title_of(result), verdict(result), note, COLUMNS, rows_of(result))
         trained = {spec: loss["runs"] for spec, loss in result["losses"].items() if spec not in BASELINES}
         names = {spec: [run["folder"] for run in runs] for spec, runs in trained.items() if runs}
     except (KeyError, TypeError) as error:
