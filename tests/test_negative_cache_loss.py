@@ -402,7 +402,11 @@ WRONG_BATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"on meta, the cache on cpu. Move the loss: loss.to\('meta'\)",
     ),
-    "features of another number": ({"features": batch_of([1, 2, 3])}, ValueError, "different batch sizes"),
+    "features of another number": (
+        {"features": batch_of([1, 2, 3])},
+        ValueError,
+        r"`document_features\['.*'\]` has 3 documents; there are 2 embeddings",
+    ),
     "a missing feature": ({"features": {"x": torch.ones(2, WIDTH)}}, ValueError, r"missing \['id'\]"),
     "an unknown feature": ({"features": {**batch_of([1, 2]), "z": torch.ones(2)}}, ValueError, r"\['z'\]"),
     "a longer feature": (
@@ -453,7 +457,7 @@ def test_wrong_batches_are_refused_and_change_nothing(case: str):
 
 def test_a_wrong_first_batch_leaves_no_cache():
     loss_fn = make_loss()
-    with pytest.raises(ValueError, match="different batch sizes"):
+    with pytest.raises(ValueError, match=r"`document_features\['id'\]` has 1 documents; there are 2 embeddings"):
         loss_fn(queries_of(2), queries_of(2), {**batch_of([4, 5]), "id": torch.tensor([1])})
     assert loss_fn.cache is None
     with pytest.raises(ValueError, match="NaN or infinity in 1 of 2 rows"):

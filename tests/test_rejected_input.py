@@ -126,6 +126,12 @@ def test_options_of_the_earlier_implementations_are_refused_with_what_takes_thei
         make_loss(**{name: object()})
 
 
+def test_an_encoder_in_the_call_is_refused_with_the_order_of_the_arguments():
+    documents = torch.ones(BATCH, 2)
+    with pytest.raises(TypeError, match=r"is an encoder.* call loss\(query_embeddings, document_embeddings, doc"):
+        make_loss()(torch.nn.Linear(2, 2), documents, documents, {"words": WORDS})
+
+
 def test_settings_are_printed():
     assert "cache_size=64, scale=20, num_samples='auto'" in repr(NegativeCacheLoss(torch.nn.Linear(2, 2), 64))
 

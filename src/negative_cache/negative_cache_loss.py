@@ -439,6 +439,11 @@ class NegativeCacheLoss(CacheModule):
 
     def _prepare(self, inputs: BatchInputs, is_writing: bool) -> Step:
         """Validate a step. A new cache is stored only after it has been written."""
+        if callable(inputs.query_embeddings):  # the first argument of the earlier implementations
+            raise TypeError(
+                "`query_embeddings` is an encoder. It was given to the constructor: call loss(query_embeddings, "
+                "document_embeddings, document_features)."
+            )
         cache, specs = self.cache, self._specs_for(inputs.document_features)
         batch = make_batch(inputs, specs)
         device = batch.queries.device

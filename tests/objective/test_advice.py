@@ -121,6 +121,39 @@ def test_ids_that_are_places_in_the_batch_give_one_warning(shift: int, on_gpu: b
     )
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "is_warned"),
+    [
+        (torch.arange(16) % 4, True),  # classes
+        (torch.stack([torch.arange(16) % 4, torch.arange(16)], dim=1), True),
+        (torch.arange(16).clamp(min=3), False),  # a few
+        (torch.full((16,), -1), False),
+    ],
+)
+def test_ids_that_documents_share_give_one_warning(
+    ids: Tensor, is_warned: bool, on_gpu: bool, caplog: pytest.LogCaptureFixture
+):
+    tower = Tower()
+    loss_fn = NegativeCacheLoss(tower, 64, seed=0)
+    with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
+        for step in range(3):
+            features = {"words": WORDS[16 * step : 16 * step + 16]}
+            loss_fn(tower(features), tower(features), features, ids + 16 * step * (ids >= 0)).backward()
+        loss_fn.metrics()
+    said = [record.getMessage() for record in caplog.records]
+    assert ["100 % of the documents of the first batch have the id of another" in line for line in said] == (
+        [True] if is_warned else []
+    )
+
+
+def test_equal_documents_may_share_an_id(caplog: pytest.LogCaptureFixture):
+    tower, features = Tower(), {"words": WORDS[:4].repeat(4, 1)}
+    loss_fn = NegativeCacheLoss(tower, 64, seed=0)
+    loss_fn(tower(features), tower(features), features, torch.arange(16) % 4).backward()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("words", [WORDS, WORDS.float()], ids=["the same documents", "without a hash"])
 def test_equal_ids_give_no_warning_where_documents_may_be_equal(words: Tensor, caplog: pytest.LogCaptureFixture):
     tower = Tower()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from negative_cache.workbench.model_names import ModelError, about_begin, check_model
+from negative_cache.workbench.model_names import ModelError, about_begin, base_on_hub, check_model
 
 
 def test_a_model_of_the_local_cache_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -23,6 +23,33 @@ def test_a_model_of_the_local_cache_is_suggested(tmp_path: Path, monkeypatch: py
             check_model(given)
     with pytest.raises(ModelError, match=r"^((?!Did you mean).)*$"):
         check_model("another/thing")
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("owner/model", "owner/model"),
+        ("static:owner/model", "owner/model"),
+        ("known", "sentence-transformers/known"),
+        ("static:known", "sentence-transformers/known"),
+        ("owner/other", None),
+        ("static", None),
+        ("my-model", None),  # a folder
+        ("static:my-model", None),
+    ],
+)
+def test_the_base_of_a_model_is_its_id_on_the_hub(
+    name: str, base: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for repository in ("owner--model", "sentence-transformers--known"):
+        folder = tmp_path / "hub" / f"models--{repository}"
+        for file, text in (("refs/main", "1"), ("snapshots/1/modules.json", "[]")):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(text)
+    (tmp_path / "my-model").mkdir()
+    assert base_on_hub(name) == base
 
 
 @pytest.mark.parametrize(

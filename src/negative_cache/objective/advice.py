@@ -23,6 +23,7 @@ LARGE_SCALE, FACTOR = 5.0, 2.0
 OTHER_FACTOR = 4.0  # the same for the mean norms of documents from the encoder and from the batch
 UNIT = 0.01  # the largest deviation of the norm of a normalized embedding, also in half precision
 SIMILAR = 0.3  # two embeddings of a document from the same weights have a larger cosine, even with dropout of 0.5
+MANY_SHARED = 0.25  # of the documents of a batch: more of them share an id with different documents only by mistake
 WIDE_MARGIN = 0.5  # a relative margin above it hides all but documents with half the similarity of the positive
 
 logger = logging.getLogger("negative_cache")
@@ -119,7 +120,7 @@ class Advice:
             self._when_known(_warn_of_other_embeddings, [total / is_new.sum()])  # NaN, without a warning, if none is
 
     def look_at_ids(self, ids: Tensor, features: Items) -> None:
-        """Warn if the second batch has the ids of the first one, but other documents.
+        """Warn if documents of the first batch share an id, or if the second batch has its ids, but other documents.
 
         Args:
             ids: int64 `[n]` or `[n, k]`, given by the caller.
@@ -131,6 +132,9 @@ class Advice:
         hashes = hash_items(features, ids.device)
         if self._first_ids is None:
             self._first_ids = ids, hashes
+            first = ids.view(len(ids), -1)[:, 0]
+            is_shared = (first[:, None] == first) & (first >= 0) & (hashes[:, None] != hashes)
+            self._when_known(_warn_of_shared_ids, [is_shared.any(dim=1).float().mean()])
             return
         (first_ids, first_hashes), self._first_ids, self.has_seen_ids = self._first_ids, None, True
         if ids.shape == first_ids.shape and len(ids) > 1:
@@ -176,6 +180,17 @@ def _warn_of_places(found: list[Any]) -> None:
             "The first two batches have the same ids and other documents: each batch replaces the cached documents of "
             "the batch before. An id names one document in the whole run, and not a place in the batch. Without "
             "document_ids, documents with integer features are identified by a hash of them."
+        )
+
+
+def _warn_of_shared_ids(found: list[Any]) -> None:
+    (share,) = found
+    if share > MANY_SHARED:
+        logger.warning(
+            "%.0f %% of the documents of the first batch have the id of another document, with other features. An id "
+            "names one document, which has one row of the cache: the label of a class is no id. Without document_ids, "
+            "documents with integer features are identified by a hash of them.",
+            100 * share,
         )
 
 

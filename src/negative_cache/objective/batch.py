@@ -136,6 +136,13 @@ class Batch(NamedTuple):
                 raise ValueError(
                     f"`{name}` must be given in every step or in none; the first step decides what the cache stores."
                 )
+        for key, values in self.new_items.items():
+            is_counted = isinstance(values, list) or (isinstance(values, Tensor) and values.dim())
+            if is_counted and len(values) != len(self.embeddings):
+                raise ValueError(
+                    f"`document_features[{key!r}]` has {len(values)} documents; there are {len(self.embeddings)} "
+                    "embeddings of documents. Give the features of the same documents."
+                )
 
 
 def make_batch(inputs: BatchInputs, specs: Specs) -> Batch:

@@ -58,6 +58,14 @@ def distilled_from(name: str) -> str | None:
     return name.removeprefix(DISTILLED) if name.startswith(DISTILLED) else None
 
 
+def base_on_hub(name: str) -> str | None:
+    """The id on the hub of the model that a model begins with, after it was loaded; None if it is not from there."""
+    base = distilled_from(name) or name
+    if is_from_scratch(base) or Path(base).exists():
+        return None
+    return next((repository for repository in _repositories(base) if _is_cached(repository)), None)
+
+
 def about_begin(name: str) -> str:
     """What a model is before training; empty if it is what its name says."""
     if is_from_scratch(name):
@@ -106,14 +114,12 @@ def _is_saved_static(name: str) -> bool:
 
 def _ask_hub(name: str, others: Collection[str]) -> None:
     """Raise unless a model is in the local cache or on the hub. Loading a missing model would retry for a minute."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
 
-    repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
     failed = ""
-    for repository in repositories:
+    for repository in _repositories(name):
         try:
-            cached = (try_to_load_from_cache(repository, file) for file in MODEL_FILES)
-            if any(isinstance(path, str) for path in cached):
+            if _is_cached(repository):
                 return
             HfApi().model_info(repository, timeout=HUB_TIMEOUT)
             return
@@ -125,6 +131,18 @@ def _ask_hub(name: str, others: Collection[str]) -> None:
         f"does not have it or cannot be reached ({failed}).{near} Give "
         f"{''.join(f'{other}, ' for other in others)}a folder or the name of a model on the hub."
     )
+
+
+def _repositories(name: str) -> list[str]:
+    """The repositories on the hub that a name may stand for, in the order in which sentence-transformers tries them."""
+    return [name] if "/" in name else [f"sentence-transformers/{name}", name]
+
+
+def _is_cached(repository: str) -> bool:
+    """Whether the local cache of the hub has a model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in MODEL_FILES)
 
 
 def _cached_models(name: str) -> list[str]:

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from negative_cache.checkpoint import CheckpointError
 from negative_cache.integrations.trainer import NegativeCacheTrainer
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.model_names import learning_rate_of
+from negative_cache.workbench.model_names import base_on_hub, learning_rate_of
 from negative_cache.workbench.models import Prompts, prompts_of
 from negative_cache.workbench.training import processes
 from negative_cache.workbench.training.best import BestWeights
@@ -106,6 +106,7 @@ def make_trainer(
         callbacks=[*([_StepCallback(on_step)] if on_step else []), *([best] if best else [])],
     )
     _leave_out_texts(model.model_card_data)
+    model.model_card_data.base_model = base_on_hub(config.model)  # the trainer knows the folder of the run alone
     trainer.remove_callback(PrinterCallback)  # the command line has its own progress bar
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     return trainer
