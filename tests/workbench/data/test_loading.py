@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from command_line import DOCUMENTS, write_beir
-from negative_cache.workbench.data import DataError, load_data
+from negative_cache.workbench.data import DataError, DataOptions, load_data
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -149,3 +149,15 @@ def test_queries_that_are_numbers_give_a_warning(tmp_path: Path, queries: list[s
     (tmp_path / "a.csv").write_text("query,positive\n" + "".join(rows))
     said = "Warning: each query is a number, such as '1'. Check --query-column."
     assert (said in load_data(str(tmp_path / "a.csv")).notes) == is_warned
+
+
+def test_a_division_that_leaves_no_pair_to_train_on_is_named(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    for number in range(100):
+        path.write_text(f"query,positive\nwhere,in box {number}\n")
+        data = load_data(str(path))
+        if not data.has("train"):
+            break
+    with pytest.raises(DataError, match="a has 1 pair, and its division into splits by document has left none to trai"):
+        data.judged("train")
+    assert load_data(str(path), DataOptions(test=str(path))).num_pairs("train") == 1

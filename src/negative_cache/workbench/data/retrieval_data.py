@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import pyarrow
 
+from negative_cache.workbench.counting import counted
 from negative_cache.workbench.data.splits import DEV_PERCENT, hash_of
 from negative_cache.workbench.data.texts import ArrowWriter, Texts
 
@@ -287,6 +288,11 @@ class RetrievalData:
                     together[query] = list(dict.fromkeys([*together.get(query, []), *documents]))
             return together
         if not self.qrels.get(split):
+            if split == "train" and self.splits_by_hash:
+                raise DataError(
+                    f"{self.name} has {counted(self.num_pairs('all'), 'pair')}, and its division into splits by "
+                    "document has left none to train on. Give more pairs; with --test, all are for training."
+                )
             available = ", ".join([*(name for name, qrels in self.qrels.items() if qrels), *self.elsewhere]) or "none"
             advice = {
                 "train": "Give data with training pairs, such as qrels/train.tsv; evaluate and search need none",
