@@ -111,7 +111,7 @@ def check_new_items(rank: int, world_size: int, folder: Path) -> None:
     loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": vectors})
     before = snapshot(loss_fn)
     bad = vectors * (torch.nan if rank == 0 else 1.0)
-    with pytest.raises(ValueError, match=r"Rank 0, step 1: `new_items\['vector'\]`"):
+    with pytest.raises(ValueError, match=r"Rank 0, step 1: `document_features\['vector'\]`"):
         loss_fn(vectors.clone().requires_grad_(), vectors, {"vector": bad})
     assert_same_state(before, snapshot(loss_fn))
 
