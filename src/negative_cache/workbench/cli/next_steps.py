@@ -112,7 +112,7 @@ def _what_the_cache_adds(config: RunConfig, record: RunRecord) -> Iterator[str]:
         settings = (f"{field.name}={given[field.name]}" for field in own if given[field.name] != field.default)
         losses = f"bm25,zero-shot,in-batch,{':'.join(['negative-cache', *settings])}"
         compare = command("compare", *words, losses=losses, seeds=1, output=f"{_bare(config.output)}-comparison")
-        yield f"To see what the cache adds to it: {compare}"
+        yield f"To see what the cache adds to it, with six to ten trainings like this one: {compare}"
     else:
         used = {field.name for field in fields(config) if has_effect("in-batch", field.name)}
         words += arguments_of(given, used - {"data", "model", "loss", "output", "data_options", "learning_rate"})
