@@ -252,9 +252,9 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """
     if isinstance(texts, Iterator):
         texts = list(texts)
-    within_words = sorted(token for token in _vocabulary_of(texts, _SPECIALS, size=0) if token not in _SPECIALS)
-    found = _vocabulary_of(texts, [*_SPECIALS, *(token for token in within_words if len(token) > 1)], VOCABULARY)
-    tokenizer = _tokenizer(found)
+    characters = set(_vocabulary_of(texts, _SPECIALS, size=0)).difference(_SPECIALS)
+    within_words = sorted(character for character in characters if len(character) > 1)  # after ##
+    tokenizer = _tokenizer(_vocabulary_of(texts, [*_SPECIALS, *within_words], VOCABULARY))
     tokenizer.add_special_tokens(list(_SPECIALS))
     return tokenizer
 

@@ -17,6 +17,12 @@ DOCUMENTS_ALONE = (
 UNFINISHED = ".partial"  # at the end of the name of a folder whose run is not complete
 
 
+def unfinished_folder(output: str) -> Path:
+    """The folder of a run that is not complete."""
+    path = Path(output)
+    return path.with_name(f"{path.name}{UNFINISHED}")
+
+
 def similar(given: str, names: Iterable[str]) -> str | None:
     """The name that is most similar to the given one; None if none is similar."""
     return next(iter(difflib.get_close_matches(given, names, n=1)), None)
@@ -37,8 +43,7 @@ def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = 
         suits: Whether a file or folder may have been meant. Hidden ones and folders of unfinished runs never are.
     """
     path = Path(given)
-    unfinished = Path(f"{path}{UNFINISHED}")
-    if unfinished.is_dir():
+    if path.name and (unfinished := unfinished_folder(given)).is_dir():
         return f" Its run, in {unfinished}, is not finished."
     try:
         paths = [path.with_name(name) for name in os.listdir(path.parent) if not name.startswith(".")]

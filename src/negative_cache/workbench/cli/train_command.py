@@ -20,8 +20,9 @@ from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import LEARNING_RATES, about_begin, check_model, learning_rate_rule
+from negative_cache.workbench.suggestions import unfinished_folder
 from negative_cache.workbench.training.config import MINED_RELATIVE_MARGIN, RunConfig
-from negative_cache.workbench.training.record import check_output_folder, unfinished_folder
+from negative_cache.workbench.training.record import check_output_folder
 
 if TYPE_CHECKING:
     from negative_cache.workbench.training.record import RunRecord

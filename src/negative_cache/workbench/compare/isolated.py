@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 from negative_cache.workbench.data import load_data
 from negative_cache.workbench.evaluation import OnProgress
+from negative_cache.workbench.suggestions import unfinished_folder
 from negative_cache.workbench.training.config import RunConfig, RunFailedError
 from negative_cache.workbench.training.driver import RunOptions, run
-from negative_cache.workbench.training.record import RunRecord, unfinished_folder
+from negative_cache.workbench.training.record import RunRecord
 
 EXIT_SECONDS = 30  # in which a process must exit after it has sent its record
 REPORT_SECONDS = 0.2  # between two reports of progress

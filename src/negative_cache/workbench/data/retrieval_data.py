@@ -347,8 +347,8 @@ class RetrievalData:
     def training_texts(self) -> Iterable[str]:
         """The queries of the training split, then their documents, each once, for training a tokenizer.
 
-        Of each kind, these are all texts, or at least `MAX_TRAINING_TEXTS / 2` that are evenly spaced. They are read
-        anew whenever the result is iterated over.
+        Of each kind, these are all texts, or at least `MAX_TRAINING_TEXTS / 2` that are evenly spaced. Each
+        iteration over the result reads them again.
         """
         train = self.judged("train")
         documents = dict.fromkeys(document for relevant in train.values() for document in relevant)

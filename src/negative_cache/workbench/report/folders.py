@@ -8,9 +8,9 @@ from pathlib import Path
 
 from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.model_names import is_model
-from negative_cache.workbench.suggestions import UNFINISHED, did_you_mean_path
+from negative_cache.workbench.suggestions import UNFINISHED, did_you_mean_path, unfinished_folder
 from negative_cache.workbench.training.config import RunError
-from negative_cache.workbench.training.record import RECORD, unfinished_folder
+from negative_cache.workbench.training.record import RECORD
 
 
 def check_folders(folders: Sequence[Path]) -> None:

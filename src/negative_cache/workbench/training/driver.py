@@ -26,6 +26,7 @@ from negative_cache.workbench.evaluation.encoding import encoding_arguments
 from negative_cache.workbench.evaluation.systems import PER_QUERY, corpus_of
 from negative_cache.workbench.files import check_output, write_json
 from negative_cache.workbench.models import cache_tokens, freeze_unused, load_model, load_trained, prompts_of
+from negative_cache.workbench.suggestions import unfinished_folder
 from negative_cache.workbench.training import processes, samples
 from negative_cache.workbench.training.before import quality_before
 from negative_cache.workbench.training.best import BestWeights
@@ -49,7 +50,6 @@ from negative_cache.workbench.training.record import (
     RunRecord,
     check_output_folder,
     read_json,
-    unfinished_folder,
     versions_of,
 )
 from negative_cache.workbench.training.trainer import (

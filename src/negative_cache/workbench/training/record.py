@@ -11,19 +11,13 @@ from typing import Any
 
 from negative_cache.version import __version__
 from negative_cache.workbench.files import write_json
-from negative_cache.workbench.suggestions import UNFINISHED
+from negative_cache.workbench.suggestions import unfinished_folder
 from negative_cache.workbench.training.config import RunError
 
 RECORD = "run.json"
 
 Metrics = dict[str, Any]
 """Means by the name of the measure, such as "MRR@10", with num_queries and num_documents."""
-
-
-def unfinished_folder(output: str) -> Path:
-    """The folder of a run that is not complete."""
-    path = Path(output)
-    return path.with_name(f"{path.name}{UNFINISHED}")
 
 
 def check_output_folder(output: str, resume: bool) -> None:
