@@ -72,15 +72,25 @@ def print_table(runs: dict[str, dict[str, Run]], console: Console) -> None:
     console.print(table)
 
 
+def p_value(folders: list[str]) -> float:
+    """Run `negative-cache significance` on two runs, and return the p-value of their difference in MRR@10."""
+    command = [sys.executable, "-m", "negative_cache", "significance", *folders, "--metrics", "MRR@10"]
+    printed = subprocess.run([*command, "--json", "--quiet"], check=True, stdout=subprocess.PIPE).stdout
+    found = json.loads(printed)
+    return float(found["measures"]["MRR@10"]["differences"][0]["p_holm"])
+
+
 def print_gains(runs: dict[str, dict[str, Run]], console: Console) -> None:
-    """Say what the cache gained and what it cost."""
+    """Say what the cache gained, whether that is more than chance, and what it cost."""
     for title, of_model in runs.items():
         base, cache = (of_model[loss] for loss in LOSSES)
         before, after = base["after"]["MRR@10"], cache["after"]["MRR@10"]
+        p = p_value([run["configuration"]["output"] for run in (base, cache)])
         times = cache["seconds"] / base["seconds"]
         console.print(
             f"{title}: with the negative cache, MRR@10 is {after:.3f} instead of {before:.3f} "
-            f"({after / before - 1:+.0%}), in {times:.1f} times the training time of in-batch negatives.",
+            f"({after / before - 1:+.0%}, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}), "
+            f"in {times:.1f} times the training time of in-batch negatives.",
             soft_wrap=True,
         )
 

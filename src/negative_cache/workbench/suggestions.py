@@ -10,8 +10,8 @@ from pathlib import Path
 DOCUMENTS_ALONE = (
     "Training and evaluation need pairs of a query and a document, in columns such as query and positive "
     "(docs/your-data.md says where to get them). Documents alone can be searched: negative-cache search 'your query' "
-    "--model MODEL --corpus PATH, where PATH is a .txt file with a document per line, a table with a column of texts, "
-    "or a folder of .txt and .md files, each a document."
+    "--model all-MiniLM-L6-v2 --corpus PATH, where PATH is a .txt file with a document per line, a table with a column "
+    "of texts, or a folder of .txt and .md files, each a document."
 )
 
 UNFINISHED = ".partial"  # at the end of the name of a folder whose run is not complete

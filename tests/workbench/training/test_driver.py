@@ -144,6 +144,7 @@ def test_the_tiny_transformer_trains_with_the_other_losses(beir: Path, tmp_path:
     ("args", "message"),
     [
         (["--loss", "triplet"], "expected one of"),
+        (["--loss", "inbatch"], "Did you mean in-batch?"),
         (["--batch-size", "0"], "must be positive"),
         (["--epochs", "nan"], "must be positive"),
         (["--scale", "-5"], "must be positive"),

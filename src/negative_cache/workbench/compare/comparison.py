@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import DISTILLED, is_from_scratch, learning_rate_of
+from negative_cache.workbench.suggestions import did_you_mean
 from negative_cache.workbench.training.config import (
     LOSSES,
     RunConfig,
@@ -115,7 +116,10 @@ class Comparison(TrainingSettings):
         if name in BASELINES:
             raise RunError(f"--losses has {spec!r}; {name} is not trained and has no settings.")
         if name not in LOSSES:
-            raise RunError(f"--losses has {name!r}; expected {', '.join((*LOSSES, *BASELINES))}, separated by commas.")
+            known = (*LOSSES, *BASELINES)
+            raise RunError(
+                f"--losses has {name!r}; expected {', '.join(known)}, separated by commas.{did_you_mean(name, known)}"
+            )
         names = [option.name for option in fields(self) if option.name in _OPTIONS and has_effect(name, option.name)]
         shared = {option: getattr(self, option) for option in names}
         shared["max_steps"] = self.max_steps

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import DISTILLED, is_from_scratch
+from negative_cache.workbench.suggestions import did_you_mean
 
 LOSSES = ("negative-cache", "in-batch", "gradcache", "memory-bank", "mined", "gist", "cached-gist")
 EMBEDDING_DTYPES = ("float32", "bfloat16", "float16", "int8")
@@ -371,7 +372,8 @@ def not_for_static(config: RunConfig, name: str) -> RunError:
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise RunError unless a value is one of the choices."""
     if value not in choices:
-        raise RunError(f"{flag_of(field)} is {value!r}; expected one of {', '.join(choices)}.")
+        near = did_you_mean(value, choices)
+        raise RunError(f"{flag_of(field)} is {value!r}; expected one of {', '.join(choices)}.{near}")
 
 
 def parse_num_samples(text: str, shared: bool = True) -> float | Literal["auto"]:
