@@ -21,6 +21,8 @@ def test_files_beside_a_path_and_other_names_are_proposed(tmp_path: Path, monkey
     (tmp_path / "data" / "my-pairs.csv").touch()
     assert did_you_mean_path("data/my-pair.csv") == f" Did you mean {Path('data/my-pairs.csv')}?"
     assert did_you_mean_path("dta") == " Did you mean data?"
+    assert did_you_mean_path("some/where/data") == " Did you mean data?"
+    assert did_you_mean_path("some/where/data", suits=Path.is_file) == ""
     assert did_you_mean_path("statc", "static") == " Did you mean static?"
     (tmp_path / "my-static.partial").mkdir()  # an unfinished run
     assert did_you_mean_path("my-sttic", "static") == " Did you mean static?"

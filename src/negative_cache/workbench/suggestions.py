@@ -35,7 +35,8 @@ def did_you_mean(given: str, names: Iterable[str]) -> str:
 
 
 def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = lambda _: True) -> str:
-    """The same for a path, of the files and folders beside it and of other names; or that its run is not finished.
+    """The same for a path: the one of its name here, of the files and folders beside it and of other names, or that its
+    run is not finished.
 
     Args:
         given: The path.
@@ -45,6 +46,9 @@ def did_you_mean_path(given: str, *others: str, suits: Callable[[Path], bool] = 
     path = Path(given)
     if path.name and (unfinished := unfinished_folder(given)).is_dir():
         return f" Its run, in {unfinished}, is not finished."
+    here = Path(path.name)
+    if path.name and here != path and here.exists() and suits(here):
+        return f" Did you mean {here}?"
     try:
         paths = [path.with_name(name) for name in os.listdir(path.parent) if not name.startswith(".")]
         beside = [str(other) for other in paths if other.suffix != UNFINISHED and suits(other)]

@@ -52,7 +52,7 @@ def test_every_command_names_commands_that_run(place: Path):
     after_data = suggested(succeed("data", "my pairs.jsonl", *COLUMNS))
     from_the_hub = ["--model", "all-MiniLM-L6-v2"]  # the pairs are few
     assert after_data["train"][-4:-2] == from_the_hub
-    succeed(*(word for word in after_data["compare"] if word not in from_the_hub), "--model", "static")
+    measured = succeed(*(word for word in after_data["compare"] if word not in from_the_hub), "--model", "static")
     ended = succeed(
         *(word for word in after_data["train"] if word not in from_the_hub), *SMALL, "--relative-margin", "0.05"
     )
@@ -80,7 +80,10 @@ def test_every_command_names_commands_that_run(place: Path):
     ended = succeed(*after_significance["report"])
     address = re.search(r"python -m webbrowser file://(\S+)$", ended.stderr, re.MULTILINE)
     assert Path(address[1]).read_text(encoding="utf-8").startswith("<!doctype html>")
-    ended = succeed("significance", after_train["report"][1], "baselines/runs/bm25")
+    assert suggested(measured)["train"] == [word.replace("all-MiniLM-L6-v2", "static") for word in after_data["train"]]
+    test_it = re.search(r"^And then to test whether it is: negative-cache (.*)$", measured.stderr, re.MULTILINE)
+    ended = succeed(*shlex.split(test_it[1]))
+    assert "p is corrected for the number of pairs, 3 (Holm)" in ended.stdout
     assert suggested(ended)["report"] == after_train["report"]
 
 
@@ -141,7 +144,7 @@ def test_data_proposes_what_suits_the_number_of_pairs(num_pairs: int, names: lis
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
-    [(1.0, 1.0, "MRR@10 was 1 before"), (0.5, 0.5, "did not raise"), (0.5, 0.6, "To test whether")],
+    [(1.0, 1.0, "MRR@10 was 1 before"), (0.5, 0.5, "such as 0.02 instead of 0.05, "), (0.5, 0.6, "To test whether")],
 )
 def test_a_run_that_did_not_help_says_why(place: Path, before: float, after: float, said: str):
     succeed("train", "--data", "pairs.jsonl", "--output", "model", *SMALL)

@@ -12,6 +12,7 @@ import typer
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
+from negative_cache.workbench.cli.plan import on_random_weights
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.compare.comparison import RATE_FACTORS, Comparison, parse_losses, parse_rates
@@ -79,10 +80,13 @@ def compare(
         num_shown, loaded = len(loaded.notes), loaded.with_dev()
         for note in loaded.notes[num_shown:]:
             terminal.note(note)
+        terminal.inform(on_random_weights(model, loaded.num_pairs("train")))
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))
         terminal.result(result)
         print_comparison(result, terminal.out)
         terminal.out.print("Written:", *written, soft_wrap=True)
-        terminal.inform(next_steps.after_compare(output, best_loss(result), command_of_best(result)))
+        terminal.inform(
+            next_steps.after_compare(comparison, result["losses"], best_loss(result), command_of_best(result))
+        )

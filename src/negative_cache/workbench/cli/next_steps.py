@@ -79,9 +79,10 @@ def after_train(
         if record.before["MRR@10"] > 0.995:
             yield f"MRR@10 was {record.before['MRR@10']:.4g} before training: the test is too easy to show a gain."
         elif record.after["MRR@10"] <= record.before["MRR@10"]:
+            rate = record.configuration["learning_rate"]
             yield (
-                "Training did not raise MRR@10. Other learning rates, more steps or longer texts may "
-                "(docs/troubleshooting-quality.md)."
+                f"Training did not raise MRR@10. Another learning rate, such as {rate / 3:.1g} instead of {rate:g}, "
+                "more steps or longer texts may (docs/troubleshooting-quality.md)."
             )
         yield f"To test whether the difference is more than chance: {command('significance', config.output)}"
     elif split is not None:
@@ -188,17 +189,28 @@ def after_report(written: Path) -> Iterator[str]:
     yield f"To open it: {shlex.join(['python', '-m', 'webbrowser', written.resolve().as_uri()])}"
 
 
-def after_compare(output: str, best: str, training: str) -> Iterator[str]:
+def after_compare(comparison: Comparison, losses: Mapping[str, Any], best: str, training: str) -> Iterator[str]:
     """After `compare`.
 
     Args:
-        output: Folder of the comparison.
+        comparison: The comparison.
+        losses: The entry `losses` of its result.
         best: The best of the losses; empty if none was trained.
         training: The command that trains with it.
     """
     if best:
         yield f"To train with {best}, the best of the losses: {training}"
-        yield f"To see curves and examples: {command('report', output)}"
+        yield f"To see curves and examples: {command('report', comparison.output)}"
+        return
+    words = ["--data", comparison.data, *comparison.data_options.arguments(), "--model", comparison.model]
+    shared = {field.name for field in fields(Comparison)} & {field.name for field in fields(RunConfig)}
+    words += arguments_of(asdict(comparison), shared - {"data", "model", "output", "data_options"})
+    measured = []
+    for name, loss in losses.items():
+        seeds = [f"{_bare(comparison.output)}/runs/{run['folder']}" for run in loss["runs"]]
+        measured += [f"{name}={','.join(seeds)}"] if len(seeds) > 1 else seeds
+    yield f"To train a model that should be better: {command('train', *words, output=NEW_MODEL)}"
+    yield f"And then to test whether it is: {command('significance', NEW_MODEL, *measured)}"
 
 
 def after_doctor(missing: Mapping[str, list[str]]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from negative_cache.workbench.counting import counted, counted_queries
 from negative_cache.workbench.data.advice import TOO_FEW_PAIRS, on_too_few_pairs
-from negative_cache.workbench.model_names import LEARNING_RATES
+from negative_cache.workbench.model_names import is_from_scratch
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
 if TYPE_CHECKING:
@@ -55,22 +55,29 @@ def _ways_to_shorten(config: RunConfig, measures: bool) -> list[str]:
 
 
 def advice_on_size(config: RunConfig, data: RetrievalData, measures: bool) -> list[str]:
-    """A line if the training pairs are few, for any model or for random weights, and one if the queries are few on
-    which the quality is measured."""
+    """A line if the training pairs are few, one if the model begins with random weights, and one if the queries are few
+    on which the quality is measured."""
     pairs, lines = data.num_pairs("train"), []
     if pairs < TOO_FEW_PAIRS:
         lines.append(f"Warning: {on_too_few_pairs(pairs)}")
-    elif config.model in LEARNING_RATES and pairs < FEW_PAIRS:
-        lines.append(
-            f"{counted(pairs, 'pair')} are few for --model {config.model}, which begins with random weights. A "
-            "pretrained model, or one made from it (--model static:all-MiniLM-L6-v2), needs fewer."
-        )
+    lines += on_random_weights(config.model, pairs)
     for split in [split for split in ("test", "dev") if measures and data.has(split)][:1]:
         queries = len(data.judged(split))
         if queries < FEW_TEST_QUERIES:
             number = f"{counted_queries(queries, split)} {'is' if queries == 1 else 'are'} few"
             lines.append(f"{number}: the result says little about the model. Give more with --test.")
     return lines
+
+
+def on_random_weights(model: str, pairs: int) -> list[str]:
+    """A line if a model begins with random weights, as the default of --model does, and if the pairs are few for it."""
+    if not is_from_scratch(model):
+        return []
+    few = f", for which {counted(pairs, 'pair')} are few" if pairs < FEW_PAIRS else ""
+    return [
+        f"--model {model} begins with random weights{few}. A pretrained model (--model all-MiniLM-L6-v2), or a static "
+        "one made from it (--model static:all-MiniLM-L6-v2), needs fewer pairs."
+    ]
 
 
 def _has_gpu() -> bool:

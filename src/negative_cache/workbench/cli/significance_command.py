@@ -140,7 +140,9 @@ def _pairs_table(measure: str, found: Significance, alpha: float) -> Table:
 
     from negative_cache.workbench.evaluation.significance import COLUMNS
 
-    table = Table(title=measure, title_justify="left")
+    number = len(found.differences)
+    corrected = f"p is corrected for the number of pairs, {number} (Holm)" if number > 1 else None
+    table = Table(title=measure, title_justify="left", caption=corrected, caption_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("pair", "verdict") else "right")
     for difference in found.differences:
