@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -252,10 +253,22 @@ def test_the_number_of_ranks_may_change(tmp_path: Path):
         assert (tmp_path / f"ok-{world_size}-10").exists()
 
 
-def test_the_state_of_a_handler_is_refused_with_advice():
+@pytest.fixture
+def handler() -> CacheLossHandler:
     specs = {"embedding": FixedLenFeature([8], torch.float32), "row": FixedLenFeature([], torch.int64)}
     manager = CacheManager(specs, 16)
-    handler = CacheLossHandler(manager, CacheClassificationLoss("embedding", ["row"]), "embedding", ["row"])
+    return CacheLossHandler(manager, CacheClassificationLoss("embedding", ["row"]), "embedding", ["row"])
+
+
+@pytest.mark.parametrize("call", [save_checkpoint, load_checkpoint, full_state_dict, load_full_state_dict])
+def test_checkpoints_of_a_handler_are_refused_with_advice(call: Callable, handler: CacheLossHandler, tmp_path: Path):
+    argument = [] if call is full_state_dict else [tmp_path / "cache"]
+    with pytest.raises(TypeError, match=r"`loss` is CacheLossHandler; .* with `torch\.save`"):
+        call(handler, *argument)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_a_handler_is_refused_with_advice(handler: CacheLossHandler):
     loss_fn = NegativeCacheLoss(nn.Linear(2, 8), 16)
     with pytest.raises(RuntimeError, match=r"that of a handler.* Begin with an empty cache"):
         loss_fn.load_state_dict(handler.state_dict())

@@ -49,7 +49,9 @@ def save_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
     Raises:
         RuntimeError: A rank could not write. The error is raised on all ranks and names that rank.
         OSError: Writing failed, with one process.
+        TypeError: `loss` is something else, such as a handler.
     """
+    _check_loss(loss)
     ranks, folder = loss.ranks, Path(folder)
     beside = folder.with_name(folder.name + ".partial")
 
@@ -133,7 +135,9 @@ def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
     Raises:
         CheckpointError: A file is missing, truncated or damaged; or features, dtypes or the embedding dimension
             differ; or only one of the two scales is learnable. The loss is left unchanged.
+        TypeError: `loss` is something else, such as a handler.
     """
+    _check_loss(loss)
     folder = Path(folder)
     if not folder.exists() and _old(folder).exists():
         folder = _old(folder)
@@ -148,6 +152,15 @@ def load_checkpoint(loss: NegativeCacheLoss, folder: str | Path) -> None:
     _load(loss, _redistributed(record["specs"], record["step"], readers, rows, loss))
 
 
+def _check_loss(loss: NegativeCacheLoss) -> None:
+    """Raise TypeError if something else was given."""
+    if not isinstance(loss, NegativeCacheLoss):
+        raise TypeError(
+            f"`loss` is {type(loss).__name__}; expected NegativeCacheLoss, such as the `cache_loss` of a "
+            "NegativeCacheRankingLoss. Save the `state_dict` of anything else, such as a handler, with `torch.save`."
+        )
+
+
 def _load(loss: NegativeCacheLoss, state_dict: dict[str, Tensor]) -> None:
     try:
         loss.load_state_dict(state_dict)
@@ -160,6 +173,7 @@ def full_state_dict(loss: NegativeCacheLoss) -> dict[str, Tensor]:
 
     It contains the generator state of rank 0. With one process, it equals `loss.state_dict()`.
     """
+    _check_loss(loss)
     ranks, cache = loss.ranks, loss.cache
     if ranks.size == 1 or cache is None:
         return dict(loss.state_dict())
@@ -185,6 +199,7 @@ def load_full_state_dict(loss: NegativeCacheLoss, state_dict: Mapping[str, Tenso
     Raises:
         CheckpointError: The features, dtypes or embedding dimension differ. The loss is left unchanged.
     """
+    _check_loss(loss)
     if loss.ranks.size == 1 or "cache.filled" not in state_dict:
         _load(loss, dict(state_dict))
         return

@@ -313,8 +313,8 @@ class NegativeCache(Rows):
         saved = state_of(state_dict, prefix)
         if saved["num_rows"] != self.num_rows:
             raise ValueError(
-                f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}. Use "
-                "negative_cache.checkpoint, which loads into caches of another size or number of ranks."
+                f"The saved cache has {saved['num_rows']} rows, this one has {self.num_rows}. Use the same cache_size. "
+                "For NegativeCacheLoss, negative_cache.checkpoint loads into another size or number of ranks."
             )
         mine = {key: spec_to_json(spec) for key, spec in self.specs.items()}
         check_keys("state_dict", saved["specs"], list(mine))

@@ -240,7 +240,8 @@ def _warn_of_other_embeddings(found: list[Any]) -> None:
         logger.warning(
             "`document_encoder` computes other embeddings than those in `document_embeddings`: the mean cosine "
             "similarity of the two is %.2f. Use the same encoder for both, and pass as `document_features` its inputs "
-            "for the same documents, in the same order.",
+            "for the same documents, in the same order. If you do, the last step changed it too much: lower the "
+            "learning rate.",
             cosine,
         )
 
