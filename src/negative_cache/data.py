@@ -8,7 +8,7 @@ from dataclasses import fields
 
 try:
     from negative_cache.workbench.data import DataError, DataOptions, RetrievalData, loading
-    from negative_cache.workbench.suggestions import DOCUMENTS_ALONE
+    from negative_cache.workbench.suggestions import NEEDS_PAIRS
 except ImportError as error:
     raise ImportError("negative_cache.data needs datasets and pyarrow: pip install 'negative-cache[train]'") from error
 
@@ -34,7 +34,7 @@ def load_data(source: str, options: DataOptions | None = None) -> RetrievalData:
     try:
         return loading.load_data(source, options)
     except DataError as error:
-        flags = set(re.findall(r"--([a-z-]+)", str(error).replace(DOCUMENTS_ALONE, "")))
+        flags = set(re.findall(r"--([a-z-]+)", str(error).partition(NEEDS_PAIRS)[0]))
         if named := [field.name for field in fields(DataOptions) if field.name.replace("_", "-") in flags]:
             error.args = (f"{error} In Python: DataOptions({', '.join(f'{name}=...' for name in named)}).",)
         raise

@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-DOCUMENTS_ALONE = (
+NEEDS_PAIRS = (
     "Training and evaluation need pairs of a query and a document, in columns such as query and positive "
-    "(docs/your-data.md says where to get them). Documents alone can be searched: negative-cache search 'your query' "
-    "--model all-MiniLM-L6-v2 --corpus PATH, where PATH is a .txt file with a document per line, a table with a column "
-    "of texts, or a folder of .txt and .md files, each a document."
+    "(docs/your-data.md says where to get them). Documents alone can be searched: "
+)
+SEARCH = "negative-cache search 'your query' --model all-MiniLM-L6-v2 --corpus"
+DOCUMENTS_ALONE = (
+    f"{NEEDS_PAIRS}{SEARCH} PATH, where PATH is a .txt file with a document per line, a table with a column of texts, "
+    "or a folder of .txt and .md files, each a document."
 )
 
 UNFINISHED = ".partial"  # at the end of the name of a folder whose run is not complete

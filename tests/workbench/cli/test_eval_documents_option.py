@@ -63,7 +63,7 @@ def test_train_and_evaluate_measure_what_is_measured_on_a_corpus_of_the_sample_a
     assert {
         hit["document"] for when in ("before", "after") for row in samples[when] for hit in row["found"]
     } <= searched
-    assert any("evaluations search 25 of the 80 documents" in note for note in record["data_notes"])
+    assert any("and others up to 25 of the 80," in note for note in record["data_notes"])
 
 
 def test_the_dev_split_is_searched_in_its_own_sample_during_training(place: Path):
@@ -119,7 +119,7 @@ def test_compare_searches_the_sample_with_models_and_bm25(place: Path, tmp_path:
     losses = ["--losses", "bm25,zero-shot,in-batch", "--seeds", 1, "--learning-rates", 0.05, "--max-steps", 6]
     given = ["compare", "--output", tmp_path / "comparison", *losses, "--batch-size", 8]
     ended = run(*given, "--data", place / "set", "--eval-documents", 25)
-    assert "evaluations search 25 of the 80 documents" in ended.stderr
+    assert "and others up to 25 of the 80," in ended.stderr
     result = json.loads((tmp_path / "comparison" / "compare.json").read_text())
     assert result["data"]["documents"] == 25
     for loss in result["losses"].values():

@@ -163,3 +163,8 @@ def test_names_of_options_in_other_programs_are_understood(words: list[str], mea
 
 def test_an_option_without_a_counterpart_proposes_none():
     assert "--scale" not in invoke("search", "--temperature", "1").stderr
+
+
+def test_a_missing_option_is_explained():
+    assert "Missing option '--model'. A name or path" in " ".join(invoke("search", "a query").stderr.split())
+    assert "Missing option '--output'. New folder" in " ".join(invoke("train", "--data", "x").stderr.split())

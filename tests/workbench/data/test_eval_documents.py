@@ -82,8 +82,8 @@ def test_a_split_with_its_own_corpus_is_searched_in_a_sample_of_that():
 def test_notes_say_what_is_searched():
     (note,) = data().with_eval_documents(50).notes
     assert note == (
-        "set: evaluations search 50 of the 200 documents, or more if more are judged: the judged ones of the split, "
-        "and others that are chosen by the hash of their ids. The quality is higher than in all documents."
+        "set: evaluations search the documents that are judged for a query of the split, such as its positives, and "
+        "others up to 50 of the 200, chosen by the hash of their ids. The quality is higher than in all documents."
     )
     found = data().with_eval_documents(4)
     assert found.notes[1:] == (

@@ -165,6 +165,8 @@ def test_the_page_says_what_was_searched(page: Path, folder: Path, tmp_path: Pat
         assert report(tmp_path / "ib").exit_code == 0
         words = " ".join(Reader(tmp_path / "ib" / "report.html").words.split())
         assert words.count(f"Searched: {searched}.") == 2
+        assert f"eval_documents {limit} " in words
+        assert "data_options" not in words
         assert ("whole corpus" in words) == (searched == whole)
         assert report(folder / "nc", tmp_path / "ib", "--output", tmp_path / "page.html").exit_code == 0
         both = whole if searched == whole else f"A: {whole}; B: {searched}"

@@ -46,18 +46,20 @@ _ALIASES = {
 class GroupedCommand(TyperCommand):
     """A command that shows its options in groups, after those that are in none, and ends with examples.
 
-    Of an option that it does not have, it says what other programs mean by it.
+    Of an option that it does not have, it says what other programs mean by it; of a missing one, what it is for.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments."""
         try:
             return super().parse_args(ctx, args)
-        except Exception as error:  # NoSuchOption is in click or, as typer's own copy, in another module
+        except Exception as error:  # both errors are in click or, as typer's own copy, in another module
             known = {name for param in self.get_params(ctx) for name in param.opts}
             given = str(getattr(error, "option_name", "")).replace("_", "-")
             if meant := [name for name in _ALIASES.get(given, ()) if name in known]:
                 error.possibilities = meant  # type: ignore[attr-defined]
+            if type(error).__name__ == "MissingParameter":
+                error.message = error.param.help  # type: ignore[attr-defined]
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -25,7 +25,7 @@ DATA_HELP = (
     "A file of pairs, triplets or lists (.jsonl, .csv, .parquet ...), a folder (BEIR, MS MARCO ...), hf:NAME[:CONFIG], "
     "or python-code (functions of the installed packages)."
 )
-TRAINED_MODEL_HELP = "A name or path that SentenceTransformer loads."
+TRAINED_MODEL_HELP = "A name or path that SentenceTransformer loads, such as all-MiniLM-L6-v2."
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Model = Annotated[
     str, typer.Option(help="static, tiny, static:NAME (a static model of another one), or a name or path to load.")

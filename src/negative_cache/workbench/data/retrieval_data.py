@@ -240,9 +240,9 @@ class RetrievalData:
         """The same data with `eval_documents`, and notes on what is searched."""
         found = replace(self, eval_documents=number)
         notes = [
-            f"{part.name}: evaluations search {number:,} of the {len(part.corpus):,} documents, or more if more are "
-            "judged: the judged ones of the split, and others that are chosen by the hash of their ids. The quality is "
-            "higher than in all documents."
+            f"{part.name}: evaluations search the documents that are judged for a query of the split, such as its "
+            f"positives, and others up to {number:,} of the {len(part.corpus):,}, chosen by the hash of their ids. The "
+            "quality is higher than in all documents."
             for part in (self, *self.elsewhere.values())
             if number < len(part.corpus)
         ]

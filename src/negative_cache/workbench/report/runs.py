@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from negative_cache.workbench.compare.table import (
     verdict,
 )
 from negative_cache.workbench.counting import counted
+from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import COMPARISON
 from negative_cache.workbench.model_names import about_begin
 from negative_cache.workbench.report.differences import Values, read_values
@@ -79,8 +80,10 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its configuration, without options that have no effect on its loss."""
-        return {key: value for key, value in self.record.configuration.items() if has_effect(self.loss, key)}
+        """Its configuration, without options that have no effect on its loss, and defaults of the data's options."""
+        given = {key: value for key, value in self.record.configuration.items() if has_effect(self.loss, key)}
+        of_data, defaults = given.pop("data_options"), asdict(DataOptions())
+        return given | {key: value for key, value in of_data.items() if value != defaults.get(key)}
 
     @property
     def searched(self) -> str:

@@ -280,7 +280,7 @@ def test_a_part_of_a_collection_is_refused_with_its_folder(beir: Path):
         (["pairs.jsonl"], "Give one of the files: .*pairs.jsonl.$"),
         (["corpus.jsonl", "queries.jsonl"], "no judgements. Expected files such as qrels/train.tsv"),
         (["queries.jsonl", "train.jsonl"], "has queries, but no corpus.jsonl"),
-        (["notes.md", "more/a.txt"], "has 2 text files and no dataset. Training and evaluation need pairs"),
+        (["notes.md", "more/a.txt"], r"has 2 text files and no dataset. Training .* --corpus \S+$"),
         (["collection.tsv"], "no queries; expected files such as queries.train.tsv"),
         (["collection.tsv", "queries.dev.tsv"], "no judgements; expected qrels.train.tsv"),
     ],

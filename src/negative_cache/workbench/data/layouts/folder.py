@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from negative_cache.workbench.data.layouts.sources import (
 )
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.data.retrieval_data import SPLITS, DataError
-from negative_cache.workbench.suggestions import DOCUMENTS_ALONE, did_you_mean_path
+from negative_cache.workbench.suggestions import NEEDS_PAIRS, SEARCH, did_you_mean_path
 
 _KINDS = ("jsonl", "json", "ndjson", "csv", "tsv", "parquet", "arrow")
 _TEXT_QRELS = ("tsv", "txt", "trec")
@@ -217,8 +218,10 @@ def _advice(folder: Path, entries: dict[str, list[Path]]) -> str:
         return f"{advice} Did you mean {below[0]}?"
     if rows:
         return f"{advice} Give one of the files: {rows[0]}."
-    texts = find_text_files(folder)
-    return f"{folder} has {counted(len(texts), 'text file')} and no dataset. {DOCUMENTS_ALONE}" if texts else advice
+    if texts := find_text_files(folder):
+        search = f"{SEARCH} {shlex.quote(str(folder))}"
+        return f"{folder} has {counted(len(texts), 'text file')} and no dataset. {NEEDS_PAIRS}{search}"
+    return advice
 
 
 def _is_readable(folder: Path) -> bool:
