@@ -85,7 +85,8 @@ class Labels:
         if all(self._grade(value, place) for place, value in self._known):
             found.append(
                 f"Warning: {name}: no {self.column!r} of the first {self._num_rows:,} rows is 0, so that all their "
-                f"documents count as relevant, such as one with {value!r} ({place}). Set those to 0 that are not."
+                f"documents count as relevant, such as one with {value!r} ({place}). Set those to 0 that are not, or "
+                "rename the column if it has no grades of relevance."
             )
         return found
 
