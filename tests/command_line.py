@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from pathlib import Path
 
 from click.testing import Result
@@ -19,8 +20,13 @@ DOCUMENTS = {
 
 
 def invoke(*args: object, **environment: str) -> Result:
-    """Call a command in this process."""
-    return CliRunner().invoke(app, [str(arg) for arg in args], env=environment)
+    """Call a command in this process, whose loggers keep their level."""
+    logger = logging.getLogger("negative_cache")
+    level = logger.level
+    try:
+        return CliRunner().invoke(app, [str(arg) for arg in args], env=environment)
+    finally:
+        logger.setLevel(level)
 
 
 def write_beir(folder: Path, compress: bool = False) -> Path:

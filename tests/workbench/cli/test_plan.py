@@ -12,8 +12,9 @@ import torch
 
 from command_line import DOCUMENTS, invoke
 from negative_cache.workbench.cli import plan
-from negative_cache.workbench.cli.plan import advice_on_size, plan_of_training
+from negative_cache.workbench.cli.plan import advice_on_data, plan_of_training
 from negative_cache.workbench.data import DataOptions, load_data
+from negative_cache.workbench.data.advice import shared_positives
 from negative_cache.workbench.evaluation import encoding, searching
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
@@ -116,12 +117,28 @@ def test_on_a_gpu_the_plan_advises_one_document_per_query(beir: Path, monkeypatc
 def test_random_weights_and_few_pairs_for_them_are_named(beir: Path, model: str, monkeypatch: pytest.MonkeyPatch):
     data, config = load_data(str(beir)), RunConfig(str(beir), model, "in-batch", "out")
     monkeypatch.setattr(plan, "TOO_FEW_PAIRS", data.num_pairs("train"))
-    found = advice_on_size(config, data, measures=False)
+    found = advice_on_data(config, data, measures=False)
     assert len(found) == (":" not in model)
     few = f", for which {data.num_pairs('train')} pairs are few"
     assert all(line.startswith(f"--model {model} begins with random weights{few}. A pretrained") for line in found)
     monkeypatch.setattr(plan, "FEW_PAIRS", data.num_pairs("train"))
-    assert advice_on_size(config, data, measures=False) == [line.replace(few, "") for line in found]
+    assert advice_on_data(config, data, measures=False) == [line.replace(few, "") for line in found]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("number", [4, 40])
+def test_a_positive_of_many_queries_is_quoted(number: int, split: str, tmp_path: Path):
+    rows = [{"query": f"question {n}", "positive": f"answer {n}"} for n in range(200)]
+    rows += [{"query": f"another {n}", "positive": "The standard answer."} for n in range(number)]
+    others = [{"query": f"other {n}", "positive": f"other answer {n}"} for n in range(200)]
+    for name, content in ((split, rows), ({"train": "test", "test": "train"}[split], others)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    data = load_data(str(tmp_path))
+    lines = advice_on_data(RunConfig("d", "some/model", "in-batch", "out"), data, measures=True)
+    found = [line for line in lines if f"{split} queries, {number}, have the same positive: 'The standard answ" in line]
+    assert len(found) == (number == 40)
+    assert found == shared_positives(data, ["train", "test"])
+    assert all(("Metrics of test depend on it." in line) == (split == "test") for line in found)
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])
@@ -131,10 +148,10 @@ def test_few_queries_are_named_where_they_are_measured(split: str, beir: Path, m
     data, config = load_data(str(beir)), RunConfig(str(beir), "some/model", "in-batch", "out")
     number = len(data.judged(split))
     few, pairs = f"{number} {split} queries are few: the result says little", data.num_pairs("train")
-    said = advice_on_size(config, data, measures=True)
+    said = advice_on_data(config, data, measures=True)
     assert [few in line for line in said] == [False, True]
     assert said[0].startswith(f"Warning: only {pairs} training pairs: a gain is not to be expected")
-    assert advice_on_size(config, data, measures=False) == said[:1]
+    assert advice_on_data(config, data, measures=False) == said[:1]
     monkeypatch.setattr(plan, "FEW_TEST_QUERIES", number)
     monkeypatch.setattr(plan, "TOO_FEW_PAIRS", pairs)
-    assert advice_on_size(config, data, measures=True) == []
+    assert advice_on_data(config, data, measures=True) == []

@@ -16,6 +16,7 @@ from negative_cache.workbench.cli.plan import on_random_weights
 from negative_cache.workbench.cli.tables import print_comparison
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.compare.comparison import RATE_FACTORS, Comparison, parse_losses, parse_rates
+from negative_cache.workbench.data.advice import shared_positives
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import check_model, learning_rate_rule
 
@@ -80,7 +81,8 @@ def compare(
         num_shown, loaded = len(loaded.notes), loaded.with_dev()
         for note in loaded.notes[num_shown:]:
             terminal.note(note)
-        terminal.inform(on_random_weights(model, loaded.num_pairs("train")))
+        lines = shared_positives(loaded, [split for split in ("train", "test") if loaded.has(split)])
+        terminal.inform([*on_random_weights(model, loaded.num_pairs("train")), *lines])
         with ComparisonBar(terminal.progress) as bar:
             result = compare_losses(comparison, loaded, bar)
         written = write_output(result, shlex.join(["negative-cache", *sys.argv[1:]]))

@@ -16,6 +16,7 @@ from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
 from negative_cache.workbench.counting import counted, counted_queries
+from negative_cache.workbench.data.advice import shared_positives
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.evaluation.defaults import DEFAULT_MEASURES
 from negative_cache.workbench.files import check_output
@@ -100,7 +101,7 @@ def _evaluate(
     if given["run_out"] is not None:
         trec.check_ids(chain(judged, data.part(split).corpus))
     if run is None:
-        terminal.inform([plan_of_evaluation(data, split)])
+        terminal.inform([plan_of_evaluation(data, split), *shared_positives(data, [split])])
         model = terminal.load_model(given["model"])
         with counting_bar(terminal, "Encoding documents") as on_progress:
             run = search_splits(model, data, (split,), depth_of(measures), encoding, on_progress)[split]

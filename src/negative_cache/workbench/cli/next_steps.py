@@ -209,7 +209,8 @@ def after_compare(comparison: Comparison, losses: Mapping[str, Any], best: str, 
     for name, loss in losses.items():
         seeds = [f"{_bare(comparison.output)}/runs/{run['folder']}" for run in loss["runs"]]
         measured += [f"{name}={','.join(seeds)}"] if len(seeds) > 1 else seeds
-    yield f"To train a model that should be better: {command('train', *words, output=NEW_MODEL)}"
+    shorter = "" if is_static(comparison.model) else " (on a CPU, docs/first-fine-tuning.md has shorter settings)"
+    yield f"To train a model that should be better{shorter}: {command('train', *words, output=NEW_MODEL)}"
     yield f"And then to test whether it is: {command('significance', NEW_MODEL, *measured)}"
 
 

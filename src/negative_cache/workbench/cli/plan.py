@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from negative_cache.workbench.counting import counted, counted_queries
-from negative_cache.workbench.data.advice import TOO_FEW_PAIRS, on_too_few_pairs
+from negative_cache.workbench.data.advice import TOO_FEW_PAIRS, on_too_few_pairs, shared_positives
 from negative_cache.workbench.model_names import is_from_scratch
 from negative_cache.workbench.training.config import RunConfig, num_steps
 
@@ -54,14 +54,16 @@ def _ways_to_shorten(config: RunConfig, measures: bool) -> list[str]:
     return [f"{sample}, --no-eval leaves it out."] if measures else [f"{sample}."]
 
 
-def advice_on_size(config: RunConfig, data: RetrievalData, measures: bool) -> list[str]:
-    """A line if the training pairs are few, one if the model begins with random weights, and one if the queries are few
-    on which the quality is measured."""
+def advice_on_data(config: RunConfig, data: RetrievalData, measures: bool) -> list[str]:
+    """A line if the training pairs are few, if the model begins with random weights, for each split in which many
+    queries share a positive, and if the queries are few on which the quality is measured."""
     pairs, lines = data.num_pairs("train"), []
     if pairs < TOO_FEW_PAIRS:
         lines.append(f"Warning: {on_too_few_pairs(pairs)}")
     lines += on_random_weights(config.model, pairs)
-    for split in [split for split in ("test", "dev") if measures and data.has(split)][:1]:
+    measured = [split for split in ("test", "dev") if measures and data.has(split)][:1]
+    lines += shared_positives(data, ["train", *measured])
+    for split in measured:
         queries = len(data.judged(split))
         if queries < FEW_TEST_QUERIES:
             number = f"{counted_queries(queries, split)} {'is' if queries == 1 else 'are'} few"

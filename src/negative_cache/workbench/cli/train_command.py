@@ -13,7 +13,7 @@ import typer
 from negative_cache.workbench.cli import next_steps
 from negative_cache.workbench.cli import options as opt
 from negative_cache.workbench.cli.config_file import ConfigFile
-from negative_cache.workbench.cli.plan import advice_on_size, plan_of_training
+from negative_cache.workbench.cli.plan import advice_on_data, plan_of_training
 from negative_cache.workbench.cli.search_command import OF_DOCUMENTS
 from negative_cache.workbench.cli.tables import metrics_table, print_wide
 from negative_cache.workbench.cli.terminal import Terminal
@@ -145,7 +145,7 @@ def train(
                 terminal.note(f"{export_negatives} is not written: the run was finished before, without its cache.")
         else:
             plan = plan_of_training(config, loaded, measures=not no_eval)
-            terminal.inform([plan, *advice_on_size(config, loaded, not no_eval)])
+            terminal.inform([plan, *advice_on_data(config, loaded, not no_eval)])
             with training_bar(terminal, config.loss) as (on_step, on_progress):
                 options = RunOptions(not no_eval, not no_eval, export_negatives=export_negatives)
                 record = run(config, loaded, options, resume=resume, on_step=on_step, on_progress=on_progress)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from negative_cache.workbench.counting import counted, counted_queries, percent
+
+if TYPE_CHECKING:
+    from negative_cache.workbench.data.retrieval_data import RetrievalData
 
 TOO_FEW_PAIRS, FEW_QUERIES = 300, 500
 MANY = 0.01  # of documents or queries
 MANY_LONG = MANY_ALIKE = 0.1
+_SHOWN = 80  # characters of a text
 FEWEST = 5  # queries with the same positive, from which that is no chance
 
 
@@ -24,6 +29,28 @@ def on_too_few_pairs(number: int) -> str:
         f"only {counted(number, 'training pair')}: a gain is not to be expected below some hundred, and was measured "
         "from 4,000. Collect more, and begin with a pretrained model."
     )
+
+
+def on_shared_positive(split: str, number: int, num_queries: int, text: str) -> str:
+    """What to say of a positive, with its text, that a large part of the queries of a split have."""
+    effect = "" if split == "train" else f" Metrics of {split} depend on it."
+    return (
+        f"{percent(number / num_queries)} of the {split} queries, {number:,}, have the same positive: "
+        f"{text[:_SHOWN]!r}. Check that it is an answer to them, and not a placeholder.{effect}"
+    )
+
+
+def shared_positives(data: RetrievalData, splits: Iterable[str]) -> list[str]:
+    """A warning for each of some splits in which a large part of the queries have the same positive."""
+    lines = []
+    for split in splits:
+        judged = data.judged(split)
+        uses = Counter(document for documents in judged.values() for document in documents)
+        for document, number in uses.most_common(1):
+            if number >= max(FEWEST, MANY_ALIKE * len(judged)):
+                text = data.elsewhere.get(split, data).corpus[document]
+                lines.append(f"Warning: {on_shared_positive(split, number, len(judged), text)}")
+    return lines
 
 
 def _about_splits(found: Mapping[str, Any]) -> Iterator[str]:
@@ -101,11 +128,7 @@ def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
             what = "there is nothing to learn" if name == "train" else "it measures the rank of one document"
             yield f"every {name} query has the same positive: {what}. Check the columns."
         elif number >= max(FEWEST, MANY_ALIKE * split["queries"]):
-            share = number / split["queries"]
-            yield (
-                f"{percent(share)} of the {name} queries have the same positive. Check that it is an answer to them, "
-                "and not a placeholder."
-            )
+            yield on_shared_positive(name, number, split["queries"], split["most_frequent_positive"])
         if (share := split["positives_equal_to_query"] / split["positives"]) >= MANY:
             yield f"{percent(share)} of the {name} pairs have equal texts. Check the columns, or remove these pairs."
     share = found["queries_equal_to_document"] / found["queries"] if found["queries"] else 0

@@ -68,8 +68,8 @@ def describe(data: RetrievalData, measure: Measure = WORDS, on_progress: OnProgr
         documents, queries: Their numbers.
         splits: Name -> numbers of queries, positives (judged pairs), negatives and documents (that are searched);
             grades: grade -> number of judgements; queries_with_several_positives; queries_that_share_a_positive, with
-            another query of the split; queries_of_most_frequent_positive; positives_equal_to_query; and
-            detectable_difference, see `detectable_difference`.
+            another query of the split; queries_of_most_frequent_positive; most_frequent_positive, its text;
+            positives_equal_to_query; and detectable_difference, see `detectable_difference`.
         lengths: For queries, documents and positives the percentiles 50, 90 and 99, and max; the unit, the limit, and
             positives_over_limit, the number of judged pairs whose document is longer.
         duplicates: Numbers of documents and queries whose text is equal to an earlier one.
@@ -171,6 +171,8 @@ class _Split:
         rows, documents = self._different_pairs()
         distinct, _, numbers = _groups(documents)
         num_queries = numbers[np.searchsorted(distinct, documents)]  # of the document of each pair
+        first = int(np.flatnonzero(self.documents == documents[num_queries.argmax()])[0])
+        frequent = next(islice(chain.from_iterable(self._qrels.values()), first, None))
         negatives = self._data.negatives
         return {
             "queries": len(self.queries),
@@ -181,6 +183,7 @@ class _Split:
             "queries_with_several_positives": int((np.bincount(self.rows) > 1).sum()),
             "queries_that_share_a_positive": len(_groups(rows[num_queries > 1])[0]),
             "queries_of_most_frequent_positive": int(num_queries.max()),
+            "most_frequent_positive": self._data.corpus[frequent],
             "positives_equal_to_query": int((self.queries[self.rows] == self.documents).sum()),
             "detectable_difference": detectable_difference(len(self.queries)),
         }

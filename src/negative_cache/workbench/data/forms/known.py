@@ -210,15 +210,19 @@ def _check_asked(row: Iterable[str], place: str, options: DataOptions) -> None:
     raise DataError(f"{place}: there is {found}; the columns are {quoted(row)}. {advice}")
 
 
-def _no_column(option: str, usual: Sequence[str], row: Iterable[str], place: str, used: str | None) -> DataError:
+def _may_be_text(value: object) -> bool:
+    return isinstance(value, str) and columns.number(value) is None
+
+
+def _no_column(option: str, usual: Sequence[str], row: dict[str, Any], place: str, used: str | None) -> DataError:
     texts = [name for name in row if columns.has_text(name)]
     if len(texts) == 1:
         return _no_pairs(row, place)
-    free = (name for name in texts if not columns.is_known(name) and name != used)
+    free = [name for name in texts if not columns.is_known(name) and name != used and _may_be_text(row[name])]
+    example = columns.typed(free[0]) if free else "NAME"
     return DataError(
         f"{place}: no column {' or '.join(usual[:4])}, only {quoted(row)}. Name the column, for example: "
-        f"--{option}-column {columns.typed(next(free, 'NAME'))}. The first line of a .csv or .tsv file has the "
-        "names of the columns."
+        f"--{option}-column {example}. The first line of a .csv or .tsv file has the names of the columns."
     )
 
 
