@@ -175,8 +175,9 @@ class CacheModule(CacheHolder):
         _, _, _, _, error_messages = args
         is_other = prefix + "_extra_state" not in state_dict
         if is_other and any(key.startswith(prefix) and key.endswith(".filled") for key in state_dict):
+            state = f"The state under {prefix!r}" if prefix else "The state"
             error_messages.append(
-                f"The state under {prefix!r} is that of a handler, or of another module with caches; expected that of "
+                f"{state} is that of a handler, or of another module with caches; expected that of "
                 f"{type(self).__name__}. Begin with an empty cache, which fills in some steps."
             )
         if self.cache is None and prefix + "cache.filled" in state_dict:
