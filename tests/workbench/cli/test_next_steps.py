@@ -153,6 +153,19 @@ def test_a_run_that_did_not_help_says_why(place: Path, before: float, after: flo
     assert said in next(next_steps.after_train(config, record, load_data("pairs.jsonl"), ()))
 
 
+def test_a_cache_that_never_counted_is_named(place: Path):
+    train = ["train", "--data", "pairs.jsonl", "--model", "static", *SMALL]
+    compare = ["compare", "--data", "pairs.jsonl", *SMALL, "--learning-rates", "0.01", "--seeds", "1"]
+    for samples, waited in (("auto", True), ("1", False)):
+        ended = succeed(*train, "--num-samples", samples, "--output", f"model-{samples}")
+        assert ("The cache did not count" in ended.stderr) == waited
+        losses = f"in-batch,negative-cache:num_samples={samples}"
+        ended = succeed(*compare, "--losses", losses, "--output", f"comparison-{samples}")
+        assert ("The cache did not count" in ended.stderr) == waited
+    in_batch = ["--loss", "in-batch", "--max-steps", "3", "--output", "in-batch"]
+    assert "did not count" not in succeed("train", "--data", "pairs.jsonl", *in_batch).stderr
+
+
 def test_search_results_and_values_are_compared_next(place: Path):
     train = ["train", "--data", "pairs.jsonl", "--output", "model", *SMALL, "--no-eval"]
     after_train = suggested(succeed(*train))

@@ -15,13 +15,17 @@ from negative_cache.workbench.data.advice import TOO_FEW_PAIRS
 from negative_cache.workbench.data.options import DataOptions
 from negative_cache.workbench.model_names import DISTILLED, distilled_from, is_from_scratch, is_static
 from negative_cache.workbench.training.config import RunConfig, arguments_of, flag_of, has_effect
+from negative_cache.workbench.training.record import RECORD, RunRecord
 
 if TYPE_CHECKING:
     from negative_cache.workbench.data import RetrievalData
-    from negative_cache.workbench.training.record import RunRecord
 
 QUERY, NEW_MODEL, MEASURED, OWN_DATA = "your query", "my-model", "baselines", "my-pairs.csv"
 PRETRAINED = "all-MiniLM-L6-v2"
+_CACHE_WAITED = (
+    "The cache did not count in so few steps, which trained as --loss in-batch does: --num-samples auto waits until "
+    "in-batch negatives represent the cache badly. Train longer, or give --num-samples 1."
+)
 
 
 def command(name: str, *words: object, **options: object) -> str:
@@ -91,6 +95,8 @@ def after_train(
     if record.after is not None and base is not None:
         words = ("--model", base, *of_data, "--split", split, "--per-query", f"{Path(base).name}.json")
         yield f"To compare with {base} as it is: {command('evaluate', *words)}"
+    if record.cache_waited:
+        yield _CACHE_WAITED
     if record.after is not None and config.loss == "negative-cache":
         yield from _what_the_cache_adds(config, record)
     yield f"To see curves and examples: {command('report', config.output)}"
@@ -198,6 +204,9 @@ def after_compare(comparison: Comparison, losses: Mapping[str, Any], best: str, 
         best: The best of the losses; empty if none was trained.
         training: The command that trains with it.
     """
+    folders = (Path(comparison.output, "runs", run["folder"]) for loss in losses.values() for run in loss["runs"])
+    if any(RunRecord.read(folder).cache_waited for folder in folders if (folder / RECORD).is_file()):
+        yield _CACHE_WAITED
     if best:
         yield f"To train with {best}, the best of the losses: {training}"
         yield f"To see curves and examples: {command('report', comparison.output)}"

@@ -95,6 +95,12 @@ class RunRecord:
     mining: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]]
 
+    @property
+    def cache_waited(self) -> bool:
+        """Whether the cache counted in no step that was logged, so that the run trained as in-batch does."""
+        shares = [value for row in self.history for key, value in row.items() if key.endswith("cache_share")]
+        return bool(shares) and not any(shares)
+
     def write(self, folder: Path) -> None:
         """Write `run.json`."""
         write_json(folder / RECORD, asdict(self))
