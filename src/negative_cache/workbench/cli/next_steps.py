@@ -212,7 +212,7 @@ def after_compare(comparison: Comparison, losses: Mapping[str, Any], best: str, 
         yield f"To see curves and examples: {command('report', comparison.output)}"
         return
     words = ["--data", comparison.data, *comparison.data_options.arguments(), "--model", comparison.model]
-    shared = {field.name for field in fields(Comparison)} & {field.name for field in fields(RunConfig)}
+    shared = {field.name for field in fields(Comparison)}
     words += arguments_of(asdict(comparison), shared - {"data", "model", "output", "data_options"})
     measured = []
     for name, loss in losses.items():

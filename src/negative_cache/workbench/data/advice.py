@@ -40,6 +40,11 @@ def on_shared_positive(split: str, number: int, num_queries: int, text: str) -> 
     )
 
 
+def _is_shared(number: int, num_queries: int) -> bool:
+    """Whether so many of the queries have the same positive that it is worth a warning."""
+    return number >= max(FEWEST, MANY_ALIKE * num_queries)
+
+
 def shared_positives(data: RetrievalData, splits: Iterable[str]) -> list[str]:
     """A warning for each of some splits in which a large part of the queries have the same positive."""
     lines = []
@@ -47,7 +52,7 @@ def shared_positives(data: RetrievalData, splits: Iterable[str]) -> list[str]:
         judged = data.judged(split)
         uses = Counter(document for documents in judged.values() for document in documents)
         for document, number in uses.most_common(1):
-            if number >= max(FEWEST, MANY_ALIKE * len(judged)):
+            if _is_shared(number, len(judged)):
                 text = data.elsewhere.get(split, data).corpus[document]
                 lines.append(f"Warning: {on_shared_positive(split, number, len(judged), text)}")
     return lines
@@ -127,7 +132,7 @@ def _about_positives(found: Mapping[str, Any]) -> Iterator[str]:
         if number == split["queries"] >= FEWEST:
             what = "there is nothing to learn" if name == "train" else "it measures the rank of one document"
             yield f"every {name} query has the same positive: {what}. Check the columns."
-        elif number >= max(FEWEST, MANY_ALIKE * split["queries"]):
+        elif _is_shared(number, split["queries"]):
             yield on_shared_positive(name, number, split["queries"], split["most_frequent_positive"])
         if (share := split["positives_equal_to_query"] / split["positives"]) >= MANY:
             yield f"{percent(share)} of the {name} pairs have equal texts. Check the columns, or remove these pairs."
